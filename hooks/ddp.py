@@ -1,0 +1,294 @@
+"""The communication hook for DistributedDataParallel.
+
+Autograd's thread hands each bucket to one worker thread and goes on with the backward pass; the
+worker encodes, exchanges and decodes bucket after bucket in the order in which DDP launched them,
+over a process group of its own, and completes the future that DDP waits for. (Collectives issued
+from a future's callback hang or mix up their data on Gloo.)
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from ..codec import Codec
+from ..collectives import Algorithm, all_reduce, check_agreement, check_algorithm
+from ..communicator import Communicator, TorchCommunicator
+from ..quantizers import Eden, QuicFL
+from ..randomness import Key
+
+__all__ = ["RHTState", "Stats", "rht_hook"]
+
+_QUANTIZERS: dict[str, type[QuicFL] | type[Eden]] = {"quic_fl": QuicFL, "eden": Eden}
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the hook has done so far, on this rank.
+
+    Seconds are wall-clock time of the worker thread; on CUDA, of launching the work.
+    `bytes_uncompressed` is what a ring all-reduce of the gradients in their own dtype would have
+    sent. `nmse` is |mean - exact|^2 / |exact|^2 over the sampled buckets, None if none was.
+    """
+
+    steps: int
+    bytes_sent: int
+    bytes_uncompressed: int
+    encode_seconds: float
+    exchange_seconds: float
+    decode_seconds: float
+    nmse: float | None
+
+    @property
+    def bytes_saved(self) -> int:
+        return self.bytes_uncompressed - self.bytes_sent
+
+    @property
+    def compression_ratio(self) -> float:
+        return self.bytes_uncompressed / self.bytes_sent if self.bytes_sent else 1.0
+
+
+class RHTState:
+    """Configuration and progress of `rht_hook`; give all ranks the same arguments.
+
+    Args:
+        bits: bits a coordinate, 1 to 8.
+        quantizer: "quic_fl" (unbiased whatever the input), or "eden" (smaller error for one
+            sender; decoding takes an inverse rotation for each rank).
+        rotations: randomized Hadamard transforms, 1 to 3; by default the quantizer's safe number.
+        block: coordinates in a block, a power of two.
+        algorithm: "auto", "all_gather" or "two_shot", see `rhtcomm.all_reduce`.
+        seed: of the random streams.
+        min_numel: buckets with fewer coordinates go uncompressed.
+        process_group: the group that DDP was given, by default the world. The hook makes a group
+            of its own with the same ranks.
+        timeout: of that group: how long a rank waits for the others before it raises.
+        communicator: takes the place of process_group and timeout.
+        nmse_every: measure the error of the mean in every so many steps (0: never), by an exact
+            all-reduce beside the compressed one. Its bytes and time are not counted.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        *,
+        quantizer: Literal["quic_fl", "eden"] = "quic_fl",
+        rotations: int | None = None,
+        block: int = 4096,
+        algorithm: Algorithm = "auto",
+        seed: int = 0,
+        min_numel: int = 1 << 14,
+        process_group: dist.ProcessGroup | None = None,
+        timeout: timedelta | None = None,
+        communicator: Communicator | None = None,
+        nmse_every: int = 0,
+    ) -> None:
+        if quantizer not in _QUANTIZERS:
+            raise ValueError(
+                f"RHTState: quantizer={quantizer!r} must be one of {', '.join(_QUANTIZERS)}"
+            )
+        if communicator is not None and (process_group is not None or timeout is not None):
+            raise ValueError(
+                "RHTState: a communicator brings its own ranks and timeout; "
+                "leave out process_group and timeout"
+            )
+        if min_numel < 0 or nmse_every < 0:
+            raise ValueError(
+                f"RHTState: min_numel={min_numel} and nmse_every={nmse_every} must not be negative"
+            )
+        check_algorithm(algorithm)
+        self.codec = Codec(_QUANTIZERS[quantizer](bits), rotations, block)
+        self.algorithm = algorithm
+        self.min_numel = min_numel
+        self.nmse_every = nmse_every
+        self.key = Key(seed)  # of the next bucket, but for its index
+        self._process_group, self._timeout = process_group, timeout
+        self._communicator = communicator
+        self._group: dist.ProcessGroup | None = None  # the one made by _start
+        self._worker: ThreadPoolExecutor | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._checked = False
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._steps = self._bytes_sent = self._bytes_uncompressed = 0
+        self._seconds = {"encode": 0.0, "exchange": 0.0, "decode": 0.0}
+        self._squared_error = self._squared_norm = 0.0
+
+    def stats(self) -> Stats:
+        """Totals since the state was made, of the buckets that have come back."""
+        return Stats(
+            steps=self._steps,
+            bytes_sent=self._bytes_sent,
+            bytes_uncompressed=self._bytes_uncompressed,
+            encode_seconds=self._seconds["encode"],
+            exchange_seconds=self._seconds["exchange"],
+            decode_seconds=self._seconds["decode"],
+            nmse=self._squared_error / self._squared_norm if self._squared_norm else None,
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """Plain values with which a resumed run goes on in the same random streams."""
+        return {"seed": self.key.seed, "step": self.key.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken; call it on all ranks alike, between steps."""
+        self.key = Key(state["seed"], state["step"])
+
+    def close(self) -> None:
+        """Finish what is under way, end the worker thread and destroy the group it used.
+
+        For the orderly end of a program: call it before `destroy_process_group`.
+        """
+        self._closed = True
+        if self._worker is not None:
+            self._worker.shutdown(wait=True)
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._worker = self._group = None
+
+    def __enter__(self) -> "RHTState":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(
+        self,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[torch.Tensor]:
+        """Queue a bucket; the future completes with its mean over ranks, in the bucket's buffer."""
+        if self._closed:
+            raise RuntimeError("rht_hook: its RHTState was closed; make a new one and register it")
+        if self._worker is None:
+            self._start()
+        assert self._worker is not None
+        buffer = bucket.buffer()
+        key = Key(self.key.seed, self.key.step, bucket.index())
+        if bucket.is_last():
+            self.key = Key(self.key.seed, self.key.step + 1)
+        on_device = buffer.device.type != "cpu"
+        devices = [buffer.device] if on_device else None
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
+        ready = torch.cuda.current_stream(buffer.device).record_event() if on_device else None
+        self._worker.submit(self._run, buffer, key, bucket.is_last(), ready, done)
+        # An exception set on a Python future reaches DDP only when a callback raises it again.
+        return done.then(lambda finished: finished.value())
+
+    def _start(self) -> None:
+        if self._communicator is None:
+            if not dist.is_initialized():
+                raise RuntimeError("rht_hook: torch.distributed is not initialized")
+            parent = self._process_group
+            self._group = dist.new_group(
+                None if parent is None else dist.get_process_group_ranks(parent),
+                timeout=self._timeout,
+                use_local_synchronization=parent is not None,
+            )
+            self._communicator = TorchCommunicator(self._group)
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rhtcomm")
+
+    def _run(
+        self,
+        buffer: torch.Tensor,
+        key: Key,
+        last: bool,
+        ready: torch.cuda.Event | None,
+        done: torch.futures.Future[torch.Tensor],
+    ) -> None:
+        """One bucket, on the worker thread."""
+        try:
+            if self._failure is not None:
+                # The other ranks are at an unknown place by now, so the first error ends it.
+                raise RuntimeError(
+                    f"rht_hook: an earlier bucket failed: {self._failure}"
+                ) from self._failure
+            with self._after(buffer, ready):
+                self._mean(buffer, key)
+                self._steps += last
+                done.set_result(buffer)
+        except BaseException as failure:
+            self._failure = self._failure or failure
+            done.set_exception(failure)  # type: ignore[arg-type]
+
+    @contextlib.contextmanager
+    def _after(self, buffer: torch.Tensor, ready: torch.cuda.Event | None) -> Iterator[None]:
+        """On CUDA, run on a side stream behind what autograd has queued so far."""
+        if ready is None:
+            yield
+            return
+        stream = self._side_stream(buffer.device)
+        stream.wait_event(ready)
+        buffer.record_stream(stream)
+        with torch.cuda.stream(stream):
+            yield
+
+    def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+    def _mean(self, buffer: torch.Tensor, key: Key) -> None:
+        communicator = self._communicator
+        assert communicator is not None
+        if not self._checked:
+            facts = {
+                **self.codec.configuration,
+                "algorithm": self.algorithm,
+                "min_numel": self.min_numel,
+                "nmse_every": self.nmse_every,
+                "seed": key.seed,
+                "step": key.step,
+            }
+            check_agreement(communicator, facts, buffer.device)
+            self._checked = True
+        exact = None
+        if self.nmse_every and key.step % self.nmse_every == 0:
+            exact = buffer.float() / communicator.world_size
+            communicator.all_reduce_(exact)
+        before = communicator.bytes_sent
+        all_reduce(
+            buffer,
+            self.codec,
+            key,
+            communicator,
+            algorithm=self.algorithm,
+            min_numel=self.min_numel,
+            check=False,
+            stopwatch=self._stopwatch,
+        )
+        self._bytes_sent += communicator.bytes_sent - before
+        world_size = communicator.world_size
+        self._bytes_uncompressed += (
+            2 * (world_size - 1) * buffer.numel() * buffer.element_size() // world_size
+        )
+        if exact is not None:
+            self._squared_error += (buffer.float() - exact).square().sum().item()
+            self._squared_norm += exact.square().sum().item()
+
+    @contextlib.contextmanager
+    def _stopwatch(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        with torch.profiler.record_function(f"rhtcomm::{part}"):
+            yield
+        self._seconds[part] += time.perf_counter() - start
+
+
+def rht_hook(
+    state: RHTState,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
+    """Mean of a gradient bucket over ranks through compressed payloads.
+
+    Register with ``model.register_comm_hook(RHTState(bits=4), rht_hook)``. Errors on this rank or
+    in the exchange come out of ``backward()``; after one, the state refuses further buckets.
+    """
+    return state.submit(bucket)

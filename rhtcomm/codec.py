@@ -1,0 +1,233 @@
+"""Rotation, quantizer and packing <-> one uint8 payload whose length is known beforehand.
+
+Wire format, version 1, little-endian:
+
+    offset  bytes
+    0       2                  "RH"
+    2       1                  version
+    3       1                  number of rotations
+    4       4                  check of key, rank, world size, first coordinate and numel
+    8       8                  fingerprint of the configuration
+    16      4 n_1              scales of the n_1 full blocks, float32
+            n_1 d_1 b / 8      their packed codes, block by block (see bitpack)
+            4 + d_2 b / 8      the same of the tail block, if there is one
+
+A scale is the root mean square that a block's values are in units of (Eden: times its correction).
+NaN in its place marks a block that held inf or NaN, zero a block of zeros.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+
+import torch
+
+from rhtcomm.kernels import kernel_for
+from rhtcomm.quantizers import Quantizer
+from rhtcomm.randomness import Key
+from rhtcomm.rotation import Blocks, RandomizedHadamard, split_into_blocks
+
+__all__ = ["Codec", "PayloadError"]
+
+VERSION = 1
+HEADER_BYTES = 16
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class PayloadError(ValueError):
+    """A payload is not what this codec, key and length call for."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Compresses flat tensors; immutable and stateless, so one may serve many threads.
+
+    Args:
+        quantizer: `QuicFL` or `Eden`.
+        rotations: randomized Hadamard transforms, 1 to 3; by default as many as the quantizer's
+            promise needs for every input.
+        block: coordinates in a block, a power of two from 32 to 2^24.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    quantizer: Quantizer
+    rotations: int | None = None
+    block: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.rotations is None:
+            object.__setattr__(self, "rotations", self.quantizer.rotations)
+        self.rotation  # noqa: B018  # checks the arguments
+
+    @cached_property
+    def rotation(self) -> RandomizedHadamard:
+        assert self.rotations is not None
+        return RandomizedHadamard(self.rotations, self.block)
+
+    @property
+    def configuration(self) -> dict[str, object]:
+        """What two ranks must have in common to understand each other, by name."""
+        return {
+            "format": VERSION,
+            "byteorder": sys.byteorder,
+            "quantizer": type(self.quantizer).__name__,
+            "bits": self.quantizer.bits,
+            "rotations": self.rotations,
+            "block": self.block,
+        }
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """8 bytes that differ between configurations."""
+        return blake2b(repr(self.configuration).encode(), digest_size=8).digest()
+
+    def nbytes(self, numel: int) -> int:
+        """Length of the payload of `numel` coordinates, in bytes."""
+        parts = split_into_blocks(numel, self.block)
+        return HEADER_BYTES + sum(
+            part.count * (4 + part.size * self.quantizer.bits // 8) for part in parts
+        )
+
+    def encode(
+        self, x: torch.Tensor, key: Key, rank: int = 0, world_size: int = 1, *, first: int = 0
+    ) -> torch.Tensor:
+        """Compress one rank's tensor.
+
+        Args:
+            x: (numel,) float32, bfloat16 or float16, contiguous or not.
+            key: what all ranks share.
+            rank, world_size: place of this tensor among those whose mean is wanted.
+            first: where x begins in its bucket, a multiple of `block`. A shard encoded with its
+                own place takes the randomness that it would take inside the whole bucket.
+
+        Returns:
+            (nbytes(numel),) uint8 on the device of x.
+
+        Raises:
+            TypeError: x has another dtype.
+            ValueError: x is not flat, or rank, world_size or first is out of its range.
+        """
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"Codec.encode: x is {x.dtype}, but only float32, bfloat16 and float16 can be "
+                "compressed; convert it first"
+            )
+        if x.dim() != 1:
+            raise ValueError(f"Codec.encode: x has shape {tuple(x.shape)}; flatten it first")
+        self._check_place(rank, world_size, first)
+        payload = torch.empty(self.nbytes(x.numel()), dtype=torch.uint8, device=x.device)
+        header = self._header(key, rank, world_size, first, x.numel())
+        payload[:HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        kernel = kernel_for(x.device, self.quantizer)
+        for blocks, scales, codes in self._sections(payload[None], x.numel()):
+            kernel.encode(
+                self.rotation,
+                self.quantizer,
+                x[blocks.start : blocks.stop],
+                key,
+                blocks.shifted(first),
+                rank,
+                world_size,
+                scales[0],
+                codes[0],
+            )
+        return payload
+
+    def decode_mean(
+        self,
+        payloads: torch.Tensor,
+        key: Key,
+        numel: int,
+        *,
+        first: int = 0,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Mean of what K ranks encoded.
+
+        Args:
+            payloads: (K, nbytes(numel)) uint8, row i encoded as rank i of K.
+            key, first: as given to `encode`.
+            numel: length of the tensor.
+            out: (numel,) float32, bfloat16 or float16, contiguous, to write into.
+
+        Returns:
+            (numel,), `out` or a new float32 tensor. A block where any rank had inf or NaN is NaN.
+
+        Raises:
+            PayloadError: a payload has the wrong length, version, configuration, key or place.
+        """
+        length = self.nbytes(numel)
+        if payloads.dtype != torch.uint8 or payloads.dim() != 2 or payloads.shape[1] != length:
+            raise PayloadError(
+                f"Codec.decode_mean: payloads is {payloads.dtype} of shape {tuple(payloads.shape)},"
+                f" but {numel} coordinates take (K, {length}) torch.uint8: a payload was cut short,"
+                " or made with another configuration or length"
+            )
+        world_size = payloads.shape[0]
+        self._check_place(0, world_size, first)
+        self._check_headers(payloads, key, first, numel)
+        payloads = payloads.contiguous()
+        if out is None:
+            out = torch.empty(numel, dtype=torch.float32, device=payloads.device)
+        elif out.shape != (numel,):
+            raise ValueError(f"Codec.decode_mean: out has shape {tuple(out.shape)}, not ({numel},)")
+        kernel = kernel_for(payloads.device, self.quantizer)
+        for blocks, scales, codes in self._sections(payloads, numel):
+            kernel.decode(
+                self.rotation,
+                self.quantizer,
+                scales,
+                codes,
+                key,
+                blocks.shifted(first),
+                out[blocks.start : blocks.stop],
+            )
+        return out
+
+    def _sections(
+        self, payloads: torch.Tensor, numel: int
+    ) -> list[tuple[Blocks, torch.Tensor, torch.Tensor]]:
+        """Views of (K, nbytes) payloads: blocks, scales (K, B) float32, codes (K, B, d b / 8)."""
+        sections, at = [], HEADER_BYTES
+        for part in split_into_blocks(numel, self.block):
+            middle = at + 4 * part.count
+            stop = middle + part.count * part.size * self.quantizer.bits // 8
+            scales = payloads[:, at:middle].view(torch.float32)
+            codes = payloads[:, middle:stop].unflatten(1, (part.count, -1))
+            sections.append((part, scales, codes))
+            at = stop
+        return sections
+
+    def _header(self, key: Key, rank: int, world_size: int, first: int, numel: int) -> bytes:
+        place = repr((key, rank, world_size, first, numel)).encode()
+        check = blake2b(place, digest_size=4).digest()
+        return b"RH" + bytes((VERSION, self.rotation.rotations)) + check + self.fingerprint
+
+    def _check_headers(self, payloads: torch.Tensor, key: Key, first: int, numel: int) -> None:
+        world_size = payloads.shape[0]
+        for rank, row in enumerate(payloads[:, :HEADER_BYTES].tolist()):
+            found, wanted = bytes(row), self._header(key, rank, world_size, first, numel)
+            if found == wanted:
+                continue
+            if found[:2] != wanted[:2]:
+                fact = "does not begin with the mark of a payload"
+            elif found[2] != wanted[2]:
+                fact = f"has format version {found[2]}, this is version {VERSION}; update the older"
+            elif found[3] != wanted[3] or found[8:] != wanted[8:]:
+                fact = f"was made with a configuration other than {self.configuration}"
+            else:
+                fact = (
+                    f"was made for another key, rank, world size, place or length than {key}, "
+                    f"rank={rank}, world_size={world_size}, first={first}, numel={numel}: "
+                    "the ranks are out of step"
+                )
+            raise PayloadError(f"Codec.decode_mean: the payload of rank {rank} {fact}")
+
+    def _check_place(self, rank: int, world_size: int, first: int) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"Codec: rank={rank} must lie in [0, world_size={world_size})")
+        if first % self.block or first < 0:
+            raise ValueError(f"Codec: first={first} must be a multiple of block={self.block}")

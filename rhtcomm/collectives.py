@@ -1,0 +1,211 @@
+"""All-reduce (mean) of a tensor through compressed payloads.
+
+With P the payload bytes of the whole tensor and e the quantizer's vNMSE, a rank of n receives
+
+    all_gather    (n - 1) P          error of the mean e / n
+    two_shot      2 (n - 1) / n P    error of the mean e / n + e
+
+all_gather: every rank decodes all n payloads. two_shot: each rank gets all payloads of one shard,
+decodes and averages them, encodes the mean again, and gathers the shards of the others.
+"""
+
+import contextlib
+import itertools
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Literal, get_args
+
+import torch
+
+from rhtcomm.codec import DTYPES, Codec
+from rhtcomm.communicator import Communicator
+from rhtcomm.randomness import Key
+
+__all__ = ["Algorithm", "DisagreementError", "all_reduce", "check_agreement", "choose_algorithm"]
+
+Algorithm = Literal["auto", "all_gather", "two_shot"]
+Stopwatch = Callable[[str], AbstractContextManager[object]]
+
+# Payloads up to this many bytes take one round trip rather than two.
+_SMALL_PAYLOAD = 1 << 15
+_FACTS_BYTES = 1024
+
+
+class DisagreementError(RuntimeError):
+    """The ranks were not configured alike."""
+
+
+def all_reduce(
+    tensor: torch.Tensor,
+    codec: Codec,
+    key: Key,
+    communicator: Communicator,
+    *,
+    algorithm: Algorithm = "auto",
+    min_numel: int = 1 << 14,
+    check: bool = True,
+    stopwatch: Stopwatch = lambda _: contextlib.nullcontext(),
+) -> None:
+    """Replace `tensor` by its mean over all ranks, in place; every rank gets the same bits.
+
+    Args:
+        tensor: float32, bfloat16 or float16, any shape, contiguous or not, alike on all ranks.
+        codec: how to compress.
+        key: the same on all ranks, and another one for each call: new randomness is what makes
+            the errors of successive calls average out.
+        communicator: who takes part.
+        algorithm: "all_gather", "two_shot", or "auto": all_gather for two ranks and for small
+            payloads, else two_shot.
+        min_numel: smaller tensors travel uncompressed, as float32.
+        check: compare the configuration of all ranks first, at the price of one small exchange.
+            The DDP hook does that once, not for each bucket.
+        stopwatch: called with "encode", "exchange" and "decode"; gives a context for that part.
+
+    Raises:
+        TypeError: the tensor has another dtype (float64 and integers are never rounded silently).
+        ValueError: the algorithm is unknown.
+        DisagreementError: on all ranks, naming the fields in which they differ.
+        PayloadError: a payload that arrived is not what was expected.
+    """
+    if check:
+        facts = {
+            **codec.configuration,
+            "algorithm": algorithm,
+            "min_numel": min_numel,
+            "dtype": tensor.dtype,
+            "shape": tuple(tensor.shape),
+            "key": key,
+        }
+        check_agreement(communicator, facts, tensor.device)
+    check_algorithm(algorithm)
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"rhtcomm.all_reduce: the tensor is {tensor.dtype}, but only float32, bfloat16 and "
+            "float16 can be reduced; convert it, or reduce it with torch.distributed"
+        )
+    if communicator.world_size == 1 or tensor.numel() == 0:
+        return
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.numel() < min_numel:
+        _uncompressed(flat, communicator, stopwatch)
+    else:
+        chosen = choose_algorithm(algorithm, communicator.world_size, codec.nbytes(flat.numel()))
+        reduce = _all_gather if chosen == "all_gather" else _two_shot
+        reduce(flat, codec, key, communicator, stopwatch)
+    if flat.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(flat.view(tensor.shape))
+
+
+def check_algorithm(algorithm: str) -> None:
+    """Raise ValueError unless the algorithm is one of `Algorithm`."""
+    if algorithm not in get_args(Algorithm):
+        raise ValueError(
+            f"rhtcomm: algorithm={algorithm!r} must be one of {', '.join(get_args(Algorithm))}"
+        )
+
+
+def choose_algorithm(
+    algorithm: Algorithm, world_size: int, payload_bytes: int
+) -> Literal["all_gather", "two_shot"]:
+    """What "auto" stands for: fewest bytes, unless round trips cost more than they save."""
+    if algorithm != "auto":
+        return algorithm
+    return "all_gather" if world_size == 2 or payload_bytes <= _SMALL_PAYLOAD else "two_shot"
+
+
+def check_agreement(
+    communicator: Communicator, facts: dict[str, object], device: torch.device
+) -> None:
+    """Raise on every rank if `facts` are not the same on all of them.
+
+    One exchange of a fixed length, so it works whatever the facts are.
+
+    Raises:
+        DisagreementError: naming the fields that differ, and their values by rank.
+    """
+    text = json.dumps({name: str(value) for name, value in facts.items()}).encode()
+    if len(text) > _FACTS_BYTES:
+        raise ValueError(f"check_agreement: {len(text)} bytes of facts, {_FACTS_BYTES} fit")
+    row = torch.frombuffer(bytearray(text.ljust(_FACTS_BYTES)), dtype=torch.uint8).to(device)
+    by_rank = [json.loads(bytes(other)) for other in communicator.all_gather(row).tolist()]
+    differing = []
+    for name in dict.fromkeys(name for other in by_rank for name in other):
+        ranks_of: dict[str, list[int]] = {}
+        for rank, other in enumerate(by_rank):
+            ranks_of.setdefault(other.get(name, "absent"), []).append(rank)
+        if len(ranks_of) > 1:
+            values = "; ".join(
+                f"{value} on rank{'s' * (len(ranks) > 1)} {_abridged(ranks)}"
+                for value, ranks in ranks_of.items()
+            )
+            differing.append(f"{name} ({values})")
+    if differing:
+        raise DisagreementError(
+            f"rhtcomm: the ranks are configured differently in {', '.join(differing)}; "
+            "give all ranks the same arguments"
+        )
+
+
+def _abridged(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
+
+
+def _uncompressed(flat: torch.Tensor, communicator: Communicator, stopwatch: Stopwatch) -> None:
+    with stopwatch("exchange"):
+        total = flat.float() if flat.dtype != torch.float32 else flat
+        communicator.all_reduce_(total)
+        flat.copy_(total / communicator.world_size)
+
+
+def _all_gather(
+    flat: torch.Tensor, codec: Codec, key: Key, communicator: Communicator, stopwatch: Stopwatch
+) -> None:
+    with stopwatch("encode"):
+        payload = codec.encode(flat, key, communicator.rank, communicator.world_size)
+    with stopwatch("exchange"):
+        payloads = communicator.all_gather(payload)
+    with stopwatch("decode"):
+        codec.decode_mean(payloads, key, flat.numel(), out=flat)
+
+
+def _two_shot(
+    flat: torch.Tensor, codec: Codec, key: Key, communicator: Communicator, stopwatch: Stopwatch
+) -> None:
+    rank, world_size = communicator.rank, communicator.world_size
+    shards = split_into_shards(flat.numel(), codec.block, world_size)
+    sizes = [codec.nbytes(shard.stop - shard.start) for shard in shards]
+    with stopwatch("encode"):
+        outgoing = flat.new_zeros(world_size, max(sizes), dtype=torch.uint8)
+        for row, shard, size in zip(outgoing, shards, sizes, strict=True):
+            row[:size] = codec.encode(flat[shard], key, rank, world_size, first=shard.start)
+    with stopwatch("exchange"):
+        incoming = communicator.all_to_all(outgoing)
+    mine = shards[rank]
+    with stopwatch("decode"):
+        mean = codec.decode_mean(
+            incoming[:, : sizes[rank]], key, mine.stop - mine.start, first=mine.start
+        )
+    key = key.next_hop()
+    with stopwatch("encode"):
+        again = flat.new_zeros(max(sizes), dtype=torch.uint8)
+        again[: sizes[rank]] = codec.encode(mean, key, first=mine.start)
+    with stopwatch("exchange"):
+        gathered = communicator.all_gather(again)
+    with stopwatch("decode"):
+        for row, shard, size in zip(gathered, shards, sizes, strict=True):
+            codec.decode_mean(
+                row[None, :size],
+                key,
+                shard.stop - shard.start,
+                first=shard.start,
+                out=flat[shard],
+            )
+
+
+def split_into_shards(numel: int, block: int, world_size: int) -> list[slice]:
+    """One run of whole blocks for each rank, as even as blocks allow; the last may be short."""
+    blocks = -(-numel // block)
+    edges = [min(numel, block * (blocks * rank // world_size)) for rank in range(world_size + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]

@@ -1,0 +1,94 @@
+"""The inner loops: whole blocks in, packed codes and scales out, and back.
+
+`reference` says in plain torch what every kernel computes, and runs on any device. `cpu` does the
+same in C, bit for bit. Which one runs is chosen here:
+
+    RHTCOMM_KERNELS=reference | cpu    forces one; asking for what is missing raises
+    RHTCOMM_CPU=avx512 | avx2 | baseline    forces an instruction set of the C kernels
+
+Both are read at first use. Without them the C kernels run on CPU tensors where they were built, in
+the widest instruction set that the processor has.
+"""
+
+import logging
+import os
+from functools import cache
+from typing import Protocol
+
+import torch
+
+from rhtcomm.kernels import cpu, reference
+from rhtcomm.quantizers import Quantizer
+from rhtcomm.randomness import Key
+from rhtcomm.rotation import Blocks, RandomizedHadamard
+
+__all__ = ["Kernel", "kernel_for"]
+
+
+class Kernel(Protocol):
+    """Works on adjacent blocks of one size d; B of them, K ranks, b bits."""
+
+    def encode(
+        self,
+        rotation: RandomizedHadamard,
+        quantizer: Quantizer,
+        x: torch.Tensor,
+        key: Key,
+        blocks: Blocks,
+        rank: int,
+        world_size: int,
+        scales: torch.Tensor,
+        codes: torch.Tensor,
+    ) -> None:
+        """x (at most B d,) -> scales (B,) float32 and packed codes (B, d b / 8) uint8."""
+
+    def decode(
+        self,
+        rotation: RandomizedHadamard,
+        quantizer: Quantizer,
+        scales: torch.Tensor,
+        codes: torch.Tensor,
+        key: Key,
+        blocks: Blocks,
+        out: torch.Tensor,
+    ) -> None:
+        """scales (K, B), codes (K, B, d b / 8) of all ranks -> their mean, out (at most B d,)."""
+
+
+def kernel_for(device: torch.device, quantizer: Quantizer) -> Kernel:
+    """The kernel that runs here.
+
+    Raises:
+        ValueError: RHTCOMM_KERNELS or RHTCOMM_CPU has an unknown value.
+        RuntimeError: the kernels that one of them asks for are missing.
+    """
+    if device.type == "cpu" and type(quantizer) in cpu.QUANTIZERS:
+        return _for_cpu()
+    if os.environ.get("RHTCOMM_KERNELS") == "cpu":
+        raise RuntimeError(
+            f"RHTCOMM_KERNELS=cpu, but there are no C kernels for {type(quantizer).__name__} on "
+            f"{device.type}; unset it"
+        )
+    return reference
+
+
+@cache
+def _for_cpu() -> Kernel:
+    wanted = os.environ.get("RHTCOMM_KERNELS")
+    if wanted not in (None, "reference", "cpu"):
+        raise ValueError(f"RHTCOMM_KERNELS={wanted!r} must be 'reference' or 'cpu'")
+    if wanted == "reference":
+        return reference
+    path = cpu.library_path()
+    if path is not None:
+        return cpu.Library(path, os.environ.get("RHTCOMM_CPU"))
+    if wanted == "cpu" or "RHTCOMM_CPU" in os.environ:
+        raise RuntimeError(
+            "the C kernels were asked for, but this installation has none: install a C compiler "
+            "and then rhtcomm again"
+        )
+    logging.getLogger("rhtcomm").warning(
+        "the C kernels were not built, so the slower torch reference is in use; "
+        "install a C compiler and then rhtcomm again"
+    )
+    return reference

@@ -1,0 +1,634 @@
+/* Fused encode and decode of whole blocks on CPU, bit for bit what kernels/reference.py computes.
+ *
+ * The file is compiled once for each instruction set (CMakeLists.txt); VARIANT names the copy. All
+ * arithmetic that reaches a payload or a result is float32 additions, subtractions, multiplications,
+ * divisions and square roots, each rounded once (-ffp-contract=off), in an order that does not depend
+ * on the vector width, or integer. A block and its scratch stay in the first-level cache.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <math.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define RADIX 16
+#elif defined(__AVX2__)
+#define LANES 8
+#define RADIX 8
+#else
+#define LANES 4
+#define RADIX 8
+#endif
+
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define EXPORT(name) __attribute__((visibility("default"))) JOIN(name, VARIANT)
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint64_t vl __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { QUIC_FL, EDEN };
+enum { SIGNS = 0, DITHER = 3 };
+
+/* Filled by kernels/cpu.py, field by field. */
+typedef struct {
+    int64_t size;         /* d, coordinates in a block */
+    int64_t first;        /* place of the first coordinate in its bucket */
+    int64_t world_size;   /* K */
+    uint32_t seed[2];     /* Philox key */
+    uint32_t bucket, step, hop;
+    int32_t rotations;    /* k */
+    int32_t quantizer;    /* QUIC_FL or EDEN */
+    int32_t bits;         /* b */
+    int32_t shared_bits;  /* QUIC_FL: l */
+    int32_t middle;       /* QUIC_FL: node of zero, times 2^16 */
+    float nodes_per_sigma;/* QUIC_FL: times 2^16 */
+    float inverse_bound;  /* QUIC_FL */
+    float normalization;  /* d^(-k/2); for decoding d^(-k/2) / K */
+    const float *levels;      /* QUIC_FL: 2^(b+l) levels; EDEN: 2^b centroids */
+    const int32_t *positions; /* QUIC_FL: positions at the nodes */
+    const float *boundaries;  /* EDEN: 2^b - 1 */
+} Plan;
+
+/* ---- Philox4x32-10 ------------------------------------------------------------------------- */
+
+/* Products of the low halves of 64-bit lanes; the upper halves may hold anything. */
+INLINE vl multiply_low_halves(vl a, uint32_t b) {
+#if defined(__AVX512F__)
+    return (vl)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+    return (vl)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__SSE2__)
+    return (vl)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+    return (a & 0xffffffffu) * b;
+#endif
+}
+
+/* Calls `call` .. `call + calls - 1` of a stream, four words each; writes whole vectors, so `out`
+ * must have room for calls rounded up to a multiple of LANES / 2. */
+static void philox(const Plan *plan, uint32_t purpose, uint64_t call, int64_t calls, uint32_t *out) {
+    const int64_t width = LANES / 2;
+    vl lane;
+    for (int i = 0; i < width; i++) lane[i] = i;
+    for (int64_t at = 0; at < calls; at += width) {
+        vl c0 = lane + (call + at), c1 = (vl){0} + plan->bucket, c2 = (vl){0} + plan->step;
+        vl c3 = (vl){0} + purpose;
+        uint32_t k0 = plan->seed[0], k1 = plan->seed[1];
+        for (int round = 0; round < 10; round++) {
+            vl p0 = multiply_low_halves(c0, 0xD2511F53u), p1 = multiply_low_halves(c2, 0xCD9E8D57u);
+            c0 = (p1 >> 32) ^ c1 ^ k0;
+            c2 = (p0 >> 32) ^ c3 ^ k1;
+            c1 = p1;
+            c3 = p0;
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        vl low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
+        uint32_t *to = out + 4 * at;
+        for (int i = 0; i < width; i++) {
+            memcpy(to + 4 * i, (char *)&low + 8 * i, 8);
+            memcpy(to + 4 * i + 2, (char *)&high + 8 * i, 8);
+        }
+    }
+}
+
+/* The signs of one block, one bit a coordinate, and where its first coordinate's bit lies: blocks
+ * smaller than 128 coordinates share a call. */
+static const uint8_t *draw_signs(const Plan *plan, int rotation, uint32_t rank, int64_t first,
+                                 uint32_t *room) {
+    int64_t call = first / 128, stop = (first + plan->size + 127) / 128;
+    philox(plan, (SIGNS + rotation) + 16 * plan->hop + 256 * rank, call, stop - call, room);
+    return (const uint8_t *)room + (first / 8 - call * 16);
+}
+
+static const uint8_t *draw_dither(const Plan *plan, int64_t first, uint32_t *room) {
+    philox(plan, DITHER + 16 * plan->hop, first / 16, plan->size / 16, room);
+    return (const uint8_t *)room;
+}
+
+/* ---- Hadamard transform -------------------------------------------------------------------- */
+
+INLINE vf load(const float *p) { return *(const vf *)p; }
+INLINE void store(float *p, vf v) { *(vf *)p = v; }
+
+/* Lanes whose bit is set in the LANES bits of `signs` are negated. */
+INLINE vf apply_signs(vf v, const uint8_t *signs, int64_t j) {
+    vu bit;
+    for (int i = 0; i < LANES; i++) bit[i] = 1u << i;
+    uint32_t word;
+    if (LANES == 16) {
+        uint16_t half;
+        memcpy(&half, signs + j / 8, 2);
+        word = half;
+    } else {
+        word = signs[j / 8] >> (j % 8);
+    }
+    vu set = (vu)((((vu){0} + word) & bit) != 0);
+    return (vf)((vu)v ^ (set & 0x80000000u));
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#define SHUFFLE(v, index) __builtin_shuffle(v, index)
+#else
+INLINE vf SHUFFLE(vf v, vi index) {
+    vf out;
+    for (int i = 0; i < LANES; i++) out[i] = v[index[i]];
+    return out;
+}
+#endif
+
+/* Butterflies between the lanes of one vector: (a, b) -> (a + b, a - b), lanes `stride` apart. */
+INLINE vf lane_stage(vf v, const int stride) {
+    vi swap;
+    vu minus;
+    for (int i = 0; i < LANES; i++) {
+        swap[i] = i ^ stride;
+        minus[i] = (i & stride) ? 0x80000000u : 0;
+    }
+    return SHUFFLE(v, swap) + (vf)((vu)v ^ minus);
+}
+
+INLINE vf lane_stages(vf v) {
+#pragma GCC unroll 4
+    for (int stride = 1; stride < LANES; stride *= 2) v = lane_stage(v, stride);
+    return v;
+}
+
+INLINE void register_stages(vf *r, const int radix) {
+#pragma GCC unroll 8
+    for (int stride = 1; stride < radix; stride *= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < radix; i++)
+            if (!(i & stride)) {
+                vf a = r[i], b = r[i + stride];
+                r[i] = a + b;
+                r[i + stride] = a - b;
+            }
+}
+
+/* Strides h, 2 h, ..., radix h / 2, for h >= LANES. */
+INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix) {
+    for (int64_t base = 0; base < size; base += h * radix)
+        for (int64_t j = 0; j < h; j += LANES) {
+            vf r[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < radix; i++) r[i] = load(y + base + j + i * h);
+            register_stages(r, radix);
+#pragma GCC unroll 16
+            for (int i = 0; i < radix; i++) store(y + base + j + i * h, r[i]);
+        }
+}
+
+/* y <- d^(1/2) H (factor * signs * y), strides in ascending order; signs may be NULL. */
+static void hadamard(float *y, int64_t size, const uint8_t *signs, float factor) {
+    int64_t h;
+    if (size >= LANES * RADIX) {
+        for (int64_t base = 0; base < size; base += LANES * RADIX) {
+            vf r[RADIX];
+#pragma GCC unroll 16
+            for (int i = 0; i < RADIX; i++) {
+                r[i] = load(y + base + i * LANES) * factor;
+                if (signs) r[i] = apply_signs(r[i], signs, base + i * LANES);
+                r[i] = lane_stages(r[i]);
+            }
+            register_stages(r, RADIX);
+#pragma GCC unroll 16
+            for (int i = 0; i < RADIX; i++) store(y + base + i * LANES, r[i]);
+        }
+        h = LANES * RADIX;
+    } else {
+        for (int64_t base = 0; base < size; base += LANES) {
+            vf v = load(y + base) * factor;
+            if (signs) v = apply_signs(v, signs, base);
+            store(y + base, lane_stages(v));
+        }
+        h = LANES;
+    }
+    for (; size / h >= RADIX; h *= RADIX) wide_pass(y, size, h, RADIX);
+    switch (size / h) {
+    case 8: wide_pass(y, size, h, 8); break;
+    case 4: wide_pass(y, size, h, 4); break;
+    case 2: wide_pass(y, size, h, 2); break;
+    default: break;
+    }
+}
+
+/* ---- Sums ---------------------------------------------------------------------------------- */
+
+/* Halving-tree sum of room[0 .. n-1]; overwrites it. n is a power of two >= LANES. */
+INLINE float tree_sum(float *room, int64_t n) {
+    for (; n > 1; n /= 2)
+        if (n / 2 >= LANES)
+            for (int64_t j = 0; j < n / 2; j += LANES)
+                store(room + j, load(room + j) + load(room + j + n / 2));
+        else
+            for (int64_t j = 0; j < n / 2; j++) room[j] += room[j + n / 2];
+    return room[0];
+}
+
+/* Halving-tree sum of a[j] b[j], d >= 2 LANES; `room` holds d / 2 floats. */
+static float tree_dot(const float *a, const float *b, int64_t size, float *room) {
+    int64_t half = size / 2;
+    for (int64_t j = 0; j < half; j += LANES)
+        store(room + j, load(a + j) * load(b + j) + load(a + j + half) * load(b + j + half));
+    return tree_sum(room, half);
+}
+
+static uint32_t largest_magnitude(const float *y, int64_t size) {
+    vi peak = {0};
+    for (int64_t j = 0; j < size; j += LANES) {
+        vi magnitude = *(const vi *)(y + j) & 0x7fffffff;
+        vi larger = magnitude > peak;
+        peak = (magnitude & larger) | (peak & ~larger);
+    }
+    int32_t largest = 0;
+    for (int i = 0; i < LANES; i++)
+        if (peak[i] > largest) largest = peak[i];
+    return (uint32_t)largest;
+}
+
+INLINE float from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE uint32_t to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+/* 2^(127 - e) and 2^(e - 127), e the biased exponent of `peak` clamped to 1 .. 253. */
+INLINE void powers_of_two(uint32_t peak, float *down, float *up) {
+    uint32_t exponent = peak >> 23;
+    exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
+    *down = from_bits((254 - exponent) << 23);
+    *up = from_bits(exponent << 23);
+}
+
+/* ---- Number formats ------------------------------------------------------------------------ */
+
+/* y[0 .. size-1] from x[0 .. count-1], zeros after. */
+static void read_block(const void *x, int dtype, int64_t count, int64_t size, float *y) {
+    if (dtype == FLOAT32) {
+        memcpy(y, x, 4 * count);
+    } else if (dtype == BFLOAT16) {
+        const uint16_t *from = x;
+        for (int64_t j = 0; j < count; j++) ((uint32_t *)y)[j] = (uint32_t)from[j] << 16;
+    } else {
+        const _Float16 *from = x;
+        for (int64_t j = 0; j < count; j++) y[j] = (float)from[j];
+    }
+    memset(y + count, 0, 4 * (size - count));
+}
+
+static void write_block(const float *y, int dtype, int64_t count, void *x) {
+    if (dtype == FLOAT32) {
+        memcpy(x, y, 4 * count);
+    } else if (dtype == BFLOAT16) {
+        uint16_t *to = x;
+        const uint32_t *bits = (const uint32_t *)y;
+        for (int64_t j = 0; j < count; j++) { /* to nearest, ties to even; a NaN stays one */
+            uint32_t rounded = (bits[j] + 0x7fff + ((bits[j] >> 16) & 1)) >> 16;
+            to[j] = (bits[j] & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
+        }
+    } else {
+        _Float16 *to = x;
+        for (int64_t j = 0; j < count; j++) to[j] = (_Float16)y[j];
+    }
+}
+
+/* ---- Packing: fields of 8, 4, 2, 1 bits, widest first (see bitpack.py) ----------------------- */
+
+INLINE void pack_field(const uint8_t *codes, int64_t size, const int width, int shift, uint8_t *to) {
+    const int lanes = 8 / width;
+    const uint8_t mask = (uint8_t)((1 << width) - 1);
+    const int64_t run = size / lanes;
+    for (int64_t j = 0; j < run; j++) {
+        unsigned octet = 0;
+#pragma GCC unroll 8
+        for (int lane = 0; lane < lanes; lane++)
+            octet |= ((codes[j + lane * run] >> shift) & mask) << (lane * width);
+        to[j] = (uint8_t)octet;
+    }
+}
+
+INLINE void unpack_field(const uint8_t *from, int64_t size, const int width, int shift,
+                         uint8_t *codes) {
+    const int lanes = 8 / width;
+    const uint8_t mask = (uint8_t)((1 << width) - 1);
+    const int64_t run = size / lanes;
+#pragma GCC unroll 8
+    for (int lane = 0; lane < lanes; lane++) {
+        uint8_t *to = codes + lane * run;
+        if (shift == 0)
+            for (int64_t j = 0; j < run; j++) to[j] = (from[j] >> (lane * width)) & mask;
+        else
+            for (int64_t j = 0; j < run; j++)
+                to[j] |= (uint8_t)(((from[j] >> (lane * width)) & mask) << shift);
+    }
+}
+
+static void pack(const uint8_t *codes, int64_t size, int bits, uint8_t *to) {
+    int shift = 0;
+    if (bits & 8) pack_field(codes, size, 8, shift, to), to += size, shift += 8;
+    if (bits & 4) pack_field(codes, size, 4, shift, to), to += size / 2, shift += 4;
+    if (bits & 2) pack_field(codes, size, 2, shift, to), to += size / 4, shift += 2;
+    if (bits & 1) pack_field(codes, size, 1, shift, to);
+}
+
+static void unpack(const uint8_t *from, int64_t size, int bits, uint8_t *codes) {
+    int shift = 0;
+    if (bits & 8) unpack_field(from, size, 8, shift, codes), from += size, shift += 8;
+    if (bits & 4) unpack_field(from, size, 4, shift, codes), from += size / 2, shift += 4;
+    if (bits & 2) unpack_field(from, size, 2, shift, codes), from += size / 4, shift += 2;
+    if (bits & 1) unpack_field(from, size, 1, shift, codes);
+}
+
+/* ---- Quantizers ---------------------------------------------------------------------------- */
+
+INLINE vi gather(const void *table, vi index) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_i32gather_epi32((__m512i)index, table, 4);
+#elif defined(__AVX2__)
+    return (vi)_mm256_i32gather_epi32(table, (__m256i)index, 4);
+#else
+    vi out;
+    for (int i = 0; i < LANES; i++) out[i] = ((const int32_t *)table)[index[i]];
+    return out;
+#endif
+}
+
+/* LANES dither words: that of coordinate j is its word rotated until byte j mod 4 is on top. */
+INLINE vu dither_words(const uint8_t *dither, int64_t j) {
+    vu words;
+    for (int i = 0; i < LANES; i++) {
+        uint32_t word;
+        memcpy(&word, dither + j + (i & ~3), 4);
+        words[i] = word;
+    }
+    vu right, left;
+    for (int i = 0; i < LANES; i++) {
+        right[i] = (8 * (i & 3) + 8) & 31;
+        left[i] = (32 - right[i]) & 31;
+    }
+    return (words >> right) | (words << left);
+}
+
+INLINE vi to_integers(vf v) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvttps_epi32((__m512)v);
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvttps_epi32((__m256)v);
+#else
+    return __builtin_convertvector(v, vi);
+#endif
+}
+
+/* Codes of one block; returns its scale. */
+static float quic_fl_encode(const Plan *plan, const float *y, const uint8_t *dither, uint32_t offset,
+                            float *room, uint8_t *codes) {
+    const int64_t size = plan->size;
+    float rms = sqrtf(tree_dot(y, y, size, room) * (1.0f / (float)size));
+    float fitting = from_bits(largest_magnitude(y, size)) * plan->inverse_bound;
+    float scale = rms > fitting ? rms : fitting;
+    float unit = scale > 0 ? (1.0f / scale) * plan->nodes_per_sigma : 0.0f;
+    for (int64_t j = 0; j < size; j += LANES) {
+        vu word = dither_words(dither, j);
+        vu u = (word + 256 * offset) & 0xffff;
+        vu v = ((word >> 16) + 256 * offset) & 0xffff;
+        vi node = (to_integers(load(y + j) * unit) + (vi)u + plan->middle) >> 16;
+        vi code = (gather(plan->positions, node) + (vi)v) >> 16;
+        for (int i = 0; i < LANES; i++) codes[j + i] = (uint8_t)code[i];
+    }
+    return scale;
+}
+
+/* y <- or y += scale * level(code, dither) */
+INLINE void quic_fl_add(const Plan *plan, const uint8_t *codes, const uint8_t *dither,
+                        uint32_t offset, float scale, int initial, uint16_t *index, float *y) {
+    const int64_t size = plan->size;
+    const int shared_bits = plan->shared_bits;
+    for (int64_t j = 0; j < size; j++)
+        index[j] = (uint16_t)((codes[j] << shared_bits) |
+                              ((uint8_t)(dither[j] + offset) >> (8 - shared_bits)));
+    for (int64_t j = 0; j < size; j += LANES) {
+        vi at;
+        for (int i = 0; i < LANES; i++) at[i] = index[j + i];
+        vf value = (vf)gather(plan->levels, at) * scale;
+        if (!initial) value = load(y + j) + value;
+        store(y + j, value);
+    }
+}
+
+static float eden_encode(const Plan *plan, float *y, float *room, float *values, uint8_t *codes) {
+    const int64_t size = plan->size;
+    const int bits = plan->bits;
+    float rms = sqrtf(tree_dot(y, y, size, room) * (1.0f / (float)size));
+    float inverse = rms > 0 ? 1.0f / rms : 0.0f;
+    for (int64_t j = 0; j < size; j++) {
+        float z = y[j] *= inverse;
+        int code = 0; /* the number of boundaries <= z, by bisection */
+        for (int step = 1 << (bits - 1); step; step >>= 1)
+            code += z >= plan->boundaries[code + step - 1] ? step : 0;
+        codes[j] = (uint8_t)code;
+        values[j] = plan->levels[code];
+    }
+    float agreement = tree_dot(y, values, size, room);
+    return rms > 0 ? rms * (tree_dot(y, y, size, room) / agreement) : 0.0f;
+}
+
+static void eden_values(const Plan *plan, const uint8_t *codes, float scale, float *y) {
+    for (int64_t j = 0; j < plan->size; j += LANES) {
+        vi at;
+        for (int i = 0; i < LANES; i++) at[i] = codes[j + i];
+        store(y + j, (vf)gather(plan->levels, at) * scale);
+    }
+}
+
+/* ---- Blocks -------------------------------------------------------------------------------- */
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+/* Scratch of one thread, in bytes; every part is a multiple of 64 for d >= 32. */
+static size_t scratch_bytes(int64_t size) {
+    return (size_t)(4 * size + 4 * size + 4 * size + size + 256 + size + 2 * size);
+}
+
+typedef struct {
+    float *y, *sum, *room;
+    uint32_t *words;
+    uint8_t *codes;
+    uint16_t *index;
+} Scratch;
+
+static Scratch scratch_of(char *memory, int64_t size) {
+    Scratch s;
+    s.y = (float *)memory, memory += 4 * size;
+    s.sum = (float *)memory, memory += 4 * size;
+    s.room = (float *)memory, memory += 4 * size;
+    s.words = (uint32_t *)memory, memory += size + 256;
+    s.codes = (uint8_t *)memory, memory += size;
+    s.index = (uint16_t *)memory;
+    return s;
+}
+
+static void encode_block(const Plan *plan, Scratch s, int64_t first, uint32_t rank, const void *x,
+                         int dtype, int64_t count, float *scale, uint8_t *packed) {
+    const int64_t size = plan->size;
+    read_block(x, dtype, count, size, s.y);
+    uint32_t peak = largest_magnitude(s.y, size);
+    float down, up;
+    powers_of_two(peak, &down, &up);
+    int finite = peak < 0x7f800000;
+    if (!finite) memset(s.y, 0, 4 * size);
+    uint32_t signs_of = plan->quantizer == EDEN ? rank : 0;
+    for (int i = 0; i < plan->rotations; i++) {
+        const uint8_t *signs = draw_signs(plan, i, signs_of, first, s.words);
+        hadamard(s.y, size, signs, i ? 1.0f : down);
+    }
+    if (plan->quantizer == QUIC_FL) {
+        uint32_t offset = (uint32_t)(256 * (int64_t)rank / plan->world_size);
+        const uint8_t *dither = draw_dither(plan, first, s.words);
+        *scale = quic_fl_encode(plan, s.y, dither, offset, s.room, s.codes);
+    } else {
+        *scale = eden_encode(plan, s.y, s.room, s.sum, s.codes);
+    }
+    *scale = finite ? *scale * plan->normalization * up : NAN;
+    pack(s.codes, size, plan->bits, packed);
+}
+
+static void unrotate(const Plan *plan, Scratch s, int64_t first, uint32_t rank, float *y) {
+    const uint8_t *signs = NULL;
+    for (int i = plan->rotations - 1; i >= 0; i--) {
+        hadamard(y, plan->size, signs, 1.0f);
+        signs = draw_signs(plan, i, rank, first, s.words);
+    }
+    for (int64_t j = 0; j < plan->size; j += LANES) store(y + j, apply_signs(load(y + j), signs, j));
+}
+
+/* Row i of scales and packed begins at i * stride bytes. */
+static void decode_block(const Plan *plan, Scratch s, int64_t first, const char *scales,
+                         const char *packed, int64_t stride, void *out, int dtype, int64_t count) {
+    const int64_t size = plan->size;
+    uint32_t peak = 0;
+    for (int64_t rank = 0; rank < plan->world_size; rank++) {
+        uint32_t bits;
+        memcpy(&bits, scales + rank * stride, 4);
+        bits &= 0x7fffffff;
+        if (bits > peak) peak = bits;
+    }
+    float down, up;
+    powers_of_two(peak, &down, &up);
+    if (peak >= 0x7f800000) {
+        for (int64_t j = 0; j < size; j++) s.y[j] = NAN;
+        write_block(s.y, dtype, count, out);
+        return;
+    }
+    const uint8_t *dither =
+        plan->quantizer == QUIC_FL ? draw_dither(plan, first, (uint32_t *)s.room) : NULL;
+    float *total = plan->quantizer == QUIC_FL ? s.y : s.sum;
+    for (int64_t rank = 0; rank < plan->world_size; rank++) {
+        float scale;
+        memcpy(&scale, scales + rank * stride, 4);
+        scale *= down;
+        unpack((const uint8_t *)packed + rank * stride, size, plan->bits, s.codes);
+        if (plan->quantizer == QUIC_FL) {
+            uint32_t offset = (uint32_t)(256 * rank / plan->world_size);
+            quic_fl_add(plan, s.codes, dither, offset, scale, rank == 0, s.index, total);
+        } else {
+            float *y = rank ? s.y : total;
+            eden_values(plan, s.codes, scale, y);
+            unrotate(plan, s, first, (uint32_t)rank, y);
+            if (rank)
+                for (int64_t j = 0; j < size; j += LANES)
+                    store(total + j, load(total + j) + load(y + j));
+        }
+    }
+    if (plan->quantizer == QUIC_FL) unrotate(plan, s, first, 0, total);
+    for (int64_t j = 0; j < size; j += LANES)
+        store(total + j, load(total + j) * plan->normalization * up);
+    write_block(total, dtype, count, out);
+}
+
+/* x: `numel` coordinates of `blocks` blocks, the rest of the last one being zeros. Returns 0, or -1
+ * where no memory was to be had. */
+int EXPORT(rhtcomm_encode)(const Plan *plan, int64_t blocks, int64_t rank, const void *x, int dtype,
+                           int64_t numel, float *scales, uint8_t *packed, int threads) {
+    const int64_t size = plan->size, packed_bytes = size * plan->bits / 8;
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        char *memory = aligned_alloc(64, (scratch_bytes(size) + 63) / 64 * 64);
+        if (!memory) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; block++) {
+            if (!memory) continue;
+            int64_t at = block * size;
+            encode_block(plan, scratch_of(memory, size), plan->first + at, (uint32_t)rank,
+                         (const char *)x + at * bytes_of(dtype), dtype, least(size, numel - at),
+                         scales + block, packed + block * packed_bytes);
+        }
+        free(memory);
+    }
+    return -failed;
+}
+
+/* Payload rows lie `stride` bytes apart. */
+int EXPORT(rhtcomm_decode)(const Plan *plan, int64_t blocks, const char *scales, const char *packed,
+                           int64_t stride, void *out, int dtype, int64_t numel, int threads) {
+    const int64_t size = plan->size, packed_bytes = size * plan->bits / 8;
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        char *memory = aligned_alloc(64, (scratch_bytes(size) + 63) / 64 * 64);
+        if (!memory) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; block++) {
+            if (!memory) continue;
+            int64_t at = block * size;
+            decode_block(plan, scratch_of(memory, size), plan->first + at, scales + 4 * block,
+                         packed + block * packed_bytes, stride,
+                         (char *)out + at * bytes_of(dtype), dtype, least(size, numel - at));
+        }
+        free(memory);
+    }
+    return -failed;
+}
+
+#ifdef DISPATCH
+/* Whether this processor can run a variant. */
+__attribute__((visibility("default"))) int rhtcomm_supports(const char *variant) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!strcmp(variant, "avx512"))
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
+               __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
+    if (!strcmp(variant, "avx2"))
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+               __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma") &&
+               __builtin_cpu_supports("f16c");
+#endif
+    return !strcmp(variant, "baseline");
+}
+#endif

@@ -1,0 +1,101 @@
+"""What the kernels compute, in plain torch: the oracle of all others, on any device.
+
+The arithmetic is part of the wire contract, so that all ranks end with the same bits whatever
+kernels they run:
+
+* A block is multiplied by the power of two 2^(127 - e), e the biased exponent of its largest
+  magnitude clamped to 1 .. 253, so that no finite input overflows or loses bits on the way.
+* Decoding does the same with the largest scale of the ranks, multiplies values by scales, adds them
+  in rank order, undoes the rotation, and then multiplies by d^(-k/2) / K and by 2^(e - 127).
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from rhtcomm.bitpack import pack, unpack
+from rhtcomm.quantizers import Quantizer
+from rhtcomm.randomness import Key
+from rhtcomm.rotation import Blocks, RandomizedHadamard
+
+__all__ = ["decode", "encode"]
+
+# Blocks are worked on in pieces of about this many coordinates, which stay in a core's cache.
+_PIECE = 1 << 17
+
+
+def encode(
+    rotation: RandomizedHadamard,
+    quantizer: Quantizer,
+    x: torch.Tensor,
+    key: Key,
+    blocks: Blocks,
+    rank: int,
+    world_size: int,
+    scales: torch.Tensor,
+    codes: torch.Tensor,
+) -> None:
+    for rows, piece in _pieces(blocks):
+        start = piece.start - blocks.start
+        part = x[start : start + piece.count * piece.size].float()
+        part = torch.nn.functional.pad(part, (0, piece.count * piece.size - part.numel()))
+        part = part.view(piece.count, piece.size)
+        down, up, finite = _powers_of_two(part)
+        part = torch.where(finite[:, None], part * down[:, None], 0.0)
+        signs_of = rank if quantizer.rotation == "one_a_rank" else 0
+        y = rotation.rotate(part, key, piece.start, signs_of)
+        drawn, scale = quantizer.encode(y, key, piece.start, rank, world_size)
+        scale = scale * piece.size ** (-rotation.rotations / 2) * up
+        scales[rows] = torch.where(finite, scale, torch.nan)
+        codes[rows] = pack(drawn, quantizer.bits)
+
+
+def decode(
+    rotation: RandomizedHadamard,
+    quantizer: Quantizer,
+    scales: torch.Tensor,
+    codes: torch.Tensor,
+    key: Key,
+    blocks: Blocks,
+    out: torch.Tensor,
+) -> None:
+    world_size = scales.shape[0]
+    shared = quantizer.rotation == "shared"
+    for rows, piece in _pieces(blocks):
+        down, up, finite = _powers_of_two(scales[:, rows].t())
+        total = None
+        for rank in range(world_size):
+            drawn = unpack(codes[rank, rows], quantizer.bits, piece.size)
+            values = quantizer.decode(drawn, key, piece.start, rank, world_size)
+            values = values * (scales[rank, rows] * down)[:, None]
+            if not shared:
+                values = rotation.unrotate(values, key, piece.start, rank)
+            total = values if total is None else total + values
+        assert total is not None
+        if shared:
+            total = rotation.unrotate(total, key, piece.start)
+        mean = total * (piece.size ** (-rotation.rotations / 2) / world_size) * up[:, None]
+        mean = torch.where(finite[:, None], mean, torch.nan)
+        target = out[piece.start - blocks.start :][: mean.numel()]
+        target.copy_(mean.flatten()[: target.numel()])
+
+
+def _pieces(blocks: Blocks) -> Iterator[tuple[slice, Blocks]]:
+    step = max(1, _PIECE // blocks.size)
+    for row in range(0, blocks.count, step):
+        count = min(step, blocks.count - row)
+        yield (
+            slice(row, row + count),
+            Blocks(blocks.start + row * blocks.size, count, blocks.size),
+        )
+
+
+def _powers_of_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """2^(127 - e), 2^(e - 127) and whether all is finite, of each row of x (B, n) float32.
+
+    e is the biased exponent of the row's largest magnitude, clamped so that both are normal.
+    """
+    peak = (x.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(dim=1)
+    exponent = (peak >> 23).clamp(1, 253)
+    down, up = ((254 - exponent) << 23).view(torch.float32), (exponent << 23).view(torch.float32)
+    return down, up, peak < 0x7F800000

@@ -1,0 +1,60 @@
+"""What a codec asks of a quantizer."""
+
+from typing import ClassVar, Literal, Protocol
+
+import torch
+
+from rhtcomm.randomness import Key
+
+__all__ = ["Quantizer", "root_mean_square", "tree_sum"]
+
+
+class Quantizer(Protocol):
+    """Maps rotated blocks to codes of `bits` bits and one scale a block, and codes back to values.
+
+    `rotation` says what unbiasedness of a mean over ranks needs: with "shared" all ranks rotate by
+    the same signs, sum their values in the rotated domain and undo one rotation; with "one_a_rank"
+    the errors average out only if every rank rotates by signs of its own. `rotations` is the number
+    of transforms that makes the quantizer's promise hold for every input.
+    """
+
+    rotation: ClassVar[Literal["shared", "one_a_rank"]]
+    rotations: ClassVar[int]
+
+    @property
+    def bits(self) -> int: ...
+
+    def encode(
+        self, y: torch.Tensor, key: Key, first: int, rank: int, world_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """y (B, d) float32 -> codes (B, d) uint8 and scale (B,) float32, y ~ scale * decode(codes).
+
+        `first` is the place of y[0, 0] in its bucket, a multiple of 16. All y are finite, and their
+        squares can be summed over a block without overflow; a block of zeros has scale 0.
+        """
+        ...
+
+    def decode(
+        self, codes: torch.Tensor, key: Key, first: int, rank: int, world_size: int
+    ) -> torch.Tensor:
+        """codes (B, d) uint8 -> values (B, d) float32, still to be multiplied by the scale."""
+        ...
+
+
+def tree_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sum of each row, x (B, d) -> (B,): the upper half is added to the lower until one is left.
+
+    A sum whose order is fixed, so that every kernel gets the same bits.
+    """
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        x = x[:, :half] + x[:, half:]
+    return x[:, 0]
+
+
+def root_mean_square(y: torch.Tensor) -> torch.Tensor:
+    """(sum_j y_j^2 / d)^(1/2) of each row, y (B, d) -> (B,)."""
+    mean = tree_sum(y * y) * (1.0 / y.shape[1])
+    # torch's float32 square root on CPU can be off by one unit in the last place; by way of float64
+    # it is rounded correctly, as it is in every other kernel.
+    return mean.double().sqrt().float()

@@ -1,0 +1,160 @@
+"""Counter-based random streams: every rank produces any part of them at any time on any device.
+
+The generator is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
+1, 2, 3", SC 2011). It is a keyed bijection of 128-bit counters, so a stream has no state: ranks
+that hold the same `Key` agree on every random sign and every dither without a message.
+
+    key words      seed, low and high half
+    counter words  (call, bucket, step, stream + 16 hop + 256 rank)
+
+One call yields four 32-bit words. Streams are laid out over the coordinates of a bucket: signs take
+one bit a coordinate (a call serves 128), dither takes one byte (a call serves 16).
+"""
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import cache
+
+import torch
+
+__all__ = ["Key", "Stream", "dither", "philox4x32", "signs", "stratum"]
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_MASK = 0xFFFFFFFF
+
+MAX_RANKS = 1 << 24
+
+
+class Stream(IntEnum):
+    """What a stream is for; streams of different purposes are independent."""
+
+    SIGNS_1 = 0
+    SIGNS_2 = 1
+    SIGNS_3 = 2
+    DITHER = 3
+
+
+@dataclass(frozen=True)
+class Key:
+    """What all ranks share when they compress one bucket in one step.
+
+    Args:
+        seed: of the run, 0 <= seed < 2^64.
+        step: 0 <= step < 2^32; a new step gives new randomness.
+        bucket: 0 <= bucket < 2^32, tells the tensors of one step apart.
+        hop: 0 <= hop < 16, tells the encodings of one tensor apart where it travels in
+            several hops; set by the collectives.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    seed: int
+    step: int = 0
+    bucket: int = 0
+    hop: int = 0
+
+    def __post_init__(self) -> None:
+        for name, width in (("seed", 64), ("step", 32), ("bucket", 32), ("hop", 4)):
+            value = getattr(self, name)
+            if not 0 <= value < 1 << width:
+                raise ValueError(f"Key: {name}={value} must lie in [0, 2^{width})")
+
+    def next_hop(self) -> "Key":
+        """The key for encoding the same tensor once more, independent of this one."""
+        return replace(self, hop=self.hop + 1)
+
+
+def philox4x32(
+    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[int, int]
+) -> torch.Tensor:
+    """Philox4x32-10 of a batch of counters.
+
+    Args:
+        counter: four int64 tensors that broadcast to (n,), each value in [0, 2^32).
+        key: two 32-bit words.
+
+    Returns:
+        (n, 4) int64, each value in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # The 64-bit products wrap into the sign bit, which the masks below drop again.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = ((product1 >> 32) ^ c1 ^ k0) & _MASK
+        c2 = ((product0 >> 32) ^ c3 ^ k1) & _MASK
+        c1, c3 = product1 & _MASK, product0 & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
+
+
+def words(
+    key: Key, stream: Stream, first: int, count: int, rank: int, device: torch.device
+) -> torch.Tensor:
+    """Calls first .. first + count - 1 of a stream: (count, 4) int64 holding 32-bit words."""
+    if first + count > 1 << 32:
+        raise ValueError(f"a stream has 2^32 calls, {first + count} were asked for: use a tensor")
+    if not 0 <= rank < MAX_RANKS:
+        raise ValueError(f"rank={rank} must lie in [0, {MAX_RANKS})")
+
+    def word(value: int) -> torch.Tensor:
+        return torch.tensor(value, dtype=torch.int64, device=device)
+
+    call = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    purpose = word(stream + 16 * key.hop + 256 * rank)
+    return philox4x32(
+        (call, word(key.bucket), word(key.step), purpose), (key.seed & _MASK, key.seed >> 32)
+    )
+
+
+@cache
+def _signs_of_a_byte(device: torch.device) -> torch.Tensor:
+    """(256, 8) float32: row v holds -1 where the bit of v is set, lowest bit first."""
+    byte = torch.arange(256, device=device)[:, None]
+    return 1.0 - 2.0 * ((byte >> torch.arange(8, device=device)) & 1).float()
+
+
+def signs(
+    key: Key, stream: Stream, first: int, count: int, rank: int, device: torch.device
+) -> torch.Tensor:
+    """Random signs of the coordinates first .. first + count - 1: (count,) float32 of +1 and -1.
+
+    Coordinate j takes bit j mod 128 of call j // 128, counted from the lowest bit of the first
+    word; a set bit is a minus. `first` and `count` must be multiples of 8.
+    """
+    call, stop = first // 128, -(-(first + count) // 128)
+    drawn = words(key, stream, call, stop - call, rank, device)
+    octets = drawn.to(torch.int32).view(torch.uint8).flatten()  # little-endian, as all we run on
+    skip = first // 8 - call * 16
+    return _signs_of_a_byte(device)[octets[skip : skip + count // 8].int()].flatten()
+
+
+def stratum(rank: int, world_size: int) -> int:
+    """The dither offset of one rank, in 1/256: rank i of n shifts the shared dither by i/n."""
+    return 256 * rank // world_size
+
+
+def dither(
+    key: Key, first: int, count: int, offset: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two independent uniform 16-bit numbers a coordinate: (u, v), each (count,) int32.
+
+    Coordinate j owns byte j mod 4 of word (j // 4) mod 4 of call j // 16. Rotating that word until
+    the byte is on top gives 32 uniform bits, the upper 16 being v and the lower 16 being u. So a
+    coordinate's u and v are exactly uniform and exactly independent, at the price of one byte;
+    coordinates of one word share their lower bits, which leaves every coordinate's law as it is.
+    `offset` (in 1/256, see `stratum`) is added to both, modulo one. The top byte of v depends on
+    the coordinate's own byte alone: that is all a receiver needs.
+
+    `first` and `count` must be multiples of 16.
+    """
+    drawn = words(key, Stream.DITHER, first // 16, count // 16, 0, device).view(-1, 1)
+    turn = torch.tensor([8, 16, 24, 32], device=device)
+    turned = (drawn >> turn) | (drawn << (32 - turn))
+    u, v = (turned & 0xFFFF).int(), ((turned >> 16) & 0xFFFF).int()
+    if offset:
+        u, v = (u + 256 * offset) & 0xFFFF, (v + 256 * offset) & 0xFFFF
+    return u.flatten(), v.flatten()

@@ -1,0 +1,144 @@
+"""Randomized Hadamard transforms of independent blocks.
+
+A block x in R^d, d a power of two, becomes R_k x = (H D_k) ... (H D_1) x with the orthonormal
+Sylvester-Hadamard matrix H, H[i, j] = d^(-1/2) (-1)^popcount(i & j), and diagonal matrices D_i of
+random signs. After k = 2 each coordinate of sqrt(d) R x / |x| is within O(d^(-1/2)) of N(0, 1) for
+any x; k = 3 also makes the covariance of any two coordinates vanish (arXiv 2605.06014).
+
+The arithmetic is part of the contract, since all ranks must end with the same bits whatever kernel
+they run: butterflies are float32 additions and subtractions in ascending stride order.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from rhtcomm.randomness import Key, Stream, signs
+
+__all__ = ["Blocks", "RandomizedHadamard", "split_into_blocks"]
+
+MAX_BLOCK = 1 << 24
+MIN_TAIL = 256
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """`count` adjacent blocks of `size` coordinates, the first beginning at coordinate `start`."""
+
+    start: int
+    count: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * self.size
+
+    def shifted(self, by: int) -> "Blocks":
+        return replace(self, start=self.start + by)
+
+
+def split_into_blocks(numel: int, block: int) -> tuple[Blocks, ...]:
+    """Cover `numel` coordinates by full blocks and, where some are left, one block for the tail.
+
+    The tail block is the smallest power of two that holds the rest (at least 256, below which the
+    rotated coordinates are too far from Gaussian, or `block` if that is smaller), padded by zeros.
+    It pads fewer than max(block / 2, 256) coordinates.
+    """
+    count, rest = divmod(numel, block)
+    full = (Blocks(0, count, block),) if count else ()
+    if not rest:
+        return full
+    size = min(block, max(MIN_TAIL, 1 << (rest - 1).bit_length()))
+    return (*full, Blocks(count * block, 1, size))
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """Unnormalized Walsh-Hadamard transform of each row: x (B, d) float32 -> (B, d).
+
+    d^(1/2) H x by butterflies (a, b) -> (a + b, a - b) of stride 1, 2, 4, ..., d / 2.
+    """
+    blocks, size = x.shape
+    # Strides below 64 would make torch walk the memory in tiny steps, so they run on a transpose.
+    low = min(size, 64)
+    x = _butterflies(x.reshape(-1, low).t().contiguous(), 1, low)
+    x = x.view(low, -1).t().contiguous().view(blocks, size)
+    return _butterflies(x.view(blocks, size // low, low), blocks, size // low).view(blocks, size)
+
+
+def _butterflies(x: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """Butterflies along the middle axis of x, seen as (batch, length, rest)."""
+    spare = torch.empty_like(x)
+    stride = 1
+    while stride < length:
+        pairs = x.view(batch, length // (2 * stride), 2, -1)
+        out = spare.view(pairs.shape)
+        torch.add(pairs[:, :, 0], pairs[:, :, 1], out=out[:, :, 0])
+        torch.sub(pairs[:, :, 0], pairs[:, :, 1], out=out[:, :, 1])
+        x, spare = spare, x
+        stride *= 2
+    return x
+
+
+@dataclass(frozen=True)
+class RandomizedHadamard:
+    """R_k = (H D_k) ... (H D_1) on independent blocks of a flat tensor.
+
+    Args:
+        rotations: k, 1 to 3.
+        block: d, a power of two from 32 to 2^24.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    rotations: int = 2
+    block: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.rotations not in (1, 2, 3):
+            raise ValueError(f"RandomizedHadamard: rotations={self.rotations} must be 1, 2 or 3")
+        if self.block & (self.block - 1) or not 32 <= self.block <= MAX_BLOCK:
+            raise ValueError(
+                f"RandomizedHadamard: block={self.block} must be a power of two from 32 to 2^24"
+            )
+
+    def forward(self, x: torch.Tensor, key: Key, rank: int = 0) -> torch.Tensor:
+        """R x: (numel,) floating -> (padded numel,) float32, |R x| = |x|."""
+        y = []
+        for part in split_into_blocks(x.numel(), self.block):
+            rows = x[part.start : part.stop].float()
+            rows = torch.nn.functional.pad(rows, (0, part.count * part.size - rows.numel()))
+            rows = rows.view(part.count, part.size)
+            y.append(self.rotate(rows, key, part.start, rank) * part.size ** (-self.rotations / 2))
+        return torch.cat([rows.flatten() for rows in y]) if y else x.float()
+
+    def inverse(self, y: torch.Tensor, key: Key, numel: int, rank: int = 0) -> torch.Tensor:
+        """The x of `forward`: (padded numel,) float32 -> (numel,) float32."""
+        x = []
+        for part in split_into_blocks(numel, self.block):
+            rows = y[part.start : part.stop].view(part.count, part.size)
+            rows = rows * part.size ** (-self.rotations / 2)
+            x.append(self.unrotate(rows, key, part.start, rank))
+        return torch.cat([rows.flatten() for rows in x])[:numel] if x else y.float()
+
+    def rotate(self, x: torch.Tensor, key: Key, first: int, rank: int = 0) -> torch.Tensor:
+        """d^(k/2) R x of whole blocks, no normalization: x (B, d) float32 -> (B, d).
+
+        `first` is the place of x[0, 0] in its bucket, a multiple of 8: it selects the signs.
+        """
+        for stream in self._streams():
+            x = hadamard(x * self._signs(x, stream, key, first, rank))
+        return x
+
+    def unrotate(self, y: torch.Tensor, key: Key, first: int, rank: int = 0) -> torch.Tensor:
+        """d^(k/2) R^T y of whole blocks, so that unrotate(rotate(x)) = d^k x."""
+        for stream in reversed(self._streams()):
+            y = hadamard(y) * self._signs(y, stream, key, first, rank)
+        return y
+
+    def _streams(self) -> tuple[Stream, ...]:
+        return (Stream.SIGNS_1, Stream.SIGNS_2, Stream.SIGNS_3)[: self.rotations]
+
+    @staticmethod
+    def _signs(x: torch.Tensor, stream: Stream, key: Key, first: int, rank: int) -> torch.Tensor:
+        return signs(key, stream, first, x.numel(), rank, x.device).view(x.shape)
