@@ -1,13 +1,14 @@
 # make demo   trains a small model by DDP on 2 ranks, with and without compression, and compares
 # make test   runs all tests
 # make lint   runs the checks that CI and pre-commit run
+# make sanitize   runs the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc)
 # make        lists these
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint sanitize clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -27,6 +28,13 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+sanitize: $(VENV)/.installed
+	$(BIN)/cmake -S . -B build/sanitize -DRHTCOMM_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize
+	RHTCOMM_TEST_LIBRARY=build/sanitize/rhtcomm_cpu.so ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest tests/test_kernels.py -k "not environment"
 
 clean:
 	rm -rf $(VENV) demo-results dist build

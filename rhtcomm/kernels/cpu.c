@@ -33,6 +33,9 @@ typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint64_t vl __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
+/* Single numbers seen as another type of the same width. */
+typedef uint32_t u32 __attribute__((may_alias));
+typedef int32_t i32 __attribute__((may_alias));
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { QUIC_FL, EDEN };
@@ -57,6 +60,8 @@ typedef struct {
     const int32_t *positions; /* QUIC_FL: positions at the nodes */
     const float *boundaries;  /* EDEN: 2^b - 1 */
 } Plan;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* ---- Philox4x32-10 ------------------------------------------------------------------------- */
 
@@ -120,41 +125,54 @@ static const uint8_t *draw_dither(const Plan *plan, int64_t first, uint32_t *roo
 INLINE vf load(const float *p) { return *(const vf *)p; }
 INLINE void store(float *p, vf v) { *(vf *)p = v; }
 
-/* Lanes whose bit is set in the LANES bits of `signs` are negated. */
+/* Lanes whose bit is set in the LANES bits of `signs` from bit j on are negated. */
 INLINE vf apply_signs(vf v, const uint8_t *signs, int64_t j) {
+#if defined(__AVX512F__)
+    __mmask16 minus;
+    memcpy(&minus, signs + j / 8, 2);
+    return (vf)_mm512_mask_xor_epi32((__m512i)v, minus, (__m512i)v, _mm512_set1_epi32(1 << 31));
+#else
     vu bit;
     for (int i = 0; i < LANES; i++) bit[i] = 1u << i;
-    uint32_t word;
-    if (LANES == 16) {
-        uint16_t half;
-        memcpy(&half, signs + j / 8, 2);
-        word = half;
-    } else {
-        word = signs[j / 8] >> (j % 8);
-    }
-    vu set = (vu)((((vu){0} + word) & bit) != 0);
+    vu set = (vu)((((vu){0} + (uint32_t)(signs[j / 8] >> (j % 8))) & bit) != 0);
     return (vf)((vu)v ^ (set & 0x80000000u));
+#endif
 }
 
-#if defined(__GNUC__) && !defined(__clang__)
-#define SHUFFLE(v, index) __builtin_shuffle(v, index)
+/* Lane i takes the value of lane i ^ stride. */
+INLINE vf swap_lanes(vf v, const int stride) {
+#if defined(__AVX512F__)
+    switch (stride) {
+    case 1: return (vf)_mm512_permute_ps((__m512)v, 0xB1);
+    case 2: return (vf)_mm512_permute_ps((__m512)v, 0x4E);
+    case 4: return (vf)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0xB1);
+    default: return (vf)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0x4E);
+    }
+#elif defined(__AVX2__)
+    switch (stride) {
+    case 1: return (vf)_mm256_permute_ps((__m256)v, 0xB1);
+    case 2: return (vf)_mm256_permute_ps((__m256)v, 0x4E);
+    default: return (vf)_mm256_permute2f128_ps((__m256)v, (__m256)v, 0x01);
+    }
 #else
-INLINE vf SHUFFLE(vf v, vi index) {
     vf out;
-    for (int i = 0; i < LANES; i++) out[i] = v[index[i]];
+    for (int i = 0; i < LANES; i++) out[i] = v[i ^ stride];
     return out;
-}
 #endif
+}
 
 /* Butterflies between the lanes of one vector: (a, b) -> (a + b, a - b), lanes `stride` apart. */
 INLINE vf lane_stage(vf v, const int stride) {
-    vi swap;
-    vu minus;
-    for (int i = 0; i < LANES; i++) {
-        swap[i] = i ^ stride;
-        minus[i] = (i & stride) ? 0x80000000u : 0;
-    }
-    return SHUFFLE(v, swap) + (vf)((vu)v ^ minus);
+    vf sign;
+    for (int i = 0; i < LANES; i++) sign[i] = (i & stride) ? -1.0f : 1.0f;
+    /* A multiplication by one is exact, so fusing it rounds like the plain addition. */
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)v, (__m512)sign, (__m512)swap_lanes(v, stride));
+#elif defined(__AVX2__)
+    return (vf)_mm256_fmadd_ps((__m256)v, (__m256)sign, (__m256)swap_lanes(v, stride));
+#else
+    return swap_lanes(v, stride) + v * sign;
+#endif
 }
 
 INLINE vf lane_stages(vf v) {
@@ -244,15 +262,12 @@ static float tree_dot(const float *a, const float *b, int64_t size, float *room)
 }
 
 static uint32_t largest_magnitude(const float *y, int64_t size) {
-    vi peak = {0};
-    for (int64_t j = 0; j < size; j += LANES) {
-        vi magnitude = *(const vi *)(y + j) & 0x7fffffff;
-        vi larger = magnitude > peak;
-        peak = (magnitude & larger) | (peak & ~larger);
-    }
+    const i32 *bits = (const i32 *)y;
     int32_t largest = 0;
-    for (int i = 0; i < LANES; i++)
-        if (peak[i] > largest) largest = peak[i];
+    for (int64_t j = 0; j < size; j++) {
+        int32_t magnitude = bits[j] & 0x7fffffff;
+        largest = magnitude > largest ? magnitude : largest;
+    }
     return (uint32_t)largest;
 }
 
@@ -284,7 +299,7 @@ static void read_block(const void *x, int dtype, int64_t count, int64_t size, fl
         memcpy(y, x, 4 * count);
     } else if (dtype == BFLOAT16) {
         const uint16_t *from = x;
-        for (int64_t j = 0; j < count; j++) ((uint32_t *)y)[j] = (uint32_t)from[j] << 16;
+        for (int64_t j = 0; j < count; j++) ((u32 *)y)[j] = (uint32_t)from[j] << 16;
     } else {
         const _Float16 *from = x;
         for (int64_t j = 0; j < count; j++) y[j] = (float)from[j];
@@ -297,7 +312,7 @@ static void write_block(const float *y, int dtype, int64_t count, void *x) {
         memcpy(x, y, 4 * count);
     } else if (dtype == BFLOAT16) {
         uint16_t *to = x;
-        const uint32_t *bits = (const uint32_t *)y;
+        const u32 *bits = (const u32 *)y;
         for (int64_t j = 0; j < count; j++) { /* to nearest, ties to even; a NaN stays one */
             uint32_t rounded = (bits[j] + 0x7fff + ((bits[j] >> 16) & 1)) >> 16;
             to[j] = (bits[j] & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
@@ -357,32 +372,38 @@ static void unpack(const uint8_t *from, int64_t size, int bits, uint8_t *codes) 
 
 /* ---- Quantizers ---------------------------------------------------------------------------- */
 
-INLINE vi gather(const void *table, vi index) {
-#if defined(__AVX512F__)
-    return (vi)_mm512_i32gather_epi32((__m512i)index, table, 4);
-#elif defined(__AVX2__)
-    return (vi)_mm256_i32gather_epi32(table, (__m256i)index, 4);
-#else
-    vi out;
-    for (int i = 0; i < LANES; i++) out[i] = ((const int32_t *)table)[index[i]];
-    return out;
+/* index[j] <- table[index[j]]. One load at a time beats the gather instructions. */
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("no-tree-vectorize")))
 #endif
+static void look_up(const u32 *table, u32 *index, int64_t size) {
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < size; j++) index[j] = table[index[j]];
 }
 
 /* LANES dither words: that of coordinate j is its word rotated until byte j mod 4 is on top. */
 INLINE vu dither_words(const uint8_t *dither, int64_t j) {
-    vu words;
+#if defined(__AVX2__)
+    uint8_t from __attribute__((vector_size(4 * LANES))); /* byte i % 4 of coordinate i / 4 */
+    for (int i = 0; i < 4 * LANES; i++) from[i] = (uint8_t)(i / 16 * 4 + (i / 4 + 1 + i) % 4);
+#if defined(__AVX512F__)
+    __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(dither + j)));
+    return (vu)_mm512_shuffle_epi8(words, (__m512i)from);
+#else
+    __m256i words = _mm256_broadcastsi128_si256(_mm_loadl_epi64((const __m128i *)(dither + j)));
+    return (vu)_mm256_shuffle_epi8(words, (__m256i)from);
+#endif
+#else
+    vu words, right, left;
     for (int i = 0; i < LANES; i++) {
         uint32_t word;
         memcpy(&word, dither + j + (i & ~3), 4);
         words[i] = word;
-    }
-    vu right, left;
-    for (int i = 0; i < LANES; i++) {
         right[i] = (8 * (i & 3) + 8) & 31;
         left[i] = (32 - right[i]) & 31;
     }
     return (words >> right) | (words << left);
+#endif
 }
 
 INLINE vi to_integers(vf v) {
@@ -395,39 +416,53 @@ INLINE vi to_integers(vf v) {
 #endif
 }
 
-/* Codes of one block; returns its scale. */
+/* Table look-ups go by pieces of a block, which leave its other arrays in the first-level cache. */
+enum { PIECE = 512 };
+
+/* Codes of one block; returns its scale. `room` is scratch of d / 2 numbers. */
 static float quic_fl_encode(const Plan *plan, const float *y, const uint8_t *dither, uint32_t offset,
                             float *room, uint8_t *codes) {
-    const int64_t size = plan->size;
+    const int64_t size = plan->size, piece = least(size, PIECE);
+    const uint32_t shift = offset * 0x01000100u; /* moves u and v, the two halves of a word */
     float rms = sqrtf(tree_dot(y, y, size, room) * (1.0f / (float)size));
     float fitting = from_bits(largest_magnitude(y, size)) * plan->inverse_bound;
     float scale = rms > fitting ? rms : fitting;
     float unit = scale > 0 ? (1.0f / scale) * plan->nodes_per_sigma : 0.0f;
-    for (int64_t j = 0; j < size; j += LANES) {
-        vu word = dither_words(dither, j);
-        vu u = (word + 256 * offset) & 0xffff;
-        vu v = ((word >> 16) + 256 * offset) & 0xffff;
-        vi node = (to_integers(load(y + j) * unit) + (vi)u + plan->middle) >> 16;
-        vi code = (gather(plan->positions, node) + (vi)v) >> 16;
-        for (int i = 0; i < LANES; i++) codes[j + i] = (uint8_t)code[i];
+    i32 work[PIECE];
+    for (int64_t base = 0; base < size; base += piece) {
+        for (int64_t j = 0; j < piece; j += LANES) {
+            vi u = (vi)((dither_words(dither, base + j) + shift) & 0xffff);
+            vi z = to_integers(load(y + base + j) * unit);
+            *(vi *)(work + j) = (z + (u + plan->middle)) >> 16; /* the node */
+        }
+        look_up((const u32 *)plan->positions, (u32 *)work, piece);
+        for (int64_t j = 0; j < piece; j += LANES) {
+            vi v = (vi)(((dither_words(dither, base + j) >> 16) + (shift & 0xffff)) & 0xffff);
+            *(vi *)(work + j) = (*(const vi *)(work + j) + v) >> 16;
+        }
+        for (int64_t j = 0; j < piece; j++) codes[base + j] = (uint8_t)work[j];
     }
     return scale;
 }
 
 /* y <- or y += scale * level(code, dither) */
-INLINE void quic_fl_add(const Plan *plan, const uint8_t *codes, const uint8_t *dither,
-                        uint32_t offset, float scale, int initial, uint16_t *index, float *y) {
-    const int64_t size = plan->size;
+static void quic_fl_add(const Plan *plan, const uint8_t *codes, const uint8_t *dither,
+                        uint32_t offset, float scale, int initial, float *y) {
+    const int64_t size = plan->size, piece = least(size, PIECE);
     const int shared_bits = plan->shared_bits;
-    for (int64_t j = 0; j < size; j++)
-        index[j] = (uint16_t)((codes[j] << shared_bits) |
-                              ((uint8_t)(dither[j] + offset) >> (8 - shared_bits)));
-    for (int64_t j = 0; j < size; j += LANES) {
-        vi at;
-        for (int i = 0; i < LANES; i++) at[i] = index[j + i];
-        vf value = (vf)gather(plan->levels, at) * scale;
-        if (!initial) value = load(y + j) + value;
-        store(y + j, value);
+    u32 work[PIECE];
+    const float *values = (const float *)work;
+    for (int64_t base = 0; base < size; base += piece, y += piece) {
+        for (int64_t j = 0; j < piece; j++) {
+            uint8_t v = (uint8_t)(dither[base + j] + offset);
+            work[j] = ((uint32_t)codes[base + j] << shared_bits) | (v >> (8 - shared_bits));
+        }
+        look_up((const u32 *)plan->levels, work, piece);
+        if (initial)
+            for (int64_t j = 0; j < piece; j += LANES) store(y + j, load(values + j) * scale);
+        else
+            for (int64_t j = 0; j < piece; j += LANES)
+                store(y + j, load(y + j) + load(values + j) * scale);
     }
 }
 
@@ -449,39 +484,37 @@ static float eden_encode(const Plan *plan, float *y, float *room, float *values,
 }
 
 static void eden_values(const Plan *plan, const uint8_t *codes, float scale, float *y) {
-    for (int64_t j = 0; j < plan->size; j += LANES) {
-        vi at;
-        for (int i = 0; i < LANES; i++) at[i] = codes[j + i];
-        store(y + j, (vf)gather(plan->levels, at) * scale);
-    }
+    for (int64_t j = 0; j < plan->size; j++) y[j] = plan->levels[codes[j]] * scale;
 }
 
 /* ---- Blocks -------------------------------------------------------------------------------- */
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 static int64_t bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
-/* Scratch of one thread, in bytes; every part is a multiple of 64 for d >= 32. */
-static size_t scratch_bytes(int64_t size) {
-    return (size_t)(4 * size + 4 * size + 4 * size + size + 256 + size + 2 * size);
-}
-
+/* Scratch of one thread; every part but the last is a multiple of 64 bytes, as d >= 32. */
 typedef struct {
     float *y, *sum, *room;
-    uint32_t *words;
     uint8_t *codes;
-    uint16_t *index;
+    uint32_t *dither, *signs;
 } Scratch;
+
+enum { PHILOX_OVERRUN = 128 };
+
+static size_t scratch_bytes(int64_t size) {
+    size_t bytes = (size_t)size * (3 * sizeof(float) + 1);
+    bytes += (size_t)size + PHILOX_OVERRUN;            /* dither */
+    bytes += (size_t)size / 8 + 2 * PHILOX_OVERRUN;    /* signs */
+    return (bytes + 63) / 64 * 64;
+}
 
 static Scratch scratch_of(char *memory, int64_t size) {
     Scratch s;
     s.y = (float *)memory, memory += 4 * size;
     s.sum = (float *)memory, memory += 4 * size;
     s.room = (float *)memory, memory += 4 * size;
-    s.words = (uint32_t *)memory, memory += size + 256;
+    s.dither = (uint32_t *)memory, memory += size + PHILOX_OVERRUN;
     s.codes = (uint8_t *)memory, memory += size;
-    s.index = (uint16_t *)memory;
+    s.signs = (uint32_t *)memory;
     return s;
 }
 
@@ -489,6 +522,8 @@ static void encode_block(const Plan *plan, Scratch s, int64_t first, uint32_t ra
                          int dtype, int64_t count, float *scale, uint8_t *packed) {
     const int64_t size = plan->size;
     read_block(x, dtype, count, size, s.y);
+    for (int64_t at = 0; at < size * bytes_of(dtype); at += 64) /* the next block */
+        __builtin_prefetch((const char *)x + size * bytes_of(dtype) + at, 0, 2);
     uint32_t peak = largest_magnitude(s.y, size);
     float down, up;
     powers_of_two(peak, &down, &up);
@@ -496,12 +531,12 @@ static void encode_block(const Plan *plan, Scratch s, int64_t first, uint32_t ra
     if (!finite) memset(s.y, 0, 4 * size);
     uint32_t signs_of = plan->quantizer == EDEN ? rank : 0;
     for (int i = 0; i < plan->rotations; i++) {
-        const uint8_t *signs = draw_signs(plan, i, signs_of, first, s.words);
+        const uint8_t *signs = draw_signs(plan, i, signs_of, first, s.signs);
         hadamard(s.y, size, signs, i ? 1.0f : down);
     }
     if (plan->quantizer == QUIC_FL) {
         uint32_t offset = (uint32_t)(256 * (int64_t)rank / plan->world_size);
-        const uint8_t *dither = draw_dither(plan, first, s.words);
+        const uint8_t *dither = draw_dither(plan, first, s.dither);
         *scale = quic_fl_encode(plan, s.y, dither, offset, s.room, s.codes);
     } else {
         *scale = eden_encode(plan, s.y, s.room, s.sum, s.codes);
@@ -510,19 +545,22 @@ static void encode_block(const Plan *plan, Scratch s, int64_t first, uint32_t ra
     pack(s.codes, size, plan->bits, packed);
 }
 
-static void unrotate(const Plan *plan, Scratch s, int64_t first, uint32_t rank, float *y) {
+/* y <- d^(k/2) R^T y but for the signs that come last, which are returned. */
+static const uint8_t *unrotate(const Plan *plan, Scratch s, int64_t first, uint32_t rank, float *y) {
     const uint8_t *signs = NULL;
     for (int i = plan->rotations - 1; i >= 0; i--) {
         hadamard(y, plan->size, signs, 1.0f);
-        signs = draw_signs(plan, i, rank, first, s.words);
+        signs = draw_signs(plan, i, rank, first, s.signs);
     }
-    for (int64_t j = 0; j < plan->size; j += LANES) store(y + j, apply_signs(load(y + j), signs, j));
+    return signs;
 }
 
 /* Row i of scales and packed begins at i * stride bytes. */
 static void decode_block(const Plan *plan, Scratch s, int64_t first, const char *scales,
                          const char *packed, int64_t stride, void *out, int dtype, int64_t count) {
     const int64_t size = plan->size;
+    for (int64_t at = 0; at < size * bytes_of(dtype); at += 64)
+        __builtin_prefetch((char *)out + at, 1, 2);
     uint32_t peak = 0;
     for (int64_t rank = 0; rank < plan->world_size; rank++) {
         uint32_t bits;
@@ -538,8 +576,7 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
         return;
     }
     const uint8_t *dither =
-        plan->quantizer == QUIC_FL ? draw_dither(plan, first, (uint32_t *)s.room) : NULL;
-    float *total = plan->quantizer == QUIC_FL ? s.y : s.sum;
+        plan->quantizer == QUIC_FL ? draw_dither(plan, first, s.dither) : NULL;
     for (int64_t rank = 0; rank < plan->world_size; rank++) {
         float scale;
         memcpy(&scale, scales + rank * stride, 4);
@@ -547,20 +584,26 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
         unpack((const uint8_t *)packed + rank * stride, size, plan->bits, s.codes);
         if (plan->quantizer == QUIC_FL) {
             uint32_t offset = (uint32_t)(256 * rank / plan->world_size);
-            quic_fl_add(plan, s.codes, dither, offset, scale, rank == 0, s.index, total);
+            quic_fl_add(plan, s.codes, dither, offset, scale, rank == 0, s.y);
         } else {
-            float *y = rank ? s.y : total;
-            eden_values(plan, s.codes, scale, y);
-            unrotate(plan, s, first, (uint32_t)rank, y);
-            if (rank)
-                for (int64_t j = 0; j < size; j += LANES)
-                    store(total + j, load(total + j) + load(y + j));
+            eden_values(plan, s.codes, scale, s.y);
+            const uint8_t *signs = unrotate(plan, s, first, (uint32_t)rank, s.y);
+            for (int64_t j = 0; j < size; j += LANES) {
+                vf value = apply_signs(load(s.y + j), signs, j);
+                if (rank) value = load(s.sum + j) + value;
+                store(s.sum + j, value);
+            }
         }
     }
-    if (plan->quantizer == QUIC_FL) unrotate(plan, s, first, 0, total);
-    for (int64_t j = 0; j < size; j += LANES)
-        store(total + j, load(total + j) * plan->normalization * up);
-    write_block(total, dtype, count, out);
+    if (plan->quantizer == QUIC_FL) {
+        const uint8_t *signs = unrotate(plan, s, first, 0, s.y);
+        for (int64_t j = 0; j < size; j += LANES)
+            store(s.y + j, apply_signs(load(s.y + j), signs, j) * plan->normalization * up);
+    } else {
+        for (int64_t j = 0; j < size; j += LANES)
+            store(s.y + j, load(s.sum + j) * plan->normalization * up);
+    }
+    write_block(s.y, dtype, count, out);
 }
 
 /* x: `numel` coordinates of `blocks` blocks, the rest of the last one being zeros. Returns 0, or -1
@@ -571,7 +614,7 @@ int EXPORT(rhtcomm_encode)(const Plan *plan, int64_t blocks, int64_t rank, const
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        char *memory = aligned_alloc(64, (scratch_bytes(size) + 63) / 64 * 64);
+        char *memory = aligned_alloc(64, scratch_bytes(size));
         if (!memory) {
 #pragma omp atomic write
             failed = 1;
@@ -596,7 +639,7 @@ int EXPORT(rhtcomm_decode)(const Plan *plan, int64_t blocks, const char *scales,
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        char *memory = aligned_alloc(64, (scratch_bytes(size) + 63) / 64 * 64);
+        char *memory = aligned_alloc(64, scratch_bytes(size));
         if (!memory) {
 #pragma omp atomic write
             failed = 1;

@@ -1,0 +1,214 @@
+"""Time of the codec's kernels as a ratio to `copy_` of the same float32 bucket, in the same run.
+
+    python benchmarks/kernels.py                     the table of README.md
+    python benchmarks/kernels.py --hook              the whole hook against Gloo's all_reduce
+
+Correctness first: a row is printed only after encode and decode gave, on the whole bucket, the bits
+of the torch reference. Contestants are interleaved, so that a noisy machine disturbs all alike.
+"""
+
+import argparse
+import functools
+import platform
+import socket
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tqdm import tqdm
+
+import rhtcomm
+import rhtcomm.codec
+from rhtcomm.kernels import Kernel, kernel_for, reference
+
+KEY = rhtcomm.Key(seed=1)
+
+
+def quantiles(seconds: list[float]) -> tuple[float, float, float]:
+    """The 10%, 50% and 90% quantiles."""
+    tenths = statistics.quantiles(seconds, n=10)
+    return tenths[0], statistics.median(seconds), tenths[-1]
+
+
+def interleave(
+    contestants: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, tuple[float, float, float]]:
+    """Quantiles of the time of each, taken in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for contestant in contestants.values():
+        contestant()
+    for _ in tqdm(range(rounds), leave=False, disable=None):
+        for name, contestant in contestants.items():
+            start = time.perf_counter()
+            contestant()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: quantiles(values) for name, values in seconds.items()}
+
+
+def with_kernel(kernel: Kernel, action: Callable[[], torch.Tensor]) -> torch.Tensor:
+    chosen = rhtcomm.codec.kernel_for
+    rhtcomm.codec.kernel_for = lambda device, quantizer: kernel  # type: ignore[assignment]
+    try:
+        return action()
+    finally:
+        rhtcomm.codec.kernel_for = chosen
+
+
+class Case:
+    """One codec on one bucket: encode, and decode of K payloads."""
+
+    def __init__(self, x: torch.Tensor, bits: int, rotations: int) -> None:
+        self.x, self.out = x, torch.empty_like(x)
+        self.codec = rhtcomm.Codec(rhtcomm.QuicFL(bits), rotations)
+
+    def encode(self, rank: int = 0, world_size: int = 1) -> torch.Tensor:
+        return self.codec.encode(self.x, KEY, rank, world_size)
+
+    def payloads(self, world_size: int) -> torch.Tensor:
+        return torch.stack([self.encode(rank, world_size) for rank in range(world_size)])
+
+    def decode(self, payloads: torch.Tensor) -> torch.Tensor:
+        return self.codec.decode_mean(payloads, KEY, self.x.numel(), out=self.out)
+
+    def check(self, world_size: int) -> None:
+        """Raise unless the kernel in use gives the bits of the reference."""
+        payloads = self.payloads(world_size)
+        mean = self.decode(payloads).clone()
+        if not torch.equal(payloads[0], with_kernel(reference, lambda: self.encode(0, world_size))):
+            raise AssertionError(f"encode differs from the reference: {self.codec}")
+        if not torch.equal(mean, with_kernel(reference, lambda: self.decode(payloads))):
+            raise AssertionError(f"decode differs from the reference: {self.codec}")
+
+
+def kernel_table(mebibytes: float, threads: int, rounds: int, quick: bool) -> None:
+    torch.set_num_threads(threads)
+    x = torch.randn(int(mebibytes * 2**18), generator=torch.Generator().manual_seed(0))
+    copy = torch.empty_like(x)
+    contestants: dict[str, Callable[[], object]] = {"copy_": lambda: copy.copy_(x)}
+    for rotations in (1, 2):
+        for bits in (4,) if quick else (1, 2, 4, 8):
+            case = Case(x, bits, rotations)
+            contestants[f"encode, k = {rotations}, b = {bits}"] = case.encode
+            for world_size in (1, 2) if quick else (1, 2, 8):
+                case.check(world_size)
+                payloads = case.payloads(world_size)
+                name = f"decode K = {world_size}, k = {rotations}, b = {bits}"
+                contestants[name] = functools.partial(case.decode, payloads)
+    warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # deprecated
+    contestants["bf16 cast round trip"] = lambda: copy.copy_(x.bfloat16())
+    contestants["torch.quantize_per_tensor round trip"] = lambda: torch.quantize_per_tensor(
+        x, 0.05, 128, torch.quint8
+    ).dequantize()
+    times = interleave(contestants, rounds)
+    slow = Case(x, 4, 2)
+    slow_payloads = slow.payloads(1)
+    times |= interleave(
+        {
+            "reference encode, k = 2, b = 4": lambda: with_kernel(reference, slow.encode),
+            "reference decode K = 1, k = 2, b = 4": lambda: with_kernel(
+                reference, lambda: slow.decode(slow_payloads)
+            ),
+        },
+        3,
+    )
+    floor = times["copy_"][1]
+    print(f"\n{mebibytes:g} MiB of float32, {threads} thread(s), {rounds} rounds\n")
+    print("| | median, ms | 10% .. 90%, ms | GB/s of input | ratio to copy_ |")
+    print("|---|---:|---:|---:|---:|")
+    for name, (low, median, high) in times.items():
+        print(
+            f"| {name} | {1e3 * median:.2f} | {1e3 * low:.2f} .. {1e3 * high:.2f} "
+            f"| {4e-9 * x.numel() / median:.2f} | {median / floor:.2f} |"
+        )
+    parts = ("encode, k = 2, b = 4", "decode K = 1, k = 2, b = 4")
+    factor = sum(times[f"reference {part}"][1] for part in parts) / sum(
+        times[part][1] for part in parts
+    )
+    print(f"\nEncode plus decode, k = 2, b = 4: {factor:.0f} times faster than the reference.")
+
+
+def hook_rank(rank: int, port: int, mebibytes: float, rounds: int) -> None:
+    """The exchange of one bucket between 2 ranks on loopback, as the hook makes it."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
+    communicator = rhtcomm.TorchCommunicator()
+    x = torch.randn(int(mebibytes * 2**18), generator=torch.Generator().manual_seed(rank))
+    mean = x.clone()
+    dist.all_reduce(mean)
+    mean /= 2
+    raw = x.clone()
+    contestants: dict[str, Callable[[], object]] = {
+        "float32 all_reduce (Gloo)": lambda: dist.all_reduce(raw),
+    }
+    for bits in (2, 4, 8):
+        codec = rhtcomm.Codec(rhtcomm.QuicFL(bits), rotations=2)
+        y = x.clone()
+        rhtcomm.all_reduce(y, codec, KEY, communicator)
+        error = ((y - mean).square().sum() / mean.square().sum()).item()
+        bound = 0.5 * 4.0 ** (2 - bits)
+        if not error < bound:
+            raise AssertionError(f"the mean at {bits} bits is off: NMSE {error}")
+        contestants[f"rhtcomm, b = {bits}"] = functools.partial(
+            rhtcomm.all_reduce, y, codec, KEY, communicator, check=False
+        )
+    times = interleave(contestants, rounds)
+    if rank == 0:
+        floor = times["float32 all_reduce (Gloo)"][1]
+        print(f"\n{mebibytes:g} MiB of float32, 2 ranks on loopback, 1 thread each\n")
+        print("| | median, ms | 10% .. 90%, ms | ratio to float32 |\n|---|---:|---:|---:|")
+        for name, (low, median, high) in times.items():
+            print(
+                f"| {name} | {1e3 * median:.2f} | {1e3 * low:.2f} .. {1e3 * high:.2f} "
+                f"| {median / floor:.2f} |"
+            )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def machine() -> str:
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    kernel = kernel_for(torch.device("cpu"), rhtcomm.QuicFL(4))
+    return (
+        f"{name}, {torch.get_num_threads()} threads by default; torch {torch.__version__}, Python "
+        f"{platform.python_version()}; kernels: {getattr(kernel, 'variant', 'reference')}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mebibytes", type=float, default=25)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--quick", action="store_true", help="b = 4 and K = 1, 2 only")
+    parser.add_argument("--hook", action="store_true", help="the whole exchange on loopback")
+    arguments = parser.parse_args()
+    print(machine())
+    if arguments.hook:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        mp.spawn(hook_rank, (port, arguments.mebibytes, arguments.rounds), nprocs=2)
+        return
+    for threads in arguments.threads:
+        kernel_table(arguments.mebibytes, threads, arguments.rounds, arguments.quick)
+
+
+if __name__ == "__main__":
+    main()
