@@ -118,6 +118,7 @@ class Codec:
         if x.dim() != 1:
             raise ValueError(f"Codec.encode: x has shape {tuple(x.shape)}; flatten it first")
         self._check_place(rank, world_size, first)
+        x = x.detach()
         payload = torch.empty(self.nbytes(x.numel()), dtype=torch.uint8, device=x.device)
         header = self._header(key, rank, world_size, first, x.numel())
         payload[:HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
@@ -158,6 +159,7 @@ class Codec:
 
         Raises:
             PayloadError: a payload has the wrong length, version, configuration, key or place.
+            ValueError: out has another shape, dtype or layout.
         """
         length = self.nbytes(numel)
         if payloads.dtype != torch.uint8 or payloads.dim() != 2 or payloads.shape[1] != length:
@@ -170,10 +172,16 @@ class Codec:
         self._check_place(0, world_size, first)
         self._check_headers(payloads, key, first, numel)
         payloads = payloads.contiguous()
+        if payloads.data_ptr() % 4:  # the scales are read as float32 where they lie
+            payloads = payloads.clone()
         if out is None:
             out = torch.empty(numel, dtype=torch.float32, device=payloads.device)
-        elif out.shape != (numel,):
-            raise ValueError(f"Codec.decode_mean: out has shape {tuple(out.shape)}, not ({numel},)")
+        elif out.shape != (numel,) or out.dtype not in DTYPES or not out.is_contiguous():
+            layout = "contiguous" if out.is_contiguous() else "strided"
+            raise ValueError(
+                f"Codec.decode_mean: out is {layout} {out.dtype} of shape {tuple(out.shape)}; it "
+                f"must be contiguous float32, bfloat16 or float16 of shape ({numel},)"
+            )
         kernel = kernel_for(payloads.device, self.quantizer)
         for blocks, scales, codes in self._sections(payloads, numel):
             kernel.decode(

@@ -60,13 +60,14 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     blocks, size = x.shape
     # Strides below 64 would make torch walk the memory in tiny steps, so they run on a transpose.
     low = min(size, 64)
-    x = _butterflies(x.reshape(-1, low).t().contiguous(), 1, low)
-    x = x.view(low, -1).t().contiguous().view(blocks, size)
+    columns = x.reshape(-1, low).t().clone(memory_format=torch.contiguous_format)
+    columns = _butterflies(columns, 1, low).view(low, -1)
+    x = columns.t().clone(memory_format=torch.contiguous_format)
     return _butterflies(x.view(blocks, size // low, low), blocks, size // low).view(blocks, size)
 
 
 def _butterflies(x: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-    """Butterflies along the middle axis of x, seen as (batch, length, rest)."""
+    """Butterflies along the middle axis of x, seen as (batch, length, rest); overwrites x."""
     spare = torch.empty_like(x)
     stride = 1
     while stride < length:

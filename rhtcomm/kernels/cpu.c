@@ -5,10 +5,11 @@
  * divisions and square roots, each rounded once (-ffp-contract=off), in an order that does not depend
  * on the vector width, or integer. A block and its scratch stay in the first-level cache.
  */
+#include <float.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <math.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -541,7 +542,7 @@ static void encode_block(const Plan *plan, Scratch s, int64_t first, uint32_t ra
     } else {
         *scale = eden_encode(plan, s.y, s.room, s.sum, s.codes);
     }
-    *scale = finite ? *scale * plan->normalization * up : NAN;
+    *scale = finite ? fminf(*scale * plan->normalization * up, FLT_MAX) : NAN;
     pack(s.codes, size, plan->bits, packed);
 }
 

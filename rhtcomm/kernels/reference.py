@@ -46,6 +46,7 @@ def encode(
         y = rotation.rotate(part, key, piece.start, signs_of)
         drawn, scale = quantizer.encode(y, key, piece.start, rank, world_size)
         scale = scale * piece.size ** (-rotation.rotations / 2) * up
+        scale = scale.clamp(max=torch.finfo(torch.float32).max)  # Eden's can exceed it
         scales[rows] = torch.where(finite, scale, torch.nan)
         codes[rows] = pack(drawn, quantizer.bits)
 

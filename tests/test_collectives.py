@@ -1,0 +1,487 @@
+"""rhtcomm.all_reduce in real processes, against the collectives written out in one process."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from harness import Ranks
+
+import rhtcomm
+from rhtcomm import Codec, DisagreementError, Eden, Key, QuicFL
+from rhtcomm.collectives import Algorithm, check_agreement, choose_algorithm
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+QUANTIZERS = (QuicFL, Eden)
+ALGORITHMS: tuple[Algorithm, ...] = ("all_gather", "two_shot")
+KEY = Key(seed=11, step=5, bucket=2)
+BLOCK = 256
+CODEC = Codec(QuicFL(4), block=BLOCK)
+
+
+def data(rank: int, numel: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """(numel,) numbers of widely different sizes, other ones on every rank."""
+    random = torch.Generator().manual_seed(1000 + rank)
+    x = torch.randn(numel, generator=random) * torch.randn(numel, generator=random).exp()
+    return ((rank + 1) * x).to(dtype)
+
+
+# ---- The collectives, written out -------------------------------------------------------------
+
+
+def all_gather_mean(inputs: list[torch.Tensor], codec: Codec, key: Key) -> torch.Tensor:
+    """Everyone decodes what everyone encoded."""
+    world_size = len(inputs)
+    payloads = [codec.encode(x, key, rank, world_size) for rank, x in enumerate(inputs)]
+    return codec.decode_mean(torch.stack(payloads), key, inputs[0].numel())
+
+
+def two_shot_mean(inputs: list[torch.Tensor], codec: Codec, key: Key) -> torch.Tensor:
+    """Rank r averages blocks B r / n .. B (r + 1) / n of all ranks, and encodes that again."""
+    world_size, numel = len(inputs), inputs[0].numel()
+    blocks = -(-numel // codec.block)
+    second_key = Key(key.seed, key.step, key.bucket, hop=1)
+    result = torch.full((numel,), torch.nan)
+    for owner in range(world_size):
+        start = blocks * owner // world_size * codec.block
+        stop = min(blocks * (owner + 1) // world_size * codec.block, numel)
+        payloads = [
+            codec.encode(x[start:stop], key, rank, world_size, first=start)
+            for rank, x in enumerate(inputs)
+        ]
+        mean = codec.decode_mean(torch.stack(payloads), key, stop - start, first=start)
+        again = codec.encode(mean, second_key, first=start)
+        result[start:stop] = codec.decode_mean(again[None], second_key, stop - start, first=start)
+    return result
+
+
+def simulated(
+    inputs: list[torch.Tensor], codec: Codec, key: Key, algorithm: Algorithm
+) -> torch.Tensor:
+    if algorithm == "auto":
+        large = codec.nbytes(inputs[0].numel()) > 32768
+        algorithm = "two_shot" if large and len(inputs) > 2 else "all_gather"
+    mean = all_gather_mean if algorithm == "all_gather" else two_shot_mean
+    return mean(inputs, codec, key).to(inputs[0].dtype)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal, with NaN equal to NaN and 0 different from -0."""
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+# ---- Bits -------------------------------------------------------------------------------------
+
+Case = tuple[Codec, Algorithm, int, torch.dtype]
+
+
+def reduce_cases(rank: int, world_size: int, cases: list[Case]) -> list[torch.Tensor]:
+    communicator = rhtcomm.TorchCommunicator()
+    results = []
+    for codec, algorithm, numel, dtype in cases:
+        x = data(rank, numel, dtype)
+        rhtcomm.all_reduce(x, codec, KEY, communicator, algorithm=algorithm, min_numel=0)
+        results.append(x)
+    return results
+
+
+def check_cases(ranks: Ranks, world_size: int, cases: list[Case]) -> None:
+    by_rank = ranks.run(reduce_cases, world_size, cases)
+    for case, *results in zip(cases, *by_rank, strict=True):
+        codec, algorithm, numel, dtype = case
+        inputs = [data(rank, numel, dtype) for rank in range(world_size)]
+        expected = simulated(inputs, codec, KEY, algorithm)
+        for rank, result in enumerate(results):
+            assert same_bits(result, expected), f"{case} on rank {rank}"
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_every_rank_gets_the_bits_of_the_simulation(
+    quantizer: Callable[[int], Any], world_size: int, ranks: Ranks
+) -> None:
+    small, large = 10 * BLOCK + 77, 33_000  # "auto" calls payloads up to 32768 bytes small
+    codec, wide = Codec(quantizer(4), block=BLOCK), Codec(quantizer(8), block=BLOCK)
+    cases: list[Case] = [
+        (codec, algorithm, small, dtype) for algorithm in (*ALGORITHMS, "auto") for dtype in DTYPES
+    ]
+    cases.append((wide, "auto", large, torch.float32))
+    # Sizes around the number of ranks and around whole blocks.
+    cases += [
+        (codec, algorithm, numel, torch.float32)
+        for algorithm in ALGORITHMS
+        for numel in (1, 2 * BLOCK, 4 * BLOCK - 1, 12 * BLOCK)
+    ]
+    # Other widths and blocks.
+    cases += [
+        (Codec(quantizer(bits), rotations, block), "two_shot", 5000, torch.float32)
+        for bits, rotations, block in [(1, 2, 4096), (3, 3, 32), (8, 2, 1024)]
+    ]
+    check_cases(ranks, world_size, cases)
+
+
+def test_auto_is_the_cheapest_algorithm() -> None:
+    for world_size, payload_bytes, expected in [
+        *((2, 100, "all_gather"), (2, 10**9, "all_gather")),
+        *((3, 32768, "all_gather"), (3, 32769, "two_shot"), (100, 10**6, "two_shot")),
+    ]:
+        assert choose_algorithm("auto", world_size, payload_bytes) == expected
+    for algorithm in ALGORITHMS:
+        assert choose_algorithm(algorithm, 2, 10**6) == algorithm
+
+
+# ---- Shapes and places ------------------------------------------------------------------------
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "scalar": lambda base: base[7],
+    "three dimensions": lambda base: base[:990].view(9, 10, 11),
+    "transposed": lambda base: base[:1200].view(30, 40).t(),
+    "strided": lambda base: base[5:2000:3],
+    "columns": lambda base: base[:1200].view(30, 40)[:, 4:9],
+    "channels last": lambda base: base[:1440].view(2, 8, 9, 10).permute(0, 3, 1, 2),
+    "offset": lambda base: base[3:1003],
+    "empty": lambda base: base[:0].view(3, 0),
+}
+
+
+def reduce_layouts(rank: int, world_size: int) -> dict[tuple[str, str], torch.Tensor]:
+    communicator = rhtcomm.TorchCommunicator()
+    results: dict[tuple[str, str], torch.Tensor] = {}
+    for algorithm in ALGORITHMS:
+        for name, layout in LAYOUTS.items():
+            base = data(rank, 3000)
+            x = layout(base)
+            rhtcomm.all_reduce(x, CODEC, KEY, communicator, algorithm=algorithm, min_numel=0)
+            results[algorithm, name] = base
+    return results
+
+
+def test_any_layout_in_place(ranks: Ranks) -> None:
+    world_size = 3
+    for rank, results in enumerate(ranks.run(reduce_layouts, world_size)):
+        for (algorithm, name), base in results.items():
+            # The tensor holds the mean of its elements in their logical order; the rest stays.
+            expected = data(rank, 3000)
+            x = LAYOUTS[name](expected)
+            inputs = [LAYOUTS[name](data(other, 3000)).reshape(-1) for other in range(world_size)]
+            if x.numel():
+                x.copy_(simulated(inputs, CODEC, KEY, algorithm).view(x.shape))
+            assert same_bits(base, expected), f"{name} by {algorithm} on rank {rank}"
+
+
+def reduce_leaf(rank: int, world_size: int) -> torch.Tensor:
+    x = data(rank, 1000).requires_grad_()
+    rhtcomm.all_reduce(x, CODEC, KEY, rhtcomm.TorchCommunicator(), min_numel=0)
+    assert x.requires_grad
+    assert x.is_leaf
+    return x.detach()
+
+
+def test_a_leaf_that_requires_grad(ranks: Ranks) -> None:
+    expected = simulated([data(rank, 1000) for rank in range(2)], CODEC, KEY, "all_gather")
+    assert all(same_bits(x, expected) for x in ranks.run(reduce_leaf, 2))
+
+
+# ---- Without compression ----------------------------------------------------------------------
+
+
+def grid(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers whose sums are exact in float32 in any order, and which bfloat16 holds."""
+    random = torch.Generator().manual_seed(rank)
+    return (torch.randint(-100, 101, (numel,), generator=random) / 8).to(dtype)
+
+
+def reduce_small(rank: int, world_size: int, numel: int) -> list[torch.Tensor]:
+    """With the default min_numel."""
+    results = [grid(rank, numel, dtype) for dtype in DTYPES]
+    for x in results:
+        rhtcomm.all_reduce(x, CODEC, KEY, rhtcomm.TorchCommunicator())
+    return results
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_small_tensors_are_averaged_exactly(world_size: int, ranks: Ranks) -> None:
+    for numel, exact in [(1, True), ((1 << 14) - 1, True), (1 << 14, False)]:
+        for results in ranks.run(reduce_small, world_size, numel):
+            for dtype, result in zip(DTYPES, results, strict=True):
+                inputs = [grid(rank, numel, torch.float32) for rank in range(world_size)]
+                mean = (torch.stack(inputs).sum(0) / world_size).to(dtype)
+                assert torch.equal(result, mean) == exact, f"{numel} of {dtype}"
+
+
+def reduce_alone(rank: int, world_size: int) -> int:
+    communicator = rhtcomm.TorchCommunicator()
+    for dtype in DTYPES:
+        for algorithm in ALGORITHMS:
+            x = data(rank, 5000, dtype)
+            x[7] = torch.inf
+            before = x.clone()
+            rhtcomm.all_reduce(x, CODEC, KEY, communicator, algorithm=algorithm, min_numel=0)
+            assert same_bits(x, before)
+    return communicator.bytes_sent
+
+
+def test_one_rank_alone_keeps_its_tensor(ranks: Ranks) -> None:
+    assert ranks.run(reduce_alone, 1) == [0]
+
+
+# ---- Error and bytes --------------------------------------------------------------------------
+
+# By quadrature over N(0, 1): vNMSE, and kurtosis of a coordinate's error. That of QUIC-FL is large
+# because its outermost levels lie far outside, at 79 sigma for two bits.
+ERRORS = {
+    ("QuicFL", 2): (0.24583, 303),
+    ("QuicFL", 4): (0.011587, 150),
+    ("Eden", 2): (0.133121, 3.4),
+    ("Eden", 4): (0.009592, 10.8),
+}
+
+
+def gaussian(rank: int, numel: int) -> torch.Tensor:
+    random = torch.Generator().manual_seed(rank)
+    return (1 + rank) * torch.randn(numel, generator=random)
+
+
+def reduce_gaussian(
+    rank: int, world_size: int, codecs: list[Codec], numel: int
+) -> dict[tuple[int, Algorithm], torch.Tensor]:
+    results = {}
+    for index, codec in enumerate(codecs):
+        for algorithm in ALGORITHMS:
+            x = gaussian(rank, numel)
+            rhtcomm.all_reduce(x, codec, KEY, rhtcomm.TorchCommunicator(), algorithm=algorithm)
+            results[index, algorithm] = x
+    return results
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_error_of_the_mean_is_that_of_the_theory(world_size: int, ranks: Ranks) -> None:
+    numel = 1 << 18
+    codecs = [Codec(quantizer(bits)) for quantizer in QUANTIZERS for bits in (2, 4)]
+    (results, *_) = ranks.run(reduce_gaussian, world_size, codecs, numel)
+    inputs = torch.stack([gaussian(rank, numel) for rank in range(world_size)]).double()
+    exact = inputs.mean(0)
+    for (index, algorithm), mean in results.items():
+        quantizer = codecs[index].quantizer
+        e, kurtosis = ERRORS[type(quantizer).__name__, quantizer.bits]
+        # Independent errors e |x_i|^2 in the first hop; the second one encodes mean and error.
+        expected = e * inputs.square().sum() / world_size**2
+        if algorithm == "two_shot":
+            expected += e * (exact.square().sum() + expected)
+        # The sum of numel independent squares deviates by (kurtosis / numel)^(1/2) of itself: four
+        # times that, and 1% for nodes, finite blocks and the dither that the ranks share.
+        ratio = ((mean - exact).square().sum() / expected).item()
+        tolerance = 0.01 + 4 * math.sqrt(kurtosis / numel)
+        assert ratio == pytest.approx(1, abs=tolerance), f"{quantizer} {algorithm}"
+
+
+def count_bytes(rank: int, world_size: int, numel: int) -> list[int]:
+    sent = []
+    for algorithm, min_numel in [("all_gather", 0), ("two_shot", 0), ("auto", numel + 1)]:
+        communicator = rhtcomm.TorchCommunicator()
+        rhtcomm.all_reduce(
+            data(rank, numel),
+            CODEC,
+            KEY,
+            communicator,
+            algorithm=algorithm,  # type: ignore[arg-type]
+            min_numel=min_numel,
+            check=False,
+        )
+        sent.append(communicator.bytes_sent)
+    return sent
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_bytes_sent(world_size: int, ranks: Ranks) -> None:
+    numel = 400 * BLOCK
+    payload = CODEC.nbytes(numel)
+    assert payload == pytest.approx(numel / 2, rel=0.04), "not the 4 bits a coordinate"
+    ring = 2 * (world_size - 1) / world_size
+    expected = [(world_size - 1) * payload, ring * payload, ring * 4 * numel]
+    for sent in ranks.run(count_bytes, world_size, numel):
+        assert sent == [pytest.approx(count, rel=0.01) for count in expected]
+
+
+# ---- Errors -----------------------------------------------------------------------------------
+
+
+def reduce_wrong_dtypes(rank: int, world_size: int) -> list[str]:
+    messages = []
+    for dtype in (torch.float64, torch.int32, torch.int64, torch.uint8, torch.complex64):
+        for check in (True, False):
+            for numel in (3, 20_000):  # of the uncompressed and of the compressed path
+                x = torch.full((numel,), rank, dtype=dtype)
+                with pytest.raises(TypeError, match="only float32, bfloat16 and float16") as error:
+                    rhtcomm.all_reduce(x, CODEC, KEY, rhtcomm.TorchCommunicator(), check=check)
+                assert bool((x == rank).all())
+        messages.append(str(error.value))
+    return messages
+
+
+def test_other_dtypes_are_refused_on_every_rank(ranks: Ranks) -> None:
+    for messages in ranks.run(reduce_wrong_dtypes, 2):
+        for name, message in zip(("float64", "int32", "int64", "uint8"), messages, strict=False):
+            assert f"torch.{name}," in message
+
+
+def reduce_by_unknown_algorithm(rank: int, world_size: int) -> None:
+    with pytest.raises(ValueError, match="'foo' must be one of auto, all_gather, two_shot"):
+        rhtcomm.all_reduce(
+            data(rank, 5),
+            CODEC,
+            KEY,
+            rhtcomm.TorchCommunicator(),
+            algorithm="foo",  # type: ignore[arg-type]
+        )
+
+
+def test_unknown_algorithm(ranks: Ranks) -> None:
+    ranks.run(reduce_by_unknown_algorithm, 2)
+
+
+# What one rank has in place of the others' value, and the field that the error must name.
+DISAGREEMENTS: dict[str, dict[str, Any]] = {
+    "bits": {"codec": Codec(QuicFL(3), block=BLOCK)},
+    "quantizer": {"codec": Codec(Eden(4), block=BLOCK)},
+    "rotations": {"codec": Codec(QuicFL(4), rotations=3, block=BLOCK)},
+    "block": {"codec": Codec(QuicFL(4), block=2 * BLOCK)},
+    "algorithm": {"algorithm": "two_shot"},
+    "min_numel": {"min_numel": 7},
+    "shape": {"numel": 5000},
+    "dtype": {"dtype": torch.bfloat16},
+    "key": {"key": Key(KEY.seed, KEY.step + 1, KEY.bucket)},
+}
+ALIKE: dict[str, Any] = {"codec": CODEC, "key": KEY, "numel": 5120, "dtype": torch.float32}
+
+
+def reduce_as_told(
+    rank: int,
+    *,
+    codec: Codec,
+    key: Key,
+    numel: int,
+    dtype: torch.dtype,
+    min_numel: int = 0,
+    algorithm: Algorithm = "auto",
+) -> torch.Tensor:
+    x = data(rank, numel, dtype)
+    communicator = rhtcomm.TorchCommunicator()
+    rhtcomm.all_reduce(x, codec, key, communicator, algorithm=algorithm, min_numel=min_numel)
+    return x
+
+
+def disagree(rank: int, world_size: int, odd_one: int) -> tuple[dict[str, str], torch.Tensor]:
+    messages = {}
+    for field, otherwise in DISAGREEMENTS.items():
+        arguments = ALIKE | (otherwise if rank == odd_one else {})
+        with pytest.raises(DisagreementError) as error:
+            reduce_as_told(rank, **arguments)
+        messages[field] = str(error.value)
+    return messages, reduce_as_told(rank, **ALIKE)
+
+
+@pytest.mark.parametrize(("world_size", "odd_one"), [(2, 0), (3, 2)])
+def test_disagreement_is_named_on_every_rank(world_size: int, odd_one: int, ranks: Ranks) -> None:
+    inputs = [data(rank, ALIKE["numel"]) for rank in range(world_size)]
+    usable = simulated(inputs, CODEC, KEY, "auto")
+    results = ranks.run(disagree, world_size, odd_one)
+    for messages, after in results:
+        assert messages == results[0][0]
+        assert same_bits(after, usable), "the process group is not usable any more"
+    for field, message in results[0][0].items():
+        assert f"differently in {field} (" in message
+        assert f"on rank {odd_one}" in message
+        assert message.count(" on rank") == 2, f"more than {field} is named: {message}"
+
+
+def disagree_in_two_fields(rank: int, world_size: int) -> str:
+    facts = {"color": ["red", "green", "red"][rank], "same": 1, "size": rank}
+    if rank == 0:
+        facts["extra"] = "x"
+    with pytest.raises(DisagreementError) as error:
+        check_agreement(rhtcomm.TorchCommunicator(), facts, torch.device("cpu"))
+    return str(error.value)
+
+
+def test_all_differing_fields_are_named_with_their_values(ranks: Ranks) -> None:
+    expected = (
+        "differently in color (red on ranks 0, 2; green on rank 1), "
+        "size (0 on rank 0; 1 on rank 1; 2 on rank 2), extra (x on rank 0; absent on ranks 1, 2);"
+    )
+    for message in ranks.run(disagree_in_two_fields, 3):
+        assert expected in message
+
+
+def reduce_out_of_step(rank: int, world_size: int, algorithm: Algorithm) -> str:
+    """Without the check, the payloads' headers tell."""
+    key = Key(KEY.seed, KEY.step + rank)
+    with pytest.raises(rhtcomm.PayloadError) as error:
+        rhtcomm.all_reduce(
+            data(rank, 5120),
+            CODEC,
+            key,
+            rhtcomm.TorchCommunicator(),
+            algorithm=algorithm,
+            min_numel=0,
+            check=False,
+        )
+    return str(error.value)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_payload_of_another_step_is_refused(algorithm: Algorithm, ranks: Ranks) -> None:
+    for message in ranks.run(reduce_out_of_step, 2, algorithm):
+        assert "out of step" in message
+
+
+# ---- Non-finite values ------------------------------------------------------------------------
+
+
+def reduce_infinite(rank: int, world_size: int, algorithm: Algorithm) -> torch.Tensor:
+    x = data(rank, 10 * BLOCK)
+    if rank == 1:
+        x[3 * BLOCK + 5] = torch.inf
+        x[7 * BLOCK] = torch.nan
+    communicator = rhtcomm.TorchCommunicator()
+    rhtcomm.all_reduce(x, CODEC, KEY, communicator, algorithm=algorithm, min_numel=0)
+    return x
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_blocks_with_non_finite_values_become_nan_on_every_rank(
+    algorithm: Algorithm, ranks: Ranks
+) -> None:
+    inputs = [data(rank, 10 * BLOCK) for rank in range(3)]
+    expected = simulated(inputs, CODEC, KEY, algorithm)
+    for block in (3, 7):
+        expected[block * BLOCK : (block + 1) * BLOCK] = torch.nan
+    for result in ranks.run(reduce_infinite, 3, algorithm):
+        assert same_bits(result, expected)
+
+
+# ---- The stopwatch ----------------------------------------------------------------------------
+
+
+def time_parts(rank: int, world_size: int) -> list[list[str]]:
+    parts = []
+    for algorithm, min_numel in [("all_gather", 0), ("two_shot", 0), ("auto", 1 << 20)]:
+        stopwatch = mock.MagicMock()
+        rhtcomm.all_reduce(
+            data(rank, 5120),
+            CODEC,
+            KEY,
+            rhtcomm.TorchCommunicator(),
+            algorithm=algorithm,  # type: ignore[arg-type]
+            min_numel=min_numel,
+            stopwatch=stopwatch,
+        )
+        parts.append([call.args[0] for call in stopwatch.call_args_list])
+    return parts
+
+
+def test_stopwatch_is_told_every_part(ranks: Ranks) -> None:
+    round_trip = ["encode", "exchange", "decode"]
+    assert ranks.run(time_parts, 2) == [[round_trip, 2 * round_trip, ["exchange"]]] * 2

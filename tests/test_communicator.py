@@ -1,0 +1,129 @@
+"""The exchanges, against what they are defined to give."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Ranks
+
+from rhtcomm import TorchCommunicator, communicator
+
+# Below, at and above the patched chunk size, in whole chunks and not.
+CHUNK = 8
+LENGTHS = (0, 1, 7, 8, 9, 16, 17, 100)
+
+
+def row_of(sender: int, receiver: int, length: int) -> torch.Tensor:
+    """(length,) uint8 that differ between all pairs of ranks and along the row."""
+    return (torch.arange(length) * 7 + 31 * sender + 101 * receiver).to(torch.uint8)
+
+
+def exchange(rank: int, world_size: int) -> int:
+    """Every exchange at every length; returns the bytes counted."""
+    ranks = TorchCommunicator()
+    assert (ranks.rank, ranks.world_size) == (rank, world_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(communicator, "_CHUNK_BYTES", CHUNK)
+        for length in LENGTHS:
+            gathered = ranks.all_gather(row_of(rank, 0, length))
+            expected = [row_of(sender, 0, length) for sender in range(world_size)]
+            assert gathered.dtype == torch.uint8
+            assert torch.equal(gathered, torch.stack(expected)), f"all_gather of {length}"
+
+            outgoing = [row_of(rank, receiver, length) for receiver in range(world_size)]
+            received = ranks.all_to_all(torch.stack(outgoing))
+            expected = [row_of(sender, rank, length) for sender in range(world_size)]
+            assert torch.equal(received, torch.stack(expected)), f"all_to_all of {length}"
+    return ranks.bytes_sent
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_exchanges_in_chunks(world_size: int, ranks: Ranks) -> None:
+    # Each rank sends one row to each other one, in either exchange.
+    expected = 2 * (world_size - 1) * sum(LENGTHS)
+    assert ranks.run(exchange, world_size) == [expected] * world_size
+
+
+def exchange_one_large_message(rank: int, world_size: int) -> None:
+    """Several chunks of the size that is really used."""
+    ranks = TorchCommunicator()
+    length = 2 * communicator._CHUNK_BYTES + 12345
+    gathered = ranks.all_gather(row_of(rank, 0, length))
+    received = ranks.all_to_all(torch.stack([row_of(rank, other, length) for other in (0, 1)]))
+    for sender in range(world_size):
+        assert torch.equal(gathered[sender], row_of(sender, 0, length))
+        assert torch.equal(received[sender], row_of(sender, rank, length))
+
+
+def test_messages_of_several_megabytes(ranks: Ranks) -> None:
+    ranks.run(exchange_one_large_message, 2)
+
+
+def exchange_strided(rank: int, world_size: int) -> None:
+    """Rows that are columns of something else."""
+    rows = torch.stack([row_of(rank, receiver, 9) for receiver in range(world_size)])
+    received = TorchCommunicator().all_to_all(rows.t().contiguous().t())
+    for sender in range(world_size):
+        assert torch.equal(received[sender], row_of(sender, rank, 9))
+
+
+def test_all_to_all_of_a_strided_tensor(ranks: Ranks) -> None:
+    ranks.run(exchange_strided, 3)
+
+
+def reduce(rank: int, world_size: int, numel: int) -> tuple[torch.Tensor, int]:
+    ranks = TorchCommunicator()
+    x = numbers(rank, numel)
+    ranks.all_reduce_(x)
+    return x, ranks.bytes_sent
+
+
+def numbers(rank: int, numel: int) -> torch.Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(rank))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("numel", [1, 1001, 100_000])
+def test_all_reduce_sums_alike_on_every_rank(world_size: int, numel: int, ranks: Ranks) -> None:
+    results = ranks.run(reduce, world_size, numel)
+    exact = sum(numbers(rank, numel).double() for rank in range(world_size))
+    for total, sent in results:
+        # Normal numbers stay below 8, a sum of n of them takes n - 1 roundings of at most 2^-24.
+        torch.testing.assert_close(
+            total.double(), exact, rtol=0, atol=8 * world_size * (world_size - 1) * 2**-24
+        )
+        assert torch.equal(total, results[0][0])
+        assert sent == round(2 * (world_size - 1) / world_size * 4 * numel)
+
+
+def exchange_in_subgroup(rank: int, world_size: int) -> list[list[int]] | str:
+    members = [1, 3]
+    group = dist.new_group(members)
+    if rank not in members:
+        with pytest.raises(RuntimeError, match="not a member of the group"):
+            TorchCommunicator(group)
+        return "not a member"
+    ranks = TorchCommunicator(group)
+    assert (ranks.rank, ranks.world_size) == (members.index(rank), 2)
+    x = torch.tensor([rank], dtype=torch.uint8)
+    total = torch.tensor([float(rank)])
+    ranks.all_reduce_(total)
+    return [
+        ranks.all_gather(x).tolist(),
+        ranks.all_to_all(torch.tensor([[rank], [10 * rank]], dtype=torch.uint8)).tolist(),
+        total.tolist(),
+    ]
+
+
+def test_subgroup(ranks: Ranks) -> None:
+    outside = "not a member"
+    assert ranks.run(exchange_in_subgroup, 4) == [
+        outside,
+        [[[1], [3]], [[1], [3]], [4.0]],
+        outside,
+        [[[1], [3]], [[10], [30]], [4.0]],
+    ]
+
+
+def test_without_torch_distributed_the_error_says_what_to_call() -> None:
+    with pytest.raises(RuntimeError, match=r"not initialized; call.*init_process_group"):
+        TorchCommunicator()

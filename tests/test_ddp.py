@@ -1,0 +1,821 @@
+"""The DDP hook in real processes.
+
+Most cases record each bucket as the hook gets it and gives it back, and compare that, bit for bit,
+with Codec on what all ranks recorded; and the gradients with the mean of those of plain copies.
+"""
+
+import copy
+import io
+import itertools
+import math
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Ranks, run_program
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rhtcomm import Codec, Key, QuicFL, TorchCommunicator
+from rhtcomm.hooks import RHTState, rht_hook
+
+BLOCK = 256
+SEED = 3
+TIMEOUT = timedelta(seconds=50)  # in case of a failure, before the 60 s of the test
+
+# Compresses every bucket, finely enough to compare gradients.
+FINE: dict[str, Any] = {
+    **{"bits": 8, "algorithm": "all_gather", "block": BLOCK, "min_numel": 0, "seed": SEED},
+    "timeout": TIMEOUT,
+}
+FINE_CODEC = Codec(QuicFL(8), block=BLOCK)
+
+
+# ---- Buckets as the hook sees them ------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    step: int
+    index: int
+    sent: torch.Tensor
+    received: torch.Tensor
+
+
+@dataclass
+class Recorder:
+    """rht_hook, keeping what it was given and what it gave."""
+
+    records: list[Record] = field(default_factory=list)
+    step: int = 0
+
+    def hook(
+        self,
+        state: RHTState,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[torch.Tensor]:
+        step, index, sent = self.step, bucket.index(), bucket.buffer().clone()
+        self.step += bucket.is_last()
+
+        def keep(future: torch.futures.Future[torch.Tensor]) -> torch.Tensor:
+            received = future.value()
+            self.records.append(Record(step, index, sent, received.clone()))
+            return received
+
+        return rht_hook(state, bucket).then(keep)
+
+    def plain(self) -> list[tuple[int, int, torch.Tensor, torch.Tensor]]:
+        return [(r.step, r.index, r.sent, r.received) for r in self.records]
+
+
+def check_records(by_rank: list[list[tuple[int, int, torch.Tensor, torch.Tensor]]]) -> list[int]:
+    """Every bucket holds what FINE_CODEC makes of all ranks' buckets; returns buckets by step."""
+    world_size = len(by_rank)
+    buckets: list[int] = []
+    for records in zip(*by_rank, strict=True):
+        ((step, index),) = {(step, index) for step, index, _, _ in records}
+        buckets[step:] = [index + 1]
+        key = Key(SEED, step, index)
+        payloads = [
+            FINE_CODEC.encode(sent, key, rank, world_size)
+            for rank, (_, _, sent, _) in enumerate(records)
+        ]
+        numel, dtype = records[0][2].numel(), records[0][2].dtype
+        expected = FINE_CODEC.decode_mean(torch.stack(payloads), key, numel).to(dtype)
+        for rank, (_, _, _, received) in enumerate(records):
+            assert torch.equal(received, expected), f"step {step}, bucket {index}, rank {rank}"
+    return buckets
+
+
+# ---- Models and data --------------------------------------------------------------------------
+
+
+def mlp(*widths: int, bias: bool = True) -> nn.Module:
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs, bias), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Mixed(nn.Module):
+    """Parameters of two dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 64), nn.Linear(64, 8)
+        self.middle = nn.Linear(64, 64).bfloat16()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.middle(self.first(x).tanh().bfloat16()).float()
+        result: torch.Tensor = self.last(hidden.tanh())
+        return result
+
+
+class Branches(nn.Module):
+    """One of two branches, as the first input says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(32, 64)
+        self.branches = nn.ModuleList([mlp(64, 32, 8), mlp(64, 48, 8)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.branches[int(x[0, 0] > 0)](self.trunk(x).tanh())
+        return result
+
+
+class Probe(nn.Module):
+    """Parameters whose gradients are the tensors that it is called with."""
+
+    def __init__(self, *numels: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.zeros(numel, dtype=dtype) for numel in numels])
+
+    def forward(self, *gradients: torch.Tensor) -> torch.Tensor:
+        terms = [(w * g).sum() for w, g in zip(self.weights, gradients, strict=True)]
+        return torch.stack(terms).sum()
+
+
+def numbers(*place: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Normal numbers that depend on the place, such as (rank, step), alone."""
+    seed = 0
+    for part in place:
+        seed = 1000 * seed + part + 1
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def task_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Learn a fixed linear map of (batch, 32) to (batch, 8)."""
+    target = x @ numbers(0, shape=(32, 8)) / 6
+    difference: torch.Tensor = model(x) - target
+    return difference.square().mean()
+
+
+def parameters_of(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().float().flatten() for p in model.parameters()])
+
+
+def gradients_of(model: nn.Module) -> torch.Tensor:
+    """All gradients, zero where there is none."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return torch.cat([g.float().flatten() for g in gradients])
+
+
+def descend(model: nn.Module, rate: float = 0.05) -> None:
+    """A step of gradient descent."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p.sub_(p.grad, alpha=rate)
+                p.grad = None
+
+
+def wrapped(model: nn.Module, state: Any, hook: Any = rht_hook, **options: Any) -> Any:
+    ddp = DistributedDataParallel(model, **options)
+    ddp.register_comm_hook(state, hook)
+    return ddp
+
+
+def all_equal(tensors: list[torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, tensors[0]) for tensor in tensors)
+
+
+# ---- Training ---------------------------------------------------------------------------------
+
+
+def late(function: Callable[..., Any], seconds: Callable[[], float]) -> Callable[..., Any]:
+    def called_late(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds())
+        return function(*args, **kwargs)
+
+    return called_late
+
+
+def train_with_jitter(rank: int, world_size: int, quantizer: Any, algorithm: Any) -> dict[str, Any]:
+    """50 steps without the hook, and 50 with it and with ranks that are late at random."""
+    delays = random.Random(rank)
+
+    def wait(milliseconds: float) -> None:
+        time.sleep(delays.random() * milliseconds / 1000)
+
+    def mean_loss() -> float:
+        batches = [(other, step) for other in range(world_size) for step in range(10)]
+        with torch.no_grad():
+            losses = [task_loss(model, numbers(*batch, shape=(16, 32))) for batch in batches]
+        return torch.stack(losses).mean().item()
+
+    def train(ddp: nn.Module, milliseconds: float) -> float:
+        for step in range(50):
+            wait(milliseconds)
+            loss = task_loss(ddp, numbers(rank, step % 10, shape=(16, 32)))
+            wait(milliseconds)
+            loss.backward()
+            descend(ddp, rate=0.5)
+        return mean_loss()
+
+    def late_hook(
+        state: RHTState,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[torch.Tensor]:
+        wait(1)
+        return rht_hook(state, bucket)
+
+    def late(exchange: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def late_exchange(self: TorchCommunicator, x: torch.Tensor) -> torch.Tensor:
+            wait(1)
+            return exchange(self, x)
+
+        return late_exchange
+
+    torch.manual_seed(0)
+    model = mlp(32, 64, 32, 8, bias=False)  # of whole blocks, which takes half the time
+    start = copy.deepcopy(model.state_dict())
+    result: dict[str, Any] = {"before": mean_loss()}
+    result["uncompressed"] = train(DistributedDataParallel(model), milliseconds=0)
+    model.load_state_dict(start)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        RHTState(
+            4,
+            quantizer=quantizer,
+            algorithm=algorithm,
+            block=BLOCK,
+            min_numel=0,
+            timeout=TIMEOUT,
+        ) as state,
+    ):
+        for exchange in ("all_gather", "all_to_all"):
+            patch.setattr(TorchCommunicator, exchange, late(getattr(TorchCommunicator, exchange)))
+        ddp = wrapped(model, state, late_hook, bucket_cap_mb=0.001)
+        result["compressed"] = train(ddp, milliseconds=4)
+        return result | {"parameters": parameters_of(model), "stats": state.stats()}
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("quantizer", ["quic_fl", "eden"])
+@pytest.mark.parametrize("algorithm", ["all_gather", "two_shot"])
+def test_training_with_late_ranks(
+    quantizer: str, algorithm: str, world_size: int, ranks: Ranks
+) -> None:
+    results = ranks.run(train_with_jitter, world_size, quantizer, algorithm)
+    assert all_equal([result["parameters"] for result in results])
+    assert bool(results[0]["parameters"].isfinite().all())
+    for result in results:
+        gain = result["before"] - result["uncompressed"]
+        assert gain > 0.5 * result["before"], "the uncompressed run did not learn"
+        assert result["compressed"] == pytest.approx(result["uncompressed"], abs=0.05 * gain)
+        assert result["stats"].steps == 50
+        assert result["stats"].compression_ratio > 3, "nothing was compressed"
+
+
+# ---- What DDP can be told ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Feature:
+    model: Callable[[], nn.Module]
+    options: dict[str, Any]
+    first: int | None  # buckets in the first step
+    last: int  # in the last step, at least
+
+
+def plain_model() -> nn.Module:
+    return mlp(32, 64, 64, 8)
+
+
+FEATURES = {
+    # One bucket of everything, then several in the order in which gradients came.
+    "rebuilt buckets": Feature(plain_model, {"bucket_cap_mb": 0.001}, 1, 3),
+    "one bucket": Feature(plain_model, {}, 1, 1),
+    "mixed dtypes": Feature(Mixed, {"bucket_cap_mb": 0.001}, 2, 3),
+    "views": Feature(plain_model, {"bucket_cap_mb": 0.001, "gradient_as_bucket_view": True}, 1, 3),
+    "static graph": Feature(plain_model, {"bucket_cap_mb": 0.001, "static_graph": True}, None, 3),
+    "unused parameters": Feature(
+        Branches, {"bucket_cap_mb": 0.001, "find_unused_parameters": True}, None, 3
+    ),
+}
+
+
+def follow(rank: int, world_size: int, name: str) -> tuple[Any, torch.Tensor, list[float]]:
+    """Four steps; the records, the parameters, and the squared errors of the gradients."""
+    feature = FEATURES[name]
+    torch.manual_seed(0)
+    model = feature.model()
+    recorder, errors = Recorder(), []
+    with RHTState(**FINE) as state:
+        ddp = wrapped(model, state, recorder.hook, **feature.options)
+        for step in range(4):
+            x = numbers(rank, step, shape=(16, 32))
+            x[0, 0] = (rank + step) % 2 if step < 3 else 0  # the branch; in the end all take one
+            plain = copy.deepcopy(model)
+            task_loss(plain, x).backward()
+            task_loss(ddp, x).backward()
+            errors.append(relative_error(gradients_of(model), gradients_of(plain)))
+            descend(model)
+        assert state.stats().steps == 4
+    return recorder.plain(), parameters_of(model), errors
+
+
+def relative_error(mean: torch.Tensor, own: torch.Tensor) -> float:
+    """|mean - exact|^2 / (mean over ranks of |own|^2)"""
+    exact, power = own / dist.get_world_size(), own.square().sum() / dist.get_world_size()
+    dist.all_reduce(exact)
+    dist.all_reduce(power)
+    return ((mean - exact).square().sum() / power).item()
+
+
+# The theory's error of the mean is 4.4e-5 / world_size, and bfloat16 adds up to 2^-18 = 4e-6. The
+# mean of another set of ranks, or of other parameters, would be off by about 1.
+GRADIENT_TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("name", FEATURES)
+def test_gradients_are_the_compressed_mean(name: str, world_size: int, ranks: Ranks) -> None:
+    results = ranks.run(follow, world_size, name)
+    buckets = check_records([records for records, _, _ in results])
+    assert all_equal([parameters for _, parameters, _ in results])
+    for _, _, errors in results:
+        assert 0 < max(errors) < GRADIENT_TOLERANCE
+    feature = FEATURES[name]
+    assert len(buckets) == 4
+    assert feature.first in (None, buckets[0])
+    assert buckets[-1] >= feature.last
+
+
+def accumulate(rank: int, world_size: int) -> tuple[Any, torch.Tensor, list[float]]:
+    """Two backward passes without synchronization and one with it, twice."""
+    torch.manual_seed(0)
+    model = plain_model()
+    recorder, errors = Recorder(), []
+    with RHTState(**FINE) as state:
+        ddp = wrapped(model, state, recorder.hook, bucket_cap_mb=0.001)
+        for round_ in range(2):
+            plain = copy.deepcopy(model)
+            for step in range(3):
+                x = numbers(rank, round_, step, shape=(16, 32))
+                task_loss(plain, x).backward()
+                if step < 2:
+                    with ddp.no_sync():
+                        task_loss(ddp, x).backward()
+                    assert torch.equal(gradients_of(model), gradients_of(plain))
+                    assert state.stats().steps == round_, "no_sync called the hook"
+                else:
+                    task_loss(ddp, x).backward()
+            assert state.stats().steps == round_ + 1
+            errors.append(relative_error(gradients_of(model), gradients_of(plain)))
+            descend(model)
+    return recorder.plain(), parameters_of(model), errors
+
+
+def test_no_sync_accumulates(ranks: Ranks) -> None:
+    results = ranks.run(accumulate, 3)
+    assert len(check_records([records for records, _, _ in results])) == 2
+    assert all_equal([parameters for _, parameters, _ in results])
+    assert all(max(errors) < GRADIENT_TOLERANCE for _, _, errors in results)
+
+
+def train_unevenly(rank: int, world_size: int, batches: list[int]) -> tuple[Any, torch.Tensor, int]:
+    torch.manual_seed(0)
+    model = plain_model()
+    recorder = Recorder()
+    with RHTState(**FINE) as state:
+        ddp = wrapped(model, state, recorder.hook, bucket_cap_mb=0.001)
+        with ddp.join():
+            for step in range(batches[rank]):
+                task_loss(ddp, numbers(rank, step, shape=(16, 32))).backward()
+                descend(model)
+        return recorder.plain(), parameters_of(model), state.stats().steps
+
+
+@pytest.mark.parametrize("batches", [(3, 5), (4, 1, 6), (3, 0)])
+def test_join_with_uneven_inputs(batches: tuple[int, ...], ranks: Ranks) -> None:
+    results = ranks.run(train_unevenly, len(batches), batches)
+    assert len(check_records([records for records, _, _ in results])) == max(batches)
+    assert all_equal([parameters for _, parameters, _ in results])
+    assert [steps for _, _, steps in results] == [max(batches)] * len(batches)
+    # A rank that is through takes part with zeros.
+    for count, (records, _, _) in zip(batches, results, strict=True):
+        assert all((step < count) == bool(sent.any()) for step, _, sent, _ in records)
+
+
+def train_in_subgroup(rank: int, world_size: int) -> tuple[float, torch.Tensor]:
+    """Ranks 0 and 2, and 1 and 3, have nothing to do with each other."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    group = groups[rank % 2]
+    own = numbers(rank, shape=(1000,))
+    model = Probe(1000)
+    with RHTState(**FINE, process_group=group) as state:
+        ddp = wrapped(model, state, process_group=group)
+        ddp(own).backward()
+    exact = (own + numbers((rank + 2) % 4, shape=(1000,))) / 2
+    mean = gradients_of(model)
+    return ((mean - exact).square().sum() / own.square().sum()).item(), mean
+
+
+def test_subgroup(ranks: Ranks) -> None:
+    errors, means = zip(*ranks.run(train_in_subgroup, 4), strict=True)
+    assert max(errors) < GRADIENT_TOLERANCE
+    assert torch.equal(means[0], means[2])
+    assert torch.equal(means[1], means[3])
+    assert not torch.equal(means[0], means[1])
+
+
+def train_two_models(rank: int, world_size: int) -> list[tuple[Any, torch.Tensor]]:
+    """In turns, the second one twice as often."""
+    torch.manual_seed(0)
+    models = [plain_model(), Mixed()]
+    recorders = [Recorder(), Recorder()]
+    states = [RHTState(**FINE), RHTState(**FINE)]
+    ddps = [
+        wrapped(model, state, recorder.hook, bucket_cap_mb=0.001)
+        for model, state, recorder in zip(models, states, recorders, strict=True)
+    ]
+    for step, turn in enumerate([0, 1, 1, 0, 1, 1]):
+        task_loss(ddps[turn], numbers(rank, step, shape=(16, 32))).backward()
+        descend(models[turn])
+    for state in states:
+        state.close()
+    return [(r.plain(), parameters_of(m)) for r, m in zip(recorders, models, strict=True)]
+
+
+def test_two_models_with_a_state_each(ranks: Ranks) -> None:
+    results = ranks.run(train_two_models, 2)
+    for model, steps in [(0, 2), (1, 4)]:
+        assert len(check_records([result[model][0] for result in results])) == steps
+        assert all_equal([result[model][1] for result in results])
+
+
+# ---- Non-finite gradients ---------------------------------------------------------------------
+
+
+def train_with_scaler(rank: int, world_size: int, algorithm: Any) -> dict[str, Any]:
+    """Five steps under a gradient scaler; in the third, one element of one rank is infinite."""
+    options = FINE | {"algorithm": algorithm}
+    with RHTState(**options) as state:
+        model = Probe(3000, 500)
+        ddp = wrapped(model, state)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        parameters, scales = [parameters_of(model)], []
+        for step in range(5):
+            gradients = numbers(rank, step, shape=(3500,))
+            if (rank, step) == (1, 2):
+                gradients[1234] = torch.inf
+            optimizer.zero_grad()
+            scaler.scale(ddp(*gradients.split([3000, 500]))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            parameters.append(parameters_of(model))
+            scales.append(scaler.get_scale())
+    return {"parameters": parameters, "scales": scales}
+
+
+@pytest.mark.parametrize("algorithm", ["all_gather", "two_shot"])
+def test_an_infinite_gradient_makes_all_ranks_skip_the_step(algorithm: str, ranks: Ranks) -> None:
+    results = ranks.run(train_with_scaler, 3, algorithm)
+    for result in results:
+        assert result["scales"] == [1024, 1024, 512, 512, 512]
+        moved = [not torch.equal(*pair) for pair in itertools.pairwise(result["parameters"])]
+        assert moved == [True, True, False, True, True]
+        assert bool(result["parameters"][-1].isfinite().all())
+    assert all_equal([result["parameters"][-1] for result in results])
+
+
+# ---- Errors -----------------------------------------------------------------------------------
+
+
+def probe_backward(state: RHTState, *gradients: torch.Tensor, **options: Any) -> str | None:
+    """One backward pass that hands these gradients to the hook; the error that came out of it."""
+    model = Probe(*(g.numel() for g in gradients), dtype=gradients[0].dtype)
+    ddp = wrapped(model, state, **options)
+    try:
+        ddp(*gradients).backward()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def submit(state: RHTState, buffer: torch.Tensor, index: int = 0, last: bool = True) -> Any:
+    """The future of a bucket that is handed over directly."""
+    bucket = SimpleNamespace(buffer=lambda: buffer, index=lambda: index, is_last=lambda: last)
+    return state.submit(bucket)
+
+
+def reduce_double(rank: int, world_size: int) -> str | None:
+    with RHTState(timeout=TIMEOUT) as state:
+        return probe_backward(state, numbers(rank, shape=(100,)).double())
+
+
+def test_a_float64_model_is_refused(ranks: Ranks) -> None:
+    for error in ranks.run(reduce_double, 2):
+        assert error is not None
+        assert "TypeError" in error
+        assert "torch.float64, but only float32, bfloat16 and float16" in error
+
+
+def fail_on_rank_1(rank: int, world_size: int) -> dict[str, Any]:
+    """The second of three buckets fails on one rank."""
+    encode, calls = Codec.encode, 0
+
+    def failing(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if rank == 1 and calls == 2:
+            raise ZeroDivisionError("made by the test")
+        return encode(*args, **kwargs)
+
+    state = RHTState(**FINE | {"timeout": timedelta(seconds=5)})
+    gradients = [numbers(rank, i, shape=(1000,)) for i in range(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Codec, "encode", failing)
+        # Parameters of 4000 bytes, a bucket each; unused ones make DDP use the buckets at once.
+        options = {"bucket_cap_mb": 0.003, "find_unused_parameters": True}
+        error = probe_backward(state, *gradients, **options)
+    calls_made = calls
+    with pytest.raises(Exception, match="earlier bucket failed") as later:
+        submit(state, gradients[0]).wait()
+    again = probe_backward(state, gradients[0])
+    state.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        submit(state, gradients[0])
+    # The default group is as usable as before.
+    total = torch.tensor([float(rank)])
+    dist.all_reduce(total)
+    return {
+        **{"error": error, "later": str(later.value), "again": again},
+        **{"calls": calls_made, "total": total.item()},
+    }
+
+
+def test_an_error_on_one_rank_ends_all_of_them(ranks: Ranks) -> None:
+    results = ranks.run(fail_on_rank_1, 3)
+    for rank, result in enumerate(results):
+        assert result["error"] is not None
+        assert result["calls"] == 2, "buckets after the failure were worked on"
+        assert result["total"] == 3
+        assert "earlier bucket failed" in result["again"]
+        if rank == 1:
+            assert "ZeroDivisionError" in result["error"]
+            assert "made by the test" in result["error"]
+            assert "made by the test" in result["later"], "the first error is not named"
+        else:
+            assert "imed out" in result["error"]
+            assert "imed out" in result["later"]
+
+
+CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "bits": ({"bits": 4}, {"bits": 3}),
+    "quantizer": ({"quantizer": "eden"}, {"quantizer": "quic_fl"}),
+    "rotations": ({"rotations": 2}, {"rotations": 3}),
+    "block": ({"block": 512}, {"block": 256}),
+    "algorithm": ({"algorithm": "auto"}, {"algorithm": "two_shot"}),
+    "seed": ({"seed": 1}, {"seed": 2}),
+    "min_numel": ({"min_numel": 0}, {"min_numel": 1}),
+    "nmse_every": ({"nmse_every": 0}, {"nmse_every": 1}),
+}
+
+
+def configure_differently(rank: int, world_size: int) -> dict[str, str | None]:
+    """Rank 1 has the second configuration, the others the first."""
+    errors = {}
+    for name, configurations in CONFIGURATIONS.items():
+        with RHTState(**configurations[rank == 1], timeout=TIMEOUT) as state:
+            errors[name] = probe_backward(state, numbers(rank, shape=(1000,)))
+    with RHTState(seed=5, timeout=TIMEOUT) as state:
+        state.load_state_dict({"seed": 5, "step": 7 if rank == 1 else 8})
+        errors["step"] = probe_backward(state, numbers(rank, shape=(1000,)))
+    return errors
+
+
+def test_ranks_with_different_arguments(ranks: Ranks) -> None:
+    for errors in ranks.run(configure_differently, 3):
+        for name, error in errors.items():
+            assert error is not None, name
+            assert "DisagreementError" in error
+            assert f"configured differently in {name} (" in error
+            assert "on ranks 0, 2; " in error
+            assert "on rank 1" in error
+
+
+def use_after_close(rank: int, world_size: int) -> None:
+    gradient = numbers(rank, shape=(1000,))
+    for uses in (0, 1):
+        state = RHTState(**FINE)
+        for _ in range(uses):
+            assert probe_backward(state, gradient) is None
+        steps = state.stats().steps
+        state.close()
+        state.close()
+        error = probe_backward(state, gradient)
+        assert error is not None
+        assert "RHTState was closed; make a new one" in error
+        assert state.stats().steps == steps == uses
+    assert probe_backward(RHTState(**FINE), gradient) is None
+
+
+def test_use_after_close(ranks: Ranks) -> None:
+    ranks.run(use_after_close, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 0}, "bits=0"),
+        ({"bits": 9}, "bits=9"),
+        ({"quantizer": "foo"}, "quantizer='foo' must be one of quic_fl, eden"),
+        ({"algorithm": "foo"}, "algorithm='foo' must be one of auto, all_gather, two_shot"),
+        ({"block": 48}, "block=48 must be a power of two"),
+        ({"block": 16}, "block=16 must be a power of two from 32"),
+        ({"rotations": 0}, "rotations=0"),
+        ({"rotations": 4}, "rotations=4"),
+        ({"min_numel": -1}, "min_numel=-1"),
+        ({"nmse_every": -1}, "nmse_every=-1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 1 << 64}, "seed=18446744073709551616"),
+        ({"communicator": object(), "timeout": TIMEOUT}, "leave out process_group and timeout"),
+    ],
+)
+def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RHTState(**arguments)
+
+
+def test_without_torch_distributed() -> None:
+    with pytest.raises(RuntimeError, match="not initialized"):
+        submit(RHTState(), torch.zeros(5))
+
+
+# ---- Checkpoints ------------------------------------------------------------------------------
+
+
+def train_and_resume(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """Four steps at once; and two, a checkpoint, and two more in new objects."""
+
+    def start() -> tuple[nn.Module, Any, RHTState]:
+        torch.manual_seed(0)
+        model = plain_model()
+        state = RHTState(2, block=BLOCK, min_numel=0, seed=9, timeout=TIMEOUT)
+        ddp = DistributedDataParallel(model, bucket_cap_mb=0.001)
+        # Buckets are rebuilt after the first backward pass, and codes depend on them: without this
+        # pass, the first step of a run would have buckets that a resumed run has at another step.
+        task_loss(ddp, numbers(rank, 0, shape=(16, 32))).backward()
+        for p in model.parameters():
+            p.grad = None
+        ddp.register_comm_hook(state, rht_hook)
+        return model, ddp, state
+
+    def train(model: nn.Module, ddp: Any, first: int, stop: int) -> None:
+        for step in range(first, stop):
+            task_loss(ddp, numbers(rank, step, shape=(16, 32))).backward()
+            descend(model)
+
+    model, ddp, state = start()
+    file = io.BytesIO()
+    train(model, ddp, 0, 2)
+    torch.save({"model": model.state_dict(), "hook": state.state_dict()}, file)
+    train(model, ddp, 2, 4)
+    whole = parameters_of(model)
+    state.close()
+
+    resumed = {}
+    for kept in ("both", "model"):
+        file.seek(0)
+        checkpoint = torch.load(file)
+        model, ddp, state = start()
+        model.load_state_dict(checkpoint["model"])
+        if kept == "both":
+            state.load_state_dict(checkpoint["hook"])
+        train(model, ddp, 2, 4)
+        resumed[kept] = parameters_of(model)
+        state.close()
+    return {"whole": whole, **resumed}
+
+
+def test_a_resumed_run_ends_with_the_same_bits(ranks: Ranks) -> None:
+    results = ranks.run(train_and_resume, 2)
+    assert all_equal([result["whole"] for result in results])
+    for result in results:
+        assert torch.equal(result["both"], result["whole"])
+        assert not torch.equal(result["model"], result["whole"]), "the state makes no difference"
+
+
+def test_state_dict_is_plain() -> None:
+    state = RHTState(seed=7)
+    assert state.state_dict() == {"seed": 7, "step": 0}
+    state.load_state_dict({"seed": 8, "step": 3})
+    assert state.state_dict() == {"seed": 8, "step": 3}
+
+
+# ---- Statistics -------------------------------------------------------------------------------
+
+
+def count(rank: int, world_size: int, algorithm: Any, nmse_every: int) -> list[Any]:
+    """Stats after each of four steps of a large bucket and a small one that is not compressed."""
+    numels = (1 << 18, 100)
+    options = {"algorithm": algorithm, "min_numel": 1000, "nmse_every": nmse_every}
+    with RHTState(4, **options, timeout=TIMEOUT) as state:
+        ddp = wrapped(Probe(*numels), state, bucket_cap_mb=0.0001, find_unused_parameters=True)
+        stats = [state.stats()]
+        for step in range(4):
+            ddp(*(numbers(rank, step, i, shape=(n,)) for i, n in enumerate(numels))).backward()
+            ddp.zero_grad()
+            stats.append(state.stats())
+        return stats
+
+
+@pytest.mark.parametrize(("algorithm", "world_size"), [("all_gather", 2), ("two_shot", 4)])
+@pytest.mark.parametrize("nmse_every", [0, 3])
+def test_stats(algorithm: str, world_size: int, nmse_every: int, ranks: Ranks) -> None:
+    ring = 2 * (world_size - 1) / world_size
+    payload = Codec(QuicFL(4)).nbytes(1 << 18)
+    hops = world_size - 1 if algorithm == "all_gather" else ring
+    sent = hops * payload + ring * 4 * 100
+    uncompressed = ring * 4 * ((1 << 18) + 100)
+    for stats in ranks.run(count, world_size, algorithm, nmse_every):
+        for step, now in enumerate(stats):
+            assert now.steps == step
+            assert now.bytes_sent == pytest.approx(step * sent, rel=1e-3)
+            assert now.bytes_uncompressed == pytest.approx(step * uncompressed, rel=1e-3)
+            assert now.bytes_saved == now.bytes_uncompressed - now.bytes_sent
+            ratio = uncompressed / sent if step else 1.0
+            assert now.compression_ratio == pytest.approx(ratio, rel=1e-2)
+            for seconds in (now.encode_seconds, now.exchange_seconds, now.decode_seconds):
+                assert (seconds > 0) == (step > 0)
+            if not (nmse_every and step):
+                assert now.nmse is None
+        if nmse_every:
+            # Independent gradients: |mean|^2 = |x|^2 / n, so the error of the mean is e.
+            e = 0.011587
+            expected = e if algorithm == "all_gather" else e + e * (1 + e)
+            # Steps 0 and 3 are sampled. A coordinate's squared error has a kurtosis of 150.
+            tolerance = 0.01 + 4 * math.sqrt(150 / (2 << 18))
+            assert stats[4].nmse == pytest.approx(expected, rel=tolerance)
+            assert stats[1].nmse == stats[2].nmse == stats[3].nmse != stats[4].nmse
+
+
+def train_alone(rank: int, world_size: int) -> Any:
+    with RHTState(**FINE) as state:
+        gradient = numbers(rank, shape=(1000,))
+        model = Probe(1000)
+        ddp = wrapped(model, state)
+        ddp(gradient).backward()
+        assert torch.equal(gradients_of(model), gradient)
+        return state.stats()
+
+
+def test_one_rank_alone(ranks: Ranks) -> None:
+    (stats,) = ranks.run(train_alone, 1)
+    assert (stats.steps, stats.bytes_sent, stats.compression_ratio) == (1, 0, 1.0)
+
+
+# ---- How processes end ------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
+import torch
+import torch.distributed as dist
+from rhtcomm.hooks import RHTState, rht_hook
+from torch.nn.parallel import DistributedDataParallel
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = DistributedDataParallel(torch.nn.Linear(64, 64), bucket_cap_mb=0.001)
+state = RHTState(block=256, min_numel=0)
+model.register_comm_hook(state, rht_hook)
+torch.manual_seed(rank)
+for step in range(3):
+    if step == 2 and {fails}:
+        sys.exit("this rank fails")
+    model(torch.randn(8, 64)).square().mean().backward()
+{ending}
+print("done")
+"""
+
+DESTROY, CLOSE = "dist.destroy_process_group()", "state.close()"
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["pass", DESTROY, f"{CLOSE}; {DESTROY}", f"{DESTROY}; {CLOSE}"],
+)
+def test_programs_end_cleanly(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RHTCOMM_KERNELS", "reference")  # which says nothing about missing kernels
+    for rank in run_program(PROGRAM.format(fails=False, ending=ending), world_size=2):
+        assert (rank.returncode, rank.stdout, rank.stderr) == (0, "done\n", "")
+
+
+def test_programs_end_when_one_rank_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RHTCOMM_KERNELS", "reference")
+    other, failed = run_program(PROGRAM.format(fails="rank == 1", ending=DESTROY), world_size=2)
+    assert (failed.returncode, failed.stderr) == (1, "this rank fails\n")
+    assert other.returncode == 1
+    assert "onnection closed by peer" in other.stderr
