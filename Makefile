@@ -34,7 +34,7 @@ sanitize: $(VENV)/.installed
 	$(BIN)/cmake --build build/sanitize
 	RHTCOMM_TEST_LIBRARY=build/sanitize/rhtcomm_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest tests/test_kernels.py -k "not environment"
+	$(BIN)/python -m pytest -s tests/test_kernels.py -k "not environment"
 
 clean:
 	rm -rf $(VENV) demo-results dist build

@@ -224,25 +224,24 @@ def test_out_of_any_dtype_takes_the_mean(codec: Codec) -> None:
         assert bool((buffer[-10:] == 7).all())
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.float64])
-def test_out_of_other_dtypes_raises(dtype: torch.dtype) -> None:
-    codec = Codec(QuicFL(4))
-    payload = codec.encode(gaussian(5000), KEY)
-    with pytest.raises((TypeError, ValueError), match=rf"out is .*{dtype}"):
-        codec.decode_mean(payload[None], KEY, 5000, out=torch.zeros(5000, dtype=dtype))
-
-
-def test_strided_out_raises_or_takes_the_mean() -> None:
+@pytest.mark.parametrize(
+    ("out", "fact"),
+    [
+        (torch.zeros(4999), r"float32 of shape \(4999,\); it must be .* of shape \(5000,\)"),
+        (torch.zeros(5000, 1), r"shape \(5000, 1\)"),
+        (torch.zeros(5000, dtype=torch.float64), r"out is a torch\.float64"),
+        (torch.zeros(5000, dtype=torch.int32), r"out is a torch\.int32"),
+        (torch.zeros(10000)[::2], r"out is a strided torch\.float32"),
+        (torch.zeros(1).expand(5000), r"out is a strided torch\.float32"),
+    ],
+)
+def test_unfit_out_raises(out: torch.Tensor, fact: str) -> None:
+    """Kernels would write beside it."""
     codec = Codec(QuicFL(4))
     payload = codec.encode(gaussian(5000), KEY)[None]
-    buffer = torch.zeros(10000)
-    try:
-        codec.decode_mean(payload, KEY, 5000, out=buffer[::2])
-    except ValueError:
-        assert not buffer.any()
-    else:
-        assert torch.equal(buffer[::2], codec.decode_mean(payload, KEY, 5000))
-        assert not buffer[1::2].any()
+    with pytest.raises(ValueError, match=fact):
+        codec.decode_mean(payload, KEY, 5000, out=out)
+    assert not out.any()
 
 
 @codecs(Codec(QuicFL(4)), Codec(Eden(4)))
@@ -473,8 +472,18 @@ def test_payloads_may_lie_anywhere_in_memory() -> None:
     codec = Codec(QuicFL(4))
     payload = codec.encode(gaussian(5000), KEY)
     expected = codec.decode_mean(payload[None], KEY, 5000)
-    message = torch.cat([payload.new_zeros(3), payload])
-    assert torch.equal(codec.decode_mean(message[3:][None], KEY, 5000), expected)
+    for ahead in (1, 2, 3):
+        message = torch.cat([payload.new_zeros(ahead), payload])
+        assert torch.equal(codec.decode_mean(message[ahead:][None], KEY, 5000), expected)
+
+
+@pytest.mark.xfail(strict=True, reason="a single row counts as contiguous, whatever its stride")
+def test_a_payload_may_lie_in_a_longer_slot() -> None:
+    codec = Codec(QuicFL(4))
+    payload = codec.encode(gaussian(5000), KEY)
+    slot = torch.nn.functional.pad(payload, (0, 3))[None]
+    expected = codec.decode_mean(payload[None], KEY, 5000)
+    assert torch.equal(codec.decode_mean(slot[:, :-3], KEY, 5000), expected)
 
 
 @codecs(Codec(QuicFL(4)), Codec(Eden(4)))
@@ -570,7 +579,5 @@ def test_bad_arguments_raise() -> None:
     payload = codec.encode(x, KEY)[None]
     with pytest.raises(ValueError, match="first=1 must be a multiple"):
         codec.decode_mean(payload, KEY, 100, first=1)
-    with pytest.raises(ValueError, match=r"of shape \(99,\); it must be .*shape \(100,\)"):
-        codec.decode_mean(payload, KEY, 100, out=x[:99])
     with pytest.raises(ValueError, match="world_size=0"):
         codec.decode_mean(payload[:0], KEY, 100)

@@ -131,7 +131,7 @@ INLINE vf apply_signs(vf v, const uint8_t *signs, int64_t j) {
 #if defined(__AVX512F__)
     __mmask16 minus;
     memcpy(&minus, signs + j / 8, 2);
-    return (vf)_mm512_mask_xor_epi32((__m512i)v, minus, (__m512i)v, _mm512_set1_epi32(1 << 31));
+    return (vf)_mm512_mask_xor_epi32((__m512i)v, minus, (__m512i)v, _mm512_set1_epi32(INT32_MIN));
 #else
     vu bit;
     for (int i = 0; i < LANES; i++) bit[i] = 1u << i;
