@@ -1,6 +1,7 @@
 """Train a byte-level GPT on the Python standard library, with a choice of gradient compression.
 
     torchrun --nproc-per-node=2 launch/train_ddp.py --hook rht --bits 4
+    launch/mpirun.sh 2 --hook rht --bits 4
 
 Every machine has the data, so a run needs no download. Ranks read different windows of it, drawn
 by a generator that is keyed by (seed, step, rank): nothing about the data has to be saved for a
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import platform
+import socket
 import statistics
 import sys
 import sysconfig
@@ -76,6 +78,12 @@ def parse_args() -> argparse.Namespace:
     hook.add_argument(
         "--algorithm", choices=("auto", "all_gather", "two_shot"), default="auto", help="rht"
     )
+    hook.add_argument(
+        "--communicator",
+        choices=("torch", "mpi"),
+        default="torch",
+        help="rht: what carries the payloads; mpi needs ranks started by mpiexec",
+    )
     hook.add_argument("--bucket-cap-mb", type=float, default=25.0, help="DDP's bucket size, in MiB")
 
     output = parser.add_argument_group("output")
@@ -93,6 +101,8 @@ def parse_args() -> argparse.Namespace:
     machine.add_argument("--threads", type=int, help="CPU threads a rank; default: its share")
 
     args = parser.parse_args()
+    if "RANK" not in os.environ and started_by_mpiexec():
+        take_ranks_from_mpi()
     if args.width % (2 * args.heads) != 0:
         parser.error(
             f"--width {args.width} over --heads {args.heads} does not give heads of even width: "
@@ -105,7 +115,8 @@ def parse_args() -> argparse.Namespace:
         )
     if "RANK" not in os.environ:
         parser.error(
-            "the environment has no RANK: start this script with torchrun --nproc-per-node=2"
+            "the environment has no RANK: start this script with torchrun --nproc-per-node=2 "
+            "or with launch/mpirun.sh 2"
         )
     if args.backend is None:
         args.backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -113,6 +124,28 @@ def parse_args() -> argparse.Namespace:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.threads = max(1, (cores or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))
     return args
+
+
+def started_by_mpiexec() -> bool:
+    return any(name in os.environ for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"))
+
+
+def take_ranks_from_mpi() -> None:
+    """Set the variables that torchrun would have set; DDP's own process group needs them."""
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    host = "127.0.0.1" if node.size == world.size else socket.gethostname()
+    host, port = world.bcast((host, port))
+    os.environ |= {
+        **{"RANK": str(world.rank), "WORLD_SIZE": str(world.size)},
+        **{"LOCAL_RANK": str(node.rank), "LOCAL_WORLD_SIZE": str(node.size)},
+        **{"MASTER_ADDR": host, "MASTER_PORT": str(port)},
+    }
 
 
 # Data ---------------------------------------------------------------------------------------------
@@ -314,7 +347,11 @@ def make_hook(args: argparse.Namespace) -> tuple[Any, Hook]:
     import rhtcomm.hooks  # the other two hooks train without the package
 
     state = rhtcomm.hooks.RHTState(
-        bits=args.bits, quantizer=args.quantizer, algorithm=args.algorithm, seed=args.seed
+        bits=args.bits,
+        quantizer=args.quantizer,
+        algorithm=args.algorithm,
+        seed=args.seed,
+        communicator=rhtcomm.MPICommunicator() if args.communicator == "mpi" else None,
     )
     return state, rhtcomm.hooks.rht_hook
 
