@@ -171,9 +171,9 @@ class Codec:
         world_size = payloads.shape[0]
         self._check_place(0, world_size, first)
         self._check_headers(payloads, key, first, numel)
-        payloads = payloads.contiguous()
-        if payloads.data_ptr() % 4:  # the scales are read as float32 where they lie
-            payloads = payloads.clone()
+        # The scales are read as float32 where they lie.
+        if payloads.stride(1) != 1 or payloads.stride(0) % 4 or payloads.data_ptr() % 4:
+            payloads = payloads.clone(memory_format=torch.contiguous_format)
         if out is None:
             out = torch.empty(numel, dtype=torch.float32, device=payloads.device)
         elif out.shape != (numel,) or out.dtype not in DTYPES or not out.is_contiguous():
