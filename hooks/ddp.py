@@ -7,10 +7,11 @@ from a future's callback hang or mix up their data on Gloo.)
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Literal
 
@@ -20,19 +21,22 @@ import torch.distributed as dist
 from ..codec import Codec
 from ..collectives import Algorithm, all_reduce, check_agreement, check_algorithm
 from ..communicator import Communicator, TorchCommunicator
+from ..lattice import Lattice
 from ..quantizers import Eden, QuicFL
 from ..randomness import Key
 
 __all__ = ["RHTState", "Stats", "rht_hook"]
 
 _QUANTIZERS: dict[str, type[QuicFL] | type[Eden]] = {"quic_fl": QuicFL, "eden": Eden}
+_LATTICE = "lattice"
 
 
 @dataclass(frozen=True)
 class Stats:
     """What the hook has done so far, on this rank.
 
-    Seconds are wall-clock time of the worker thread; on CUDA, of launching the work.
+    Seconds are wall-clock time of the worker thread. On CUDA it launches encoding and waits for
+    nothing until decoding, whose seconds hold that wait.
     `bytes_uncompressed` is what a ring all-reduce of the gradients in their own dtype would have
     sent. `nmse` is |mean - exact|^2 / |exact|^2 over the sampled buckets, None if none was.
     """
@@ -55,20 +59,23 @@ class Stats:
 
 
 class RHTState:
-    """Configuration and progress of `rht_hook`; give all ranks the same arguments.
+    """Configuration and progress of `rht_hook`, of one model; give all ranks the same arguments.
 
     Args:
         bits: bits a coordinate, 1 to 8.
         quantizer: "quic_fl" (unbiased whatever the input), or "eden" (smaller error for one
-            sender; decoding takes an inverse rotation for each rank).
+            sender; decoding takes an inverse rotation for each rank), or "lattice" (codes that are
+            added on the way by one integer all-reduce).
         rotations: randomized Hadamard transforms, 1 to 3; by default the quantizer's safe number.
         block: coordinates in a block, a power of two.
         algorithm: "auto", "all_gather" or "two_shot", see `rhtcomm.all_reduce`.
         seed: of the random streams.
         min_numel: buckets with fewer coordinates go uncompressed.
-        process_group: the group that DDP was given, by default the world. The hook makes a group
-            of its own with the same ranks.
-        timeout: of that group: how long a rank waits for the others before it raises.
+        process_group: the group that DDP was given, by default the world. Where DDP has a group,
+            it must be given here too, since a hook cannot see it: otherwise all ranks of the world
+            are averaged. The hook makes a group of its own with the same ranks.
+        timeout: of that group: how long a rank waits for the others before it raises. By default
+            what torch takes (30 minutes for Gloo), whatever the other group has.
         communicator: takes the place of process_group and timeout.
         nmse_every: measure the error of the mean in every so many steps (0: never), by an exact
             all-reduce beside the compressed one. Its bytes and time are not counted.
@@ -81,7 +88,7 @@ class RHTState:
         self,
         bits: int = 4,
         *,
-        quantizer: Literal["quic_fl", "eden"] = "quic_fl",
+        quantizer: Literal["quic_fl", "eden", "lattice"] = "quic_fl",
         rotations: int | None = None,
         block: int = 4096,
         algorithm: Algorithm = "auto",
@@ -92,10 +99,9 @@ class RHTState:
         communicator: Communicator | None = None,
         nmse_every: int = 0,
     ) -> None:
-        if quantizer not in _QUANTIZERS:
-            raise ValueError(
-                f"RHTState: quantizer={quantizer!r} must be one of {', '.join(_QUANTIZERS)}"
-            )
+        names = (*_QUANTIZERS, _LATTICE)
+        if quantizer not in names:
+            raise ValueError(f"RHTState: quantizer={quantizer!r} must be one of {', '.join(names)}")
         if communicator is not None and (process_group is not None or timeout is not None):
             raise ValueError(
                 "RHTState: a communicator brings its own ranks and timeout; "
@@ -105,12 +111,17 @@ class RHTState:
             raise ValueError(
                 f"RHTState: min_numel={min_numel} and nmse_every={nmse_every} must not be negative"
             )
-        check_algorithm(algorithm)
-        self.codec = Codec(_QUANTIZERS[quantizer](bits), rotations, block)
+        self.codec: Codec | Lattice
+        if quantizer == _LATTICE:
+            self.codec = Lattice(bits, 2 if rotations is None else rotations, block)
+        else:
+            self.codec = Codec(_QUANTIZERS[quantizer](bits), rotations, block)
+        check_algorithm(algorithm, self.codec)
         self.algorithm = algorithm
         self.min_numel = min_numel
         self.nmse_every = nmse_every
         self.key = Key(seed)  # of the next bucket, but for its index
+        self._last_index = -1
         self._process_group, self._timeout = process_group, timeout
         self._communicator = communicator
         self._group: dist.ProcessGroup | None = None  # the one made by _start
@@ -141,7 +152,7 @@ class RHTState:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where `state_dict` was taken; call it on all ranks alike, between steps."""
-        self.key = Key(state["seed"], state["step"])
+        self.key, self._last_index = Key(state["seed"], state["step"]), -1
 
     def close(self) -> None:
         """Finish what is under way, end the worker thread and destroy the group it used.
@@ -153,6 +164,7 @@ class RHTState:
             self._worker.shutdown(wait=True)
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
+            self._communicator = None
         self._worker = self._group = None
 
     def __enter__(self) -> "RHTState":
@@ -172,27 +184,39 @@ class RHTState:
             self._start()
         assert self._worker is not None
         buffer = bucket.buffer()
-        key = Key(self.key.seed, self.key.step, bucket.index())
+        # DDP may leave out a step's last buckets, if no gradient came; randomness must not repeat.
+        if bucket.index() <= self._last_index:
+            self._next_step()
+        key = replace(self.key, bucket=bucket.index())
+        self._last_index = bucket.index()
         if bucket.is_last():
-            self.key = Key(self.key.seed, self.key.step + 1)
+            self._next_step()
         on_device = buffer.device.type != "cpu"
         devices = [buffer.device] if on_device else None
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
         ready = torch.cuda.current_stream(buffer.device).record_event() if on_device else None
-        self._worker.submit(self._run, buffer, key, bucket.is_last(), ready, done)
+        self._worker.submit(self._run, buffer, key, ready, done)
         # An exception set on a Python future reaches DDP only when a callback raises it again.
         return done.then(lambda finished: finished.value())
+
+    def _next_step(self) -> None:
+        self.key, self._last_index = replace(self.key, step=self.key.step + 1), -1
+        self._steps += 1
 
     def _start(self) -> None:
         if self._communicator is None:
             if not dist.is_initialized():
                 raise RuntimeError("rht_hook: torch.distributed is not initialized")
             parent = self._process_group
-            self._group = dist.new_group(
-                None if parent is None else dist.get_process_group_ranks(parent),
-                timeout=self._timeout,
-                use_local_synchronization=parent is not None,
-            )
+            if parent is None or parent is dist.group.WORLD:
+                self._group = dist.new_group(timeout=self._timeout)
+            else:
+                self._group = dist.new_group(
+                    dist.get_process_group_ranks(parent),
+                    timeout=self._timeout,
+                    backend=dist.get_backend(parent),
+                    use_local_synchronization=True,
+                )
             self._communicator = TorchCommunicator(self._group)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rhtcomm")
 
@@ -200,7 +224,6 @@ class RHTState:
         self,
         buffer: torch.Tensor,
         key: Key,
-        last: bool,
         ready: torch.cuda.Event | None,
         done: torch.futures.Future[torch.Tensor],
     ) -> None:
@@ -213,10 +236,11 @@ class RHTState:
                 ) from self._failure
             with self._after(buffer, ready):
                 self._mean(buffer, key)
-                self._steps += last
                 done.set_result(buffer)
         except BaseException as failure:
             self._failure = self._failure or failure
+            if not isinstance(failure, Exception):  # futures take no others
+                failure = RuntimeError(f"rht_hook: {failure!r} on the worker thread")
             done.set_exception(failure)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
@@ -271,8 +295,11 @@ class RHTState:
             2 * (world_size - 1) * buffer.numel() * buffer.element_size() // world_size
         )
         if exact is not None:
-            self._squared_error += (buffer.float() - exact).square().sum().item()
-            self._squared_norm += exact.square().sum().item()
+            error = (buffer.float() - exact).square().sum().item()
+            norm = exact.square().sum().item()
+            if math.isfinite(error) and math.isfinite(norm):  # not so in steps that a scaler skips
+                self._squared_error += error
+                self._squared_norm += norm
 
     @contextlib.contextmanager
     def _stopwatch(self, part: str) -> Iterator[None]:
@@ -289,6 +316,7 @@ def rht_hook(
     """Mean of a gradient bucket over ranks through compressed payloads.
 
     Register with ``model.register_comm_hook(RHTState(bits=4), rht_hook)``. Errors on this rank or
-    in the exchange come out of ``backward()``; after one, the state refuses further buckets.
+    in the exchange come out of ``backward()``, as a RuntimeError whose text holds the original;
+    after one, the state refuses further buckets.
     """
     return state.submit(bucket)

@@ -3,6 +3,7 @@
 from rhtcomm.codec import Codec, PayloadError
 from rhtcomm.collectives import DisagreementError, all_reduce
 from rhtcomm.communicator import MPICommunicator, TorchCommunicator
+from rhtcomm.lattice import Lattice
 from rhtcomm.quantizers import Eden, QuicFL
 from rhtcomm.randomness import Key
 from rhtcomm.rotation import RandomizedHadamard
@@ -12,6 +13,7 @@ __all__ = [
     "DisagreementError",
     "Eden",
     "Key",
+    "Lattice",
     "MPICommunicator",
     "PayloadError",
     "QuicFL",

@@ -23,16 +23,15 @@ from hashlib import blake2b
 
 import torch
 
-from rhtcomm.kernels import kernel_for
+from rhtcomm.kernels import DTYPES, kernel_for
 from rhtcomm.quantizers import Quantizer
 from rhtcomm.randomness import Key
 from rhtcomm.rotation import Blocks, RandomizedHadamard, split_into_blocks
 
-__all__ = ["Codec", "PayloadError"]
+__all__ = ["DTYPES", "Codec", "PayloadError"]
 
 VERSION = 1
 HEADER_BYTES = 16
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PayloadError(ValueError):
@@ -58,6 +57,10 @@ class Codec:
     block: int = 4096
 
     def __post_init__(self) -> None:
+        if not callable(getattr(self.quantizer, "encode", None)):
+            raise TypeError(
+                f"Codec: quantizer={self.quantizer!r} must be an object such as QuicFL(bits=4)"
+            )
         if self.rotations is None:
             object.__setattr__(self, "rotations", self.quantizer.rotations)
         self.rotation  # noqa: B018  # checks the arguments
@@ -81,8 +84,9 @@ class Codec:
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """8 bytes that differ between configurations."""
-        return blake2b(repr(self.configuration).encode(), digest_size=8).digest()
+        """8 bytes that differ between configurations, and between tables of levels."""
+        everything = repr((self.configuration, self.quantizer.fingerprint))
+        return blake2b(everything.encode(), digest_size=8).digest()
 
     def nbytes(self, numel: int) -> int:
         """Length of the payload of `numel` coordinates, in bytes."""
@@ -162,7 +166,7 @@ class Codec:
             ValueError: out has another shape, dtype or layout.
         """
         length = self.nbytes(numel)
-        if payloads.dtype != torch.uint8 or payloads.dim() != 2 or payloads.shape[1] != length:
+        if payloads.dtype != torch.uint8 or payloads.shape != (len(payloads) or 1, length):
             raise PayloadError(
                 f"Codec.decode_mean: payloads is {payloads.dtype} of shape {tuple(payloads.shape)},"
                 f" but {numel} coordinates take (K, {length}) torch.uint8: a payload was cut short,"
@@ -172,10 +176,20 @@ class Codec:
         self._check_place(0, world_size, first)
         self._check_headers(payloads, key, first, numel)
         # The scales are read as float32 where they lie.
-        if payloads.stride(1) != 1 or payloads.stride(0) % 4 or payloads.data_ptr() % 4:
+        if (
+            payloads.data_ptr() % 4
+            or payloads.stride(1) != 1
+            or payloads.stride(0) % 4
+            or payloads.storage_offset() % 4
+        ):
             payloads = payloads.clone(memory_format=torch.contiguous_format)
         if out is None:
             out = torch.empty(numel, dtype=torch.float32, device=payloads.device)
+        elif out.device != payloads.device:
+            raise ValueError(
+                f"Codec.decode_mean: out lies on {out.device}, the payloads on {payloads.device}; "
+                "move one to the other"
+            )
         elif out.shape != (numel,) or out.dtype not in DTYPES or not out.is_contiguous():
             layout = "contiguous" if out.is_contiguous() else "strided"
             raise ValueError(
@@ -225,7 +239,7 @@ class Codec:
             elif found[2] != wanted[2]:
                 fact = f"has format version {found[2]}, this is version {VERSION}; update the older"
             elif found[3] != wanted[3] or found[8:] != wanted[8:]:
-                fact = f"was made with a configuration other than {self.configuration}"
+                fact = f"was made with a configuration other than {self.configuration} (or tables)"
             else:
                 fact = (
                     f"was made for another key, rank, world size, place or length than {key}, "

@@ -5,6 +5,8 @@ With P the payload bytes of the whole tensor and e the quantizer's vNMSE, a rank
     all_gather    (n - 1) P          error of the mean e / n
     two_shot      2 (n - 1) / n P    error of the mean e / n + e
 
+    lattice       2 (n - 1) / n P w / b    D^2 / 12 / n, see rhtcomm/lattice.py
+
 all_gather: every rank decodes all n payloads. two_shot: each rank gets all payloads of one shard,
 decodes and averages them, encodes the mean again, and gathers the shards of the others.
 """
@@ -20,16 +22,17 @@ import torch
 
 from rhtcomm.codec import DTYPES, Codec
 from rhtcomm.communicator import Communicator
+from rhtcomm.lattice import Lattice
 from rhtcomm.randomness import Key
 
-__all__ = ["Algorithm", "DisagreementError", "all_reduce", "check_agreement", "choose_algorithm"]
+__all__ = ["Algorithm", "DisagreementError", "all_reduce", "check_agreement", "check_algorithm"]
 
 Algorithm = Literal["auto", "all_gather", "two_shot"]
 Stopwatch = Callable[[str], AbstractContextManager[object]]
 
 # Payloads up to this many bytes take one round trip rather than two.
 _SMALL_PAYLOAD = 1 << 15
-_FACTS_BYTES = 1024
+_FACTS_BYTES = 2048
 
 
 class DisagreementError(RuntimeError):
@@ -38,7 +41,7 @@ class DisagreementError(RuntimeError):
 
 def all_reduce(
     tensor: torch.Tensor,
-    codec: Codec,
+    codec: Codec | Lattice,
     key: Key,
     communicator: Communicator,
     *,
@@ -51,12 +54,12 @@ def all_reduce(
 
     Args:
         tensor: float32, bfloat16 or float16, any shape, contiguous or not, alike on all ranks.
-        codec: how to compress.
+        codec: how to compress. A `Lattice` has a way of its own to travel: one integer all-reduce.
         key: the same on all ranks, and another one for each call: new randomness is what makes
             the errors of successive calls average out.
         communicator: who takes part.
         algorithm: "all_gather", "two_shot", or "auto": all_gather for two ranks and for small
-            payloads, else two_shot.
+            payloads, else two_shot. "auto" is the only one for a `Lattice`.
         min_numel: smaller tensors travel uncompressed, as float32.
         check: compare the configuration of all ranks first, at the price of one small exchange.
             The DDP hook does that once, not for each bucket.
@@ -64,7 +67,7 @@ def all_reduce(
 
     Raises:
         TypeError: the tensor has another dtype (float64 and integers are never rounded silently).
-        ValueError: the algorithm is unknown.
+        ValueError: the algorithm is unknown, or asked for with a `Lattice`.
         DisagreementError: on all ranks, naming the fields in which they differ.
         PayloadError: a payload that arrived is not what was expected.
     """
@@ -78,7 +81,7 @@ def all_reduce(
             "key": key,
         }
         check_agreement(communicator, facts, tensor.device)
-    check_algorithm(algorithm)
+    check_algorithm(algorithm, codec)
     if tensor.dtype not in DTYPES:
         raise TypeError(
             f"rhtcomm.all_reduce: the tensor is {tensor.dtype}, but only float32, bfloat16 and "
@@ -89,6 +92,8 @@ def all_reduce(
     flat = tensor.detach().contiguous().view(-1)
     if flat.numel() < min_numel:
         _uncompressed(flat, communicator, stopwatch)
+    elif isinstance(codec, Lattice):
+        _lattice(flat, codec, key, communicator, stopwatch)
     else:
         chosen = choose_algorithm(algorithm, communicator.world_size, codec.nbytes(flat.numel()))
         reduce = _all_gather if chosen == "all_gather" else _two_shot
@@ -97,11 +102,16 @@ def all_reduce(
         tensor.detach().copy_(flat.view(tensor.shape))
 
 
-def check_algorithm(algorithm: str) -> None:
-    """Raise ValueError unless the algorithm is one of `Algorithm`."""
+def check_algorithm(algorithm: str, codec: Codec | Lattice) -> None:
+    """Raise ValueError unless the algorithm is one of `Algorithm` and does for the codec."""
     if algorithm not in get_args(Algorithm):
         raise ValueError(
             f"rhtcomm: algorithm={algorithm!r} must be one of {', '.join(get_args(Algorithm))}"
+        )
+    if isinstance(codec, Lattice) and algorithm != "auto":
+        raise ValueError(
+            f"rhtcomm: algorithm={algorithm!r} is for payloads, and a Lattice has none: its "
+            'codes are added on the way; leave the algorithm at "auto"'
         )
 
 
@@ -124,9 +134,8 @@ def check_agreement(
     Raises:
         DisagreementError: naming the fields that differ, and their values by rank.
     """
-    text = json.dumps({name: str(value) for name, value in facts.items()}).encode()
-    if len(text) > _FACTS_BYTES:
-        raise ValueError(f"check_agreement: {len(text)} bytes of facts, {_FACTS_BYTES} fit")
+    text = json.dumps({name: str(value)[:80] for name, value in facts.items()}).encode()
+    assert len(text) <= _FACTS_BYTES
     row = torch.frombuffer(bytearray(text.ljust(_FACTS_BYTES)), dtype=torch.uint8).to(device)
     by_rank = [json.loads(bytes(other)) for other in communicator.all_gather(row).tolist()]
     differing = []
@@ -202,6 +211,35 @@ def _two_shot(
                 first=shard.start,
                 out=flat[shard],
             )
+
+
+def _lattice(
+    flat: torch.Tensor, lattice: Lattice, key: Key, communicator: Communicator, stopwatch: Stopwatch
+) -> None:
+    rank, world_size = communicator.rank, communicator.world_size
+    parts = lattice.blocks(flat.numel())
+    with stopwatch("encode"):
+        rotated = [lattice.rotate(flat, key, part) for part in parts]
+        bound = torch.cat([y.abs().amax(dim=1) for y in rotated])
+    with stopwatch("exchange"):
+        communicator.all_reduce_(bound, "max")
+    bounds = bound.split([part.count for part in parts])
+    with stopwatch("encode"):
+        codes = [
+            lattice.codes(y, of_blocks, key, part.start, rank, world_size).flatten()
+            for y, of_blocks, part in zip(rotated, bounds, parts, strict=True)
+        ]
+        words = lattice.pack(torch.cat(codes), world_size)
+    with stopwatch("exchange"):
+        communicator.all_reduce_(words)
+    with stopwatch("decode"):
+        sizes = [part.count * part.size for part in parts]
+        totals = lattice.unpack(words, sum(sizes), world_size).split(sizes)
+        for total, of_blocks, part in zip(totals, bounds, parts, strict=True):
+            rows = total.view(part.count, part.size)
+            mean = lattice.mean(rows, of_blocks, key, part, world_size).flatten()
+            target = flat[part.start : part.stop]
+            target.copy_(mean[: target.numel()])
 
 
 def split_into_shards(numel: int, block: int, world_size: int) -> list[slice]:

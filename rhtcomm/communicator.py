@@ -2,7 +2,7 @@
 
 import os
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -36,8 +36,8 @@ class Communicator(Protocol):
         """x (world_size, m) uint8 -> (world_size, m), row i being rank i's row for this rank."""
         ...
 
-    def all_reduce_(self, x: torch.Tensor) -> None:
-        """Sum of contiguous tensors over ranks, in place, the same bits on every rank."""
+    def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        """Sum or maximum of contiguous tensors over ranks, in place, the same bits everywhere."""
         ...
 
 
@@ -98,8 +98,9 @@ class TorchCommunicator:
         self.bytes_sent += (self.world_size - 1) * x.shape[1]
         return received
 
-    def all_reduce_(self, x: torch.Tensor) -> None:
-        dist.all_reduce(x, group=self.group)
+    def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
+        dist.all_reduce(x, kind, group=self.group)
         self.bytes_sent += _ring_bytes(x, self.world_size)
 
 
@@ -151,6 +152,7 @@ class MPICommunicator:
         self.timeout = timeout
         self.bytes_sent = 0
         self._in_place: Any = MPI.IN_PLACE
+        self._operations: dict[str, Any] = {"sum": MPI.SUM, "max": MPI.MAX}
 
     @property
     def rank(self) -> int:
@@ -172,8 +174,8 @@ class MPICommunicator:
         self.bytes_sent += (self.world_size - 1) * x.shape[1]
         return received
 
-    def all_reduce_(self, x: torch.Tensor) -> None:
-        self._wait(self.comm.Iallreduce(self._in_place, _host_array(x)))
+    def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        self._wait(self.comm.Iallreduce(self._in_place, _host_array(x), self._operations[op]))
         self.bytes_sent += _ring_bytes(x, self.world_size)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ One call yields four 32-bit words. Streams are laid out over the coordinates of 
 one bit a coordinate (a call serves 128), dither takes one byte (a call serves 16).
 """
 
+import operator
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cache
@@ -48,6 +49,7 @@ class Key:
             several hops; set by the collectives.
 
     Raises:
+        TypeError: a field is no integer.
         ValueError: a field is out of its range.
     """
 
@@ -58,7 +60,8 @@ class Key:
 
     def __post_init__(self) -> None:
         for name, width in (("seed", 64), ("step", 32), ("bucket", 32), ("hop", 4)):
-            value = getattr(self, name)
+            value = operator.index(getattr(self, name))
+            object.__setattr__(self, name, value)  # a plain int, whatever integer was given
             if not 0 <= value < 1 << width:
                 raise ValueError(f"Key: {name}={value} must lie in [0, 2^{width})")
 
@@ -96,12 +99,12 @@ def words(
 ) -> torch.Tensor:
     """Calls first .. first + count - 1 of a stream: (count, 4) int64 holding 32-bit words."""
     if first + count > 1 << 32:
-        raise ValueError(f"a stream has 2^32 calls, {first + count} were asked for: use a tensor")
+        raise ValueError(f"a stream has 2^32 calls, {first + count} were asked for")
     if not 0 <= rank < MAX_RANKS:
         raise ValueError(f"rank={rank} must lie in [0, {MAX_RANKS})")
 
     def word(value: int) -> torch.Tensor:
-        return torch.tensor(value, dtype=torch.int64, device=device)
+        return torch.full((), value, dtype=torch.int64, device=device)
 
     call = torch.arange(first, first + count, dtype=torch.int64, device=device)
     purpose = word(stream + 16 * key.hop + 256 * rank)
@@ -113,8 +116,9 @@ def words(
 @cache
 def _signs_of_a_byte(device: torch.device) -> torch.Tensor:
     """(256, 8) float32: row v holds -1 where the bit of v is set, lowest bit first."""
-    byte = torch.arange(256, device=device)[:, None]
-    return 1.0 - 2.0 * ((byte >> torch.arange(8, device=device)) & 1).float()
+    byte = torch.arange(256)[:, None]
+    signs = 1.0 - 2.0 * ((byte >> torch.arange(8)) & 1).float()
+    return signs.to(device)  # has arrived on return, so any stream may read it
 
 
 def signs(
@@ -152,7 +156,7 @@ def dither(
     `first` and `count` must be multiples of 16.
     """
     drawn = words(key, Stream.DITHER, first // 16, count // 16, 0, device).view(-1, 1)
-    turn = torch.tensor([8, 16, 24, 32], device=device)
+    turn = torch.arange(8, 40, 8, device=device)
     turned = (drawn >> turn) | (drawn << (32 - turn))
     u, v = (turned & 0xFFFF).int(), ((turned >> 16) & 0xFFFF).int()
     if offset:

@@ -17,7 +17,7 @@ from rhtcomm.randomness import Key, Stream, signs
 
 __all__ = ["Blocks", "RandomizedHadamard", "split_into_blocks"]
 
-MAX_BLOCK = 1 << 24
+_BLOCKS = [1 << power for power in range(5, 25)]
 MIN_TAIL = 256
 
 
@@ -96,9 +96,9 @@ class RandomizedHadamard:
     block: int = 4096
 
     def __post_init__(self) -> None:
-        if self.rotations not in (1, 2, 3):
+        if not isinstance(self.rotations, int) or not 1 <= self.rotations <= 3:
             raise ValueError(f"RandomizedHadamard: rotations={self.rotations} must be 1, 2 or 3")
-        if self.block & (self.block - 1) or not 32 <= self.block <= MAX_BLOCK:
+        if not isinstance(self.block, int) or self.block not in _BLOCKS:
             raise ValueError(
                 f"RandomizedHadamard: block={self.block} must be a power of two from 32 to 2^24"
             )

@@ -226,6 +226,9 @@ def run_program(
         "WORLD_SIZE": str(world_size),
         "OMP_NUM_THREADS": "1",
     }
+    if sys.platform == "linux":
+        # Where the host's name cannot be resolved, Gloo says on stderr that it takes this one.
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
     command = [sys.executable, "-W", "error", "-c", source]
     processes = [
         subprocess.Popen(

@@ -578,5 +578,5 @@ def test_bad_arguments_raise() -> None:
     payload = codec.encode(x, KEY)[None]
     with pytest.raises(ValueError, match="first=1 must be a multiple"):
         codec.decode_mean(payload, KEY, 100, first=1)
-    with pytest.raises(ValueError, match="world_size=0"):
+    with pytest.raises(ValueError, match=r"shape \(0, 148\)"):
         codec.decode_mean(payload[:0], KEY, 100)

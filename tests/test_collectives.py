@@ -12,6 +12,7 @@ from harness import Ranks
 import rhtcomm
 from rhtcomm import Codec, DisagreementError, Eden, Key, QuicFL
 from rhtcomm.collectives import Algorithm, check_agreement, choose_algorithm
+from rhtcomm.kernels import cpu, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANTIZERS = (QuicFL, Eden)
@@ -120,6 +121,29 @@ def test_every_rank_gets_the_bits_of_the_simulation(
         for bits, rotations, block in [(1, 2, 4096), (3, 3, 32), (8, 2, 1024)]
     ]
     check_cases(ranks, world_size, cases)
+
+
+def reduce_with_a_kernel_a_rank(
+    rank: int, world_size: int, cases: list[Case]
+) -> list[torch.Tensor]:
+    """The reference on rank 0, the C kernels on the others."""
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            patch.setattr(rhtcomm.codec, "kernel_for", lambda device, quantizer: reference)
+        return reduce_cases(rank, world_size, cases)
+
+
+@pytest.mark.skipif(cpu.library_path() is None, reason="the C kernels were not built")
+def test_ranks_with_different_kernels_get_the_same_bits(ranks: Ranks) -> None:
+    cases: list[Case] = [
+        (Codec(quantizer, block=BLOCK), algorithm, 20 * BLOCK + 77, dtype)
+        for quantizer in (QuicFL(4), QuicFL(1), Eden(4), Eden(3))
+        for algorithm in ALGORITHMS
+        for dtype in DTYPES
+    ]
+    first, second = ranks.run(reduce_with_a_kernel_a_rank, 2, cases)
+    for case, *results in zip(cases, first, second, strict=True):
+        assert same_bits(*results), f"{case}"
 
 
 def test_auto_is_the_cheapest_algorithm() -> None:

@@ -556,6 +556,10 @@ def fail_on_rank_1(rank: int, world_size: int) -> dict[str, Any]:
     }
 
 
+# What Gloo says when another rank is silent or gone.
+LOST_PEER = "Timed out|Connection (closed|reset) by peer|Broken pipe"
+
+
 def test_an_error_on_one_rank_ends_all_of_them(ranks: Ranks) -> None:
     results = ranks.run(fail_on_rank_1, 3)
     for rank, result in enumerate(results):
@@ -568,8 +572,9 @@ def test_an_error_on_one_rank_ends_all_of_them(ranks: Ranks) -> None:
             assert "made by the test" in result["error"]
             assert "made by the test" in result["later"], "the first error is not named"
         else:
-            assert "imed out" in result["error"]
-            assert "imed out" in result["later"]
+            # The first rank to give up closes its connections, which the next one may see earlier.
+            for text in (result["error"], result["later"]):
+                assert re.search(LOST_PEER, text)
 
 
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -818,4 +823,4 @@ def test_programs_end_when_one_rank_does(monkeypatch: pytest.MonkeyPatch) -> Non
     other, failed = run_program(PROGRAM.format(fails="rank == 1", ending=DESTROY), world_size=2)
     assert (failed.returncode, failed.stderr) == (1, "this rank fails\n")
     assert other.returncode == 1
-    assert "onnection closed by peer" in other.stderr
+    assert re.search(LOST_PEER, other.stderr)

@@ -76,6 +76,16 @@ def test_errors_of_independent_ranks_average_out(
     assert abs(nmse.mean - expected) < 0.05 * expected
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_errors_of_agreeing_ranks_average_out_for_eden(bits: int) -> None:
+    """Only as every rank rotates by signs of its own: with shared ones all errors would be one."""
+    world_size, codec = 10, Codec(Eden(bits))
+    nmse = nmse_of_mean(codec, [gaussian(NUMEL // 4, 80)] * world_size, Key(seed=6))
+    expected = VNMSE[Eden][bits - 1] / world_size
+    assert nmse.standard_error < 0.0125 * expected
+    assert abs(nmse.mean - expected) < 0.05 * expected
+
+
 class Measured(NamedTuple):
     mean: float
     standard_error: float

@@ -6,7 +6,7 @@ same in C, bit for bit. Which one runs is chosen here:
     RHTCOMM_KERNELS=reference | cpu    forces one; asking for what is missing raises
     RHTCOMM_CPU=avx512 | avx2 | baseline    forces an instruction set of the C kernels
 
-Both are read at first use. Without them the C kernels run on CPU tensors where they were built, in
+Without them the C kernels run on CPU tensors where they were built, in
 the widest instruction set that the processor has.
 """
 
@@ -22,7 +22,9 @@ from rhtcomm.quantizers import Quantizer
 from rhtcomm.randomness import Key
 from rhtcomm.rotation import Blocks, RandomizedHadamard
 
-__all__ = ["Kernel", "kernel_for"]
+__all__ = ["DTYPES", "Kernel", "kernel_for"]
+
+DTYPES = cpu.DTYPES
 
 
 class Kernel(Protocol):
@@ -62,9 +64,14 @@ def kernel_for(device: torch.device, quantizer: Quantizer) -> Kernel:
         ValueError: RHTCOMM_KERNELS or RHTCOMM_CPU has an unknown value.
         RuntimeError: the kernels that one of them asks for are missing.
     """
+    wanted = os.environ.get("RHTCOMM_KERNELS") or None
+    if wanted not in (None, "reference", "cpu"):
+        raise ValueError(f"RHTCOMM_KERNELS={wanted!r} must be 'reference' or 'cpu'")
+    if wanted == "reference":
+        return reference
     if device.type == "cpu" and type(quantizer) in cpu.QUANTIZERS:
-        return _for_cpu()
-    if os.environ.get("RHTCOMM_KERNELS") == "cpu":
+        return _for_cpu(wanted, os.environ.get("RHTCOMM_CPU") or None)
+    if wanted == "cpu":
         raise RuntimeError(
             f"RHTCOMM_KERNELS=cpu, but there are no C kernels for {type(quantizer).__name__} on "
             f"{device.type}; unset it"
@@ -73,22 +80,18 @@ def kernel_for(device: torch.device, quantizer: Quantizer) -> Kernel:
 
 
 @cache
-def _for_cpu() -> Kernel:
-    wanted = os.environ.get("RHTCOMM_KERNELS")
-    if wanted not in (None, "reference", "cpu"):
-        raise ValueError(f"RHTCOMM_KERNELS={wanted!r} must be 'reference' or 'cpu'")
-    if wanted == "reference":
-        return reference
+def _for_cpu(wanted: str | None, variant: str | None) -> Kernel:
     path = cpu.library_path()
+    fact, cause = "were not built", None
     if path is not None:
-        return cpu.Library(path, os.environ.get("RHTCOMM_CPU"))
-    if wanted == "cpu" or "RHTCOMM_CPU" in os.environ:
-        raise RuntimeError(
-            "the C kernels were asked for, but this installation has none: install a C compiler "
-            "and then rhtcomm again"
-        )
+        try:
+            return cpu.Library(path, variant)
+        except OSError as failure:
+            fact, cause = f"could not be loaded ({failure})", failure
+    remedy = "see why with RHTCOMM_REQUIRE_KERNELS=1 pip install -v (a C compiler is needed)"
+    if wanted or variant:
+        raise RuntimeError(f"the C kernels were asked for, but they {fact}: {remedy}") from cause
     logging.getLogger("rhtcomm").warning(
-        "the C kernels were not built, so the slower torch reference is in use; "
-        "install a C compiler and then rhtcomm again"
+        "the C kernels %s, so the much slower torch reference is in use: %s", fact, remedy
     )
     return reference

@@ -294,6 +294,22 @@ INLINE void powers_of_two(uint32_t peak, float *down, float *up) {
 
 /* ---- Number formats ------------------------------------------------------------------------ */
 
+/* float16 by integers and exact float32 steps: older compilers have no type for it. */
+INLINE float from_half(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = (uint32_t)(half & 0x7fff) << 13;
+    if (magnitude >= 0x0f800000) return from_bits(sign | 0x70000000 | magnitude); /* inf, NaN */
+    return from_bits(sign | to_bits(from_bits(magnitude) * 0x1p112f));
+}
+
+INLINE uint16_t to_half(float value) {
+    uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);  /* NaN */
+    if (magnitude >= 0x47800000) return (uint16_t)(sign | 0x7c00); /* 2^16 and more */
+    if (magnitude < 0x38800000) /* below 2^-14: adding 1/2 rounds at the subnormals' last bit */
+        return (uint16_t)(sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000));
+    return (uint16_t)(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+
 /* y[0 .. size-1] from x[0 .. count-1], zeros after. */
 static void read_block(const void *x, int dtype, int64_t count, int64_t size, float *y) {
     if (dtype == FLOAT32) {
@@ -302,8 +318,8 @@ static void read_block(const void *x, int dtype, int64_t count, int64_t size, fl
         const uint16_t *from = x;
         for (int64_t j = 0; j < count; j++) ((u32 *)y)[j] = (uint32_t)from[j] << 16;
     } else {
-        const _Float16 *from = x;
-        for (int64_t j = 0; j < count; j++) y[j] = (float)from[j];
+        const uint16_t *from = x;
+        for (int64_t j = 0; j < count; j++) y[j] = from_half(from[j]);
     }
     memset(y + count, 0, 4 * (size - count));
 }
@@ -319,8 +335,8 @@ static void write_block(const float *y, int dtype, int64_t count, void *x) {
             to[j] = (bits[j] & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
         }
     } else {
-        _Float16 *to = x;
-        for (int64_t j = 0; j < count; j++) to[j] = (_Float16)y[j];
+        uint16_t *to = x;
+        for (int64_t j = 0; j < count; j++) to[j] = to_half(y[j]);
     }
 }
 
@@ -492,14 +508,14 @@ static void eden_values(const Plan *plan, const uint8_t *codes, float scale, flo
 
 static int64_t bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
-/* Scratch of one thread; every part but the last is a multiple of 64 bytes, as d >= 32. */
+/* Scratch of one thread. */
 typedef struct {
     float *y, *sum, *room;
     uint8_t *codes;
     uint32_t *dither, *signs;
 } Scratch;
 
-enum { PHILOX_OVERRUN = 128 };
+enum { PHILOX_OVERRUN = 128, PREFETCH = 1 << 16 };
 
 static size_t scratch_bytes(int64_t size) {
     size_t bytes = (size_t)size * (3 * sizeof(float) + 1);
@@ -523,7 +539,7 @@ static void encode_block(const Plan *plan, Scratch s, int64_t first, uint32_t ra
                          int dtype, int64_t count, float *scale, uint8_t *packed) {
     const int64_t size = plan->size;
     read_block(x, dtype, count, size, s.y);
-    for (int64_t at = 0; at < size * bytes_of(dtype); at += 64) /* the next block */
+    for (int64_t at = 0; at < least(size * bytes_of(dtype), PREFETCH); at += 64) /* the next block */
         __builtin_prefetch((const char *)x + size * bytes_of(dtype) + at, 0, 2);
     uint32_t peak = largest_magnitude(s.y, size);
     float down, up;
@@ -560,7 +576,7 @@ static const uint8_t *unrotate(const Plan *plan, Scratch s, int64_t first, uint3
 static void decode_block(const Plan *plan, Scratch s, int64_t first, const char *scales,
                          const char *packed, int64_t stride, void *out, int dtype, int64_t count) {
     const int64_t size = plan->size;
-    for (int64_t at = 0; at < size * bytes_of(dtype); at += 64)
+    for (int64_t at = 0; at < least(size * bytes_of(dtype), PREFETCH); at += 64)
         __builtin_prefetch((char *)out + at, 1, 2);
     uint32_t peak = 0;
     for (int64_t rank = 0; rank < plan->world_size; rank++) {
@@ -659,6 +675,12 @@ int EXPORT(rhtcomm_decode)(const Plan *plan, int64_t blocks, const char *scales,
 }
 
 #ifdef DISPATCH
+/* Tells a library that does not fit the Python code beside it; raise it when a function changes. */
+enum { ABI = 1 };
+__attribute__((visibility("default"))) int rhtcomm_abi(void) {
+    return (ABI << 16) + (int)sizeof(Plan);
+}
+
 /* Whether this processor can run a variant. */
 __attribute__((visibility("default"))) int rhtcomm_supports(const char *variant) {
 #if defined(__x86_64__)

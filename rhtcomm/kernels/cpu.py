@@ -14,10 +14,11 @@ from rhtcomm.quantizers import Eden, Quantizer, QuicFL
 from rhtcomm.randomness import Key
 from rhtcomm.rotation import Blocks, RandomizedHadamard
 
-__all__ = ["QUANTIZERS", "Library", "library_path"]
+__all__ = ["DTYPES", "QUANTIZERS", "Library", "library_path"]
 
 QUANTIZERS = (QuicFL, Eden)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of cpu.c
+_ABI = 1  # of cpu.c
 _NAME = "rhtcomm_cpu.*"
 
 
@@ -66,11 +67,17 @@ class Library:
 
     Raises:
         ValueError: the variant is unknown.
-        RuntimeError: the processor lacks it, or it was not built.
+        RuntimeError: the processor lacks it, it was not built, or the library is another version's.
     """
 
     def __init__(self, path: Path, variant: str | None = None) -> None:
         library = ctypes.CDLL(str(path))
+        found = library.rhtcomm_abi() if hasattr(library, "rhtcomm_abi") else 0
+        if found != (_ABI << 16) + ctypes.sizeof(_Plan):
+            raise RuntimeError(
+                f"the C kernels in {path} were built from another version of this package; "
+                "install it again"
+            )
         variants = {
             name: hasattr(library, f"rhtcomm_encode_{name}")
             and bool(library.rhtcomm_supports(name.encode()))
@@ -107,7 +114,7 @@ class Library:
                 ctypes.c_int64(blocks.count),
                 ctypes.c_int64(rank),
                 ctypes.c_void_p(x.data_ptr()),
-                _DTYPES.index(x.dtype),
+                DTYPES.index(x.dtype),
                 ctypes.c_int64(x.numel()),
                 ctypes.c_void_p(scales.data_ptr()),
                 ctypes.c_void_p(codes.data_ptr()),
@@ -135,7 +142,7 @@ class Library:
                 ctypes.c_void_p(codes.data_ptr()),
                 ctypes.c_int64(codes.stride(0)),
                 ctypes.c_void_p(out.data_ptr()),
-                _DTYPES.index(out.dtype),
+                DTYPES.index(out.dtype),
                 ctypes.c_int64(out.numel()),
                 torch.get_num_threads(),
             )

@@ -20,8 +20,10 @@ from rhtcomm.rotation import Blocks, RandomizedHadamard
 
 __all__ = ["decode", "encode"]
 
-# Blocks are worked on in pieces of about this many coordinates, which stay in a core's cache.
-_PIECE = 1 << 17
+# Blocks are worked on in pieces of about this many coordinates: such that they stay in a core's
+# cache, or on other devices such that a launch has enough to do.
+_PIECE = {"cpu": 1 << 17}
+_LARGE_PIECE = 1 << 24
 
 
 def encode(
@@ -35,7 +37,7 @@ def encode(
     scales: torch.Tensor,
     codes: torch.Tensor,
 ) -> None:
-    for rows, piece in _pieces(blocks):
+    for rows, piece in _pieces(blocks, x.device):
         start = piece.start - blocks.start
         part = x[start : start + piece.count * piece.size].float()
         part = torch.nn.functional.pad(part, (0, piece.count * piece.size - part.numel()))
@@ -62,7 +64,7 @@ def decode(
 ) -> None:
     world_size = scales.shape[0]
     shared = quantizer.rotation == "shared"
-    for rows, piece in _pieces(blocks):
+    for rows, piece in _pieces(blocks, scales.device):
         down, up, finite = _powers_of_two(scales[:, rows].t())
         total = None
         for rank in range(world_size):
@@ -81,8 +83,8 @@ def decode(
         target.copy_(mean.flatten()[: target.numel()])
 
 
-def _pieces(blocks: Blocks) -> Iterator[tuple[slice, Blocks]]:
-    step = max(1, _PIECE // blocks.size)
+def _pieces(blocks: Blocks, device: torch.device) -> Iterator[tuple[slice, Blocks]]:
+    step = max(1, _PIECE.get(device.type, _LARGE_PIECE) // blocks.size)
     for row in range(0, blocks.count, step):
         count = min(step, blocks.count - row)
         yield (

@@ -1,12 +1,13 @@
 """What a codec asks of a quantizer."""
 
+from hashlib import blake2b
 from typing import ClassVar, Literal, Protocol
 
 import torch
 
 from rhtcomm.randomness import Key
 
-__all__ = ["Quantizer", "root_mean_square", "tree_sum"]
+__all__ = ["Quantizer", "check_bits", "fingerprint_of", "root_mean_square", "tree_sum"]
 
 
 class Quantizer(Protocol):
@@ -24,6 +25,11 @@ class Quantizer(Protocol):
     @property
     def bits(self) -> int: ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Differs between tables that decode differently."""
+        ...
+
     def encode(
         self, y: torch.Tensor, key: Key, first: int, rank: int, world_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,6 +45,17 @@ class Quantizer(Protocol):
     ) -> torch.Tensor:
         """codes (B, d) uint8 -> values (B, d) float32, still to be multiplied by the scale."""
         ...
+
+
+def check_bits(owner: str, bits: int) -> None:
+    """Raise ValueError unless bits is one of the integers 1 to 8."""
+    if not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise ValueError(f"{owner}: bits={bits} must be 1, 2, ..., 8")
+
+
+def fingerprint_of(table: torch.Tensor) -> str:
+    """A hash of the values that codes decode to."""
+    return blake2b(table.numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def tree_sum(x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rhtcomm import codebooks
-from rhtcomm.quantizers.base import root_mean_square, tree_sum
+from rhtcomm.quantizers.base import check_bits, fingerprint_of, root_mean_square, tree_sum
 from rhtcomm.randomness import Key
 
 __all__ = ["Eden"]
@@ -39,8 +39,7 @@ class Eden:
     rotations: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        if self.bits not in range(1, 9):
-            raise ValueError(f"Eden: bits={self.bits} must be 1, 2, ..., 8")
+        check_bits("Eden", self.bits)
 
     def encode(
         self, y: torch.Tensor, key: Key, first: int, rank: int, world_size: int
@@ -56,6 +55,10 @@ class Eden:
         self, codes: torch.Tensor, key: Key, first: int, rank: int, world_size: int
     ) -> torch.Tensor:
         return self.table.centroids.to(codes.device)[codes.int()]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.table.centroids)
 
     @cached_property
     def table(self) -> "Table":

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from rhtcomm import codebooks
-from rhtcomm.quantizers.base import root_mean_square
+from rhtcomm.quantizers.base import check_bits, fingerprint_of, root_mean_square
 from rhtcomm.randomness import Key, dither, stratum
 
 __all__ = ["QuicFL"]
@@ -49,8 +49,7 @@ class QuicFL:
     rotations: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        if self.bits not in range(1, 9):
-            raise ValueError(f"QuicFL: bits={self.bits} must be 1, 2, ..., 8")
+        check_bits("QuicFL", self.bits)
 
     def encode(
         self, y: torch.Tensor, key: Key, first: int, rank: int, world_size: int
@@ -70,6 +69,10 @@ class QuicFL:
         _, v = dither(key, first, codes.numel(), stratum(rank, world_size), codes.device)
         level = (codes.flatten().int() << table.shared_bits) | (v >> (16 - table.shared_bits))
         return table.level_of(level).view(codes.shape)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.table.levels)
 
     @cached_property
     def table(self) -> "Table":
