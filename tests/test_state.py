@@ -65,7 +65,7 @@ def test_no_failure_of_the_worker_hangs_backward(
 
     monkeypatch.setattr(RHTState, "_mean", fail)
     with RHTState(communicator=Alone()) as state:
-        with pytest.raises(Exception, match="odd|SystemExit|KeyboardInterrupt"):
+        with pytest.raises(Exception, match=r"odd|SystemExit|KeyboardInterrupt"):
             rht_hook(state, Bucket(0, False)).wait()
         with pytest.raises(Exception, match="an earlier bucket failed"):
             rht_hook(state, Bucket(1, True)).wait()
