@@ -25,7 +25,7 @@ import torch
 
 from rhtcomm.kernels import DTYPES, kernel_for
 from rhtcomm.quantizers import Quantizer
-from rhtcomm.randomness import Key
+from rhtcomm.randomness import MAX_COORDINATES, MAX_RANKS, Key
 from rhtcomm.rotation import Blocks, RandomizedHadamard, split_into_blocks
 
 __all__ = ["DTYPES", "Codec", "PayloadError"]
@@ -166,7 +166,8 @@ class Codec:
             ValueError: out has another shape, dtype or layout.
         """
         length = self.nbytes(numel)
-        if payloads.dtype != torch.uint8 or payloads.shape != (len(payloads) or 1, length):
+        fits = payloads.dim() == 2 and payloads.shape[0] > 0 and payloads.shape[1] == length
+        if payloads.dtype != torch.uint8 or not fits:
             raise PayloadError(
                 f"Codec.decode_mean: payloads is {payloads.dtype} of shape {tuple(payloads.shape)},"
                 f" but {numel} coordinates take (K, {length}) torch.uint8: a payload was cut short,"
@@ -251,5 +252,11 @@ class Codec:
     def _check_place(self, rank: int, world_size: int, first: int) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"Codec: rank={rank} must lie in [0, world_size={world_size})")
-        if first % self.block or first < 0:
-            raise ValueError(f"Codec: first={first} must be a multiple of block={self.block}")
+        if world_size > MAX_RANKS:
+            raise ValueError(
+                f"Codec: world_size={world_size} exceeds the {MAX_RANKS} streams of a key"
+            )
+        if first % self.block or not 0 <= first < MAX_COORDINATES:
+            raise ValueError(
+                f"Codec: first={first} must be a multiple of block={self.block} below 2^36"
+            )

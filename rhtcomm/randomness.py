@@ -26,6 +26,7 @@ _ROUNDS = 10
 _MASK = 0xFFFFFFFF
 
 MAX_RANKS = 1 << 24
+MAX_COORDINATES = 1 << 36  # of a bucket: 2^32 calls of 16 bytes of dither
 
 
 class Stream(IntEnum):
