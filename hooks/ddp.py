@@ -135,7 +135,7 @@ class RHTState:
         self._squared_error = self._squared_norm = 0.0
 
     def stats(self) -> Stats:
-        """Totals since the state was made, of the buckets that have come back."""
+        """Totals since the state was made: steps begun, and the rest of buckets that came back."""
         return Stats(
             steps=self._steps,
             bytes_sent=self._bytes_sent,

@@ -5,6 +5,7 @@ with Codec on what all ranks recorded; and the gradients with the mean of those 
 """
 
 import copy
+import inspect
 import io
 import itertools
 import math
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -129,6 +131,19 @@ class Branches(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.branches[int(x[0, 0] > 0)](self.trunk(x).tanh())
+        return result
+
+
+class EarlyBranches(nn.Module):
+    """The same with what all inputs take at the end, so that DDP's last buckets are a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([mlp(32, 48, 64), mlp(32, 32, 64)])
+        self.head = nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.branches[int(x[0, 0] > 0)](x).tanh())
         return result
 
 
@@ -285,6 +300,7 @@ class Feature:
     options: dict[str, Any]
     first: int | None  # buckets in the first step
     last: int  # in the last step, at least
+    alike: bool = False  # all ranks take the same branch
 
 
 def plain_model() -> nn.Module:
@@ -302,6 +318,12 @@ FEATURES = {
         Branches, {"bucket_cap_mb": 0.001, "find_unused_parameters": True}, None, 3
     ),
 }
+# DDP then hands over no bucket without gradients, not even a step's last one.
+SKIP = {"find_unused_parameters": True, "skip_all_reduce_unused_params": True}
+if SKIP.keys() <= inspect.signature(DistributedDataParallel).parameters.keys():
+    FEATURES["skipped buckets"] = Feature(
+        EarlyBranches, {"bucket_cap_mb": 0.001, **SKIP}, None, 3, alike=True
+    )
 
 
 def follow(rank: int, world_size: int, name: str) -> tuple[Any, torch.Tensor, list[float]]:
@@ -314,7 +336,8 @@ def follow(rank: int, world_size: int, name: str) -> tuple[Any, torch.Tensor, li
         ddp = wrapped(model, state, recorder.hook, **feature.options)
         for step in range(4):
             x = numbers(rank, step, shape=(16, 32))
-            x[0, 0] = (rank + step) % 2 if step < 3 else 0  # the branch; in the end all take one
+            x[0, 0] = (step if feature.alike else rank + step) % 2 if step < 3 else 0  # the branch
+            recorder.step = step
             plain = copy.deepcopy(model)
             task_loss(plain, x).backward()
             task_loss(ddp, x).backward()
@@ -459,8 +482,7 @@ def test_two_models_with_a_state_each(ranks: Ranks) -> None:
 
 def train_with_scaler(rank: int, world_size: int, algorithm: Any) -> dict[str, Any]:
     """Five steps under a gradient scaler; in the third, one element of one rank is infinite."""
-    options = FINE | {"algorithm": algorithm}
-    with RHTState(**options) as state:
+    with RHTState(**FINE | {"algorithm": algorithm, "nmse_every": 1}) as state:
         model = Probe(3000, 500)
         ddp = wrapped(model, state)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -476,7 +498,7 @@ def train_with_scaler(rank: int, world_size: int, algorithm: Any) -> dict[str, A
             scaler.update()
             parameters.append(parameters_of(model))
             scales.append(scaler.get_scale())
-    return {"parameters": parameters, "scales": scales}
+    return {"parameters": parameters, "scales": scales, "nmse": state.stats().nmse}
 
 
 @pytest.mark.parametrize("algorithm", ["all_gather", "two_shot"])
@@ -487,6 +509,7 @@ def test_an_infinite_gradient_makes_all_ranks_skip_the_step(algorithm: str, rank
         moved = [not torch.equal(*pair) for pair in itertools.pairwise(result["parameters"])]
         assert moved == [True, True, False, True, True]
         assert bool(result["parameters"][-1].isfinite().all())
+        assert 0 < result["nmse"] < 1e-3, "the step that was skipped spoils the mean error"
     assert all_equal([result["parameters"][-1] for result in results])
 
 
@@ -629,6 +652,38 @@ def use_after_close(rank: int, world_size: int) -> None:
 
 def test_use_after_close(ranks: Ranks) -> None:
     ranks.run(use_after_close, 2)
+
+
+def exit_on_worker(rank: int, world_size: int) -> None:
+    """Futures take no exception such as SystemExit, and nobody may wait for one in vain."""
+    with pytest.MonkeyPatch.context() as patch, RHTState(**FINE) as state:
+        patch.setattr(Codec, "encode", mock.Mock(side_effect=SystemExit("made by the test")))
+        with pytest.raises(RuntimeError, match="made by the test"):
+            submit(state, numbers(rank, shape=(1000,))).wait()
+
+
+def test_an_exit_on_the_worker_thread_is_an_error(ranks: Ranks) -> None:
+    ranks.run(exit_on_worker, 2, timeout=30)
+
+
+def close_at_once(rank: int, world_size: int) -> list[torch.Tensor]:
+    """Close with buckets under way, while the other rank has not even begun."""
+    time.sleep(0.2 * rank)
+    buffers = [numbers(rank, i, shape=(1000,)) for i in range(3)]
+    state = RHTState(**FINE)
+    futures = [submit(state, b, i, last=i == 2) for i, b in enumerate(buffers)]
+    state.close()
+    assert all(future.done() for future in futures)
+    for future, buffer in zip(futures, buffers, strict=True):
+        assert torch.equal(future.value(), buffer)
+    return buffers
+
+
+def test_close_finishes_what_is_under_way(ranks: Ranks) -> None:
+    for i, (first, second) in enumerate(zip(*ranks.run(close_at_once, 2), strict=True)):
+        assert torch.equal(first, second)
+        exact = (numbers(0, i, shape=(1000,)) + numbers(1, i, shape=(1000,))) / 2
+        assert ((first - exact).square().sum() / exact.square().sum()).item() < GRADIENT_TOLERANCE
 
 
 @pytest.mark.parametrize(
