@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from ..codec import Codec
 from ..collectives import Algorithm, all_reduce, check_agreement, check_algorithm
-from ..communicator import Communicator, TorchCommunicator
+from ..communicator import Communicator, HierarchicalCommunicator, TorchCommunicator
 from ..lattice import Lattice
 from ..quantizers import Eden, QuicFL
 from ..randomness import Key
@@ -68,7 +68,7 @@ class RHTState:
             added on the way by one integer all-reduce).
         rotations: randomized Hadamard transforms, 1 to 3; by default the quantizer's safe number.
         block: coordinates in a block, a power of two.
-        algorithm: "auto", "all_gather" or "two_shot", see `rhtcomm.all_reduce`.
+        algorithm: "auto", "all_gather", "two_shot" or "gather", see `rhtcomm.all_reduce`.
         seed: of the random streams.
         min_numel: buckets with fewer coordinates go uncompressed.
         process_group: the group that DDP was given, by default the world. Where DDP has a group,
@@ -76,7 +76,8 @@ class RHTState:
             are averaged. The hook makes a group of its own with the same ranks.
         timeout: of that group: how long a rank waits for the others before it raises. By default
             what torch takes (30 minutes for Gloo), whatever the other group has.
-        communicator: takes the place of process_group and timeout.
+        communicator: takes the place of process_group and timeout: an `MPICommunicator`, or a
+            `HierarchicalCommunicator` (whose groups nothing else may use while the hook does).
         nmse_every: measure the error of the mean in every so many steps (0: never), by an exact
             all-reduce beside the compressed one. Its bytes and time are not counted.
 
@@ -96,7 +97,7 @@ class RHTState:
         min_numel: int = 1 << 14,
         process_group: dist.ProcessGroup | None = None,
         timeout: timedelta | None = None,
-        communicator: Communicator | None = None,
+        communicator: Communicator | HierarchicalCommunicator | None = None,
         nmse_every: int = 0,
     ) -> None:
         names = (*_QUANTIZERS, _LATTICE)
@@ -290,10 +291,7 @@ class RHTState:
             stopwatch=self._stopwatch,
         )
         self._bytes_sent += communicator.bytes_sent - before
-        world_size = communicator.world_size
-        self._bytes_uncompressed += (
-            2 * (world_size - 1) * buffer.numel() * buffer.element_size() // world_size
-        )
+        self._bytes_uncompressed += communicator.ring_bytes(buffer.nbytes)
         if exact is not None:
             error = (buffer.float() - exact).square().sum().item()
             norm = exact.square().sum().item()
