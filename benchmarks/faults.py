@@ -78,11 +78,13 @@ def rank_program(name: str, mpi: bool) -> None:
     dist.init_process_group("gloo")
     model = DistributedDataParallel(torch.nn.Linear(256, 256))
     scenario = (MPI_SCENARIOS if mpi else SCENARIOS)[name]
-    options = {"timeout": timedelta(seconds=scenario.timeout)}
-    if mpi:
-        options = {"communicator": MPICommunicator(timeout=scenario.timeout)}
     is_victim = rank == VICTIM
-    state = RHTState(3 if is_victim and name == "configured differently" else 4, **options)
+    state = RHTState(
+        3 if is_victim and name == "configured differently" else 4,
+        algorithm="all_gather",
+        timeout=None if mpi else timedelta(seconds=scenario.timeout),
+        communicator=MPICommunicator(timeout=scenario.timeout) if mpi else None,
+    )
     if not (is_victim and name == "no hook"):
         model.register_comm_hook(state, rht_hook)
     if is_victim:
@@ -258,7 +260,8 @@ def moment(event: str, printed: str) -> float:
 
 
 def main() -> None:
-    print("| what was done | rank | seconds | exit code | what it printed last |\n|---|---|---|---|---|")
+    print("| what was done | rank | seconds | exit code | what it printed last |")
+    print("|---|---|---|---|---|")
     for name, scenario in SCENARIOS.items():
         for survivor in run(name):
             error = [line for line in survivor.printed.splitlines() if "Error: " in line][-1]
@@ -269,8 +272,8 @@ def main() -> None:
             )
     for name, scenario in MPI_SCENARIOS.items():
         code, printed = run_mpi(name)
-        lines = " / ".join(line for line in printed.splitlines() if line.strip())
-        print(f"| {scenario.what} | mpiexec | | {code} | {lines[-600:]} |", flush=True)
+        errors = [line for line in printed.splitlines() if "Error: " in line or "Abort" in line]
+        print(f"| {scenario.what} | mpiexec | | {code} | {' '.join(errors)} |", flush=True)
 
 
 if __name__ == "__main__":

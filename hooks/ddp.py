@@ -236,13 +236,16 @@ class RHTState:
     def _make_group(self) -> dist.ProcessGroup:
         parent = self._process_group
         if parent is None or parent is dist.group.WORLD:
-            return dist.new_group(timeout=self._timeout)
-        return dist.new_group(
-            dist.get_process_group_ranks(parent),
-            timeout=self._timeout,
-            backend=dist.get_backend(parent),
-            use_local_synchronization=True,
-        )
+            group = dist.new_group(timeout=self._timeout)
+        else:
+            group = dist.new_group(
+                dist.get_process_group_ranks(parent),
+                timeout=self._timeout,
+                backend=dist.get_backend(parent),
+                use_local_synchronization=True,
+            )
+        assert isinstance(group, dist.ProcessGroup)
+        return group
 
     def _leave_group(self) -> None:
         """Destroy the group made by _start; once nothing refers to it, its connections close."""
