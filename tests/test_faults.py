@@ -63,7 +63,9 @@ def test_the_other_ranks_end_and_name_the_cause(name: str, cause: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "cause"), [("abort", 3, r"Abort\(3\)"), ("raises", 1, "made for the purpose")]
+    ("name", "code", "cause"),
+    # What mpiexec itself says of an abort is sometimes lost, its exit code never.
+    [("abort", 3, "fault at"), ("raises", 1, "made for the purpose")],
 )
 def test_mpiexec_ends_all_ranks_when_one_fails(name: str, code: int, cause: str) -> None:
     pytest.importorskip("mpi4py", reason="the extra 'mpi' is not installed")
@@ -91,35 +93,38 @@ def test_torchrun_restarts_a_killed_rank_from_the_checkpoint(tmp_path: Path) -> 
 
     losses = {}
     for name in ("undisturbed", "killed"):
-        with faults.marked_processes() as (environment, started):
-            with (tmp_path / "printed").open("w+") as output:
-                command = (
-                    f"--standalone --nproc-per-node=2 --max-restarts=1 launch/train_ddp.py {MODEL}"
-                )
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "torch.distributed.run", *command.split()]
-                    + ["--steps=150", "--checkpoint-every=5", f"--csv={log_of(name)}"]
-                    + [f"--checkpoint={tmp_path / name}.pt"],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=output,
-                    stderr=output,
-                    text=True,
-                    start_new_session=True,
-                )
-                started.append(process)
-                deadline = time.monotonic() + faults.LIMIT
-                if name == "killed":
-                    while len(rows_of(log_of(name))) < 12:
-                        assert time.monotonic() < deadline, "no step was logged"
-                        time.sleep(0.01)
-                    (victim,) = faults.living(environment, RANK="1")
-                    before = rows_of(log_of(name))[:5]
-                    os.kill(victim, signal.SIGKILL)
-                faults.wait(process, deadline, "torchrun")
-                output.seek(0)
-                assert process.returncode == 0, output.read()
-                assert faults.living(environment) == []
+        with (
+            faults.marked_processes() as (environment, started),
+            (tmp_path / "printed").open("w+") as output,
+        ):
+            environment |= {"PYTHON": sys.executable, "MAX_RESTARTS": "1"}
+            process = subprocess.Popen(
+                [
+                    str(ROOT / "launch" / "torchrun.sh"),
+                    *MODEL.split(),
+                    *("--steps=150", "--checkpoint-every=5", f"--csv={log_of(name)}"),
+                    f"--checkpoint={tmp_path / name}.pt",
+                ],
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                text=True,
+                start_new_session=True,
+            )
+            started.append(process)
+            deadline = time.monotonic() + faults.LIMIT
+            if name == "killed":
+                while len(rows_of(log_of(name))) < 12:
+                    assert time.monotonic() < deadline, "no step was logged"
+                    time.sleep(0.01)
+                (victim,) = faults.living(environment, RANK="1")
+                before = rows_of(log_of(name))[:5]
+                os.kill(victim, signal.SIGKILL)
+            faults.wait(process, deadline, "torchrun")
+            output.seek(0)
+            assert process.returncode == 0, output.read()
+            assert faults.living(environment) == []
         rows = rows_of(log_of(name))
         assert [row["step"] for row in rows] == [str(step) for step in range(1, 151)]
         losses[name] = float(rows[-1]["val_loss"])
