@@ -92,7 +92,8 @@ def solve(bits: int, seed: int, iterations: int = 600) -> Tensor:
         moved = torch.lerp(codebook, sums / count.clamp(min=1), step)
         # A codeword that attracts nothing begins anew where the sample is.
         codebook = torch.where(count > 0, moved, z[:HALF])
-    return codebook.index_select(0, codebook.norm(dim=1).argsort())
+    order = torch.linalg.vector_norm(codebook, dim=1).argsort()
+    return codebook.index_select(0, order)
 
 
 def main() -> None:
