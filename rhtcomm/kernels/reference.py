@@ -50,7 +50,7 @@ def encode(
         scale = scale * piece.size ** (-rotation.rotations / 2) * up
         scale = scale.clamp(max=torch.finfo(torch.float32).max)  # Eden's can exceed it
         scales[rows] = torch.where(finite, scale, torch.nan)
-        codes[rows] = pack(drawn, quantizer.bits)
+        codes[rows] = pack(drawn, quantizer.bits * quantizer.group)
 
 
 def decode(
@@ -68,7 +68,8 @@ def decode(
         down, up, finite = _powers_of_two(scales[:, rows].t())
         total = None
         for rank in range(world_size):
-            drawn = unpack(codes[rank, rows], quantizer.bits, piece.size)
+            width, count = quantizer.bits * quantizer.group, piece.size // quantizer.group
+            drawn = unpack(codes[rank, rows], width, count)
             values = quantizer.decode(drawn, key, piece.start, rank, world_size)
             values = values * (scales[rank, rows] * down)[:, None]
             if not shared:
