@@ -9,7 +9,7 @@ __all__ = ["load"]
 
 
 def load(name: str) -> dict[str, npt.NDArray[np.float64]]:
-    """Reads the shipped table `name` ("quic_fl", "lloyd_max" or "vector").
+    """Reads the shipped table `name` ("quic_fl", "quic_fl_exact", "lloyd_max" or "vector").
 
     Returns:
         One float64 array for each bit width b, under the key "b1" and so on: (entries,), but for
@@ -22,7 +22,7 @@ def load(name: str) -> dict[str, npt.NDArray[np.float64]]:
     if not table.is_file():
         raise FileNotFoundError(
             f"The codebook table {name}.npz is not installed beside {__name__}. "
-            f"Make it with `python -m {__name__}.{name}`."
+            f"Make it with `python -m {__name__}.{name.replace('_exact', ' --exact')}`."
         )
     with table.open("rb") as file, np.load(file) as arrays:
         return {key: array.astype(np.float64) for key, array in arrays.items()}
