@@ -772,7 +772,7 @@ def test_state_dict_is_plain() -> None:
     state = RHTState(seed=7)
     assert state.state_dict() == {"seed": 7, "step": 0, "rotations": []}
     state.load_state_dict({"seed": 8, "step": 3})
-    assert state.state_dict() == {"seed": 8, "step": 3}
+    assert state.state_dict() == {"seed": 8, "step": 3, "rotations": []}
 
 
 # ---- Statistics -------------------------------------------------------------------------------
