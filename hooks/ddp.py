@@ -68,6 +68,8 @@ class RHTState:
             added on the way by one integer all-reduce).
         rotations: randomized Hadamard transforms, 1 to 3; by default the quantizer's safe number.
         block: coordinates in a block, a power of two.
+        exact_fraction: 0 or 1/512, of the coordinates that travel exactly; see `rhtcomm.QuicFL`,
+            the only quantizer that has it.
         algorithm: "auto", "all_gather" or "two_shot", see `rhtcomm.all_reduce`.
         seed: of the random streams.
         min_numel: buckets with fewer coordinates go uncompressed.
@@ -91,6 +93,7 @@ class RHTState:
         quantizer: Literal["quic_fl", "eden", "lattice"] = "quic_fl",
         rotations: int | None = None,
         block: int = 4096,
+        exact_fraction: float = 0.0,
         algorithm: Algorithm = "auto",
         seed: int = 0,
         min_numel: int = 1 << 14,
@@ -111,9 +114,16 @@ class RHTState:
             raise ValueError(
                 f"RHTState: min_numel={min_numel} and nmse_every={nmse_every} must not be negative"
             )
+        if exact_fraction and quantizer != "quic_fl":
+            raise ValueError(
+                f"RHTState: exact_fraction={exact_fraction!r} is for quantizer='quic_fl' alone, "
+                f"not {quantizer!r}; leave it out"
+            )
         self.codec: Codec | Lattice
         if quantizer == _LATTICE:
             self.codec = Lattice(bits, 2 if rotations is None else rotations, block)
+        elif quantizer == "quic_fl":
+            self.codec = Codec(QuicFL(bits, exact_fraction), rotations, block)
         else:
             self.codec = Codec(_QUANTIZERS[quantizer](bits), rotations, block)
         check_algorithm(algorithm, self.codec)

@@ -9,8 +9,10 @@ Wire format, version 1, little-endian:
     4       4                  check of key, rank, world size, first coordinate and numel
     8       8                  fingerprint of the configuration
     16      4 n_1              scales of the n_1 full blocks, float32
-            n_1 d_1 b / 8      their packed codes, block by block (see bitpack)
+            n_1 (d_1 b / 8     their packed codes, block by block (see bitpack), each followed by
+             + e(d_1))         its exact coordinates (QuicFL.exact_bytes, zero by default)
             4 + d_2 b / 8      the same of the tail block, if there is one
+             + e(d_2)
 
 A scale is the root mean square that a block's values are in units of (Eden: times its correction).
 NaN in its place marks a block that held inf or NaN, zero a block of zeros.
@@ -24,7 +26,7 @@ from hashlib import blake2b
 import torch
 
 from rhtcomm.kernels import DTYPES, kernel_for
-from rhtcomm.quantizers import Quantizer
+from rhtcomm.quantizers import Quantizer, QuicFL
 from rhtcomm.randomness import MAX_COORDINATES, MAX_RANKS, Key
 from rhtcomm.rotation import Blocks, RandomizedHadamard, split_into_blocks
 
@@ -73,7 +75,7 @@ class Codec:
     @property
     def configuration(self) -> dict[str, object]:
         """What two ranks must have in common to understand each other, by name."""
-        return {
+        facts: dict[str, object] = {
             "format": VERSION,
             "byteorder": sys.byteorder,
             "quantizer": type(self.quantizer).__name__,
@@ -81,6 +83,9 @@ class Codec:
             "rotations": self.rotations,
             "block": self.block,
         }
+        if isinstance(self.quantizer, QuicFL) and self.quantizer.exact_fraction:
+            facts["exact_fraction"] = self.quantizer.exact_fraction
+        return facts
 
     @cached_property
     def fingerprint(self) -> bytes:
@@ -91,9 +96,7 @@ class Codec:
     def nbytes(self, numel: int) -> int:
         """Length of the payload of `numel` coordinates, in bytes."""
         parts = split_into_blocks(numel, self.block)
-        return HEADER_BYTES + sum(
-            part.count * (4 + part.size * self.quantizer.bits // 8) for part in parts
-        )
+        return HEADER_BYTES + sum(part.count * (4 + self._row_bytes(part.size)) for part in parts)
 
     def encode(
         self, x: torch.Tensor, key: Key, rank: int = 0, world_size: int = 1, *, first: int = 0
@@ -213,16 +216,21 @@ class Codec:
     def _sections(
         self, payloads: torch.Tensor, numel: int
     ) -> list[tuple[Blocks, torch.Tensor, torch.Tensor]]:
-        """Views of (K, nbytes) payloads: blocks, scales (K, B) float32, codes (K, B, d b / 8)."""
+        """Views of (K, nbytes) payloads: blocks, scales (K, B) float32, codes (K, B, row bytes)."""
         sections, at = [], HEADER_BYTES
         for part in split_into_blocks(numel, self.block):
             middle = at + 4 * part.count
-            stop = middle + part.count * part.size * self.quantizer.bits // 8
+            stop = middle + part.count * self._row_bytes(part.size)
             scales = payloads[:, at:middle].view(torch.float32)
             codes = payloads[:, middle:stop].unflatten(1, (part.count, -1))
             sections.append((part, scales, codes))
             at = stop
         return sections
+
+    def _row_bytes(self, size: int) -> int:
+        """Of the codes and the exact coordinates of one block."""
+        exact = self.quantizer.exact_bytes(size) if isinstance(self.quantizer, QuicFL) else 0
+        return size * self.quantizer.bits // 8 + exact
 
     def _header(self, key: Key, rank: int, world_size: int, first: int, numel: int) -> bytes:
         place = repr((key, rank, world_size, first, numel)).encode()

@@ -9,7 +9,7 @@ __all__ = ["load"]
 
 
 def load(name: str) -> dict[str, npt.NDArray[np.float64]]:
-    """Reads the shipped table `name` ("quic_fl" or "lloyd_max").
+    """Reads the shipped table `name` ("quic_fl", "quic_fl_exact" or "lloyd_max").
 
     Returns:
         One float64 array of shape (entries,) for each bit width, under the keys "b1" to "b8".
@@ -21,7 +21,7 @@ def load(name: str) -> dict[str, npt.NDArray[np.float64]]:
     if not table.is_file():
         raise FileNotFoundError(
             f"The codebook table {name}.npz is not installed beside {__name__}. "
-            f"Make it with `python -m {__name__}.{name}`."
+            f"Make it with `python -m {__name__}.{name.replace('_exact', ' --exact')}`."
         )
     with table.open("rb") as file, np.load(file) as arrays:
         return dict(arrays)

@@ -42,7 +42,10 @@ class Kernel(Protocol):
         scales: torch.Tensor,
         codes: torch.Tensor,
     ) -> None:
-        """x (at most B d,) -> scales (B,) float32 and packed codes (B, d b / 8) uint8."""
+        """x (at most B d,) -> scales (B,) float32 and codes (B, row bytes) uint8.
+
+        A row is the d b / 8 bytes of packed codes and, of a QuicFL, its `exact_bytes(d)`.
+        """
 
     def decode(
         self,
@@ -54,7 +57,7 @@ class Kernel(Protocol):
         blocks: Blocks,
         out: torch.Tensor,
     ) -> None:
-        """scales (K, B), codes (K, B, d b / 8) of all ranks -> their mean, out (at most B d,)."""
+        """scales (K, B), codes (K, B, row bytes) of all ranks -> their mean, out (at most B d,)."""
 
 
 def kernel_for(device: torch.device, quantizer: Quantizer) -> Kernel:
@@ -69,7 +72,11 @@ def kernel_for(device: torch.device, quantizer: Quantizer) -> Kernel:
         raise ValueError(f"RHTCOMM_KERNELS={wanted!r} must be 'reference' or 'cpu'")
     if wanted == "reference":
         return reference
-    if device.type == "cpu" and type(quantizer) in cpu.QUANTIZERS:
+    if (
+        device.type == "cpu"
+        and type(quantizer) in cpu.QUANTIZERS
+        and not getattr(quantizer, "exact_fraction", 0)
+    ):
         return _for_cpu(wanted, os.environ.get("RHTCOMM_CPU") or None)
     if wanted == "cpu":
         raise RuntimeError(

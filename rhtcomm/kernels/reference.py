@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from rhtcomm.bitpack import pack, unpack
-from rhtcomm.quantizers import Quantizer
+from rhtcomm.quantizers import Quantizer, QuicFL
 from rhtcomm.randomness import Key
 from rhtcomm.rotation import Blocks, RandomizedHadamard
 
@@ -46,11 +46,15 @@ def encode(
         part = torch.where(finite[:, None], part * down[:, None], 0.0)
         signs_of = rank if quantizer.rotation == "one_a_rank" else 0
         y = rotation.rotate(part, key, piece.start, signs_of)
-        drawn, scale = quantizer.encode(y, key, piece.start, rank, world_size)
-        scale = scale * piece.size ** (-rotation.rotations / 2) * up
+        drawn, scale_of_y = quantizer.encode(y, key, piece.start, rank, world_size)
+        scale = scale_of_y * piece.size ** (-rotation.rotations / 2) * up
         scale = scale.clamp(max=torch.finfo(torch.float32).max)  # Eden's can exceed it
         scales[rows] = torch.where(finite, scale, torch.nan)
-        codes[rows] = pack(drawn, quantizer.bits)
+        packed = pack(drawn, quantizer.bits)
+        if isinstance(quantizer, QuicFL) and quantizer.exact_fraction:
+            exact = quantizer.encode_exact(y, scale_of_y, key, piece.start, rank, world_size)
+            packed = torch.cat([packed, exact], dim=1)
+        codes[rows] = packed
 
 
 def decode(
@@ -68,8 +72,12 @@ def decode(
         down, up, finite = _powers_of_two(scales[:, rows].t())
         total = None
         for rank in range(world_size):
-            drawn = unpack(codes[rank, rows], quantizer.bits, piece.size)
+            packed = codes[rank, rows]
+            drawn = unpack(packed, quantizer.bits, piece.size)
             values = quantizer.decode(drawn, key, piece.start, rank, world_size)
+            if isinstance(quantizer, QuicFL) and quantizer.exact_fraction:
+                section = packed[:, piece.size * quantizer.bits // 8 :]
+                quantizer.decode_exact(values, section)
             values = values * (scales[rank, rows] * down)[:, None]
             if not shared:
                 values = rotation.unrotate(values, key, piece.start, rank)

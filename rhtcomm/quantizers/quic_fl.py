@@ -14,8 +14,17 @@ nodes first, so that s is one lookup; that costs (node distance)^2 / 6 in square
 
 Rank i of n uses v + i/n modulo one: each rank's dither stays uniform, while the errors of ranks
 whose gradients agree cancel.
+
+The exact mode is the one of the paper: the levels end at T = 3.09727, beyond which lies 1/512 of
+N(0, 1), and what lies beyond travels beside the codes, as (index, value) entries. Each block of d
+coordinates has room for C(d) of them. With |y|_(i) the i-th largest magnitude the scale is
+
+    max(root mean square of y, |y|_(C+1) / T),
+
+so at most C coordinates exceed T scales, whatever y is; the wide mode is the case C = 0, T = 5.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import ClassVar, Literal
@@ -30,37 +39,114 @@ from rhtcomm.randomness import Key, dither, stratum
 __all__ = ["QuicFL"]
 
 
+EXACT_FRACTION = 1 / 512
+
+
 @dataclass(frozen=True)
 class QuicFL:
-    """Unbiased for every input and every number of rotations; the codes cover [-5, 5] sigma.
+    """Unbiased for every input and every number of rotations.
 
-    A block with a coordinate beyond 5 root mean squares is scaled down until it fits.
+    By default the codes cover [-5, 5] root mean squares of a block. With exact_fraction=1/512 they
+    cover [-3.09727, 3.09727] more finely, and coordinates beyond that travel exactly (as float16,
+    rounded at random without bias) in a section of `exact_bytes(d)`: in blocks of 4096 the error is
+    11 to 20% lower, for 0.078 bits a coordinate. A block that overflows either is scaled down until
+    it fits.
 
     Args:
         bits: b, bits a coordinate, 1 to 8.
+        exact_fraction: of the coordinates of a Gaussian, 0 or 1/512.
 
     Raises:
-        ValueError: bits is out of its range.
+        ValueError: an argument is out of its range.
     """
 
     bits: int = 4
+    exact_fraction: float = 0.0
 
     rotation: ClassVar[Literal["shared", "one_a_rank"]] = "shared"
     rotations: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_bits("QuicFL", self.bits)
+        if self.exact_fraction not in (0, EXACT_FRACTION):
+            raise ValueError(
+                f"QuicFL: exact_fraction={self.exact_fraction!r} must be 0 or 1/512 = "
+                f"{EXACT_FRACTION}, for which there are tables"
+            )
+
+    def exact_capacity(self, size: int) -> int:
+        """C, entries that a block of `size` coordinates has room for.
+
+        The expected d / 512 and 0.7 standard deviations. Of blocks of 4096, 17% have more than
+        their 10; to rescale those costs 0.6% in error, where 2 more entries would cost 0.016 bits
+        a coordinate, worth 2%.
+        """
+        if not self.exact_fraction:
+            return 0
+        return max(1, size // 512 + 2 * math.isqrt(size // 4096))
+
+    def exact_bytes(self, size: int) -> int:
+        """Length of the section of exact coordinates of a block, a multiple of 4.
+
+        C indices in ascending order, int16 (int32 in blocks of more than 2^15), then C values in
+        units of the scale, float16. Entries that are not needed have index -1 and value 0.
+        """
+        return self.exact_capacity(size) * (_index_dtype(size).itemsize + 2)
 
     def encode(
         self, y: torch.Tensor, key: Key, first: int, rank: int, world_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         table = self.table
-        scale = torch.maximum(root_mean_square(y), y.abs().amax(dim=1) * table.inverse_bound)
+        # The scales that would just do, by the product whose rounding the last node allows for.
+        needed = y.abs() * table.inverse_bound
+        if self.exact_fraction:
+            coded = needed.topk(self.exact_capacity(y.shape[1]) + 1, dim=1).values[:, -1]
+        else:
+            coded = needed.amax(dim=1)
+        scale = torch.maximum(root_mean_square(y), coded)
+        if self.exact_fraction:
+            y = torch.where(needed > scale[:, None], 0.0, y)
         unit = torch.where(scale > 0, scale.reciprocal() * table.nodes_per_sigma, 0.0)
         u, v = dither(key, first, y.numel(), stratum(rank, world_size), y.device)
         node = ((y * unit[:, None]).int().flatten() + (u + table.middle)) >> 16
         codes = (table.position_of(node) + v) >> 16
         return codes.to(torch.uint8).view(y.shape), scale
+
+    def encode_exact(
+        self,
+        y: torch.Tensor,
+        scale: torch.Tensor,
+        key: Key,
+        first: int,
+        rank: int,
+        world_size: int,
+    ) -> torch.Tensor:
+        """The coordinates that `encode` left out, y (B, d) and its scale (B,).
+
+        float16 has 13 bits less than float32. To add 13 random bits and drop as many rounds to one
+        of the two neighbours, with y on average.
+
+        Returns:
+            (B, exact_bytes(d)) uint8.
+        """
+        size = y.shape[1]
+        capacity, dtype = self.exact_capacity(size), _index_dtype(size)
+        beyond = y.abs() * self.table.inverse_bound > scale[:, None]
+        # Those beyond come first, in the order of their indices.
+        order = beyond.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :capacity]
+        used = beyond.gather(1, order)
+        u, _ = dither(key, first, y.numel(), stratum(rank, world_size), y.device)
+        z = y.gather(1, order) / scale[:, None]
+        bits = z.view(torch.int32) + (u.view(y.shape).gather(1, order) >> 3)
+        values = (bits & ~0x1FFF).view(torch.float32)
+        indices = torch.where(used, order, -1).to(dtype)
+        return torch.cat(
+            [
+                indices.view(torch.uint8),
+                torch.where(used, values, 0.0).half().view(torch.uint8),
+            ],
+            dim=1,
+        )
 
     def decode(
         self, codes: torch.Tensor, key: Key, first: int, rank: int, world_size: int
@@ -70,13 +156,32 @@ class QuicFL:
         level = (codes.flatten().int() << table.shared_bits) | (v >> (16 - table.shared_bits))
         return table.level_of(level).view(codes.shape)
 
+    def decode_exact(self, values: torch.Tensor, section: torch.Tensor) -> None:
+        """Put the exact coordinates in their places.
+
+        An entry counts if its index lies in the block and is larger than all indices before it, so
+        sections of any bytes have a meaning, and but one.
+
+        Args:
+            values: (B, d) float32 as `decode` gives them, changed in place.
+            section: (B, exact_bytes(d)) uint8.
+        """
+        size = values.shape[1]
+        dtype = _index_dtype(size)
+        edge = self.exact_capacity(size) * dtype.itemsize
+        indices = section[:, :edge].contiguous().view(dtype).long()
+        exact = section[:, edge:].contiguous().view(torch.float16).float()
+        before = torch.nn.functional.pad(indices, (1, 0), value=-1).cummax(dim=1).values[:, :-1]
+        rows, entries = torch.where((indices > before) & (indices < size))
+        values[rows, indices[rows, entries]] = exact[rows, entries]
+
     @cached_property
     def fingerprint(self) -> str:
         return fingerprint_of(self.table.levels)
 
     @cached_property
     def table(self) -> "Table":
-        return _table(self.bits)
+        return _table(self.bits, "quic_fl_exact" if self.exact_fraction else "quic_fl")
 
 
 @dataclass(frozen=True)
@@ -121,9 +226,13 @@ class Table:
         return self.positions.to(node.device)[node]
 
 
+def _index_dtype(size: int) -> torch.dtype:
+    return torch.int16 if size <= 1 << 15 else torch.int32
+
+
 @cache
-def _table(bits: int) -> Table:
-    levels = codebooks.load("quic_fl")[f"b{bits}"].astype(np.float32)
+def _table(bits: int, name: str) -> Table:
+    levels = codebooks.load(name)[f"b{bits}"].astype(np.float32)
     share = levels.size >> bits  # H
     # Built from the levels as receivers see them, so that rounding them to float32 adds no bias.
     running = np.concatenate([[0.0], np.cumsum(levels, dtype=np.float64)])
