@@ -4,7 +4,7 @@ from rhtcomm.codec import Codec, PayloadError
 from rhtcomm.collectives import DisagreementError, all_reduce
 from rhtcomm.communicator import MPICommunicator, TorchCommunicator
 from rhtcomm.lattice import Lattice
-from rhtcomm.quantizers import Eden, QuicFL
+from rhtcomm.quantizers import Eden, QuicFL, VectorQuantizer
 from rhtcomm.randomness import Key
 from rhtcomm.rotation import RandomizedHadamard
 
@@ -19,5 +19,6 @@ __all__ = [
     "QuicFL",
     "RandomizedHadamard",
     "TorchCommunicator",
+    "VectorQuantizer",
     "all_reduce",
 ]

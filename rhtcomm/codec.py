@@ -45,7 +45,7 @@ class Codec:
     """Compresses flat tensors; immutable and stateless, so one may serve many threads.
 
     Args:
-        quantizer: `QuicFL` or `Eden`.
+        quantizer: `QuicFL`, `Eden` or `VectorQuantizer`.
         rotations: randomized Hadamard transforms, 1 to 3; by default as many as the quantizer's
             promise needs for every input.
         block: coordinates in a block, a power of two from 32 to 2^24.

@@ -1,4 +1,4 @@
-"""Quantization tables for N(0, 1), and the solvers that make them."""
+"""Quantization tables for Gaussian coordinates, and the solvers that make them."""
 
 import importlib.resources
 
@@ -9,10 +9,11 @@ __all__ = ["load"]
 
 
 def load(name: str) -> dict[str, npt.NDArray[np.float64]]:
-    """Reads the shipped table `name` ("quic_fl", "quic_fl_exact" or "lloyd_max").
+    """Reads the shipped table `name` ("quic_fl", "quic_fl_exact", "lloyd_max" or "vector").
 
     Returns:
-        One float64 array of shape (entries,) for each bit width, under the keys "b1" to "b8".
+        One float64 array for each bit width b, under the key "b1" and so on: (entries,), but for
+        "vector" (128, 8 / b).
 
     Raises:
         FileNotFoundError: No table of that name is installed.
@@ -24,4 +25,4 @@ def load(name: str) -> dict[str, npt.NDArray[np.float64]]:
             f"Make it with `python -m {__name__}.{name.replace('_exact', ' --exact')}`."
         )
     with table.open("rb") as file, np.load(file) as arrays:
-        return dict(arrays)
+        return {key: array.astype(np.float64) for key, array in arrays.items()}

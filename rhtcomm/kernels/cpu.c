@@ -39,7 +39,7 @@ typedef uint32_t u32 __attribute__((may_alias));
 typedef int32_t i32 __attribute__((may_alias));
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
-enum { QUIC_FL, EDEN };
+enum { QUIC_FL, EDEN, VECTOR };
 enum { SIGNS = 0, DITHER = 3 };
 
 /* Filled by kernels/cpu.py, field by field. */
@@ -50,16 +50,18 @@ typedef struct {
     uint32_t seed[2];     /* Philox key */
     uint32_t bucket, step, hop;
     int32_t rotations;    /* k */
-    int32_t quantizer;    /* QUIC_FL or EDEN */
+    int32_t quantizer;    /* QUIC_FL, EDEN or VECTOR */
     int32_t bits;         /* b */
+    int32_t group;        /* g, coordinates that a code stands for */
     int32_t shared_bits;  /* QUIC_FL: l */
     int32_t middle;       /* QUIC_FL: node of zero, times 2^16 */
     float nodes_per_sigma;/* QUIC_FL: times 2^16 */
     float inverse_bound;  /* QUIC_FL */
     float normalization;  /* d^(-k/2); for decoding d^(-k/2) / K */
-    const float *levels;      /* QUIC_FL: 2^(b+l) levels; EDEN: 2^b centroids */
+    const float *levels;      /* QUIC_FL: 2^(b+l) levels; EDEN: 2^b centroids; VECTOR: 256 x g */
     const int32_t *positions; /* QUIC_FL: positions at the nodes */
     const float *boundaries;  /* EDEN: 2^b - 1 */
+    const float *half_norms;  /* VECTOR: |c_i|^2 / 2 of 128 */
 } Plan;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -504,6 +506,68 @@ static void eden_values(const Plan *plan, const uint8_t *codes, float scale, flo
     for (int64_t j = 0; j < plan->size; j++) y[j] = plan->levels[codes[j]] * scale;
 }
 
+/* Codes and codewords of one block of `group` coordinates a code: LANES groups at a time against
+ * each pair +-c_i in turn, which is the lowest of the best where its score is strictly greater. */
+INLINE void vector_nearest(const Plan *plan, const float *y, float *values, uint8_t *codes,
+                           const int group) {
+    const int64_t groups = plan->size / group;
+    for (int64_t base = 0; base < groups; base += LANES) {
+        const int count = (int)least(LANES, groups - base);
+        float columns[8][LANES] = {{0}};
+        vf z[8], best = (vf){0} - INFINITY;
+        vi code = {0};
+        for (int lane = 0; lane < count; lane++)
+            for (int k = 0; k < group; k++) columns[k][lane] = y[(base + lane) * group + k];
+        for (int k = 0; k < group; k++) z[k] = load(columns[k]);
+        for (int i = 0; i < 128; i++) {
+            const float *codeword = plan->levels + i * group;
+            vf dot = z[0] * codeword[0];
+#pragma GCC unroll 8
+            for (int k = 1; k < group; k++) dot = dot + z[k] * codeword[k];
+            vf score = (vf)((vu)dot & 0x7fffffffu) - plan->half_norms[i];
+            vi better = score > best;
+            vi found = ((vi)(dot < 0) & 128) + i;
+            best = (vf)(((vi)score & better) | ((vi)best & ~better));
+            code = (found & better) | (code & ~better);
+        }
+        for (int lane = 0; lane < count; lane++) {
+            codes[base + lane] = (uint8_t)code[lane];
+            memcpy(values + (base + lane) * group, plan->levels + code[lane] * group,
+                   sizeof(float) * group);
+        }
+    }
+}
+
+static float vector_encode(const Plan *plan, float *y, float *room, float *values, uint8_t *codes) {
+    const int64_t size = plan->size;
+    float rms = sqrtf(tree_dot(y, y, size, room) * (1.0f / (float)size));
+    float inverse = rms > 0 ? 1.0f / rms : 0.0f;
+    for (int64_t j = 0; j < size; j++) y[j] *= inverse;
+    switch (plan->group) {
+    case 8: vector_nearest(plan, y, values, codes, 8); break;
+    case 4: vector_nearest(plan, y, values, codes, 4); break;
+    default: vector_nearest(plan, y, values, codes, 2); break;
+    }
+    float agreement = tree_dot(y, values, size, room);
+    return rms > 0 ? rms * (tree_dot(y, y, size, room) / agreement) : 0.0f;
+}
+
+INLINE void look_up_groups(const Plan *plan, const uint8_t *codes, float scale, float *y,
+                           const int group) {
+    for (int64_t j = 0; j < plan->size / group; j++)
+#pragma GCC unroll 8
+        for (int k = 0; k < group; k++)
+            y[j * group + k] = plan->levels[codes[j] * group + k] * scale;
+}
+
+static void vector_values(const Plan *plan, const uint8_t *codes, float scale, float *y) {
+    switch (plan->group) {
+    case 8: look_up_groups(plan, codes, scale, y, 8); break;
+    case 4: look_up_groups(plan, codes, scale, y, 4); break;
+    default: look_up_groups(plan, codes, scale, y, 2); break;
+    }
+}
+
 /* ---- Blocks -------------------------------------------------------------------------------- */
 
 static int64_t bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
@@ -546,7 +610,7 @@ static void encode_block(const Plan *plan, Scratch s, int64_t first, uint32_t ra
     powers_of_two(peak, &down, &up);
     int finite = peak < 0x7f800000;
     if (!finite) memset(s.y, 0, 4 * size);
-    uint32_t signs_of = plan->quantizer == EDEN ? rank : 0;
+    uint32_t signs_of = plan->quantizer == QUIC_FL ? 0 : rank;
     for (int i = 0; i < plan->rotations; i++) {
         const uint8_t *signs = draw_signs(plan, i, signs_of, first, s.signs);
         hadamard(s.y, size, signs, i ? 1.0f : down);
@@ -555,11 +619,13 @@ static void encode_block(const Plan *plan, Scratch s, int64_t first, uint32_t ra
         uint32_t offset = (uint32_t)(256 * (int64_t)rank / plan->world_size);
         const uint8_t *dither = draw_dither(plan, first, s.dither);
         *scale = quic_fl_encode(plan, s.y, dither, offset, s.room, s.codes);
-    } else {
+    } else if (plan->quantizer == EDEN) {
         *scale = eden_encode(plan, s.y, s.room, s.sum, s.codes);
+    } else {
+        *scale = vector_encode(plan, s.y, s.room, s.sum, s.codes);
     }
     *scale = finite ? fminf(*scale * plan->normalization * up, FLT_MAX) : NAN;
-    pack(s.codes, size, plan->bits, packed);
+    pack(s.codes, size / plan->group, plan->bits * plan->group, packed);
 }
 
 /* y <- d^(k/2) R^T y but for the signs that come last, which are returned. */
@@ -598,12 +664,16 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
         float scale;
         memcpy(&scale, scales + rank * stride, 4);
         scale *= down;
-        unpack((const uint8_t *)packed + rank * stride, size, plan->bits, s.codes);
+        unpack((const uint8_t *)packed + rank * stride, size / plan->group,
+               plan->bits * plan->group, s.codes);
         if (plan->quantizer == QUIC_FL) {
             uint32_t offset = (uint32_t)(256 * rank / plan->world_size);
             quic_fl_add(plan, s.codes, dither, offset, scale, rank == 0, s.y);
         } else {
-            eden_values(plan, s.codes, scale, s.y);
+            if (plan->quantizer == EDEN)
+                eden_values(plan, s.codes, scale, s.y);
+            else
+                vector_values(plan, s.codes, scale, s.y);
             const uint8_t *signs = unrotate(plan, s, first, (uint32_t)rank, s.y);
             for (int64_t j = 0; j < size; j += LANES) {
                 vf value = apply_signs(load(s.y + j), signs, j);

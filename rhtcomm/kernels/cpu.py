@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from rhtcomm.quantizers import Eden, Quantizer, QuicFL
+from rhtcomm.quantizers import Eden, Quantizer, QuicFL, VectorQuantizer
 from rhtcomm.randomness import Key
 from rhtcomm.rotation import Blocks, RandomizedHadamard
 
 __all__ = ["DTYPES", "QUANTIZERS", "Library", "library_path"]
 
-QUANTIZERS = (QuicFL, Eden)
+QUANTIZERS = (QuicFL, Eden, VectorQuantizer)  # in the order of cpu.c
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of cpu.c
 _ABI = 1  # of cpu.c
 _NAME = "rhtcomm_cpu.*"
@@ -47,6 +47,7 @@ class _Plan(ctypes.Structure):
         ("rotations", ctypes.c_int32),
         ("quantizer", ctypes.c_int32),
         ("bits", ctypes.c_int32),
+        ("group", ctypes.c_int32),
         ("shared_bits", ctypes.c_int32),
         ("middle", ctypes.c_int32),
         ("nodes_per_sigma", ctypes.c_float),
@@ -55,6 +56,7 @@ class _Plan(ctypes.Structure):
         ("levels", ctypes.c_void_p),
         ("positions", ctypes.c_void_p),
         ("boundaries", ctypes.c_void_p),
+        ("half_norms", ctypes.c_void_p),
     )
 
 
@@ -168,6 +170,7 @@ def _plan(
         rotations=rotation.rotations,
         quantizer=QUANTIZERS.index(type(quantizer)),
         bits=quantizer.bits,
+        group=quantizer.group,
         normalization=normalization,
     )
     if isinstance(quantizer, QuicFL):
@@ -178,6 +181,9 @@ def _plan(
     elif isinstance(quantizer, Eden):
         plan.levels = quantizer.table.centroids.data_ptr()
         plan.boundaries = quantizer.table.boundaries.data_ptr()
+    elif isinstance(quantizer, VectorQuantizer):
+        plan.levels = quantizer.table.codewords.data_ptr()
+        plan.half_norms = quantizer.table.half_norms.data_ptr()
     return plan
 
 

@@ -50,7 +50,7 @@ def encode(
         scale = scale_of_y * piece.size ** (-rotation.rotations / 2) * up
         scale = scale.clamp(max=torch.finfo(torch.float32).max)  # Eden's can exceed it
         scales[rows] = torch.where(finite, scale, torch.nan)
-        packed = pack(drawn, quantizer.bits)
+        packed = pack(drawn, quantizer.bits * quantizer.group)
         if isinstance(quantizer, QuicFL) and quantizer.exact_fraction:
             exact = quantizer.encode_exact(y, scale_of_y, key, piece.start, rank, world_size)
             packed = torch.cat([packed, exact], dim=1)
@@ -73,7 +73,8 @@ def decode(
         total = None
         for rank in range(world_size):
             packed = codes[rank, rows]
-            drawn = unpack(packed, quantizer.bits, piece.size)
+            width, count = quantizer.bits * quantizer.group, piece.size // quantizer.group
+            drawn = unpack(packed, width, count)
             values = quantizer.decode(drawn, key, piece.start, rank, world_size)
             if isinstance(quantizer, QuicFL) and quantizer.exact_fraction:
                 section = packed[:, piece.size * quantizer.bits // 8 :]

@@ -1,7 +1,8 @@
-"""Scalar quantizers of rotated blocks."""
+"""Quantizers of rotated blocks."""
 
 from rhtcomm.quantizers.base import Quantizer
 from rhtcomm.quantizers.eden import Eden
 from rhtcomm.quantizers.quic_fl import QuicFL
+from rhtcomm.quantizers.vector import VectorQuantizer
 
-__all__ = ["Eden", "Quantizer", "QuicFL"]
+__all__ = ["Eden", "Quantizer", "QuicFL", "VectorQuantizer"]

@@ -11,7 +11,9 @@ __all__ = ["Quantizer", "check_bits", "fingerprint_of", "root_mean_square", "tre
 
 
 class Quantizer(Protocol):
-    """Maps rotated blocks to codes of `bits` bits and one scale a block, and codes back to values.
+    """Maps rotated blocks to codes and one scale a block, and codes back to values.
+
+    A code stands for `group` adjacent coordinates and has `bits` bits for each of them.
 
     `rotation` says what unbiasedness of a mean over ranks needs: with "shared" all ranks rotate by
     the same signs, sum their values in the rotated domain and undo one rotation; with "one_a_rank"
@@ -26,6 +28,9 @@ class Quantizer(Protocol):
     def bits(self) -> int: ...
 
     @property
+    def group(self) -> int: ...
+
+    @property
     def fingerprint(self) -> str:
         """Differs between tables that decode differently."""
         ...
@@ -33,7 +38,7 @@ class Quantizer(Protocol):
     def encode(
         self, y: torch.Tensor, key: Key, first: int, rank: int, world_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """y (B, d) float32 -> codes (B, d) uint8 and scale (B,) float32, y ~ scale * decode(codes).
+        """y (B, d) float32 -> codes (B, d / group) uint8 and scale (B,) float32, y ~ scale * decode(codes).
 
         `first` is the place of y[0, 0] in its bucket, a multiple of 16. All y are finite, and their
         squares can be summed over a block without overflow; a block of zeros has scale 0.
@@ -43,7 +48,7 @@ class Quantizer(Protocol):
     def decode(
         self, codes: torch.Tensor, key: Key, first: int, rank: int, world_size: int
     ) -> torch.Tensor:
-        """codes (B, d) uint8 -> values (B, d) float32, still to be multiplied by the scale."""
+        """codes (B, d / group) uint8 -> values (B, d) float32, still to be multiplied by the scale."""
         ...
 
 

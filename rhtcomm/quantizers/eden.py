@@ -37,6 +37,7 @@ class Eden:
 
     rotation: ClassVar[Literal["shared", "one_a_rank"]] = "one_a_rank"
     rotations: ClassVar[int] = 2
+    group: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_bits("Eden", self.bits)

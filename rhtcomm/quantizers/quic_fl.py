@@ -65,6 +65,7 @@ class QuicFL:
 
     rotation: ClassVar[Literal["shared", "one_a_rank"]] = "shared"
     rotations: ClassVar[int] = 2
+    group: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_bits("QuicFL", self.bits)
