@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from report import RESULTS, heading, table
 from tqdm import tqdm
 
-from rhtcomm import Codec, Eden, Key, Lattice, QuicFL, RandomizedHadamard
+from rhtcomm import Codec, Eden, Key, Lattice, QuicFL, RandomizedHadamard, VectorQuantizer
 from rhtcomm.quantizers import Quantizer
 
 BLOCK = 4096
@@ -43,7 +43,7 @@ class Effort:
 
 
 FULL = Effort(1 << 20, 4, (4, 160, 5), (1, 20, 100, 200))
-QUICK = Effort(1 << 16, 2, (2, 64, 2), (1, 4))
+QUICK = Effort(1 << 16, 1, (1, 64, 2), (1, 3))
 
 
 # Methods ------------------------------------------------------------------------------------------
@@ -100,7 +100,11 @@ def methods() -> dict[str, dict[str, Method]]:
     bits = range(1, 9)
     return {
         "QuicFL": {f"b = {b}": by_codec(QuicFL(b)) for b in bits},
+        "QuicFL, exact mode": {
+            f"b = {b}": by_codec(QuicFL(b, exact_fraction=1 / 512)) for b in bits
+        },
         "Eden": {f"b = {b}": by_codec(Eden(b)) for b in bits},
+        "VectorQuantizer": {f"b = {b}": by_codec(VectorQuantizer(b)) for b in (1, 2, 4)},
         "Lattice": {f"b = {b}": by_lattice(b) for b in bits},
         "uniform, one RHT": {f"b = {b}": uniform_after_one_transform(b) for b in bits},
         "QSGD, 2-norm": {
@@ -238,7 +242,7 @@ def report(effort: Effort, folder: Path) -> str:
             rows.append([f"{name}, {setting}", shown, *(f"{cell.nmse:.4g}" for cell in cells)])
     text = table(["", "bits on the wire", *names], rows)
     equal = ""
-    for wire in (2.25, 4.25):
+    for wire in (2.1, 4.0):
         rows = []
         for name in curves:
             values = []

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from report import RESULTS, heading, table
 from tqdm import tqdm
 
-from rhtcomm import Codec, Eden, Key, QuicFL, RandomizedHadamard, codebooks
+from rhtcomm import Codec, Eden, Key, QuicFL, RandomizedHadamard, VectorQuantizer, codebooks
 from rhtcomm.codebooks.lloyd_max import expected_vnmse
 from rhtcomm.quantizers import Quantizer
 
@@ -36,14 +36,14 @@ MARGIN = 3  # a distance counts where it is so many times the sampling floor
 class Effort:
     powers: range  # d = 2^power
     samples: int  # coordinates a distance is estimated from
-    keys: int  # rotations a covariance is averaged over
+    keys: int  # of the check that coordinates may be pooled
     size: int  # d of the errors of quantizers
     batches: int  # groups of draws that a bias is estimated from
     draws: int  # keys whose estimates are averaged: N
 
 
-FULL = Effort(range(4, 17), 1 << 22, 256, 1024, 16, 1024)
-QUICK = Effort(range(4, 11), 1 << 18, 64, 256, 4, 256)
+FULL = Effort(range(4, 17), 1 << 22, 1 << 13, 1024, 16, 1024)
+QUICK = Effort(range(4, 10), 1 << 17, 1 << 10, 256, 2, 256)
 
 
 # Inputs and rotations -----------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def slope(points: list[tuple[int, Distance]]) -> float | None:
     return float(np.polyfit(*zip(*clear, strict=True), 1)[0]) if len(clear) >= 3 else None
 
 
-def pooling_check(size: int = 256, keys: int = 1 << 13) -> tuple[float, float]:
+def pooling_check(keys: int, size: int = 256) -> tuple[float, float]:
     """Largest n^(1/2) * Kolmogorov distance of one coordinate's sample from the pooled one.
 
     The coordinates are of the package's own rotation, one of each of n keys; the pool is of this
@@ -299,7 +299,7 @@ def pooling_check(size: int = 256, keys: int = 1 << 13) -> tuple[float, float]:
     """
     places, largest, count = (0, 1, 7, size - 1), 0.0, 0
     for index, (_, x) in enumerate(inputs(size).items()):
-        pools = rotated(x, 1 << 14, 500 + index)
+        pools = rotated(x, 2 * keys, 500 + index)
         for k, pool in zip(ROTATIONS, pools, strict=True):
             rows = x.expand(keys, -1).clone()
             y = RandomizedHadamard(k).rotate(rows, Key(seed=index, step=k), 0) * size ** (-k / 2)
@@ -319,13 +319,17 @@ def pooling_check(size: int = 256, keys: int = 1 << 13) -> tuple[float, float]:
 
 QUANTIZERS: tuple[Quantizer, ...] = (
     *(QuicFL(bits) for bits in (1, 2, 4)),
+    *(QuicFL(bits, exact_fraction=1 / 512) for bits in (1, 2, 4)),
     *(Eden(bits) for bits in (1, 2, 4)),
+    *(VectorQuantizer(bits) for bits in (1, 2, 4)),
 )
 
 
 def label(quantizer: Quantizer) -> str:
-    name = "DRIVE" if isinstance(quantizer, Eden) and quantizer.bits == 1 else None
-    return name or f"{type(quantizer).__name__}, b = {quantizer.bits}"
+    if quantizer == Eden(1):
+        return "DRIVE"
+    exact = " exact" if getattr(quantizer, "exact_fraction", 0) else ""
+    return f"{type(quantizer).__name__}{exact}, b = {quantizer.bits}"
 
 
 @dataclass(frozen=True)
@@ -396,8 +400,10 @@ def after_dense(
 ) -> Iterator[torch.Tensor]:
     y, key = dense.forward(x), Key(seed=6)
     codes, scale = quantizer.encode(y, key, 0, 0, 1)
-    decoded = quantizer.decode(codes, key, 0, 0, 1) * scale[:, None]
-    return iter(dense.inverse(decoded).split(draws))
+    decoded = quantizer.decode(codes, key, 0, 0, 1)
+    if isinstance(quantizer, QuicFL) and quantizer.exact_fraction:
+        quantizer.decode_exact(decoded, quantizer.encode_exact(y, scale, key, 0, 0, 1))
+    return iter(dense.inverse(decoded * scale[:, None]).split(draws))
 
 
 @dataclass(frozen=True)
@@ -560,7 +566,7 @@ def plot(laws: Laws, effort: Effort, path: Path) -> None:
 
 def report(effort: Effort, folder: Path) -> str:
     """Run all parts, plot, and return the Markdown."""
-    statistic, level = pooling_check()
+    statistic, level = pooling_check(effort.keys)
     laws = simulate(effort)
     errors = measure_errors(effort)
     drive = drive_on_three(1000)
@@ -576,7 +582,9 @@ signs of row i of H are absorbed by s: its law does not depend on i. So all coor
 rotation are draws of that law, though not independent ones, and {effort.samples} of them, of
 {effort.samples} / d keys, are pooled; by the same argument the law is symmetric, and each counts
 with both signs. Checked with `rhtcomm.RandomizedHadamard` at d = 256: samples of one coordinate
-over 8192 keys differ from the pool by at most {statistic:.2f} / 8192^(1/2), where chance exceeds
+over {effort.keys} keys differ from the pool by at most {statistic:.2f} / {
+        effort.keys
+    }^(1/2), where chance exceeds
 {level:.2f} once in 1000 checks. Signs are NumPy's (PCG64), the transform is one or two products
 with Hadamard matrices. Where the law can be listed (at most 16 nonzeros, or all alike, for k = 1;
 one-hot and two-hot for k = 2) the distances are exact.
