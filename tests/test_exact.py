@@ -325,7 +325,7 @@ def test_mean_over_ranks_is_that_of_literal_receivers() -> None:
     codec, world_size = Codec(exact(4), block=1024), 3
     payloads = torch.stack([codec.encode(data(r), KEY, r, world_size) for r in range(world_size)])
     mean = codec.decode_mean(payloads, KEY, 20_000)
-    total, rotation = 0, codec.rotation
+    rotation = codec.rotation
     for blocks, scales, rows in codec._sections(payloads, 20_000):
         total = torch.zeros(blocks.count, blocks.size, dtype=torch.float64)
         edge = blocks.size // 2
@@ -337,12 +337,9 @@ def test_mean_over_ranks_is_that_of_literal_receivers() -> None:
                     if index >= 0:
                         values[row, index] = value
             total += values * scales[rank].double()[:, None]
-        rotated = (total / world_size).float()
-        undone = (
-            rotation.unrotate(rotated, KEY, blocks.start)
-            * blocks.size ** (-rotation.rotations / 2)
-            * blocks.size ** (rotation.rotations / 2 - rotation.rotations / 2)
-        )
+        # `unrotate` leaves out the normalization.
+        rotated = (total / world_size * blocks.size ** (-rotation.rotations / 2)).float()
+        undone = rotation.unrotate(rotated, KEY, blocks.start)
         part = mean[blocks.start : blocks.stop]
         expected = undone.flatten()[: part.numel()]
         assert float((part - expected).norm()) <= 1e-5 * float(expected.norm())
