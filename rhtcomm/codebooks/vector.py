@@ -16,6 +16,7 @@ samples. The best of a few random starts is kept.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def solve(bits: int, seed: int, iterations: int = 600) -> Tensor:
     group = 8 // bits
     random = torch.Generator().manual_seed(seed)
     # Many codewords are best spread like N(0, (g + 2) / g) (Gersho; for g = 1 Panter and Dite).
-    codebook = torch.randn(HALF, group, generator=random) * ((group + 2) / group) ** 0.5
+    codebook = torch.randn(HALF, group, generator=random) * math.sqrt((group + 2) / group)
     for iteration in range(iterations):
         z = torch.randn(_SAMPLE, group, generator=random)
         index, sign, _ = nearest(z, codebook)
@@ -92,7 +93,7 @@ def solve(bits: int, seed: int, iterations: int = 600) -> Tensor:
         moved = torch.lerp(codebook, sums / count.clamp(min=1), step)
         # A codeword that attracts nothing begins anew where the sample is.
         codebook = torch.where(count > 0, moved, z[:HALF])
-    return codebook.index_select(0, codebook.norm(dim=1).argsort())
+    return codebook[codebook.norm(dim=1).argsort()]
 
 
 def main() -> None:

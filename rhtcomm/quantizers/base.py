@@ -38,8 +38,9 @@ class Quantizer(Protocol):
     def encode(
         self, y: torch.Tensor, key: Key, first: int, rank: int, world_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """y (B, d) float32 -> codes (B, d / group) uint8 and scale (B,) float32, y ~ scale * decode(codes).
+        """y (B, d) float32 -> codes (B, d / group) uint8 and scale (B,) float32.
 
+        They stand for y ~ scale * decode(codes).
         `first` is the place of y[0, 0] in its bucket, a multiple of 16. All y are finite, and their
         squares can be summed over a block without overflow; a block of zeros has scale 0.
         """
@@ -48,7 +49,7 @@ class Quantizer(Protocol):
     def decode(
         self, codes: torch.Tensor, key: Key, first: int, rank: int, world_size: int
     ) -> torch.Tensor:
-        """codes (B, d / group) uint8 -> values (B, d) float32, still to be multiplied by the scale."""
+        """codes (B, d / group) uint8 -> values (B, d) float32, without the scale."""
         ...
 
 

@@ -1,0 +1,108 @@
+"""VectorQuantizer: brute force in float64, error and bias at fixed seeds, and the C kernels."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import ROUNDOFF, gaussian
+from test_kernels import both_ways, needs_library, variants
+
+from rhtcomm import Codec, Key, VectorQuantizer, codebooks
+from rhtcomm.codebooks import vector
+from rhtcomm.hooks import RHTState
+from rhtcomm.kernels import reference
+
+BITS = (1, 2, 4)
+EDEN_VNMSE = {1: 0.570796, 2: 0.133121, 4: 0.009592}
+GAIN = {1: 0.16, 2: 0.18, 4: 0.10}
+BLOCK = 4096
+KEY = Key(seed=41, step=42, bucket=43)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_nearest_codeword_and_the_scale(bits: int) -> None:
+    y = gaussian(16 * 1024, bits).view(16, 1024) * torch.logspace(-6, 6, 16)[:, None]
+    codes, scale = VectorQuantizer(bits).encode(y, KEY, 0, 0, 1)
+    rows = y.double().numpy()
+    z = rows / np.sqrt((rows**2).mean(axis=1))[:, None]
+    half = codebooks.load("vector")[f"b{bits}"]
+    words = np.concatenate([half, -half])
+    groups = z.reshape(-1, 1, 8 // bits)
+    distances = ((groups - words) ** 2).sum(axis=-1)
+    best = np.partition(distances, 1, axis=-1)[:, :2]
+    # Twice the rounding of g + 2 sums and of z, whose products are at most |z| |c|.
+    reach = (groups**2).sum(axis=-1)[:, 0] + (words**2).sum(axis=-1).max()
+    edge = best[:, 1] - best[:, 0] <= 128 * ROUNDOFF * reach
+    assert edge.mean() < 0.005
+    found = codes.numpy().ravel()
+    np.testing.assert_array_equal(found[~edge], distances.argmin(axis=-1)[~edge])
+    values = words[found].reshape(rows.shape)
+    exact = (rows**2).sum(axis=1) / (rows * values).sum(axis=1)
+    np.testing.assert_allclose(scale.numpy(), exact, rtol=64 * ROUNDOFF)
+
+
+def measure(bits: int, rotations: int, row: torch.Tensor) -> tuple[float, float]:
+    """NMSE of one estimate, and N times that of the mean of N = 512."""
+    codec, draws = Codec(VectorQuantizer(bits), rotations), 512
+    x = row.repeat(draws)
+    found = codec.decode_mean(codec.encode(x, KEY)[None], KEY, x.numel()).view(-1, BLOCK).double()
+    norm = float(row.double().square().sum())
+    one_shot = float((found - row).square().sum()) / draws / norm
+    return one_shot, draws * float((found.mean(dim=0) - row).square().sum()) / norm
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_error_beats_eden_and_is_unbiased_after_three_transforms(bits: int) -> None:
+    few = torch.zeros(BLOCK)
+    few[:3] = torch.tensor([1.0, 0.6, 0.3])
+    for row in (few, gaussian(BLOCK)):
+        one_shot, averaged = measure(bits, 3, row)
+        assert one_shot < (1 - GAIN[bits]) * EDEN_VNMSE[bits]
+        # The relative standard error is (2 / 4096)^(1/2) = 2.2%.
+        assert averaged == pytest.approx(one_shot, rel=0.1)
+    # One transform fails by far, and two still leave the coordinates of a group correlated.
+    assert measure(bits, 1, few)[1] > 50 * one_shot
+    assert measure(bits, 2, few)[1] > 1.3 * one_shot
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_codewords_are_the_means_of_their_cells(bits: int) -> None:
+    half = torch.from_numpy(codebooks.load("vector")[f"b{bits}"]).float()
+    z = torch.randn(1 << 19, 8 // bits, generator=torch.Generator().manual_seed(9))
+    index, sign, _ = vector.nearest(z, half)
+    count = torch.bincount(index, minlength=128)[:, None]
+    mean = torch.zeros_like(half).index_add_(0, index, z * sign[:, None]) / count
+    d = vector.distortion(half, seed=10, samples=1 << 18)
+    # |mean - c_i|^2 is about the cell's distortion over its count.
+    off = ((mean - half).square().sum(1) * count[:, 0]).mean() / (d * 8 / bits)
+    assert off < 2
+    assert vector.expected_vnmse(d) < (1 - GAIN[bits]) * EDEN_VNMSE[bits]
+
+
+@needs_library
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    bits=st.sampled_from(BITS),
+    log_block=st.integers(5, 12),
+    blocks=st.floats(0.01, 3.5),
+    ranks=st.integers(1, 3),
+    magnitude=st.sampled_from([0.0, 1e-42, 1.0, 1e38]),
+    seed=st.integers(0, 2**32),
+)
+def test_same_bits_as_the_reference(
+    bits: int, log_block: int, blocks: float, ranks: int, magnitude: float, seed: int
+) -> None:
+    codec = Codec(VectorQuantizer(bits), block=1 << log_block)
+    numel = max(1, int(blocks * codec.block))
+    xs = [(gaussian(numel, seed + r) * magnitude).clamp(-3e38, 3e38) for r in range(ranks)]
+    expected = both_ways(reference, codec, xs, KEY, 0, torch.float32)
+    for name, kernel in variants().items():
+        found = both_ways(kernel, codec, xs, KEY, 0, torch.float32)
+        assert all(map(torch.equal, found, expected)), name
+
+
+@pytest.mark.parametrize("bits", [0, 3, 8])
+def test_other_widths_are_refused(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"VectorQuantizer: bits={bits} must be 1, 2 or 4"):
+        RHTState(bits, quantizer="vector")
