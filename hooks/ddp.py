@@ -8,7 +8,9 @@ from a future's callback hang or mix up their data on Gloo.)
 
 import contextlib
 import math
+import re
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,8 +21,14 @@ import torch
 import torch.distributed as dist
 
 from ..codec import Codec
-from ..collectives import Algorithm, all_reduce, check_agreement, check_algorithm
-from ..communicator import Communicator, TorchCommunicator
+from ..collectives import (
+    Algorithm,
+    DisagreementError,
+    all_reduce,
+    check_agreement,
+    check_algorithm,
+)
+from ..communicator import Communicator, HierarchicalCommunicator, TorchCommunicator
 from ..lattice import Lattice
 from ..quantizers import Eden, QuicFL, VectorQuantizer
 from ..randomness import Key
@@ -33,6 +41,7 @@ _QUANTIZERS: dict[str, type[QuicFL] | type[Eden] | type[VectorQuantizer]] = {
     "vector": VectorQuantizer,
 }
 _LATTICE = "lattice"
+_NO_HOOK = "or registered no hook, or one with another process_group"
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class RHTState:
         block: coordinates in a block, a power of two.
         exact_fraction: 0 or 1/512, of the coordinates that travel exactly; see `rhtcomm.QuicFL`,
             the only quantizer that has it.
-        algorithm: "auto", "all_gather" or "two_shot", see `rhtcomm.all_reduce`.
+        algorithm: "auto", "all_gather", "two_shot" or "gather", see `rhtcomm.all_reduce`.
         seed: of the random streams.
         min_numel: buckets with fewer coordinates go uncompressed.
         process_group: the group that DDP was given, by default the world. Where DDP has a group,
@@ -83,7 +92,8 @@ class RHTState:
             are averaged. The hook makes a group of its own with the same ranks.
         timeout: of that group: how long a rank waits for the others before it raises. By default
             what torch takes (30 minutes for Gloo), whatever the other group has.
-        communicator: takes the place of process_group and timeout.
+        communicator: takes the place of process_group and timeout: an `MPICommunicator`, or a
+            `HierarchicalCommunicator` (whose groups nothing else may use while the hook does).
         nmse_every: measure the error of the mean in every so many steps (0: never), by an exact
             all-reduce beside the compressed one. Its bytes and time are not counted.
 
@@ -104,7 +114,7 @@ class RHTState:
         min_numel: int = 1 << 14,
         process_group: dist.ProcessGroup | None = None,
         timeout: timedelta | None = None,
-        communicator: Communicator | None = None,
+        communicator: Communicator | HierarchicalCommunicator | None = None,
         nmse_every: int = 0,
     ) -> None:
         names = (*_QUANTIZERS, _LATTICE)
@@ -177,10 +187,8 @@ class RHTState:
         self._closed = True
         if self._worker is not None:
             self._worker.shutdown(wait=True)
-        if self._group is not None and dist.is_initialized():
-            dist.destroy_process_group(self._group)
-            self._communicator = None
-        self._worker = self._group = None
+        self._leave_group()
+        self._worker = None
 
     def __enter__(self) -> "RHTState":
         return self
@@ -195,10 +203,15 @@ class RHTState:
         """Queue a bucket; the future completes with its mean over ranks, in the bucket's buffer."""
         if self._closed:
             raise RuntimeError("rht_hook: its RHTState was closed; make a new one and register it")
+        buffer = bucket.buffer()
+        if buffer.layout != torch.strided:
+            raise TypeError(
+                f"rht_hook: bucket {bucket.index()} is a sparse gradient ({buffer.layout}), which "
+                "cannot be rotated; make the layer dense (sparse=False for nn.Embedding)"
+            )
         if self._worker is None:
             self._start()
         assert self._worker is not None
-        buffer = bucket.buffer()
         # DDP may leave out a step's last buckets, if no gradient came; randomness must not repeat.
         if bucket.index() <= self._last_index:
             self._next_step()
@@ -219,21 +232,53 @@ class RHTState:
         self._steps += 1
 
     def _start(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(f"rht_hook: it failed before: {self._failure}")
         if self._communicator is None:
             if not dist.is_initialized():
                 raise RuntimeError("rht_hook: torch.distributed is not initialized")
-            parent = self._process_group
-            if parent is None or parent is dist.group.WORLD:
-                self._group = dist.new_group(timeout=self._timeout)
-            else:
-                self._group = dist.new_group(
-                    dist.get_process_group_ranks(parent),
-                    timeout=self._timeout,
-                    backend=dist.get_backend(parent),
-                    use_local_synchronization=True,
+            try:
+                self._group = self._make_group()
+            except RuntimeError as error:
+                self._failure = RuntimeError(
+                    f"rht_hook: rank {dist.get_rank()} of {dist.get_world_size()} could not make "
+                    f"the hook's process group within {self._patience}: another rank ended, hangs, "
+                    f"{_NO_HOOK}; see what it printed. Torch says: {error}"
                 )
+                raise self._failure from error
             self._communicator = TorchCommunicator(self._group)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rhtcomm")
+
+    def _make_group(self) -> dist.ProcessGroup:
+        parent = self._process_group
+        if parent is None or parent is dist.group.WORLD:
+            group = dist.new_group(timeout=self._timeout)
+        else:
+            group = dist.new_group(
+                dist.get_process_group_ranks(parent),
+                timeout=self._timeout,
+                backend=dist.get_backend(parent),
+                use_local_synchronization=True,
+            )
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+
+    def _leave_group(self) -> None:
+        """Destroy the group made by _start; once nothing refers to it, its connections close."""
+        if self._group is None:
+            return
+        if dist.is_initialized():
+            with contextlib.suppress(ValueError):  # it went with the world that it was made in
+                dist.destroy_process_group(self._group)
+        self._group = self._communicator = None
+
+    @property
+    def _patience(self) -> str:
+        """How long exchanges wait, in words."""
+        timeout = self._timeout
+        if timeout is None:
+            timeout = getattr(self._communicator, "timeout", None)
+        return "the default timeout" if timeout is None else f"the timeout of {timeout}"
 
     def _run(
         self,
@@ -256,7 +301,13 @@ class RHTState:
             self._failure = self._failure or failure
             if not isinstance(failure, Exception):  # futures take no others
                 failure = RuntimeError(f"rht_hook: {failure!r} on the worker thread")
+            # The frames hold what refers to the group.
+            _clear_frames(failure)
             done.set_exception(failure)  # type: ignore[arg-type]
+            # A rank may live on after its error. On Gloo nobody would tell the others, which wait.
+            # (NCCL's watchdog does that, and destroying its group might block.)
+            if self._group is not None and self._group.name() == "gloo":
+                self._leave_group()
 
     @contextlib.contextmanager
     def _after(self, buffer: torch.Tensor, ready: torch.cuda.Event | None) -> Iterator[None]:
@@ -287,12 +338,14 @@ class RHTState:
                 "seed": key.seed,
                 "step": key.step,
             }
-            check_agreement(communicator, facts, buffer.device)
+            with self._exchange(key):
+                check_agreement(communicator, facts, buffer.device)
             self._checked = True
         exact = None
         if self.nmse_every and key.step % self.nmse_every == 0:
             exact = buffer.float() / communicator.world_size
-            communicator.all_reduce_(exact)
+            with self._exchange(key):
+                communicator.all_reduce_(exact)
         before = communicator.bytes_sent
         all_reduce(
             buffer,
@@ -302,13 +355,10 @@ class RHTState:
             algorithm=self.algorithm,
             min_numel=self.min_numel,
             check=False,
-            stopwatch=self._stopwatch,
+            stopwatch=lambda part: self._stopwatch(part, key),
         )
         self._bytes_sent += communicator.bytes_sent - before
-        world_size = communicator.world_size
-        self._bytes_uncompressed += (
-            2 * (world_size - 1) * buffer.numel() * buffer.element_size() // world_size
-        )
+        self._bytes_uncompressed += communicator.ring_bytes(buffer.nbytes)
         if exact is not None:
             error = (buffer.float() - exact).square().sum().item()
             norm = exact.square().sum().item()
@@ -317,11 +367,47 @@ class RHTState:
                 self._squared_norm += norm
 
     @contextlib.contextmanager
-    def _stopwatch(self, part: str) -> Iterator[None]:
+    def _exchange(self, key: Key) -> Iterator[None]:
+        """Say in the hook's words what an error of the exchange means."""
+        communicator = self._communicator
+        assert communicator is not None
+        try:
+            yield
+        except DisagreementError:
+            raise
+        except (RuntimeError, TimeoutError) as error:
+            text = str(error)
+            if re.search("timed? ?out|waited", text, re.IGNORECASE):
+                cause = (
+                    f"another rank did not answer within {self._patience}; it hangs, is stopped, "
+                    "or makes other calls than this one"
+                )
+            elif re.search("closed by|reset by|broken pipe|not connected", text, re.IGNORECASE):
+                cause = "another rank died, or failed and gave up"
+            else:
+                cause = "another rank may have made another call than this one"
+            if not self._checked:
+                cause += f", {_NO_HOOK}"
+            raise RuntimeError(
+                f"rht_hook: rank {communicator.rank} of {communicator.world_size} could not "
+                f"exchange bucket {key.bucket} of step {key.step}: {cause}. See what the other "
+                f"ranks printed first. The transport says: {text}"
+            ) from error
+
+    @contextlib.contextmanager
+    def _stopwatch(self, part: str, key: Key) -> Iterator[None]:
         start = time.perf_counter()
-        with torch.profiler.record_function(f"rhtcomm::{part}"):
+        exchange = self._exchange(key) if part == "exchange" else contextlib.nullcontext()
+        with torch.profiler.record_function(f"rhtcomm::{part}"), exchange:
             yield
         self._seconds[part] += time.perf_counter() - start
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Forget the local variables in the tracebacks of an error and of those that it came from."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def rht_hook(

@@ -23,6 +23,8 @@ Variables:
   NODE_RANK       number of this machine, from 0; needed where NNODES is above 1
   MASTER_ADDR     address of machine 0; needed where NNODES is above 1
   MASTER_PORT     free port on machine 0 (29500); unused on one machine
+  MAX_RESTARTS    how often all ranks are started again after one fails (0); they go on from the
+                  file that --checkpoint names, so give it and --checkpoint-every
   PYTHON          interpreter that has torch and rhtcomm (python3)
 
 Where a machine has several networks, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME picks the interface.
@@ -38,7 +40,7 @@ case "${1:-}" in
 esac
 
 nnodes="${NNODES:-1}"
-options=(--nproc-per-node="${NPROC_PER_NODE:-2}")
+options=(--nproc-per-node="${NPROC_PER_NODE:-2}" --max-restarts="${MAX_RESTARTS:-0}")
 if [[ "$nnodes" == 1 ]]; then
   options+=(--standalone)
 else
@@ -50,6 +52,9 @@ else
   )
 fi
 
+# torchrun would let restarted ranks share a store with the ranks before them, whose addresses they
+# would then find there (torch 2.13).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # The trainer sets its threads itself; torchrun would warn that it does.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "${PYTHON:-python3}" -m torch.distributed.run "${options[@]}" \

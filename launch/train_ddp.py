@@ -108,6 +108,9 @@ def parse_args() -> argparse.Namespace:
             f"--width {args.width} over --heads {args.heads} does not give heads of even width: "
             f"choose a width that is a multiple of {2 * args.heads}"
         )
+    # Ranks that torchrun starts again go on from what the ones before them left.
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and args.checkpoint:
+        args.resume = args.resume or args.checkpoint.is_file()
     if args.resume and (args.checkpoint is None or not args.checkpoint.is_file()):
         parser.error(
             f"--resume found no file at --checkpoint {args.checkpoint}: "

@@ -2,7 +2,7 @@
 
 from rhtcomm.codec import Codec, PayloadError
 from rhtcomm.collectives import DisagreementError, all_reduce
-from rhtcomm.communicator import MPICommunicator, TorchCommunicator
+from rhtcomm.communicator import HierarchicalCommunicator, MPICommunicator, TorchCommunicator
 from rhtcomm.lattice import Lattice
 from rhtcomm.quantizers import Eden, QuicFL, VectorQuantizer
 from rhtcomm.randomness import Key
@@ -12,6 +12,7 @@ __all__ = [
     "Codec",
     "DisagreementError",
     "Eden",
+    "HierarchicalCommunicator",
     "Key",
     "Lattice",
     "MPICommunicator",

@@ -1,14 +1,19 @@
 """All-reduce (mean) of a tensor through compressed payloads.
 
-With P the payload bytes of the whole tensor and e the quantizer's vNMSE, a rank of n receives
+With P the payload bytes of the whole tensor and e the quantizer's vNMSE, a rank of n sends
 
-    all_gather    (n - 1) P          error of the mean e / n
-    two_shot      2 (n - 1) / n P    error of the mean e / n + e
-
+    all_gather    (n - 1) P                error of the mean e / n
+    two_shot      2 (n - 1) / n P          e / n + e
+    gather        P, rank 0 (n - 1) P      e / n + e
     lattice       2 (n - 1) / n P w / b    D^2 / 12 / n, see rhtcomm/lattice.py
 
 all_gather: every rank decodes all n payloads. two_shot: each rank gets all payloads of one shard,
-decodes and averages them, encodes the mean again, and gathers the shards of the others.
+decodes and averages them, encodes the mean again, and gathers the shards of the others. gather:
+rank 0 does so with the whole tensor, as a parameter server does.
+
+Over a `HierarchicalCommunicator` the ranks of a node first share out the sum of their tensors in
+full precision; each takes its shard to its like in the other nodes by one of the above (n counts
+nodes then), and the node puts the shards together again.
 """
 
 import contextlib
@@ -20,14 +25,14 @@ from typing import Literal, get_args
 
 import torch
 
-from rhtcomm.codec import DTYPES, Codec
-from rhtcomm.communicator import Communicator
+from rhtcomm.codec import DTYPES, Codec, PayloadError
+from rhtcomm.communicator import Communicator, HierarchicalCommunicator
 from rhtcomm.lattice import Lattice
 from rhtcomm.randomness import Key
 
 __all__ = ["Algorithm", "DisagreementError", "all_reduce", "check_agreement", "check_algorithm"]
 
-Algorithm = Literal["auto", "all_gather", "two_shot"]
+Algorithm = Literal["auto", "all_gather", "two_shot", "gather"]
 Stopwatch = Callable[[str], AbstractContextManager[object]]
 
 # Payloads up to this many bytes take one round trip rather than two.
@@ -43,7 +48,7 @@ def all_reduce(
     tensor: torch.Tensor,
     codec: Codec | Lattice,
     key: Key,
-    communicator: Communicator,
+    communicator: Communicator | HierarchicalCommunicator,
     *,
     algorithm: Algorithm = "auto",
     min_numel: int = 1 << 14,
@@ -58,8 +63,9 @@ def all_reduce(
         key: the same on all ranks, and another one for each call: new randomness is what makes
             the errors of successive calls average out.
         communicator: who takes part.
-        algorithm: "all_gather", "two_shot", or "auto": all_gather for two ranks and for small
-            payloads, else two_shot. "auto" is the only one for a `Lattice`.
+        algorithm: "all_gather", "two_shot", "gather" (to rank 0 and back), or "auto": all_gather
+            for two ranks and for small payloads, else two_shot. "auto" is the only one for a
+            `Lattice`.
         min_numel: smaller tensors travel uncompressed, as float32.
         check: compare the configuration of all ranks first, at the price of one small exchange.
             The DDP hook does that once, not for each bucket.
@@ -92,12 +98,10 @@ def all_reduce(
     flat = tensor.detach().contiguous().view(-1)
     if flat.numel() < min_numel:
         _uncompressed(flat, communicator, stopwatch)
-    elif isinstance(codec, Lattice):
-        _lattice(flat, codec, key, communicator, stopwatch)
+    elif isinstance(communicator, HierarchicalCommunicator):
+        _hierarchical(flat, codec, key, communicator, algorithm, stopwatch)
     else:
-        chosen = choose_algorithm(algorithm, communicator.world_size, codec.nbytes(flat.numel()))
-        reduce = _all_gather if chosen == "all_gather" else _two_shot
-        reduce(flat, codec, key, communicator, stopwatch)
+        _compressed(flat, codec, key, communicator, algorithm, stopwatch)
     if flat.data_ptr() != tensor.data_ptr():
         tensor.detach().copy_(flat.view(tensor.shape))
 
@@ -117,7 +121,7 @@ def check_algorithm(algorithm: str, codec: Codec | Lattice) -> None:
 
 def choose_algorithm(
     algorithm: Algorithm, world_size: int, payload_bytes: int
-) -> Literal["all_gather", "two_shot"]:
+) -> Literal["all_gather", "two_shot", "gather"]:
     """What "auto" stands for: fewest bytes, unless round trips cost more than they save."""
     if algorithm != "auto":
         return algorithm
@@ -125,7 +129,9 @@ def choose_algorithm(
 
 
 def check_agreement(
-    communicator: Communicator, facts: dict[str, object], device: torch.device
+    communicator: Communicator | HierarchicalCommunicator,
+    facts: dict[str, object],
+    device: torch.device,
 ) -> None:
     """Raise on every rank if `facts` are not the same on all of them.
 
@@ -161,26 +167,123 @@ def _abridged(ranks: list[int]) -> str:
     return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
 
 
-def _uncompressed(flat: torch.Tensor, communicator: Communicator, stopwatch: Stopwatch) -> None:
+def _uncompressed(
+    flat: torch.Tensor, communicator: Communicator | HierarchicalCommunicator, stopwatch: Stopwatch
+) -> None:
     with stopwatch("exchange"):
         total = flat.float() if flat.dtype != torch.float32 else flat
         communicator.all_reduce_(total)
         flat.copy_(total / communicator.world_size)
 
 
-def _all_gather(
-    flat: torch.Tensor, codec: Codec, key: Key, communicator: Communicator, stopwatch: Stopwatch
+def _hierarchical(
+    flat: torch.Tensor,
+    codec: Codec | Lattice,
+    key: Key,
+    communicator: HierarchicalCommunicator,
+    algorithm: Algorithm,
+    stopwatch: Stopwatch,
 ) -> None:
+    within, between = communicator.within, communicator.between
+    shards = split_into_shards(flat.numel(), codec.block, within.world_size)
+    sizes = [shard.stop - shard.start for shard in shards]
+    with stopwatch("exchange"):
+        outgoing = flat.new_zeros(within.world_size, max(sizes))
+        for row, shard, size in zip(outgoing, shards, sizes, strict=True):
+            row[:size] = flat[shard]
+        incoming = within.all_to_all(outgoing.view(torch.uint8)).view(flat.dtype)
+    mine = torch.zeros(max(sizes), dtype=torch.float32, device=flat.device)
+    for row in incoming:  # in the order of ranks
+        mine += row
+    mine /= within.world_size
+    shard, size = shards[within.rank], sizes[within.rank]
+    if between.world_size > 1 and size:
+        _compressed(mine[:size], codec, key, between, algorithm, stopwatch, shard.start)
+    with stopwatch("exchange"):
+        gathered = within.all_gather(mine.to(flat.dtype).view(torch.uint8)).view(flat.dtype)
+        for row, shard, size in zip(gathered, shards, sizes, strict=True):
+            flat[shard] = row[:size]
+
+
+def _compressed(
+    flat: torch.Tensor,
+    codec: Codec | Lattice,
+    key: Key,
+    communicator: Communicator,
+    algorithm: Algorithm,
+    stopwatch: Stopwatch,
+    first: int = 0,
+) -> None:
+    """The mean of a flat tensor that begins at coordinate `first` of its bucket, in place."""
+    if isinstance(codec, Lattice):
+        _lattice(flat, codec, key, communicator, stopwatch, first)
+        return
+    chosen = choose_algorithm(algorithm, communicator.world_size, codec.nbytes(flat.numel()))
+    reduce = {"all_gather": _all_gather, "two_shot": _two_shot, "gather": _gather}[chosen]
+    reduce(flat, codec, key, communicator, stopwatch, first)
+
+
+def _all_gather(
+    flat: torch.Tensor,
+    codec: Codec,
+    key: Key,
+    communicator: Communicator,
+    stopwatch: Stopwatch,
+    first: int,
+) -> None:
+    rank, world_size = communicator.rank, communicator.world_size
     with stopwatch("encode"):
-        payload = codec.encode(flat, key, communicator.rank, communicator.world_size)
+        payload = codec.encode(flat, key, rank, world_size, first=first)
     with stopwatch("exchange"):
         payloads = communicator.all_gather(payload)
     with stopwatch("decode"):
-        codec.decode_mean(payloads, key, flat.numel(), out=flat)
+        codec.decode_mean(payloads, key, flat.numel(), first=first, out=flat)
+
+
+def _gather(
+    flat: torch.Tensor,
+    codec: Codec,
+    key: Key,
+    communicator: Communicator,
+    stopwatch: Stopwatch,
+    first: int,
+) -> None:
+    rank, world_size = communicator.rank, communicator.world_size
+    with stopwatch("encode"):
+        payload = codec.encode(flat, key, rank, world_size, first=first)
+    with stopwatch("exchange"):
+        payloads = communicator.gather(payload)
+    again = key.next_hop()
+    failure = None
+    if payloads is not None:
+        try:
+            with stopwatch("decode"):
+                mean = codec.decode_mean(payloads, key, flat.numel(), first=first)
+            with stopwatch("encode"):
+                payload = codec.encode(mean, again, first=first)
+        except PayloadError as error:
+            failure = error
+            payload.zero_()  # so that the others need not wait for what never comes
+    with stopwatch("exchange"):
+        communicator.broadcast_(payload)
+    if failure is not None:
+        raise failure
+    if not payload.any():
+        raise PayloadError(
+            f"rhtcomm.all_reduce: rank 0 could not decode what the ranks sent it for {key}: they "
+            "are out of step or configured differently; its own error says more"
+        )
+    with stopwatch("decode"):
+        codec.decode_mean(payload[None], again, flat.numel(), first=first, out=flat)
 
 
 def _two_shot(
-    flat: torch.Tensor, codec: Codec, key: Key, communicator: Communicator, stopwatch: Stopwatch
+    flat: torch.Tensor,
+    codec: Codec,
+    key: Key,
+    communicator: Communicator,
+    stopwatch: Stopwatch,
+    first: int,
 ) -> None:
     rank, world_size = communicator.rank, communicator.world_size
     shards = split_into_shards(flat.numel(), codec.block, world_size)
@@ -188,18 +291,18 @@ def _two_shot(
     with stopwatch("encode"):
         outgoing = flat.new_zeros(world_size, max(sizes), dtype=torch.uint8)
         for row, shard, size in zip(outgoing, shards, sizes, strict=True):
-            row[:size] = codec.encode(flat[shard], key, rank, world_size, first=shard.start)
+            row[:size] = codec.encode(flat[shard], key, rank, world_size, first=first + shard.start)
     with stopwatch("exchange"):
         incoming = communicator.all_to_all(outgoing)
     mine = shards[rank]
     with stopwatch("decode"):
         mean = codec.decode_mean(
-            incoming[:, : sizes[rank]], key, mine.stop - mine.start, first=mine.start
+            incoming[:, : sizes[rank]], key, mine.stop - mine.start, first=first + mine.start
         )
     key = key.next_hop()
     with stopwatch("encode"):
         again = flat.new_zeros(max(sizes), dtype=torch.uint8)
-        again[: sizes[rank]] = codec.encode(mean, key, first=mine.start)
+        again[: sizes[rank]] = codec.encode(mean, key, first=first + mine.start)
     with stopwatch("exchange"):
         gathered = communicator.all_gather(again)
     with stopwatch("decode"):
@@ -208,26 +311,35 @@ def _two_shot(
                 row[None, :size],
                 key,
                 shard.stop - shard.start,
-                first=shard.start,
+                first=first + shard.start,
                 out=flat[shard],
             )
 
 
 def _lattice(
-    flat: torch.Tensor, lattice: Lattice, key: Key, communicator: Communicator, stopwatch: Stopwatch
+    flat: torch.Tensor,
+    lattice: Lattice,
+    key: Key,
+    communicator: Communicator,
+    stopwatch: Stopwatch,
+    first: int,
 ) -> None:
     rank, world_size = communicator.rank, communicator.world_size
     parts = lattice.blocks(flat.numel())
+    places = [part.shifted(first) for part in parts]
     with stopwatch("encode"):
-        rotated = [lattice.rotate(flat, key, part) for part in parts]
+        rotated = [
+            lattice.rotate(flat[part.start : part.stop], key, place)
+            for part, place in zip(parts, places, strict=True)
+        ]
         bound = torch.cat([y.abs().amax(dim=1) for y in rotated])
     with stopwatch("exchange"):
         communicator.all_reduce_(bound, "max")
     bounds = bound.split([part.count for part in parts])
     with stopwatch("encode"):
         codes = [
-            lattice.codes(y, of_blocks, key, part.start, rank, world_size).flatten()
-            for y, of_blocks, part in zip(rotated, bounds, parts, strict=True)
+            lattice.codes(y, of_blocks, key, place.start, rank, world_size).flatten()
+            for y, of_blocks, place in zip(rotated, bounds, places, strict=True)
         ]
         words = lattice.pack(torch.cat(codes), world_size)
     with stopwatch("exchange"):
@@ -235,9 +347,9 @@ def _lattice(
     with stopwatch("decode"):
         sizes = [part.count * part.size for part in parts]
         totals = lattice.unpack(words, sum(sizes), world_size).split(sizes)
-        for total, of_blocks, part in zip(totals, bounds, parts, strict=True):
+        for total, of_blocks, part, place in zip(totals, bounds, parts, places, strict=True):
             rows = total.view(part.count, part.size)
-            mean = lattice.mean(rows, of_blocks, key, part, world_size).flatten()
+            mean = lattice.mean(rows, of_blocks, key, place, world_size).flatten()
             target = flat[part.start : part.stop]
             target.copy_(mean[: target.numel()])
 

@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+    from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Communicator", "MPICommunicator", "TorchCommunicator"]
+__all__ = ["Communicator", "HierarchicalCommunicator", "MPICommunicator", "TorchCommunicator"]
 
 # On Gloo one large message moves in fits and starts; pieces of this many bytes, all in flight at
 # once, keep a link full.
@@ -20,13 +21,18 @@ _CHUNK_BYTES = 1 << 20
 class Communicator(Protocol):
     """Blocking exchanges among `world_size` ranks; every rank makes the same calls in one order."""
 
-    bytes_sent: int  # by this rank so far; reductions are counted as a ring's 2 (n - 1) / n
+    bytes_sent: int
+    """By this rank so far. Reductions count as a ring's, a broadcast as sent by the root alone."""
 
     @property
     def rank(self) -> int: ...
 
     @property
     def world_size(self) -> int: ...
+
+    def ring_bytes(self, nbytes: int) -> int:
+        """What a rank sends in an uncompressed ring all-reduce of so many bytes."""
+        return round(2 * (self.world_size - 1) * nbytes / self.world_size)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """x (m,) uint8 -> (world_size, m) uint8, row i being the x of rank i."""
@@ -36,12 +42,20 @@ class Communicator(Protocol):
         """x (world_size, m) uint8 -> (world_size, m), row i being rank i's row for this rank."""
         ...
 
+    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
+        """x (m,) uint8 -> on rank 0 (world_size, m), row i the x of rank i; elsewhere None."""
+        ...
+
+    def broadcast_(self, x: torch.Tensor) -> None:
+        """Contiguous x (m,) uint8 becomes that of rank 0, in place."""
+        ...
+
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         """Sum or maximum of contiguous tensors over ranks, in place, the same bits everywhere."""
         ...
 
 
-class TorchCommunicator:
+class TorchCommunicator(Communicator):
     """Exchanges over a torch.distributed process group of any backend.
 
     Args:
@@ -59,6 +73,7 @@ class TorchCommunicator:
             )
         self.group = group
         self.bytes_sent = 0
+        self._root = dist.get_process_group_ranks(group)[0]
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
         if self._rank < 0:
             raise RuntimeError("TorchCommunicator: this rank is not a member of the group")
@@ -98,13 +113,37 @@ class TorchCommunicator:
         self.bytes_sent += (self.world_size - 1) * x.shape[1]
         return received
 
+    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
+        if self.rank == 0:
+            gathered = x.new_empty(self.world_size, x.numel())
+        works = []
+        for chunk in _chunks(x.numel()):
+            pieces = [row[chunk] for row in gathered] if self.rank == 0 else None
+            works.append(dist.gather(x[chunk], pieces, self._root, self.group, async_op=True))
+        for work in works:
+            work.wait()
+        if self.rank == 0:
+            return gathered
+        self.bytes_sent += x.numel()
+        return None
+
+    def broadcast_(self, x: torch.Tensor) -> None:
+        works = [
+            dist.broadcast(x[chunk], self._root, self.group, async_op=True)
+            for chunk in _chunks(x.numel())
+        ]
+        for work in works:
+            work.wait()
+        if self.rank == 0:
+            self.bytes_sent += (self.world_size - 1) * x.numel()
+
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
         dist.all_reduce(x, kind, group=self.group)
-        self.bytes_sent += _ring_bytes(x, self.world_size)
+        self.bytes_sent += self.ring_bytes(x.nbytes)
 
 
-class MPICommunicator:
+class MPICommunicator(Communicator):
     """Exchanges over MPI, by mpi4py's buffer interface; works without torch.distributed too.
 
     Start the ranks with mpiexec. Tensors must be in host memory.
@@ -174,9 +213,20 @@ class MPICommunicator:
         self.bytes_sent += (self.world_size - 1) * x.shape[1]
         return received
 
+    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
+        gathered = x.new_empty(self.world_size, x.numel()) if self.rank == 0 else None
+        target = None if gathered is None else _host_array(gathered)
+        self._wait(self.comm.Igather(_host_array(x), target))
+        self.bytes_sent += 0 if self.rank == 0 else x.numel()
+        return gathered
+
+    def broadcast_(self, x: torch.Tensor) -> None:
+        self._wait(self.comm.Ibcast(_host_array(x)))
+        self.bytes_sent += (self.world_size - 1) * x.numel() if self.rank == 0 else 0
+
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         self._wait(self.comm.Iallreduce(self._in_place, _host_array(x), self._operations[op]))
-        self.bytes_sent += _ring_bytes(x, self.world_size)
+        self.bytes_sent += self.ring_bytes(x.nbytes)
 
     def close(self) -> None:
         """Free the duplicated communicator; all ranks must call it."""
@@ -197,6 +247,82 @@ class MPICommunicator:
             pause = min(1e-3, pause + 1e-6)
 
 
+class HierarchicalCommunicator:
+    """Two levels for several ranks a node: full precision within it, compressed between nodes.
+
+    Args:
+        within: the ranks of this node.
+        between: the ranks that have this one's place in their nodes, one of each node, in the same
+            order for every place. Both are communicators, or process groups of torch.
+
+    Every rank of a node takes a share of the tensor to the other nodes, so `between` is a different
+    group for each place in a node. All nodes must have as many ranks.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialized, or this rank is in neither group.
+    """
+
+    def __init__(
+        self,
+        within: "Communicator | dist.ProcessGroup",
+        between: "Communicator | dist.ProcessGroup",
+    ) -> None:
+        self.within, self.between = (
+            TorchCommunicator(level) if isinstance(level, dist.ProcessGroup) else level
+            for level in (within, between)
+        )
+
+    @classmethod
+    def from_mesh(cls, mesh: "DeviceMesh") -> "HierarchicalCommunicator":
+        """From a two-dimensional DeviceMesh (nodes, ranks of a node).
+
+        ``HierarchicalCommunicator.from_mesh(init_device_mesh("cpu", (nodes, ranks_of_a_node)))``
+
+        Raises:
+            ValueError: the mesh has another number of dimensions.
+        """
+        if mesh.ndim != 2:
+            raise ValueError(
+                f"HierarchicalCommunicator: the mesh has {mesh.ndim} dimension(s), but takes two: "
+                "(nodes, ranks of a node)"
+            )
+        return cls(within=mesh.get_group(1), between=mesh.get_group(0))
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank to other nodes; `within.bytes_sent` has the rest."""
+        return self.between.bytes_sent
+
+    @property
+    def rank(self) -> int:
+        return self.between.rank * self.within.world_size + self.within.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.between.world_size * self.within.world_size
+
+    def ring_bytes(self, nbytes: int) -> int:
+        """What a rank would send to other nodes if the same exchange were not compressed."""
+        return round(self.between.ring_bytes(nbytes) / self.within.world_size)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """x (m,) uint8 -> (world_size, m) uint8, row i being the x of rank i."""
+        columns = self.between.all_gather(x)
+        gathered = self.within.all_gather(columns.flatten())
+        gathered = gathered.view(self.within.world_size, self.between.world_size, -1)
+        return gathered.transpose(0, 1).flatten(0, 1)
+
+    def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        """Sum or maximum of contiguous tensors over ranks, in place, the same bits everywhere."""
+        self.between.all_reduce_(x, op)
+        # The second level in an order of its own making: all nodes must round alike.
+        rows = self.within.all_gather(x.view(-1).view(torch.uint8)).view(x.dtype)
+        total = rows[0]
+        for row in rows[1:]:
+            total = total + row if op == "sum" else total.maximum(row)
+        x.copy_(total.view_as(x))
+
+
 def _host_array(x: torch.Tensor) -> Any:
     if x.device.type != "cpu":
         raise TypeError(
@@ -204,11 +330,6 @@ def _host_array(x: torch.Tensor) -> Any:
             "memory; use TorchCommunicator there"
         )
     return x.detach().numpy()
-
-
-def _ring_bytes(x: torch.Tensor, world_size: int) -> int:
-    """What a rank sends in a ring all-reduce."""
-    return round(2 * (world_size - 1) * x.numel() * x.element_size() / world_size)
 
 
 def _chunks(length: int, lanes: int = 1) -> list[slice]:

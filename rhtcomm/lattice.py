@@ -82,8 +82,8 @@ class Lattice:
         return split_into_blocks(numel, self.block)
 
     def rotate(self, x: torch.Tensor, key: Key, blocks: Blocks) -> torch.Tensor:
-        """Rotated coordinates of the blocks: x (numel,) -> (B, d) float64; inf if not finite."""
-        rows = x[blocks.start : blocks.stop].float()
+        """Rotated coordinates of blocks: x (at most B d,) -> (B, d) float64; inf if not finite."""
+        rows = x.float()
         rows = torch.nn.functional.pad(rows, (0, blocks.count * blocks.size - rows.numel()))
         rows = rows.view(blocks.count, blocks.size)
         peak = rows.abs().amax(dim=1, keepdim=True)

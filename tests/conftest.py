@@ -3,7 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 from harness import Ranks
+
+# Threads that wait for each other spin, which on a busy machine takes ten times as long.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

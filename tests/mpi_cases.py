@@ -9,7 +9,15 @@ import torch
 from mpi4py import MPI
 
 import rhtcomm
-from rhtcomm import Codec, DisagreementError, Eden, Key, MPICommunicator, QuicFL
+from rhtcomm import (
+    Codec,
+    DisagreementError,
+    Eden,
+    HierarchicalCommunicator,
+    Key,
+    MPICommunicator,
+    QuicFL,
+)
 
 WORLD = MPI.COMM_WORLD
 
@@ -30,6 +38,13 @@ def exchanges() -> None:
         expected = 10 * rank + torch.arange(1, n + 1, dtype=torch.uint8)
         assert torch.equal(received, expected[:, None].expand(n, length))
         assert communicator.bytes_sent - before == (n - 1) * length
+        before = communicator.bytes_sent
+        collected = communicator.gather(mine)
+        assert collected is None if rank else torch.equal(collected, gathered)
+        announced = mine.clone()
+        communicator.broadcast_(announced)
+        assert torch.equal(announced, torch.ones_like(mine))
+        assert communicator.bytes_sent - before == (length if rank else (n - 1) * length)
     x = torch.arange(10.0) * (rank + 1)
     communicator.all_reduce_(x)
     assert torch.equal(x, torch.arange(10.0) * (n * (n + 1) // 2))
@@ -45,7 +60,7 @@ def means() -> None:
     for quantizer in (QuicFL(4), Eden(4)):
         codec = Codec(quantizer)
         payloads = torch.stack([codec.encode(x, key, r, n) for r, x in enumerate(xs)])
-        for algorithm in ("all_gather", "two_shot"):
+        for algorithm in ("all_gather", "two_shot", "gather"):
             x = xs[rank].clone()
             rhtcomm.all_reduce(x, codec, key, communicator, algorithm=algorithm, min_numel=0)
             assert same_everywhere(x), (quantizer, algorithm)
@@ -54,6 +69,13 @@ def means() -> None:
             assert error < 1.3 * hops * 0.0117, (quantizer, algorithm, error)
             if algorithm == "all_gather":
                 assert torch.equal(x, codec.decode_mean(payloads, key, numel))
+    # Two levels, with two ranks a node.
+    within, between = WORLD.Split(rank // 2, rank), WORLD.Split(rank % 2, rank)
+    levels = HierarchicalCommunicator(MPICommunicator(within), MPICommunicator(between))
+    x = xs[rank].clone()
+    rhtcomm.all_reduce(x, Codec(QuicFL(4)), key, levels, min_numel=0)
+    assert same_everywhere(x)
+    assert ((x - exact).square().sum() / exact.square().sum()).item() < 1.3 * 0.0117
     small = xs[rank][:100].clone()
     rhtcomm.all_reduce(small, Codec(QuicFL(1)), key, communicator)
     assert torch.allclose(small, exact[:100].float(), atol=1e-6)

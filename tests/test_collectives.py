@@ -7,16 +7,18 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import Ranks
+from torch.distributed.device_mesh import init_device_mesh
 
 import rhtcomm
-from rhtcomm import Codec, DisagreementError, Eden, Key, QuicFL
+from rhtcomm import Codec, DisagreementError, Eden, Key, Lattice, QuicFL
 from rhtcomm.collectives import Algorithm, check_agreement, choose_algorithm
 from rhtcomm.kernels import cpu, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANTIZERS = (QuicFL, Eden)
-ALGORITHMS: tuple[Algorithm, ...] = ("all_gather", "two_shot")
+ALGORITHMS: tuple[Algorithm, ...] = ("all_gather", "two_shot", "gather")
 KEY = Key(seed=11, step=5, bucket=2)
 BLOCK = 256
 CODEC = Codec(QuicFL(4), block=BLOCK)
@@ -58,14 +60,24 @@ def two_shot_mean(inputs: list[torch.Tensor], codec: Codec, key: Key) -> torch.T
     return result
 
 
+def gather_mean(inputs: list[torch.Tensor], codec: Codec, key: Key) -> torch.Tensor:
+    """One rank decodes what everyone encoded, and everyone what it encodes again."""
+    mean = all_gather_mean(inputs, codec, key)
+    second_key = Key(key.seed, key.step, key.bucket, hop=1)
+    again = codec.encode(mean, second_key)
+    return codec.decode_mean(again[None], second_key, mean.numel())
+
+
+MEANS = {"all_gather": all_gather_mean, "two_shot": two_shot_mean, "gather": gather_mean}
+
+
 def simulated(
     inputs: list[torch.Tensor], codec: Codec, key: Key, algorithm: Algorithm
 ) -> torch.Tensor:
     if algorithm == "auto":
         large = codec.nbytes(inputs[0].numel()) > 32768
         algorithm = "two_shot" if large and len(inputs) > 2 else "all_gather"
-    mean = all_gather_mean if algorithm == "all_gather" else two_shot_mean
-    return mean(inputs, codec, key).to(inputs[0].dtype)
+    return MEANS[algorithm](inputs, codec, key).to(inputs[0].dtype)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -292,7 +304,7 @@ def test_error_of_the_mean_is_that_of_the_theory(world_size: int, ranks: Ranks) 
         e, kurtosis = ERRORS[type(quantizer).__name__, quantizer.bits]
         # Independent errors e |x_i|^2 in the first hop; the second one encodes mean and error.
         expected = e * inputs.square().sum() / world_size**2
-        if algorithm == "two_shot":
+        if algorithm != "all_gather":
             expected += e * (exact.square().sum() + expected)
         # The sum of numel independent squares deviates by (kurtosis / numel)^(1/2) of itself: four
         # times that, and 1% for nodes, finite blocks and the dither that the ranks share.
@@ -303,7 +315,7 @@ def test_error_of_the_mean_is_that_of_the_theory(world_size: int, ranks: Ranks) 
 
 def count_bytes(rank: int, world_size: int, numel: int) -> list[int]:
     sent = []
-    for algorithm, min_numel in [("all_gather", 0), ("two_shot", 0), ("auto", numel + 1)]:
+    for algorithm, min_numel in [*((known, 0) for known in ALGORITHMS), ("auto", numel + 1)]:
         communicator = rhtcomm.TorchCommunicator()
         rhtcomm.all_reduce(
             data(rank, numel),
@@ -324,8 +336,9 @@ def test_bytes_sent(world_size: int, ranks: Ranks) -> None:
     payload = CODEC.nbytes(numel)
     assert payload == pytest.approx(numel / 2, rel=0.04), "not the 4 bits a coordinate"
     ring = 2 * (world_size - 1) / world_size
-    expected = [(world_size - 1) * payload, ring * payload, ring * 4 * numel]
-    for sent in ranks.run(count_bytes, world_size, numel):
+    for rank, sent in enumerate(ranks.run(count_bytes, world_size, numel)):
+        star = payload if rank else (world_size - 1) * payload
+        expected = [(world_size - 1) * payload, ring * payload, star, ring * 4 * numel]
         assert sent == [pytest.approx(count, rel=0.01) for count in expected]
 
 
@@ -491,7 +504,7 @@ def test_blocks_with_non_finite_values_become_nan_on_every_rank(
 
 def time_parts(rank: int, world_size: int) -> list[list[str]]:
     parts = []
-    for algorithm, min_numel in [("all_gather", 0), ("two_shot", 0), ("auto", 1 << 20)]:
+    for algorithm, min_numel in [*((known, 0) for known in ALGORITHMS), ("auto", 1 << 20)]:
         stopwatch = mock.MagicMock()
         rhtcomm.all_reduce(
             data(rank, 5120),
@@ -508,4 +521,106 @@ def time_parts(rank: int, world_size: int) -> list[list[str]]:
 
 def test_stopwatch_is_told_every_part(ranks: Ranks) -> None:
     round_trip = ["encode", "exchange", "decode"]
-    assert ranks.run(time_parts, 2) == [[round_trip, 2 * round_trip, ["exchange"]]] * 2
+    root, leaf = [*round_trip, "encode", "exchange", "decode"], ["encode", "exchange", "exchange"]
+    assert ranks.run(time_parts, 2) == [
+        [round_trip, 2 * round_trip, by_gather, ["exchange"]]
+        for by_gather in (root, [*leaf, "decode"])
+    ]
+
+
+# ---- Two levels -------------------------------------------------------------------------------
+
+
+def two_levels(rank: int, nodes: int, ranks_of_a_node: int) -> rhtcomm.HierarchicalCommunicator:
+    """Rank i is number i % L of node i // L."""
+    numbers = torch.arange(nodes * ranks_of_a_node).view(nodes, ranks_of_a_node)
+    within, _ = dist.new_subgroups_by_enumeration(numbers.tolist())
+    between, _ = dist.new_subgroups_by_enumeration(numbers.t().tolist())
+    return rhtcomm.HierarchicalCommunicator(within, between)
+
+
+HIERARCHICAL: list[tuple[Codec | Lattice, Algorithm, int, torch.dtype]] = [
+    (CODEC, "all_gather", 10 * BLOCK + 77, torch.float32),
+    (CODEC, "all_gather", 10 * BLOCK + 77, torch.bfloat16),
+    (CODEC, "two_shot", 10 * BLOCK, torch.float32),
+    (CODEC, "gather", 10 * BLOCK, torch.float16),
+    (Codec(Eden(3), block=BLOCK), "auto", 9 * BLOCK, torch.float32),
+    (CODEC, "auto", BLOCK, torch.float32),  # one block: the other shards of a node are empty
+    (Lattice(4, block=BLOCK), "auto", 10 * BLOCK + 77, torch.float32),
+]
+
+
+def reduce_hierarchically(
+    rank: int, world_size: int, ranks_of_a_node: int
+) -> tuple[list[torch.Tensor], list[int], torch.Tensor]:
+    communicator = two_levels(rank, world_size // ranks_of_a_node, ranks_of_a_node)
+    assert (communicator.rank, communicator.world_size) == (rank, world_size)
+    order = communicator.all_gather(torch.tensor([rank, 100 + rank], dtype=torch.uint8))
+    assert order.tolist() == [[other, 100 + other] for other in range(world_size)]
+    results, sent = [], []
+    for codec, algorithm, numel, dtype in HIERARCHICAL:
+        x, before = data(rank, numel, dtype), communicator.bytes_sent
+        rhtcomm.all_reduce(
+            x, codec, KEY, communicator, algorithm=algorithm, min_numel=0, check=False
+        )
+        results.append(x)
+        sent.append(communicator.bytes_sent - before)
+    small = data(rank, 1000)
+    rhtcomm.all_reduce(small, CODEC, KEY, communicator)
+    return results, sent, small
+
+
+@pytest.mark.parametrize(("nodes", "ranks_of_a_node"), [(2, 2), (1, 3), (3, 1)])
+def test_two_levels_equal_their_simulation(nodes: int, ranks_of_a_node: int, ranks: Ranks) -> None:
+    """Exact means of nodes, and their mean as if each node were one rank."""
+    n = nodes * ranks_of_a_node
+    outcomes = ranks.run(reduce_hierarchically, n, ranks_of_a_node)
+    for case, (codec, algorithm, numel, dtype) in enumerate(HIERARCHICAL):
+        inputs = [data(rank, numel, dtype).float() for rank in range(n)]
+        node_means = []
+        for node in range(nodes):
+            total = torch.zeros(numel)
+            for x in inputs[node * ranks_of_a_node : (node + 1) * ranks_of_a_node]:
+                total += x
+            node_means.append(total / ranks_of_a_node)
+        results = [of_rank[0][case] for of_rank in outcomes]
+        assert all(same_bits(result, results[0]) for result in results)
+        if nodes == 1:
+            assert same_bits(results[0], node_means[0].to(dtype))
+        elif isinstance(codec, Codec):
+            if ranks_of_a_node == 1 or algorithm != "two_shot":  # shards of shards else
+                expected = simulated(node_means, codec, KEY, algorithm).to(dtype)
+                assert same_bits(results[0], expected)
+            sent = sum(of_rank[1][case] for of_rank in outcomes)
+            formula = 2 * (nodes - 1) * codec.nbytes(numel)
+            if algorithm == "all_gather":
+                formula = nodes * (nodes - 1) * codec.nbytes(numel)
+            headers = 2 * 16 * n * n
+            assert formula <= sent <= formula + headers + 4 * BLOCK * n
+        exact = torch.stack(inputs).double().mean(0)
+        error = ((results[0] - exact).square().sum() / exact.square().sum()).item()
+        assert error < 0.5
+    for _, _, small in outcomes:
+        assert same_bits(small, outcomes[0][2])
+    exact = torch.stack([data(rank, 1000) for rank in range(n)]).double().mean(0)
+    torch.testing.assert_close(outcomes[0][2].double(), exact, rtol=1e-6, atol=1e-5)
+
+
+def from_device_mesh(rank: int, world_size: int) -> tuple[int, torch.Tensor]:
+    mesh = init_device_mesh("cpu", (2, 2))
+    communicator = rhtcomm.HierarchicalCommunicator.from_mesh(mesh)
+    with pytest.raises(ValueError, match=r"has 1 dimension.*takes two: \(nodes, ranks of a node"):
+        rhtcomm.HierarchicalCommunicator.from_mesh(init_device_mesh("cpu", (4,)))
+    x = data(rank, 5000)
+    rhtcomm.all_reduce(x, CODEC, KEY, communicator, min_numel=0)
+    with pytest.raises(DisagreementError, match=r"bits \(4 on ranks 0, 1, 2; 3 on rank 3\)"):
+        rhtcomm.all_reduce(x, Codec(QuicFL(4 if rank < 3 else 3)), KEY, communicator)
+    return communicator.rank, x
+
+
+def test_two_levels_from_a_device_mesh(ranks: Ranks) -> None:
+    outcomes = ranks.run(from_device_mesh, 4)
+    assert [number for number, _ in outcomes] == [0, 1, 2, 3]
+    inputs = [(data(2 * node, 5000) + data(2 * node + 1, 5000)) / 2 for node in range(2)]
+    for _, x in outcomes:
+        assert same_bits(x, simulated(inputs, CODEC, KEY, "all_gather"))

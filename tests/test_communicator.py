@@ -33,14 +33,28 @@ def exchange(rank: int, world_size: int) -> int:
             received = ranks.all_to_all(torch.stack(outgoing))
             expected = [row_of(sender, rank, length) for sender in range(world_size)]
             assert torch.equal(received, torch.stack(expected)), f"all_to_all of {length}"
+
+            collected = ranks.gather(row_of(rank, 0, length))
+            if rank == 0:
+                assert collected is not None
+                assert torch.equal(collected, gathered), f"gather of {length}"
+            else:
+                assert collected is None
+
+            announced = row_of(rank, 3, length)
+            ranks.broadcast_(announced)
+            assert torch.equal(announced, row_of(0, 3, length)), f"broadcast of {length}"
     return ranks.bytes_sent
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_exchanges_in_chunks(world_size: int, ranks: Ranks) -> None:
-    # Each rank sends one row to each other one, in either exchange.
-    expected = 2 * (world_size - 1) * sum(LENGTHS)
-    assert ranks.run(exchange, world_size) == [expected] * world_size
+    # Each rank sends one row to each other one, in either of the first two exchanges; then it sends
+    # one to rank 0, which sends one to each.
+    row = sum(LENGTHS)
+    expected = [2 * (world_size - 1) * row + row for _ in range(world_size)]
+    expected[0] = 3 * (world_size - 1) * row
+    assert ranks.run(exchange, world_size) == expected
 
 
 def exchange_one_large_message(rank: int, world_size: int) -> None:
@@ -107,6 +121,12 @@ def exchange_in_subgroup(rank: int, world_size: int) -> list[list[int]] | str:
     x = torch.tensor([rank], dtype=torch.uint8)
     total = torch.tensor([float(rank)])
     ranks.all_reduce_(total)
+    collected = ranks.gather(x)
+    assert (collected is None) == (rank == 3)
+    assert collected is None or collected.tolist() == [[1], [3]]
+    announced = x.clone()
+    ranks.broadcast_(announced)
+    assert announced.tolist() == [1]
     return [
         ranks.all_gather(x).tolist(),
         ranks.all_to_all(torch.tensor([[rank], [10 * rank]], dtype=torch.uint8)).tolist(),

@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def variants() -> dict[str, cpu.Library]:
     assert PATH is not None, "RHTCOMM_REQUIRE_KERNELS is set, but the C kernels were not built"
     found = {}
-    for name in ("avx512", "avx2", "baseline"):
+    for name in ("avx512vbmi", "avx512", "avx2", "baseline"):
         try:
             found[name] = cpu.Library(Path(PATH), name)
         except RuntimeError:

@@ -14,7 +14,7 @@ def simulate(lattice: Lattice, xs: list[torch.Tensor], key: Key) -> tuple[torch.
     means, expected = [], 0.0
     n = len(xs)
     for part in lattice.blocks(xs[0].numel()):
-        ys = [lattice.rotate(x, key, part) for x in xs]
+        ys = [lattice.rotate(x[part.start : part.stop], key, part) for x in xs]
         bound = torch.stack([y.abs().amax(dim=1) for y in ys]).amax(dim=0)
         total = sum(lattice.codes(y, bound, key, part.start, rank, n) for rank, y in enumerate(ys))
         assert isinstance(total, torch.Tensor)

@@ -4,7 +4,7 @@
 same in C, bit for bit. Which one runs is chosen here:
 
     RHTCOMM_KERNELS=reference | cpu    forces one; asking for what is missing raises
-    RHTCOMM_CPU=avx512 | avx2 | baseline    forces an instruction set of the C kernels
+    RHTCOMM_CPU=avx512vbmi | avx512 | avx2 | baseline    forces an instruction set of the C kernels
 
 Without them the C kernels run on CPU tensors where they were built, in the widest instruction set
 that the processor has.

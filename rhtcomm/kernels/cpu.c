@@ -218,7 +218,7 @@ static void hadamard(float *y, int64_t size, const uint8_t *signs, float factor)
 #pragma GCC unroll 16
             for (int i = 0; i < RADIX; i++) {
                 r[i] = load(y + base + i * LANES) * factor;
-                if (signs) r[i] = apply_signs(r[i], signs, base + i * LANES);
+                if (signs) r[i] = apply_signs(r[i], signs + base / 8, i * LANES);
                 r[i] = lane_stages(r[i]);
             }
             register_stages(r, RADIX);
@@ -464,11 +464,65 @@ static float quic_fl_encode(const Plan *plan, const float *y, const uint8_t *dit
     return scale;
 }
 
+#if defined(__AVX512VBMI__)
+/* quic_fl_add for at most 256 levels and whole groups of 64 coordinates. The levels, cut into four
+ * planes of bytes, fit into registers, where one instruction looks up 64 bytes among 128. */
+INLINE void quic_fl_add_by_bytes(const Plan *plan, const uint8_t *codes, const uint8_t *dither,
+                                 uint32_t offset, float scale, int initial, float *y) {
+    const int shared_bits = plan->shared_bits;
+    __m512i planes[4][4] = {0};
+    for (int i = 0; i < 1 << (plan->bits + shared_bits); i += 16) {
+        __m512i level = _mm512_loadu_si512(plan->levels + i);
+        for (int k = 0; k < 4; k++, level = _mm512_srli_epi32(level, 8))
+            _mm_store_si128((__m128i *)planes[k] + i / 16, _mm512_cvtepi32_epi8(level));
+    }
+    const __m512i turn = _mm512_set1_epi8((char)offset);
+    const __m128i left = _mm_cvtsi32_si128(shared_bits), right = _mm_cvtsi32_si128(8 - shared_bits);
+    const __m512i lower = _mm512_set1_epi8((char)((1 << shared_bits) - 1));
+    /* The last steps work on quarters of vectors; this makes coordinates come out in order. */
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int64_t j = 0; j < plan->size; j += 64) {
+        __m512i v = _mm512_add_epi8(_mm512_loadu_si512(dither + j), turn);
+        __m512i shared = _mm512_and_si512(_mm512_srl_epi16(v, right), lower);
+        __m512i index = _mm512_or_si512(_mm512_sll_epi16(_mm512_loadu_si512(codes + j), left), shared);
+        index = _mm512_permutexvar_epi32(order, index);
+        __mmask64 upper = _mm512_movepi8_mask(index);
+        __m512i byte[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            __m512i low = _mm512_permutex2var_epi8(planes[k][0], index, planes[k][1]);
+            __m512i high = _mm512_permutex2var_epi8(planes[k][2], index, planes[k][3]);
+            byte[k] = _mm512_mask_blend_epi8(upper, low, high);
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            __m512i a = k < 2 ? _mm512_unpacklo_epi8(byte[0], byte[1])
+                              : _mm512_unpackhi_epi8(byte[0], byte[1]);
+            __m512i b = k < 2 ? _mm512_unpacklo_epi8(byte[2], byte[3])
+                              : _mm512_unpackhi_epi8(byte[2], byte[3]);
+            vf value = (vf)(k % 2 ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b));
+            value *= scale;
+            if (!initial) value = load(y + j + 16 * k) + value;
+            store(y + j + 16 * k, value);
+        }
+    }
+}
+#endif
+
 /* y <- or y += scale * level(code, dither) */
 static void quic_fl_add(const Plan *plan, const uint8_t *codes, const uint8_t *dither,
                         uint32_t offset, float scale, int initial, float *y) {
     const int64_t size = plan->size, piece = least(size, PIECE);
     const int shared_bits = plan->shared_bits;
+#if defined(__AVX512VBMI__)
+    if (plan->bits + shared_bits <= 8 && size >= 64) {
+        if (initial)
+            quic_fl_add_by_bytes(plan, codes, dither, offset, scale, 1, y);
+        else
+            quic_fl_add_by_bytes(plan, codes, dither, offset, scale, 0, y);
+        return;
+    }
+#endif
     u32 work[PIECE];
     const float *values = (const float *)work;
     for (int64_t base = 0; base < size; base += piece, y += piece) {
@@ -755,6 +809,8 @@ __attribute__((visibility("default"))) int rhtcomm_abi(void) {
 __attribute__((visibility("default"))) int rhtcomm_supports(const char *variant) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    if (!strcmp(variant, "avx512vbmi"))
+        return rhtcomm_supports("avx512") && __builtin_cpu_supports("avx512vbmi");
     if (!strcmp(variant, "avx512"))
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&

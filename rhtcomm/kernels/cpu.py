@@ -65,7 +65,8 @@ class Library:
 
     Args:
         path: of the shared library.
-        variant: "avx512", "avx2" or "baseline"; by default the widest that the processor has.
+        variant: "avx512vbmi", "avx512", "avx2" or "baseline"; by default the first of these that
+            the processor has.
 
     Raises:
         ValueError: the variant is unknown.
@@ -83,7 +84,7 @@ class Library:
         variants = {
             name: hasattr(library, f"rhtcomm_encode_{name}")
             and bool(library.rhtcomm_supports(name.encode()))
-            for name in ("avx512", "avx2", "baseline")
+            for name in ("avx512vbmi", "avx512", "avx2", "baseline")
         }
         if variant is None:
             variant = next(name for name, usable in variants.items() if usable)

@@ -55,8 +55,8 @@ class Quantizer(Protocol):
 
 def check_bits(owner: str, bits: int) -> None:
     """Raise ValueError unless bits is one of the integers 1 to 8."""
-    if not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise ValueError(f"{owner}: bits={bits} must be 1, 2, ..., 8")
+    if type(bits) is not int or not 1 <= bits <= 8:  # True is an int too
+        raise ValueError(f"{owner}: bits={bits!r} must be 1, 2, ..., 8 (an int)")
 
 
 def fingerprint_of(table: torch.Tensor) -> str:

@@ -1,0 +1,283 @@
+"""What the ranks of a job say when one of them fails, and how long they take.
+
+    python benchmarks/faults.py    # prints a Markdown table, in about a minute
+
+Three ranks train a small model by the hook with a timeout of `TIMEOUT` seconds. In mid-exchange,
+between two chunks of a payload, rank 1 fails in the way of a scenario. Seconds are from then until
+the error comes out of the others' backward pass. tests/test_faults.py runs the same scenarios.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from rhtcomm import Codec, MPICommunicator, communicator
+from rhtcomm.hooks import RHTState, rht_hook
+
+TIMEOUT = 5  # seconds that the hook's exchanges wait
+VICTIM = 1
+LIMIT = 60  # seconds for the start of Python, and all the rest
+_MARK = "RHTCOMM_FAULTS"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    what: str  # is done
+    timeout: float = TIMEOUT
+
+
+SCENARIOS = {
+    "killed": Scenario("rank 1 is killed (SIGKILL) in mid-exchange"),
+    "stopped": Scenario("rank 1 stops (SIGSTOP) in mid-exchange"),
+    # The others must not wait for a rank that failed and lives on, so the timeout is beyond LIMIT.
+    "raises": Scenario("encode raises on rank 1, which lives on", timeout=1000),
+    "no hook": Scenario("rank 1 registers no hook"),
+    "configured differently": Scenario("rank 1 has bits=3, the others bits=4"),
+}
+MPI_SCENARIOS = {
+    "abort": Scenario("rank 1 of an MPI job calls MPI_Abort in mid-exchange"),
+    "raises": Scenario("encode raises on rank 1 of an MPI job"),
+}
+
+
+@dataclass(frozen=True)
+class Survivor:
+    """How a rank that did not fail itself ended."""
+
+    rank: int
+    exit_code: int
+    seconds: float  # from the fault to the error
+    printed: str
+
+
+# ---- One rank ---------------------------------------------------------------------------------
+
+
+def rank_program(name: str, mpi: bool) -> None:
+    """Train until something fails; runs in a process of its own."""
+    torch.set_num_threads(1)
+    communicator._CHUNK_BYTES = 4096  # so that a payload is many exchanges
+    if mpi:
+        from mpi4py import MPI
+
+        os.environ |= {"RANK": str(MPI.COMM_WORLD.rank), "WORLD_SIZE": str(MPI.COMM_WORLD.size)}
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
+    model = DistributedDataParallel(torch.nn.Linear(256, 256))
+    scenario = (MPI_SCENARIOS if mpi else SCENARIOS)[name]
+    is_victim = rank == VICTIM
+    state = RHTState(
+        3 if is_victim and name == "configured differently" else 4,
+        algorithm="all_gather",
+        timeout=None if mpi else timedelta(seconds=scenario.timeout),
+        communicator=MPICommunicator(timeout=scenario.timeout) if mpi else None,
+    )
+    if not (is_victim and name == "no hook"):
+        model.register_comm_hook(state, rht_hook)
+    if is_victim:
+        inject(name)
+    torch.manual_seed(rank)
+    try:
+        for _ in range(1000):
+            model(torch.randn(8, 256)).square().mean().backward()
+    except Exception:
+        print(f"error at {time.monotonic()}", flush=True)
+        if is_victim and not mpi:
+            time.sleep(LIMIT)
+        raise
+
+
+def inject(name: str) -> None:
+    """Make this rank fail: in the third chunk of the second payload, or when it encodes that."""
+
+    def fault() -> None:
+        print(f"fault at {time.monotonic()}", flush=True)
+        if name == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if name == "abort":
+            from mpi4py import MPI
+
+            MPI.COMM_WORLD.Abort(3)
+        if name == "raises":
+            raise ZeroDivisionError("made for the purpose")
+
+    if name in ("no hook", "configured differently"):
+        fault()
+        return
+    owner, method, call = {
+        "raises": (Codec, "encode", 2),
+        "abort": (MPICommunicator, "all_gather", 3),
+    }.get(name, (dist, "all_gather", 1 + 9 + 3))
+    original, calls = getattr(owner, method), 0
+
+    def counted(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            fault()
+        return original(*args, **kwargs)
+
+    setattr(owner, method, counted)
+
+
+# ---- All ranks --------------------------------------------------------------------------------
+
+
+@contextmanager
+def marked_processes() -> Iterator[tuple[dict[str, str], list[subprocess.Popen[str]]]]:
+    """An environment that marks processes, and a list of started ones, killed at the end."""
+    environment = {
+        **os.environ,
+        **{_MARK: uuid.uuid4().hex, "OMP_NUM_THREADS": "1"},
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    started: list[subprocess.Popen[str]] = []
+    try:
+        yield environment, started
+    finally:
+        for pid in living(environment):
+            os.kill(pid, signal.SIGKILL)
+        for process in started:
+            process.wait()
+
+
+def living(environment: dict[str, str], **variables: str) -> list[int]:
+    """Processes that have the mark of this environment, and these variables."""
+    wanted = {f"{name}={value}" for name, value in variables.items()}
+    wanted.add(f"{_MARK}={environment[_MARK]}")
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            entries = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it ended meanwhile, or belongs to another user
+            continue
+        if wanted <= set(entries):
+            found.append(int(folder.name))
+    return found
+
+
+def run(name: str, world_size: int = 3) -> list[Survivor]:
+    """The survivors of a scenario.
+
+    Raises:
+        TimeoutError: a survivor did not end within `LIMIT`.
+        RuntimeError: the fault did not happen, or a process is left beside the failed rank.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with marked_processes() as (environment, started), tempfile.TemporaryDirectory() as folder:
+        environment |= {
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)},
+            **{"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(world_size)},
+        }
+        for rank in range(world_size):
+            with (Path(folder) / str(rank)).open("w") as output:
+                command = [sys.executable, __file__, "--rank-of", name]
+                process = subprocess.Popen(
+                    command,
+                    env=environment | {"RANK": str(rank)},
+                    stdout=output,
+                    stderr=output,
+                    text=True,
+                    start_new_session=True,
+                )
+            started.append(process)
+        deadline = time.monotonic() + LIMIT
+        for rank, process in enumerate(started):
+            if rank != VICTIM:
+                wait(process, deadline, f"rank {rank}, scenario {name!r}")
+        left = set(living(environment)) - {started[VICTIM].pid}
+        if left:
+            raise RuntimeError(f"{name}: processes {left} are left behind")
+        printed = [(Path(folder) / str(rank)).read_text() for rank in range(world_size)]
+    fault = moment("fault", printed[VICTIM])
+    return [
+        Survivor(
+            rank,
+            started[rank].returncode,
+            moment("error", printed[rank]) - fault,
+            printed[rank],
+        )
+        for rank in range(world_size)
+        if rank != VICTIM
+    ]
+
+
+def run_mpi(name: str) -> tuple[int, str]:
+    """The exit code of mpiexec, and what it and the ranks printed; raises as `run` does."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mpiexec = str(Path(sys.prefix) / "bin" / "mpiexec")
+    with marked_processes() as (environment, started), tempfile.TemporaryFile("w+") as output:
+        environment |= {
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)},
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        program = [sys.executable, "-m", "mpi4py", __file__, "--mpi-rank-of", name]
+        process = subprocess.Popen(
+            [mpiexec, "-n", "2", *program],
+            env=environment,
+            stdout=output,
+            stderr=output,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        wait(process, time.monotonic() + LIMIT, f"mpiexec, scenario {name!r}")
+        if living(environment):
+            raise RuntimeError(f"{name}: processes {living(environment)} are left behind")
+        output.seek(0)
+        return process.returncode, output.read()
+
+
+def wait(process: subprocess.Popen[str], deadline: float, who: str) -> None:
+    try:
+        process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"{who} did not end") from None
+
+
+def moment(event: str, printed: str) -> float:
+    for line in printed.splitlines():
+        if line.startswith(f"{event} at "):
+            return float(line.split()[-1])
+    raise RuntimeError(f"no {event} happened: {printed}")
+
+
+def main() -> None:
+    print("| what was done | rank | seconds | exit code | what it printed last |")
+    print("|---|---|---|---|---|")
+    for name, scenario in SCENARIOS.items():
+        for survivor in run(name):
+            error = [line for line in survivor.printed.splitlines() if "Error: " in line][-1]
+            print(
+                f"| {scenario.what}; timeout {scenario.timeout:g} s | {survivor.rank} "
+                f"| {survivor.seconds:.1f} | {survivor.exit_code} | {error.strip()} |",
+                flush=True,
+            )
+    for name, scenario in MPI_SCENARIOS.items():
+        code, printed = run_mpi(name)
+        errors = [line for line in printed.splitlines() if "Error: " in line or "Abort" in line]
+        print(f"| {scenario.what} | mpiexec | | {code} | {' '.join(errors)} |", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] in (["--rank-of"], ["--mpi-rank-of"]):
+        rank_program(sys.argv[2], mpi=sys.argv[1] == "--mpi-rank-of")
+    else:
+        main()
