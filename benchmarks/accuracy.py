@@ -251,7 +251,7 @@ def plot(points: Points, path: Path) -> None:
 
 
 def promises(points: Points) -> str:
-    """What the tables should give for N(0, 1), beside the mean over Gaussian and lognormal input."""
+    """What the tables give for N(0, 1), beside the mean over Gaussian and lognormal input."""
 
     def measured(name: str, bits: int) -> float:
         pair = (points[name, f"b = {bits}", problem].nmse for problem in ("Gaussian", "lognormal"))
@@ -316,8 +316,8 @@ Mean of |x^ - x|^2 / |x|^2 over {effort.seeds} seeds, with its standard error wh
 2% (a few blocks hold most of a gradient's energy); {numel},
 and gradients of the demo's model (layers, width, heads = {effort.model}) on one rank. Bits are
 payload bytes * 8 / numel: headers, scales, exact values and padding included; ranges are over the
-inputs. The lattice needs lanes that hold a sum, here one over 2 ranks. Uniform quantization, QSGD and
-TernGrad are counted as plain fixed-width fields with float32 scales (TernGrad 5 digits a byte);
+inputs. The lattice needs lanes that hold a sum, here one over 2 ranks. Uniform quantization, QSGD
+and TernGrad are counted as plain fixed-width fields with float32 scales (TernGrad 5 digits a byte);
 "Elias" counts the exact length of QSGD's own entropy code on these data. All but "TernGrad, biased"
 are unbiased.
 
