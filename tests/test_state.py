@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rhtcomm import Key
+from rhtcomm.communicator import Communicator
 from rhtcomm.hooks import RHTState, rht_hook
 
 
@@ -25,7 +26,7 @@ class Bucket:
         return self._buffer
 
 
-class Alone:
+class Alone(Communicator):
     """A communicator of one rank."""
 
     bytes_sent, rank, world_size = 0, 0, 1
