@@ -9,15 +9,19 @@ are those of "Quantizing With Randomized Hadamard Transforms: Efficient Heuristi
 """
 
 import argparse
+import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import accuracy
 import numpy as np
 import numpy.typing as npt
 import torch
+from kernels import interleave
 from matplotlib.figure import Figure
 from report import RESULTS, heading, table
 from tqdm import tqdm
@@ -25,6 +29,7 @@ from tqdm import tqdm
 from rhtcomm import Codec, Eden, Key, QuicFL, RandomizedHadamard, VectorQuantizer, codebooks
 from rhtcomm.codebooks.lloyd_max import expected_vnmse
 from rhtcomm.quantizers import Quantizer
+from rhtcomm.rotation import TOLERANCE, choose_rotations
 
 Array = npt.NDArray[np.float64]
 ROTATIONS = (1, 2, 3)
@@ -436,11 +441,8 @@ def drive_on_three(draws: int) -> dict[int, Error]:
 # The moment check ---------------------------------------------------------------------------------
 
 
-TOLERANCE = 0.05
-
-
 def moments(x: torch.Tensor) -> tuple[float, float]:
-    """What the choice of k looks at, in float64: x (d,).
+    """What the choice of k looks at, of one block x (d,), in float64.
 
     The Berry-Esseen bound 0.5606 sum |x_i|^3 / |x|^3 on the Kolmogorov distance after one
     transform, and the largest covariance inside groups of 8 after it.
@@ -451,7 +453,7 @@ def moments(x: torch.Tensor) -> tuple[float, float]:
 
 
 def borderline(size: int) -> dict[str, torch.Tensor]:
-    """Inputs about as bad as a bound of TOLERANCE lets through, of norm 1."""
+    """Inputs about as bad as a bound of 0.05 lets through, of norm 1."""
     generator = np.random.default_rng(8)
     count = math.ceil((0.5606 / TOLERANCE) ** 2)  # alike, their bound is 0.5606 / count^(1/2)
     together, apart, peak = np.zeros((3, size))
@@ -467,36 +469,77 @@ def borderline(size: int) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(x / np.linalg.norm(x)).float() for name, x in found.items()}
 
 
-def moment_check(effort: Effort, size: int = 4096) -> str:
-    """What one transform costs on every input, beside the moments that would tell."""
-    quantizers = (QuicFL(4), Eden(1), Eden(4), VectorQuantizer(1), VectorQuantizer(4))
-    problems = inputs(size) | borderline(size)
+def check_cost(rounds: int, numel: int) -> str:
+    """Time of an encode by one transform with the check in it, over one without."""
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+    contestants: dict[str, Callable[[], object]] = {}
+    quantizers = (QuicFL(4), Eden(4), VectorQuantizer(4))
+    for quantizer in quantizers:
+        fixed, auto = Codec(quantizer, rotations=1), Codec(quantizer, rotations="auto")
+        key, name = Key(seed=1), label(quantizer)
+        payload, same = fixed.encode(x, key), auto.encode(x, key, rotations=1)
+        if not torch.equal(payload[16:], same[16:]):
+            raise AssertionError(f"the check changes what {name} encodes")
+        contestants[f"{name} plain"] = functools.partial(fixed.encode, x, key)
+        contestants[f"{name} auto"] = functools.partial(auto.encode, x, key, rotations=1)
+    times = interleave(contestants, rounds)
     rows = []
-    for name, x in tqdm(problems.items(), "moment check", leave=False, disable=None):
-        bound, covariance = moments(x)
-        scalar = 1 if bound <= TOLERANCE else 2
-        vector = 1 if max(bound, covariance) <= TOLERANCE else 3
-        cells = [f"{bound:.3f}", f"{covariance:.3f}", str(scalar), str(vector)]
+    for name in map(label, quantizers):
+        (low, plain, high), auto = times[f"{name} plain"], times[f"{name} auto"][1]
+        spread = f"{1e3 * low:.2f} .. {1e3 * high:.2f}"
+        rows.append(
+            [name, f"{1e3 * plain:.2f}", spread, f"{1e3 * auto:.2f}", f"{auto / plain - 1:+.1%}"]
+        )
+    return table(["", "plain, ms", "10% .. 90%", "with the check, ms", "cost"], rows)
+
+
+def moment_check(effort: Effort, size: int = 4096) -> str:
+    """Its choice on every input, and what one transform does there."""
+    quantizers = (QuicFL(4), Eden(1), Eden(4), VectorQuantizer(1), VectorQuantizer(4))
+    rows = []
+    for name, x in tqdm((inputs(size) | borderline(size)).items(), "moment check", disable=None):
+        cells = [f"{moment:.3f}" for moment in moments(x)]
         for quantizer in quantizers:
-            estimates = after_transforms(quantizer, 1, x, effort.draws, effort.batches // 2)
-            one = measure(estimates, x)
-            estimates = after_transforms(quantizer, 3, x, effort.draws, effort.batches // 2)
-            safe = measure(estimates, x)
+            choice = choose_rotations(x, group=quantizer.group, safe=quantizer.rotations)
+            codec = Codec(quantizer, rotations="auto", block=size)
+            asked = codec.wanted_rotations(codec.encode(x, Key(seed=2))[None])
+            if asked != choice:
+                raise AssertionError(f"{name}: the payload asks for {asked}, not {choice}")
+            draws, batches = effort.draws, effort.batches // 2
+            one = measure(after_transforms(quantizer, 1, x, draws, batches), x)
+            safe = measure(after_transforms(quantizer, quantizer.rotations, x, draws, batches), x)
             ratios = (one.one_shot / safe.one_shot, one.averaged / safe.one_shot)
-            cells += [" / ".join(f"{r:.3g}" if r > 10 else f"{r:.3f}" for r in ratios)]
+            shown = " / ".join(f"{r:.3g}" if r > 10 else f"{r:.3f}" for r in ratios)
+            cells.append(f"**{choice}**: {shown}")
         rows.append([name, *cells])
-    header = ["", "bound", "covariance", "scalar", "vector", *map(label, quantizers)]
+    columns = (f"{label(quantizer)} ({quantizer.rotations})" for quantizer in quantizers)
+    training = (1, 20, 50) if effort is FULL else (1,)
+    model = dataclasses.replace(
+        accuracy.FULL if effort is FULL else accuracy.QUICK, training=training
+    )
+    choices = "; ".join(
+        f"{name} k = {choose_rotations(x)}, {choose_rotations(x, group=2, safe=3)}, "
+        f"{choose_rotations(x, group=8, safe=3)}"
+        for name, x in accuracy.gradients(model).items()
+    )
+    numel = 25 << 18 if effort is FULL else 1 << 18
+    cost = check_cost(50 if effort is FULL else 10, numel)
     return f"""{heading()}
-## What the moment check lets through, d = {size}
+## What the moment check chooses, and what it lets through, d = {size}
 
 "bound" is 0.5606 sum |x_i|^3 / |x|^3, "covariance" the largest inside groups of 8 after one
-transform; k is 1 where the bound (for vectors also the covariance) is at most {TOLERANCE}, else 2
-(for vectors 3). Then what k = 1 does, allowed or not: vNMSE over that of k = 3 on the same input,
-and N NMSE(N), N = {effort.draws}, over the same. A code without bias has both alike; else the
-squared bias over |x|^2 is their difference times vNMSE / N. The last three inputs are about as bad
-as the bound lets through.
+transform; `choose_rotations` has a tolerance of {TOLERANCE}. In the columns of the
+quantizers (with the count that is safe for every input): the choice in bold, and then what k = 1
+does, chosen or not: vNMSE over that of the safe count, and N NMSE(N), N = {effort.draws}, over the
+same. A code without bias has both alike; else the squared bias over |x|^2 is their difference times
+vNMSE / N. The last three inputs are about as bad as the bound lets through.
 
-{table(header, rows)}"""
+{table(["", "bound", "covariance", *columns], rows)}
+On gradients of the demo's model (scalar; groups of 2; groups of 8): {choices}.
+
+Cost: encode of {numel} coordinates by one transform, in turns within one run, medians.
+
+{cost}"""
 
 
 _EDEN_SIZES = (256, 1024, 4096, 16384, 65536)
