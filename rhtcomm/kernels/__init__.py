@@ -43,8 +43,9 @@ class Kernel(Protocol):
         codes: torch.Tensor,
         found: torch.Tensor | None = None,
     ) -> None:
-        """x (at most B d,) -> scales (B,) float32 and packed codes (B, row bytes) uint8.
+        """x (at most B d,) -> scales (B,) float32 and codes (B, row bytes) uint8.
 
+        A row is the d b / 8 bytes of packed codes and, of a QuicFL, its `exact_bytes(d)`.
         Where it is given, found (B, 10) float32 receives the `rotation.moments` of the blocks,
         summed in an order that is the kernel's own.
         """
