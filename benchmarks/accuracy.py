@@ -53,7 +53,7 @@ class Effort:
     training: tuple[int, ...]  # steps after which gradients are taken
 
 
-FULL = Effort(1 << 20, 10, (4, 160, 5), (1, 20, 100, 200))
+FULL = Effort(1 << 20, 5, (4, 160, 5), (1, 20, 100, 200))
 QUICK = Effort(1 << 16, 2, (1, 64, 2), (1, 3))
 
 
@@ -78,7 +78,7 @@ def by_lattice(bits: int) -> Method:
     def method(x: torch.Tensor, seed: int) -> tuple[torch.Tensor, float]:
         key, estimate, length = Key(seed=seed), [], 0
         for blocks in lattice.blocks(x.numel()):
-            y = lattice.rotate(x, key, blocks)
+            y = lattice.rotate(x[blocks.start : blocks.stop], key, blocks)
             bound = y.abs().amax(dim=1)
             codes = lattice.codes(y, bound, key, blocks.start, 0, 1)
             estimate.append(lattice.mean(codes, bound, key, blocks, 1).flatten())
