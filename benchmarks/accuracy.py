@@ -1,0 +1,351 @@
+"""Error against bits on the wire, of this package's quantizers and of others, in one run.
+
+    python benchmarks/accuracy.py            all of results/accuracy.md and .png, about 5 minutes
+    python benchmarks/accuracy.py --quick    the same on smaller inputs, in seconds
+
+A point is |x^ - x|^2 / |x|^2 of one sender, averaged over seeds, against 8 * (bytes of payload) /
+numel: headers, scales, exact values and padding are in it. Every unbiased method has points in the
+first table; what other papers' methods are is in baselines.py. Real gradients come from the model
+of launch/demo.py, trained here on one rank; nothing is kept of it.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import math
+import statistics
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from baselines import qsgd, qsgd_elias, terngrad, uniform
+from matplotlib.figure import Figure
+from report import RESULTS, heading, table
+from tqdm import tqdm
+
+from rhtcomm import (
+    Codec,
+    Eden,
+    Key,
+    Lattice,
+    QuicFL,
+    RandomizedHadamard,
+    VectorQuantizer,
+    codebooks,
+)
+from rhtcomm.codebooks import quic_fl
+from rhtcomm.quantizers import Quantizer
+
+BLOCK = 4096
+TRAINER = Path(__file__).resolve().parents[1] / "launch" / "train_ddp.py"
+
+Method = Callable[[torch.Tensor, int], tuple[torch.Tensor, float]]  # (x, seed) -> (x^, bits)
+
+
+@dataclass(frozen=True)
+class Effort:
+    numel: int  # of the synthetic inputs
+    seeds: int
+    model: tuple[int, int, int]  # layers, width, heads
+    training: tuple[int, ...]  # steps after which gradients are taken
+
+
+FULL = Effort(1 << 20, 5, (4, 160, 5), (1, 20, 100, 200))
+QUICK = Effort(1 << 16, 2, (1, 64, 2), (1, 3))
+
+
+# Methods ------------------------------------------------------------------------------------------
+
+
+def by_codec(quantizer: Quantizer) -> Method:
+    codec = Codec(quantizer, block=BLOCK)
+
+    def method(x: torch.Tensor, seed: int) -> tuple[torch.Tensor, float]:
+        key = Key(seed=seed)
+        payload = codec.encode(x, key)
+        return codec.decode_mean(payload[None], key, x.numel()), 8 * payload.numel()
+
+    return method
+
+
+def by_lattice(bits: int) -> Method:
+    """One rank's share; its lanes are as wide as a sum over 2 ranks needs."""
+    lattice = Lattice(bits)
+
+    def method(x: torch.Tensor, seed: int) -> tuple[torch.Tensor, float]:
+        key, estimate, length = Key(seed=seed), [], 0
+        for blocks in lattice.blocks(x.numel()):
+            y = lattice.rotate(x[blocks.start : blocks.stop], key, blocks)
+            bound = y.abs().amax(dim=1)
+            codes = lattice.codes(y, bound, key, blocks.start, 0, 1)
+            estimate.append(lattice.mean(codes, bound, key, blocks, 1).flatten())
+            length += 32 * lattice.pack(codes.flatten(), 2).numel() + 32 * blocks.count
+        return torch.cat(estimate)[: x.numel()], length
+
+    return method
+
+
+def with_generator(
+    method: Callable[[torch.Tensor, torch.Generator], tuple[torch.Tensor, float]],
+) -> Method:
+    return lambda x, seed: method(x, torch.Generator().manual_seed(seed))
+
+
+def uniform_after_one_transform(bits: int) -> Method:
+    rotation = RandomizedHadamard(1, BLOCK)
+
+    def method(x: torch.Tensor, seed: int) -> tuple[torch.Tensor, float]:
+        key = Key(seed=seed)
+        y = rotation.forward(x, key)
+        estimate, length = uniform(y, bits, BLOCK, torch.Generator().manual_seed(seed))
+        return rotation.inverse(estimate, key, x.numel()), length
+
+    return method
+
+
+def methods() -> dict[str, dict[str, Method]]:
+    """Curves by name, their points by setting."""
+    bits = range(1, 9)
+    return {
+        "QuicFL": {f"b = {b}": by_codec(QuicFL(b)) for b in bits},
+        "QuicFL, exact mode": {
+            f"b = {b}": by_codec(QuicFL(b, exact_fraction=1 / 512)) for b in bits
+        },
+        "Eden": {f"b = {b}": by_codec(Eden(b)) for b in bits},
+        "VectorQuantizer": {f"b = {b}": by_codec(VectorQuantizer(b)) for b in (1, 2, 4)},
+        "Lattice": {f"b = {b}": by_lattice(b) for b in bits},
+        "uniform, one RHT": {f"b = {b}": uniform_after_one_transform(b) for b in bits},
+        "QSGD, 2-norm": {
+            f"b = {b}": with_generator(lambda x, g, b=b: qsgd(x, b, 2, g)) for b in range(2, 9)
+        },
+        "QSGD, max norm": {
+            f"b = {b}": with_generator(lambda x, g, b=b: qsgd(x, b, math.inf, g))
+            for b in range(2, 9)
+        },
+        "QSGD, 2-norm, Elias": {
+            f"s = {s}": with_generator(lambda x, g, s=s: qsgd_elias(x, s, g))
+            for s in (1, 4, 16, 64, 256)
+        },
+        "TernGrad": {"no clipping": with_generator(lambda x, g: terngrad(x, BLOCK, math.inf, g))},
+        "TernGrad, biased": {
+            "clipped at 2.5": with_generator(lambda x, g: terngrad(x, BLOCK, 2.5, g))
+        },
+    }
+
+
+# Inputs -------------------------------------------------------------------------------------------
+
+
+def load_trainer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_ddp", TRAINER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def gradients(effort: Effort) -> dict[str, torch.Tensor]:
+    """Of the demo's model after some steps, flat, parameters from last to first as DDP has them."""
+    trainer = load_trainer()
+    data, _ = trainer.load_corpus(Path(sysconfig.get_path("stdlib")))
+    torch.manual_seed(0)
+    model = trainer.GPT(*effort.model)
+    optimizer = trainer.make_optimizer(model, 4e-3)
+    steps = effort.training[-1]
+    schedule = argparse.Namespace(lr=4e-3, warmup=max(1, steps // 8), steps=steps)
+    found = {}
+    for step in tqdm(range(steps), "training", leave=False, disable=None):
+        for group in optimizer.param_groups:
+            group["lr"] = trainer.learning_rate(step, schedule)
+        inputs, targets = trainer.draw_batch(data, 8, 128, (0, step, 0))
+        optimizer.zero_grad()
+        trainer.loss_of(model, inputs, targets).backward()
+        if step + 1 in effort.training:
+            parts = [p.grad.flatten() for p in reversed(list(model.parameters()))]
+            found[f"gradient, step {step + 1}"] = torch.cat(parts)
+        optimizer.step()
+    return found
+
+
+def problems(effort: Effort) -> dict[str, torch.Tensor]:
+    gaussian = torch.randn(effort.numel, generator=torch.Generator().manual_seed(1))
+    other = torch.randn(effort.numel, generator=torch.Generator().manual_seed(2))
+    return {"Gaussian": gaussian, "lognormal": other.exp(), **gradients(effort)}
+
+
+# Report -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    bits: float  # on the wire, a coordinate
+    nmse: float
+    standard_error: float
+
+    def __str__(self) -> str:
+        uncertain = self.standard_error > 0.02 * self.nmse
+        return f"{self.nmse:.4g}" + (f" ± {self.standard_error:.1g}" if uncertain else "")
+
+
+Points = dict[tuple[str, str, str], Point]  # by curve, setting, input
+
+
+def measure(method: Method, x: torch.Tensor, seeds: int) -> Point:
+    errors, lengths = [], []
+    for seed in range(seeds):
+        estimate, length = method(x, seed)
+        errors.append(float((estimate - x).double().square().sum() / x.double().square().sum()))
+        lengths.append(length)
+    standard_error = statistics.stdev(errors) / seeds**0.5
+    return Point(statistics.fmean(lengths) / x.numel(), statistics.fmean(errors), standard_error)
+
+
+def simulate(effort: Effort) -> Points:
+    curves, found = methods(), {}
+    for problem, x in tqdm(problems(effort).items(), "inputs", leave=False, disable=None):
+        for name, settings in curves.items():
+            for setting, method in settings.items():
+                found[name, setting, problem] = measure(method, x, effort.seeds)
+    return found
+
+
+def at_bits(curve: list[Point], bits: float) -> float | None:
+    """NMSE at a number of bits, log-linear between the points of a curve; None outside it."""
+    curve = sorted(curve, key=lambda point: point.bits)
+    for left, right in itertools.pairwise(curve):
+        if left.bits <= bits <= right.bits:
+            share = (bits - left.bits) / (right.bits - left.bits)
+            return left.nmse ** (1 - share) * right.nmse**share
+    return None
+
+
+def plot(points: Points, path: Path) -> None:
+    names = list(dict.fromkeys(problem for _, _, problem in points))
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    axes = figure.subplots(2, math.ceil(len(names) / 2), sharex=True, sharey=True).flatten()
+    for axis, problem in zip(axes, names, strict=False):
+        for index, name in enumerate(dict.fromkeys(name for name, _, _ in points)):
+            curve = [
+                point
+                for (one, _, other), point in points.items()
+                if (one, other) == (name, problem)
+            ]
+            curve.sort(key=lambda point: point.bits)
+            x = [point.bits for point in curve]
+            y = [point.nmse * 4**point.bits for point in curve]
+            style = "o-" if len(curve) > 1 else "X"
+            axis.plot(
+                x, y, style, markersize=4, color=f"C{index}" if index < 10 else "k", label=name
+            )
+        axis.axhline(1, color="k", linestyle=":", label="Gaussian rate-distortion bound")
+        axis.set(yscale="log", title=problem)
+        axis.set_ylim(0.8, 3000)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    figure.supxlabel("bits on the wire, a coordinate")
+    figure.supylabel("4^bits |x^ - x|^2 / |x|^2 of one sender")
+    figure.savefig(path, dpi=120)
+
+
+def promises(points: Points) -> str:
+    """What the tables give for N(0, 1), beside the mean over Gaussian and lognormal input."""
+
+    def measured(name: str, bits: int) -> float:
+        pair = (points[name, f"b = {bits}", problem].nmse for problem in ("Gaussian", "lognormal"))
+        return statistics.fmean(pair)
+
+    rows = []
+    for bits in range(1, 9):
+        levels = codebooks.load("quic_fl_exact")[f"b{bits}"]
+        expected = quic_fl.expected_vnmse(levels, (levels.size >> bits).bit_length() - 1)
+        exact, eden = measured("QuicFL, exact mode", bits), measured("Eden", bits)
+        row = [str(bits), f"{expected:.5g}", f"{exact:.5g}", f"{exact / expected - 1:+.1%}"]
+        row += [f"{eden:.5g}"]
+        if bits in (1, 2, 4):
+            vector = measured("VectorQuantizer", bits)
+            row += [f"{vector:.5g}", f"{vector / eden - 1:+.1%}"]
+        rows.append([*row, *[""] * (7 - len(row))])
+    header = [
+        "b",
+        "exact mode: table",
+        "measured",
+        "off by",
+        "Eden",
+        "VectorQuantizer",
+        "against Eden",
+    ]
+    return table(header, rows)
+
+
+def report(effort: Effort, folder: Path) -> str:
+    points = simulate(effort)
+    plot(points, folder / "accuracy.png")
+    names = list(dict.fromkeys(problem for _, _, problem in points))
+    curves = list(dict.fromkeys(name for name, _, _ in points))
+    rows = []
+    for name, settings in methods().items():
+        for setting in settings:
+            cells = [points[name, setting, problem] for problem in names]
+            bits = [cell.bits for cell in cells]
+            low, high = f"{min(bits):.3f}", f"{max(bits):.3f}"
+            shown = low if low == high else f"{low} .. {high}"
+            rows.append([f"{name}, {setting}", shown, *map(str, cells)])
+    text = table(["", "bits on the wire", *names], rows)
+    equal = ""
+    for wire in (2.1, 4.0):
+        rows = []
+        for name in curves:
+            values = []
+            for problem in names:
+                curve = [
+                    point for (one, _, to), point in points.items() if (one, to) == (name, problem)
+                ]
+                values.append(at_bits(curve, wire))
+            if any(values):
+                cells = ["" if value is None else f"{value:.4g}" for value in values]
+                rows.append([name, *cells])
+        equal += f"\n{wire} bits on the wire\n\n" + table(["", *names], rows)
+    numel = f"{effort.numel} coordinates (Gaussian, lognormal)"
+    return f"""{heading()}
+## Error of one sender against bits on the wire
+
+Mean of |x^ - x|^2 / |x|^2 over {effort.seeds} seeds, with its standard error where that is above
+2% (a few blocks hold most of a gradient's energy); {numel},
+and gradients of the demo's model (layers, width, heads = {effort.model}) on one rank. Bits are
+payload bytes * 8 / numel: headers, scales, exact values and padding included; ranges are over the
+inputs. The lattice needs lanes that hold a sum, here one over 2 ranks. Uniform quantization, QSGD
+and TernGrad are counted as plain fixed-width fields with float32 scales (TernGrad 5 digits a byte);
+"Elias" counts the exact length of QSGD's own entropy code on these data. All but "TernGrad, biased"
+are unbiased.
+
+{text}
+![Error against bits on the wire](accuracy.png)
+
+## At equal bits on the wire
+
+Log-linear between neighbouring points of a method, nothing where it has none on both sides.
+{equal}
+## Against what the tables promise
+
+vNMSE in blocks of {BLOCK}; a block's room for exact values is finite, which costs what is off by.
+
+{promises(points)}"""
+
+
+def main(arguments: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="smaller inputs, shorter training")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = report(QUICK if args.quick else FULL, args.out)
+    (args.out / "accuracy.md").write_text(text)
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()
