@@ -4,6 +4,7 @@ from rhtcomm.codec import Codec, PayloadError
 from rhtcomm.collectives import DisagreementError, all_reduce
 from rhtcomm.communicator import MPICommunicator, TorchCommunicator
 from rhtcomm.lattice import Lattice
+from rhtcomm.plan import plan
 from rhtcomm.quantizers import Eden, QuicFL
 from rhtcomm.randomness import Key
 from rhtcomm.rotation import RandomizedHadamard
@@ -20,4 +21,5 @@ __all__ = [
     "RandomizedHadamard",
     "TorchCommunicator",
     "all_reduce",
+    "plan",
 ]
