@@ -60,7 +60,8 @@ def _name(p: Prediction) -> str:
 
 def scaling(speeds: dict[int, CodecSpeed], cores: int) -> list[str]:
     lines = [
-        "| ranks | Gbit/s | float32, ms | bf16, ms | best compressed | ms | faster than bf16 | pays |",
+        "| ranks | Gbit/s | float32, ms | bf16, ms | best compressed | ms | faster than bf16 "
+        "| pays |",
         "|---:|---:|---:|---:|---|---:|---:|---|",
     ]
     for n in (8, 64, 512):
@@ -78,13 +79,14 @@ def scaling(speeds: dict[int, CodecSpeed], cores: int) -> list[str]:
 
 
 def main() -> None:
+    where = machine()
     torch.set_num_threads(1)
     speeds = {bits: measure_codec(bits) for bits in range(1, 9)}
     at4 = speeds[4]
     text = [
         "# The cost model, checked and extended",
         "",
-        f"Written by `python benchmarks/scaling.py` on {machine()}.",
+        f"Written by `python benchmarks/scaling.py` on {where}.",
         "The formula is at the top of `rhtcomm/plan.py`; `python -m rhtcomm plan` applies it.",
         "Codec at 4 bits, one thread, nanoseconds a coordinate: "
         f"encode {1e9 * at4.encode:.2f}, decode {1e9 * at4.decode:.2f}, each further payload "
