@@ -306,7 +306,8 @@ def table(rows: list[dict[str, str]]) -> str:
     lines = [
         "# benchmarks/throughput.py",
         "",
-        f"{machine()}; one thread a rank, all ranks on these cores.",
+        f"{machine()}; one thread a rank, all ranks on {os.cpu_count()} cores; load average at the "
+        f"end, {os.getloadavg()[0]:.1f}: what exceeds the number of ranks is other work.",
         "",
         "Time of the exchange of one bucket of float32, from the hook's call until its future is",
         "done on the slowest rank. Ideal: bytes that a rank sends over the link's rate, nothing",
