@@ -10,7 +10,8 @@ run to resume where it stopped.
 Communication is timed alike for all hooks: a bucket counts from the call of its hook until its
 future completes, and a step's `comm_seconds` is the length of the union of these intervals on
 rank 0. It holds encoding, waiting for slower ranks, the exchange and decoding, whether or not the
-backward pass went on meanwhile.
+backward pass went on meanwhile. `exposed_seconds` is the part that it did not hide: from the call
+of the step's last hook, when all gradients are there, until the backward pass returns.
 """
 
 import argparse
@@ -35,16 +36,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-CSV_COLUMNS = ("step", "train_loss", "val_loss", "step_seconds", "comm_seconds", "bytes_sent")
+CSV_COLUMNS = (
+    *("step", "train_loss", "val_loss", "step_seconds", "comm_seconds", "exposed_seconds"),
+    "bytes_sent",
+)
 
 # What a run's results depend on, so what a resumed run must share with the one that it continues.
 RESUME_FIELDS = (
     *("layers", "width", "heads", "context", "batch", "steps", "lr", "warmup", "seed"),
-    *("hook", "bits", "quantizer", "algorithm", "bucket_cap_mb"),
+    *("hook", "bits", "quantizer", "algorithm", "powersgd_rank", "bucket_cap_mb"),
 )
 
 # The first steps allocate memory and open connections.
@@ -72,12 +76,13 @@ def parse_args() -> argparse.Namespace:
     training.add_argument("--eval-batches", type=int, default=8, help="validation batches per rank")
 
     hook = parser.add_argument_group("gradient communication")
-    hook.add_argument("--hook", choices=("none", "bf16", "rht"), default="rht")
+    hook.add_argument("--hook", choices=("none", "fp16", "bf16", "powersgd", "rht"), default="rht")
     hook.add_argument("--bits", type=int, default=4, help="rht: bits a coordinate")
     hook.add_argument("--quantizer", choices=("quic_fl", "eden"), default="quic_fl", help="rht")
     hook.add_argument(
         "--algorithm", choices=("auto", "all_gather", "two_shot"), default="auto", help="rht"
     )
+    hook.add_argument("--powersgd-rank", type=int, default=4, help="powersgd: of its matrices")
     hook.add_argument(
         "--communicator",
         choices=("torch", "mpi"),
@@ -111,6 +116,11 @@ def parse_args() -> argparse.Namespace:
     # Ranks that torchrun starts again go on from what the ones before them left.
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and args.checkpoint:
         args.resume = args.resume or args.checkpoint.is_file()
+    if args.checkpoint and args.hook == "powersgd":
+        parser.error(
+            "--hook powersgd keeps an error for each parameter, which --checkpoint does not save: "
+            "leave out --checkpoint"
+        )
     if args.resume and (args.checkpoint is None or not args.checkpoint.is_file()):
         parser.error(
             f"--resume found no file at --checkpoint {args.checkpoint}: "
@@ -295,6 +305,7 @@ class MeasuredHook:
         self._hook = hook
         self._device = device
         self._intervals: list[tuple[Moment, Moment]] = []
+        self.last_call: Moment | None = None
 
     def now(self) -> Moment:
         """On CUDA a moment of the current stream, since the host runs ahead of it."""
@@ -309,7 +320,7 @@ class MeasuredHook:
         state: object,
         bucket: dist.GradBucket,  # type: ignore[name-defined]
     ) -> torch.futures.Future[torch.Tensor]:
-        start = self.now()
+        start = self.last_call = self.now()
 
         def finish(future: torch.futures.Future[Tensor]) -> Tensor:
             self._intervals.append((start, self.now()))
@@ -347,7 +358,15 @@ def make_hook(args: argparse.Namespace) -> tuple[Any, Hook]:
         return None, default_hooks.allreduce_hook
     if args.hook == "bf16":
         return None, default_hooks.bf16_compress_hook
-    import rhtcomm.hooks  # the other two hooks train without the package
+    if args.hook == "fp16":
+        return None, default_hooks.fp16_compress_hook
+    if args.hook == "powersgd":
+        # With more than one bucket it hangs on Gloo, where --bucket-cap-mb must hold the model.
+        low_rank = powerSGD_hook.PowerSGDState(
+            None, matrix_approximation_rank=args.powersgd_rank, start_powerSGD_iter=10
+        )
+        return low_rank, powerSGD_hook.powerSGD_hook
+    import rhtcomm.hooks  # the other hooks train without the package
 
     state = rhtcomm.hooks.RHTState(
         bits=args.bits,
@@ -357,6 +376,16 @@ def make_hook(args: argparse.Namespace) -> tuple[Any, Hook]:
         communicator=rhtcomm.MPICommunicator() if args.communicator == "mpi" else None,
     )
     return state, rhtcomm.hooks.rht_hook
+
+
+def bytes_of_step(args: argparse.Namespace, state: Any, parameters: int, world_size: int) -> int:
+    """Bytes that a rank sends in a step of a hook other than rht."""
+    itemsize = 2 if args.hook in ("fp16", "bf16") else 4
+    if args.hook == "powersgd" and state.iter > state.start_powerSGD_iter:
+        # The state counts what it sent in all its steps since the first compressed one.
+        steps = round(state.total_numel_before_compression / parameters)
+        parameters = round(state.total_numel_after_compression / steps)
+    return ring_bytes(parameters, itemsize, world_size)
 
 
 def ring_bytes(numel: int, itemsize: int, world_size: int) -> int:
@@ -471,6 +500,7 @@ def train(args: argparse.Namespace) -> None:
 
     step_times: list[float] = []
     comm_times: list[float] = []
+    exposed_times: list[float] = []
     bytes_sent = 0
     val_loss = math.nan
     name = f"rht, {args.bits} bits" if args.hook == "rht" else args.hook
@@ -490,6 +520,7 @@ def train(args: argparse.Namespace) -> None:
             group["lr"] = learning_rate(step, args)
         loss = loss_of(model, *batch(train_data, args.seed, step, rank))
         loss.backward()
+        backward_done = measured.now()
         nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -499,10 +530,11 @@ def train(args: argparse.Namespace) -> None:
             torch.cuda.synchronize()
         step_times.append(time.perf_counter() - started)
         comm_times.append(measured.take_seconds(origin))
+        exposed_times.append(elapsed(measured.last_call, backward_done))
         if args.hook == "rht":
             bytes_sent = state.stats().bytes_sent - sent_before
         else:
-            bytes_sent = ring_bytes(parameters, 2 if args.hook == "bf16" else 4, world_size)
+            bytes_sent = bytes_of_step(args, state, parameters, world_size)
 
         done = step + 1
         evaluate = done % args.eval_every == 0 or done == last_step
@@ -527,6 +559,7 @@ def train(args: argparse.Namespace) -> None:
                         "val_loss": f"{val_loss:.6f}" if evaluate else "",
                         "step_seconds": f"{step_times[-1]:.6f}",
                         "comm_seconds": f"{comm_times[-1]:.6f}",
+                        "exposed_seconds": f"{exposed_times[-1]:.6f}",
                         "bytes_sent": bytes_sent,
                     }
                 )
@@ -538,8 +571,9 @@ def train(args: argparse.Namespace) -> None:
                     content["hook"] = state.state_dict()
                 save_checkpoint(args.checkpoint, content)
 
-    step_seconds, comm_seconds = (
-        statistics.median(times[UNTIMED_STEPS:] or times) for times in (step_times, comm_times)
+    step_seconds, comm_seconds, exposed_seconds = (
+        statistics.median(times[UNTIMED_STEPS:] or times)
+        for times in (step_times, comm_times, exposed_times)
     )
     if rank == 0:
         print(
@@ -556,6 +590,7 @@ def train(args: argparse.Namespace) -> None:
                 "csv": args.csv,
                 "median_step_seconds": step_seconds,
                 "median_comm_seconds": comm_seconds,
+                "median_exposed_seconds": exposed_seconds,
                 "bytes_per_step": bytes_sent,
                 "rht": None,
                 "corpus": {

@@ -1,0 +1,195 @@
+"""Time to a validation loss on emulated links, and what a training step's time is made of.
+
+    python benchmarks/training.py                      all of it (root; about 15 minutes)
+    python benchmarks/training.py --links 1gbit --contestants float32 rht4
+    python benchmarks/training.py --quick
+
+Each contestant trains the model of `make demo` by launch/train_ddp.py, with the same seed and data,
+on ranks that launch/network.sh joins. Time is the sum of the steps' times, without evaluations.
+Logs that lie in the folder are used again with --keep, so that a run can be gone on with.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernels import machine
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTESTANTS = {
+    "float32": "--hook none",
+    "fp16": "--hook fp16",
+    "bf16": "--hook bf16",
+    "powersgd4": "--hook powersgd --powersgd-rank 4",
+    "rht4": "--hook rht --bits 4",
+    "rht2": "--hook rht --bits 2",
+}
+MODEL = "--layers 4 --width 160 --heads 5 --context 128 --batch 8 --lr 4e-3"
+COLUMNS = (
+    *("link", "contestant", "final_loss", "seconds_to_loss", "step_ms", "compute_ms"),
+    *("exposed_ms", "codec_ms", "megabytes_sent"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One contestant's training on one link, from its log and summary."""
+
+    link: str
+    contestant: str
+    rows: list[dict[str, str]]
+    summary: dict[str, Any]
+
+    def median_ms(self, column: str) -> float:
+        return 1e3 * statistics.median(float(row[column]) for row in self.rows[3:])
+
+    @property
+    def curve(self) -> list[tuple[float, float]]:
+        """Seconds of training, validation loss."""
+        seconds = itertools.accumulate(float(row["step_seconds"]) for row in self.rows)
+        return [
+            (time, float(row["val_loss"]))
+            for time, row in zip(seconds, self.rows, strict=True)
+            if row["val_loss"]
+        ]
+
+    def seconds_to(self, loss: float) -> float:
+        """When the loss was first reached, on the line between evaluations; NaN if never."""
+        for (start, above), (end, below) in itertools.pairwise(self.curve):
+            if below <= loss:
+                return start + (end - start) * max(0.0, (above - loss) / (above - below))
+        return float("nan")
+
+    @property
+    def codec_ms(self) -> float:
+        """Encoding and decoding of a step, on the worker thread; NaN for other hooks."""
+        if not self.summary["rht"]:
+            return float("nan")
+        stats = self.summary["rht"]
+        return 1e3 * (stats["encode_seconds"] + stats["decode_seconds"]) / stats["steps"]
+
+
+def train(link: str, contestant: str, arguments: argparse.Namespace, logs: Path) -> Run:
+    log, summary = (logs / f"{link}-{contestant}.{suffix}" for suffix in ("csv", "json"))
+    if not (arguments.keep and summary.is_file()):
+        # PowerSGD hangs on Gloo with more than one bucket; the others hide what they can.
+        cap = "100" if contestant.startswith("powersgd") else str(arguments.bucket_cap_mb)
+        command = [
+            *(str(ROOT / "launch" / "network.sh"), str(arguments.ranks), link, "--"),
+            *(sys.executable, str(ROOT / "launch" / "train_ddp.py"), "--backend", "gloo"),
+            *CONTESTANTS[contestant].split(),
+            *MODEL.split(),
+            *("--steps", str(arguments.steps), "--warmup", str(arguments.steps // 8)),
+            *("--eval-every", str(max(1, arguments.steps // 20)), "--threads", "1"),
+            *("--bucket-cap-mb", cap, "--csv", str(log), "--summary", str(summary)),
+        ]
+        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    with log.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return Run(link, contestant, rows, json.loads(summary.read_text()))
+
+
+def figures(runs: list[Run], target: float) -> list[dict[str, Any]]:
+    found = []
+    for run in runs:
+        step, exposed = run.median_ms("step_seconds"), run.median_ms("exposed_seconds")
+        values = (
+            *(f"{run.summary['final_val_loss']:.4f}", f"{run.seconds_to(target):.2f}"),
+            *(f"{step:.1f}", f"{step - exposed:.1f}", f"{exposed:.1f}", f"{run.codec_ms:.1f}"),
+            f"{statistics.median(int(row['bytes_sent']) for row in run.rows) / 1e6:.3f}",
+        )
+        found.append(dict(zip(COLUMNS, (run.link, run.contestant, *values), strict=True)))
+    return found
+
+
+def table(rows: list[dict[str, Any]], target: float, arguments: argparse.Namespace) -> str:
+    lines = [
+        "# benchmarks/training.py",
+        "",
+        f"{machine()}. {arguments.ranks} ranks with one thread each, {arguments.steps} steps of "
+        f"the demo's model, buckets of {arguments.bucket_cap_mb:g} MiB (PowerSGD: one bucket).",
+        "",
+        f"Time to a validation loss of {target:.4f}: the largest of the final ones, so that every",
+        f"contestant reaches it. Load average at the end, {os.getloadavg()[0]:.1f}: what exceeds",
+        "the number of ranks is other work, which slows the compute of the runs it falls on.",
+        "Medians of a step on rank 0. Exposed: from the last gradient until the backward pass",
+        "returns. Codec: encoding and decoding, part of it hidden by the backward pass. Another",
+        "seed alone moves the losses by a few percent.",
+        "",
+        "| link | gradients | final loss | to the loss, s | of float32's | step, ms | compute "
+        "| exposed | codec | MB sent a step |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        base = [r for r in rows if r["link"] == row["link"] and r["contestant"] == "float32"]
+        ratio = ""
+        if base:
+            ratio = f"{float(row['seconds_to_loss']) / float(base[0]['seconds_to_loss']):.2f}"
+        codec = "" if row["codec_ms"] == "nan" else row["codec_ms"]
+        lines.append(
+            f"| {row['link']} | {row['contestant']} | {row['final_loss']} "
+            f"| {row['seconds_to_loss']} | {ratio} | {row['step_ms']} | {row['compute_ms']} "
+            f"| {row['exposed_ms']} | {codec} | {row['megabytes_sent']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(runs: list[Run], target: float, path: Path) -> None:
+    links = list(dict.fromkeys(run.link for run in runs))
+    figure = Figure(figsize=(5.5 * len(links), 4), layout="tight")
+    for axis, link in zip(figure.subplots(1, len(links), squeeze=False)[0], links, strict=True):
+        for run in runs:
+            if run.link == link:
+                color = f"C{list(CONTESTANTS).index(run.contestant)}"
+                axis.plot(*zip(*run.curve, strict=True), color=color, label=run.contestant)
+        axis.axhline(target, color="0.7", linewidth=0.8)
+        axis.set(xlabel="seconds of training", ylabel="validation loss, nats a byte", title=link)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--links", nargs="+", default=["100mbit", "1gbit"])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--bucket-cap-mb", type=float, default=1.0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--logs", type=Path, default=Path("demo-results/training"))
+    parser.add_argument("--keep", action="store_true", help="use logs that are there already")
+    parser.add_argument("--quick", action="store_true", help="1gbit, 20 steps, into --logs")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.links, arguments.steps = ["1gbit"], 20
+        arguments.out = arguments.logs = arguments.logs.with_name("training-quick")
+    for folder in (arguments.logs, arguments.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    pairs = list(itertools.product(arguments.links, arguments.contestants))
+    runs = [train(*pair, arguments, arguments.logs) for pair in tqdm(pairs, disable=None)]
+    target = max(run.curve[-1][1] for run in runs)
+    rows = figures(runs, target)
+    with (arguments.out / "training.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    report = table(rows, target, arguments)
+    (arguments.out / "training.md").write_text(report)
+    plot(runs, target, arguments.out / "training.png")
+    print(report)
+
+
+if __name__ == "__main__":
+    main()

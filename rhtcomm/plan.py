@@ -1,0 +1,254 @@
+"""How long the exchange of a bucket will take, and whether compression pays: a cost model.
+
+With n ranks, N coordinates, a link of B bytes a second in each direction, a latency L, and P_b the
+payload's bytes at b bits, a rank needs for one bucket
+
+    float32       2 (n - 1) / n  4 N F / B  +  2 (n - 1) L
+    bf16          half the bytes of float32, and C N for the casts
+    all_gather    (n - 1) P_b F / B  +  (n - 1) L  +  s (E + D_1 + (n - 1) D_2) N
+    two_shot      2 (n - 1) / n P_b F / B  +  2 (n - 1) L
+                  + s (E + (D_1 + (n - 1) D_2 + E) / n + D_1) N
+
+where F = 1514 / 1448 is what frames of Ethernet, IP and TCP add, E encodes a coordinate, D_1
+decodes one of a single payload and D_2 adds that of one more payload, C casts one to bf16 and back,
+and s is how much slower all this is in place than it was when measured. Bytes and codec are counted
+one after the other. What the backward pass hides is not counted, nor are congestion, the sums of an
+uncompressed all-reduce, and links between machines that are slower than the machines' own.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rhtcomm.codebooks.quic_fl import REFERENCE_VNMSE
+from rhtcomm.codec import Codec
+from rhtcomm.collectives import split_into_shards
+from rhtcomm.quantizers import QuicFL
+from rhtcomm.randomness import Key
+
+__all__ = ["CodecSpeed", "Plan", "Prediction", "measure_codec", "plan"]
+
+FRAMING = 1514 / 1448
+# What compression must gain to be worth its error and another dependency.
+WORTHWHILE = 1.1
+
+
+@dataclass(frozen=True)
+class CodecSpeed:
+    """Seconds a coordinate, at some number of bits."""
+
+    encode: float  # E
+    decode: float  # D_1: of one payload
+    decode_more: float  # D_2: of each further payload of the same mean
+    cast: float  # C: to bfloat16 and back
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One way to exchange a bucket."""
+
+    algorithm: str  # "float32", "bf16", "all_gather" or "two_shot"
+    bits: int
+    bytes_sent: int  # by a rank, without what frames add
+    link_seconds: float
+    codec_seconds: float
+    nmse: float  # summed over the hops: of one encoding, relative to what is encoded
+
+    @property
+    def seconds(self) -> float:
+        return self.link_seconds + self.codec_seconds
+
+    @property
+    def name(self) -> str:
+        return f"{self.bits} bits, {self.algorithm}" if self.bits <= 8 else self.algorithm
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predictions for one bucket, and what to do.
+
+    `recommended` is the fastest of those within the error allowed; where the best compressed way is
+    not 1.1 times as fast as the best uncompressed one it is the latter, and `pays` is False.
+    """
+
+    predictions: tuple[Prediction, ...]
+    recommended: Prediction
+    pays: bool
+
+    @property
+    def verdict(self) -> str:
+        """The recommendation in one sentence."""
+        plain = min((p for p in self.predictions if p.bits > 8), key=lambda p: p.seconds)
+        if not self.pays:
+            return (
+                f"Compression will not pay: {plain.name} takes {1e3 * plain.seconds:.3g} ms, and "
+                f"nothing compressed within the error allowed is {WORTHWHILE} times as fast."
+            )
+        factor = plain.seconds / self.recommended.seconds
+        return (
+            f"Take {self.recommended.name}: {1e3 * self.recommended.seconds:.3g} ms, {factor:.1f} "
+            f"times as fast as {plain.name}."
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{'':22}{'ms':>10}{'link':>10}{'codec':>10}{'MB sent':>10}{'NMSE':>10}"]
+        for p in self.predictions:
+            times = "".join(
+                f"{1e3 * seconds:10.2f}" for seconds in (p.seconds, p.link_seconds, p.codec_seconds)
+            )
+            lines.append(f"{p.name:22}{times}{p.bytes_sent / 1e6:10.3f}{p.nmse:10.2g}")
+        return "\n".join([*lines, "", self.verdict])
+
+
+def plan(
+    numel: int,
+    world_size: int,
+    link_gbps: float,
+    *,
+    latency: float = 50e-6,
+    bits: Sequence[int] = tuple(range(1, 9)),
+    max_nmse: float = 0.03,
+    speeds: Mapping[int, CodecSpeed] | None = None,
+    slowdown: float = 1.0,
+) -> Plan:
+    """Predict the exchange of a bucket by each configuration, and recommend one.
+
+    The formula is at the top of `rhtcomm/plan.py`.
+
+    Args:
+        numel: N, coordinates of the bucket, float32.
+        world_size: n, ranks, each with a link of its own.
+        link_gbps: rate of a link in each direction, in Gbit/s (10^9 bits a second).
+        latency: L, seconds for a message to arrive.
+        bits: the numbers of bits to consider, 1 to 8.
+        max_nmse: the largest squared error allowed, relative to what is encoded, summed over the
+            encodings a gradient goes through (all_gather: one, two_shot: two). The default allows
+            QUIC-FL's 4 bits in both.
+        speeds: the codec's speed by bits, by default measured now, on the CPU and with the threads
+            that torch has in this process (a second).
+        slowdown: s, how much slower the codec runs in place than measured: 2 where two ranks share
+            each core, for example.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    if numel < 1 or world_size < 2 or not link_gbps > 0 or not latency >= 0 or not slowdown > 0:
+        raise ValueError(
+            f"rhtcomm.plan: numel={numel}, link_gbps={link_gbps} and slowdown={slowdown} must be "
+            f"positive, world_size={world_size} at least 2, latency={latency} not negative"
+        )
+    if not bits or not set(bits) <= set(REFERENCE_VNMSE):
+        raise ValueError(f"rhtcomm.plan: bits={tuple(bits)} must be some of 1 to 8")
+    if speeds is None:
+        speeds = {b: measure_codec(b) for b in bits}
+    if missing := set(bits) - set(speeds):
+        raise ValueError(f"rhtcomm.plan: speeds lack {sorted(missing)} bits, which bits ask for")
+
+    def of(
+        algorithm: str, bits: int, sent: int, messages: int, codec: float, nmse: float
+    ) -> Prediction:
+        link = sent * FRAMING * 8e-9 / link_gbps + messages * latency
+        return Prediction(algorithm, bits, sent, link, codec * slowdown, nmse)
+
+    n, others = world_size, world_size - 1
+    cast = statistics.median(speeds[b].cast for b in bits)
+    predictions = [
+        of("float32", 32, round(2 * others * 4 * numel / n), 2 * others, 0.0, 0.0),
+        of("bf16", 16, round(2 * others * 2 * numel / n), 2 * others, cast * numel, 2.0**-18),
+    ]
+    for b in bits:
+        codec, speed, nmse = Codec(QuicFL(b)), speeds[b], REFERENCE_VNMSE[b]
+        whole = codec.nbytes(numel)
+        mean_of_all = speed.decode + others * speed.decode_more
+        seconds = (speed.encode + mean_of_all) * numel
+        predictions.append(of("all_gather", b, others * whole, others, seconds, nmse))
+        shards = split_into_shards(numel, codec.block, n)
+        shard = max(codec.nbytes(part.stop - part.start) for part in shards)
+        seconds = (speed.encode + (mean_of_all + speed.encode) / n + speed.decode) * numel
+        predictions.append(of("two_shot", b, 2 * others * shard, 2 * others, seconds, 2 * nmse))
+
+    def fastest(of_them: Sequence[Prediction]) -> Prediction | None:
+        return min(of_them, key=lambda p: p.seconds, default=None)
+
+    plain = fastest([p for p in predictions if p.bits > 8])
+    best = fastest([p for p in predictions if p.bits <= 8 and p.nmse <= max_nmse])
+    assert plain is not None
+    if best is None or best.seconds * WORTHWHILE > plain.seconds:
+        return Plan(tuple(predictions), plain, pays=False)
+    return Plan(tuple(predictions), best, pays=True)
+
+
+def measure_codec(bits: int, numel: int = 1 << 20, repeats: int = 7) -> CodecSpeed:
+    """Speed of the codec on this CPU, with torch's threads: medians of a few calls.
+
+    Args:
+        bits: of QUIC-FL, 1 to 8.
+        numel: coordinates of the tensor that is encoded.
+        repeats: calls of each part.
+    """
+    codec, key = Codec(QuicFL(bits)), Key(seed=0)
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+    one, three = (
+        torch.stack([codec.encode(x, key, rank, count) for rank in range(count)])
+        for count in (1, 3)
+    )
+    out, half = torch.empty_like(x), x.bfloat16()
+
+    def seconds(action: Callable[[], object]) -> float:
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            action()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times) / numel
+
+    def decode(payloads: torch.Tensor) -> float:
+        return seconds(lambda: codec.decode_mean(payloads, key, numel, out=out))
+
+    of_one, of_three = decode(one), decode(three)
+    return CodecSpeed(
+        encode=seconds(lambda: codec.encode(x, key)),
+        decode=of_one,
+        decode_more=max(0.0, of_three - of_one) / 2,
+        cast=seconds(lambda: (half.copy_(x), out.copy_(half))),
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `python -m rhtcomm plan`."""
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--numel", type=int, help="coordinates of a bucket")
+    size.add_argument("--mebibytes", type=float, default=25, help="the same, as float32")
+    parser.add_argument("--world-size", type=int, required=True)
+    parser.add_argument("--link-gbps", type=float, required=True, help="Gbit/s each way")
+    parser.add_argument("--latency", type=float, default=50e-6, help="seconds a message")
+    parser.add_argument("--bits", type=int, nargs="+", default=list(range(1, 9)))
+    parser.add_argument("--max-nmse", type=float, default=0.03, help="squared error allowed")
+    parser.add_argument("--slowdown", type=float, default=1.0, help="ranks a core, for example")
+    parser.add_argument("--threads", type=int, help="threads a rank; default: torch's")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the plan that the arguments ask for."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    numel = args.numel or int(args.mebibytes * 2**18)
+    print(
+        f"{numel:,} coordinates, {args.world_size} ranks, {args.link_gbps:g} Gbit/s; "
+        f"codec measured here with {torch.get_num_threads()} thread(s)\n"
+    )
+    print(
+        plan(
+            numel,
+            args.world_size,
+            args.link_gbps,
+            latency=args.latency,
+            bits=args.bits,
+            max_nmse=args.max_nmse,
+            slowdown=args.slowdown,
+        )
+    )
