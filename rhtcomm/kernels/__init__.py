@@ -75,11 +75,7 @@ def kernel_for(device: torch.device, quantizer: Quantizer) -> Kernel:
         raise ValueError(f"RHTCOMM_KERNELS={wanted!r} must be 'reference' or 'cpu'")
     if wanted == "reference":
         return reference
-    if (
-        device.type == "cpu"
-        and type(quantizer) in cpu.QUANTIZERS
-        and not getattr(quantizer, "exact_fraction", 0)
-    ):
+    if device.type == "cpu" and type(quantizer) in cpu.QUANTIZERS:
         return _for_cpu(wanted, os.environ.get("RHTCOMM_CPU") or None)
     if wanted == "cpu":
         raise RuntimeError(

@@ -47,6 +47,7 @@ typedef struct {
     int64_t size;         /* d, coordinates in a block */
     int64_t first;        /* place of the first coordinate in its bucket */
     int64_t world_size;   /* K */
+    int64_t exact_capacity; /* QUIC_FL: C, exact coordinates that a block has room for */
     uint32_t seed[2];     /* Philox key */
     uint32_t bucket, step, hop;
     int32_t rotations;    /* k */
@@ -438,13 +439,110 @@ INLINE vi to_integers(vf v) {
 /* Table look-ups go by pieces of a block, which leave its other arrays in the first-level cache. */
 enum { PIECE = 512 };
 
-/* Codes of one block; returns its scale. `room` is scratch of d / 2 numbers. */
-static float quic_fl_encode(const Plan *plan, const float *y, const uint8_t *dither, uint32_t offset,
-                            float *room, uint8_t *codes) {
+/* QUIC-FL's exact coordinates: a block has C ascending indices, -1 where none is needed, and then C
+ * values in float16. */
+INLINE int64_t index_bytes(const Plan *plan) { return plan->size <= 1 << 15 ? 2 : 4; }
+
+INLINE int32_t read_index(const uint8_t *from, int64_t width) {
+    int16_t narrow;
+    int32_t wide;
+    memcpy(&narrow, from, 2);
+    if (width == 2) return narrow;
+    memcpy(&wide, from, 4);
+    return wide;
+}
+
+/* Bit i is set where lane i of |y| factor > bound. */
+INLINE uint32_t lanes_beyond(vf y, float factor, float bound) {
+    vf magnitude = (vf)((vu)y & 0x7fffffffu) * factor;
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)magnitude, _mm512_set1_ps(bound), _CMP_GT_OQ);
+#elif defined(__AVX2__)
+    return (uint32_t)_mm256_movemask_ps((__m256)(magnitude > bound));
+#else
+    uint32_t lanes = 0;
+    for (int i = 0; i < LANES; i++) lanes |= (uint32_t)(magnitude[i] > bound) << i;
+    return lanes;
+#endif
+}
+
+/* The number of which `nth` of a[0 .. n-1], none of them negative, are larger: the bits of the
+ * largest number that more than `nth` reach, from the highest on. */
+static float nth_largest(const float *a, int64_t n, int64_t nth) {
+    const i32 *bits = (const i32 *)a;
+    int32_t found = 0;
+    for (int32_t bit = 1 << 30; bit; bit >>= 1) {
+        int64_t count = 0;
+        for (int64_t i = 0; i < n; i++) count += bits[i] >= (found | bit);
+        if (count > nth) found |= bit;
+    }
+    return from_bits((uint32_t)found);
+}
+
+/* Write the section of a block, set to zero in y what it holds, and return the scale, at least
+ * `rms`. `indices` and `room` are scratch of d numbers. */
+static float take_exact(const Plan *plan, float *y, float rms, const uint8_t *dither,
+                        uint32_t offset, i32 *indices, float *room, uint8_t *section) {
+    const int64_t capacity = plan->exact_capacity, width = index_bytes(plan);
+    int64_t found = 0, used = 0;
+    for (int64_t j = 0; j < plan->size; j += LANES)
+        for (uint32_t lanes = lanes_beyond(load(y + j), plan->inverse_bound, rms); lanes;
+             lanes &= lanes - 1)
+            indices[found++] = (int32_t)j + __builtin_ctz(lanes);
+    float scale = rms;
+    if (found > capacity) {
+        for (int64_t i = 0; i < found; i++) room[i] = fabsf(y[indices[i]]) * plan->inverse_bound;
+        scale = nth_largest(room, found, capacity);
+    }
+    memset(section, 0xff, capacity * width);
+    memset(section + capacity * width, 0, capacity * 2);
+    for (int64_t i = 0; i < found; i++) {
+        const int32_t j = indices[i]; /* whose first two bytes are its int16, little-endian */
+        if (!(fabsf(y[j]) * plan->inverse_bound > scale)) continue;
+        uint32_t word, turn = 8 * (j % 4) + 8;
+        memcpy(&word, dither + (j & ~3), 4);
+        uint32_t u = ((word >> (turn & 31) | word << (32 - turn & 31)) + 256 * offset) & 0xffff;
+        uint32_t rounded = (to_bits(y[j] / scale) + (u >> 3)) & ~0x1fffu;
+        uint16_t value = to_half(from_bits(rounded));
+        memcpy(section + used * width, &j, width);
+        memcpy(section + capacity * width + used * 2, &value, 2);
+        used++;
+        y[j] = 0.0f;
+    }
+    return scale;
+}
+
+/* What y will hold, with this rank's added, at the exact coordinates of a section of any bytes;
+ * returns how many these are. */
+static int64_t exact_sums(const Plan *plan, const uint8_t *section, float scale, int initial,
+                          const float *y, i32 *indices, float *sums) {
+    const int64_t capacity = plan->exact_capacity, width = index_bytes(plan);
+    int64_t count = 0;
+    int32_t before = -1;
+    for (int64_t i = 0; i < capacity; i++) {
+        const int32_t index = read_index(section + i * width, width);
+        if (index <= before) continue;
+        if (index >= plan->size) break;
+        before = index;
+        uint16_t half;
+        memcpy(&half, section + capacity * width + i * 2, 2);
+        float value = from_half(half) * scale;
+        indices[count] = index;
+        sums[count++] = initial ? value : y[index] + value;
+    }
+    return count;
+}
+
+/* Codes of one block and its exact coordinates; returns its scale. `room` and `indices` are scratch
+ * of d numbers. */
+static float quic_fl_encode(const Plan *plan, float *y, const uint8_t *dither, uint32_t offset,
+                            float *room, i32 *indices, uint8_t *codes, uint8_t *section) {
     const int64_t size = plan->size, piece = least(size, PIECE);
     const uint32_t shift = offset * 0x01000100u; /* moves u and v, the two halves of a word */
     float rms = sqrtf(tree_dot(y, y, size, room) * (1.0f / (float)size));
-    float fitting = from_bits(largest_magnitude(y, size)) * plan->inverse_bound;
+    float fitting = plan->exact_capacity
+                        ? take_exact(plan, y, rms, dither, offset, indices, room, section)
+                        : from_bits(largest_magnitude(y, size)) * plan->inverse_bound;
     float scale = rms > fitting ? rms : fitting;
     float unit = scale > 0 ? (1.0f / scale) * plan->nodes_per_sigma : 0.0f;
     i32 work[PIECE];
@@ -626,6 +724,10 @@ static void vector_values(const Plan *plan, const uint8_t *codes, float scale, f
 
 static int64_t bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
+static int64_t row_bytes(const Plan *plan) {
+    return plan->size * plan->bits / 8 + plan->exact_capacity * (index_bytes(plan) + 2);
+}
+
 /* Scratch of one thread. */
 typedef struct {
     float *y, *sum, *room;
@@ -693,7 +795,8 @@ static void encode_block(const Plan *plan, Scratch s, int64_t first, uint32_t ra
     if (plan->quantizer == QUIC_FL) {
         uint32_t offset = (uint32_t)(256 * (int64_t)rank / plan->world_size);
         const uint8_t *dither = draw_dither(plan, first, s.dither);
-        *scale = quic_fl_encode(plan, s.y, dither, offset, s.room, s.codes);
+        *scale = quic_fl_encode(plan, s.y, dither, offset, s.room, (i32 *)s.sum, s.codes,
+                                packed + size * plan->bits / 8);
     } else if (plan->quantizer == EDEN) {
         *scale = eden_encode(plan, s.y, s.room, s.sum, s.codes);
     } else {
@@ -743,7 +846,12 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
                plan->bits * plan->group, s.codes);
         if (plan->quantizer == QUIC_FL) {
             uint32_t offset = (uint32_t)(256 * rank / plan->world_size);
+            const uint8_t *section =
+                (const uint8_t *)packed + rank * stride + size * plan->bits / 8;
+            i32 *indices = (i32 *)s.sum;
+            int64_t count = exact_sums(plan, section, scale, rank == 0, s.y, indices, s.room);
             quic_fl_add(plan, s.codes, dither, offset, scale, rank == 0, s.y);
+            for (int64_t i = 0; i < count; i++) s.y[indices[i]] = s.room[i];
         } else {
             if (plan->quantizer == EDEN)
                 eden_values(plan, s.codes, scale, s.y);
@@ -769,12 +877,11 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
 }
 
 /* x: `numel` coordinates of `blocks` blocks, the rest of the last one being zeros. `found`, which may
- * be NULL, has room for the moments of all blocks. Returns 0, or -1
- * where no memory was to be had. */
+ * be NULL, has room for the moments of all blocks. Returns 0, or -1 where no memory was to be had. */
 int EXPORT(rhtcomm_encode)(const Plan *plan, int64_t blocks, int64_t rank, const void *x, int dtype,
                            int64_t numel, float *scales, uint8_t *packed, float *found,
                            int threads) {
-    const int64_t size = plan->size, packed_bytes = size * plan->bits / 8;
+    const int64_t size = plan->size, packed_bytes = row_bytes(plan);
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -800,7 +907,7 @@ int EXPORT(rhtcomm_encode)(const Plan *plan, int64_t blocks, int64_t rank, const
 /* Payload rows lie `stride` bytes apart. */
 int EXPORT(rhtcomm_decode)(const Plan *plan, int64_t blocks, const char *scales, const char *packed,
                            int64_t stride, void *out, int dtype, int64_t numel, int threads) {
-    const int64_t size = plan->size, packed_bytes = size * plan->bits / 8;
+    const int64_t size = plan->size, packed_bytes = row_bytes(plan);
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

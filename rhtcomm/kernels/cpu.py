@@ -40,6 +40,7 @@ class _Plan(ctypes.Structure):
         ("size", ctypes.c_int64),
         ("first", ctypes.c_int64),
         ("world_size", ctypes.c_int64),
+        ("exact_capacity", ctypes.c_int64),
         ("seed", ctypes.c_uint32 * 2),
         ("bucket", ctypes.c_uint32),
         ("step", ctypes.c_uint32),
@@ -177,6 +178,7 @@ def _plan(
         normalization=normalization,
     )
     if isinstance(quantizer, QuicFL):
+        plan.exact_capacity = quantizer.exact_capacity(blocks.size)
         levels = quantizer.table
         plan.shared_bits, plan.middle = levels.shared_bits, levels.middle
         plan.nodes_per_sigma, plan.inverse_bound = levels.nodes_per_sigma, levels.inverse_bound
