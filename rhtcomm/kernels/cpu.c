@@ -533,6 +533,79 @@ static int64_t exact_sums(const Plan *plan, const uint8_t *section, float scale,
     return count;
 }
 
+#if defined(__AVX512VBMI__)
+/* The bytes of `table` (512) at indices of nine bits: `index`, bit 7 of it again, and bit 8. */
+INLINE __m512i look_up_bytes(const uint8_t *table, __m512i index, __mmask64 bit7, __mmask64 bit8) {
+    __m512i quarter[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        quarter[i] = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128 * i), index,
+                                              _mm512_load_si512(table + 128 * i + 64));
+    return _mm512_mask_blend_epi8(bit8, _mm512_mask_blend_epi8(bit7, quarter[0], quarter[1]),
+                                  _mm512_mask_blend_epi8(bit7, quarter[2], quarter[3]));
+}
+
+/* The codes of y * unit for 1025 nodes, which is b <= 4, and whole groups of 64 coordinates.
+ *
+ * Node m is counted from that of zero here. position(-m) = (2^b - 1) 2^16 - position(m), so three
+ * planes of bytes of the positions at m = 0 .. 511 do. With p the upper and q the lower 16 bits of
+ * position(|m|), a code is p + (2^16 - 1 - v < q), and for m < 0 it is 2^b - 1 - p - (v < q). */
+static void quic_fl_codes_by_bytes(const Plan *plan, const float *y, const uint8_t *dither,
+                                   uint32_t offset, float unit, uint8_t *codes) {
+    uint8_t planes[3][512] __attribute__((aligned(64)));
+    for (int i = 0; i < 512; i += 16) {
+        __m512i position = _mm512_loadu_si512(plan->positions + 512 + i);
+        for (int k = 0; k < 3; k++, position = _mm512_srli_epi32(position, 8))
+            _mm_store_si128((__m128i *)(planes[k] + i), _mm512_cvtepi32_epi8(position));
+    }
+    uint16_t upper_words __attribute__((vector_size(64)));
+    for (int i = 0; i < 32; i++) upper_words[i] = (uint16_t)(2 * i + 1);
+    uint8_t even __attribute__((vector_size(64))), u_of __attribute__((vector_size(64)));
+    for (int i = 0; i < 64; i++) {
+        even[i] = (uint8_t)(2 * i);
+        /* the lower half of what dither_words gives, the upper one zero */
+        u_of[i] = (uint8_t)(i % 4 < 2 ? i / 16 * 4 + (i / 4 + 1 + i) % 4 : 0x80);
+    }
+    const __m512i last = _mm512_set1_epi8((char)((1 << plan->bits) - 1));
+    const __m512i turn = _mm512_set1_epi8((char)offset);
+    const __m512i turn_u = _mm512_set1_epi32((int)(offset << 8));
+    for (int64_t j = 0; j < plan->size; j += 64) {
+        __m512i z[4], m[2], byte[3];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            const __m128i *words = (const __m128i *)(dither + j + 16 * k);
+            __m512i u = _mm512_broadcast_i32x4(_mm_loadu_si128(words));
+            u = _mm512_add_epi16(_mm512_shuffle_epi8(u, (__m512i)u_of), turn_u);
+            z[k] = (__m512i)to_integers(load(y + j + 16 * k) * unit);
+            z[k] = _mm512_add_epi32(z[k], u);
+        }
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; k++)
+            m[k] = _mm512_permutex2var_epi16(z[2 * k], (__m512i)upper_words, z[2 * k + 1]);
+        __mmask64 negative = _mm512_kunpackd(_mm512_movepi16_mask(m[1]), _mm512_movepi16_mask(m[0]));
+        m[0] = _mm512_abs_epi16(m[0]);
+        m[1] = _mm512_abs_epi16(m[1]);
+        __m512i lower = _mm512_permutex2var_epi8(m[0], (__m512i)even, m[1]);
+        __m512i upper = _mm512_permutex2var_epi8(m[0], (__m512i)(even + 1), m[1]);
+        __mmask64 bit7 = _mm512_movepi8_mask(lower);
+        __mmask64 bit8 = _mm512_test_epi8_mask(upper, _mm512_set1_epi8(1));
+        __mmask64 end = _mm512_test_epi8_mask(upper, _mm512_set1_epi8(2)); /* |m| = 512 */
+#pragma GCC unroll 3
+        for (int k = 0; k < 3; k++) byte[k] = look_up_bytes(planes[k], lower, bit7, bit8);
+        __m512i v1 = _mm512_loadu_si512(dither + j), v0 = _mm512_rol_epi32(v1, 8);
+        v1 = _mm512_add_epi8(v1, turn);
+        v1 = _mm512_mask_sub_epi8(v1, ~negative, _mm512_set1_epi8(-1), v1);
+        v0 = _mm512_mask_sub_epi8(v0, ~negative, _mm512_set1_epi8(-1), v0);
+        __mmask64 carry = _mm512_cmplt_epu8_mask(v1, byte[1]);
+        carry |= _mm512_mask_cmplt_epu8_mask(_mm512_cmpeq_epi8_mask(v1, byte[1]), v0, byte[0]);
+        __m512i code = _mm512_mask_sub_epi8(byte[2], carry, byte[2], _mm512_set1_epi8(-1));
+        code = _mm512_mask_mov_epi8(code, end, last);
+        code = _mm512_mask_sub_epi8(code, negative, last, code);
+        _mm512_storeu_si512(codes + j, code);
+    }
+}
+#endif
+
 /* Codes of one block and its exact coordinates; returns its scale. `room` and `indices` are scratch
  * of d numbers. */
 static float quic_fl_encode(const Plan *plan, float *y, const uint8_t *dither, uint32_t offset,
@@ -545,6 +618,12 @@ static float quic_fl_encode(const Plan *plan, float *y, const uint8_t *dither, u
                         : from_bits(largest_magnitude(y, size)) * plan->inverse_bound;
     float scale = rms > fitting ? rms : fitting;
     float unit = scale > 0 ? (1.0f / scale) * plan->nodes_per_sigma : 0.0f;
+#if defined(__AVX512VBMI__)
+    if (plan->bits <= 4 && size >= 64) {
+        quic_fl_codes_by_bytes(plan, y, dither, offset, unit, codes);
+        return scale;
+    }
+#endif
     i32 work[PIECE];
     for (int64_t base = 0; base < size; base += piece) {
         for (int64_t j = 0; j < piece; j += LANES) {
