@@ -150,6 +150,9 @@ def test_errors_and_wire_lengths_are_those_of_the_quantizers(errors: str) -> Non
         wire, gaussian_error, *_ = points[name]
         assert float(wire.split(" ")[0]) == pytest.approx(bits, abs=6e-4), name
         assert float(gaussian_error.split(" ")[0]) == pytest.approx(expected, rel=0.06), name
+    for name in ("QuicFL, b = 8", "Eden, b = 8", "Lattice, b = 8"):
+        cells = [float(cell.split(" ")[0]) for cell in points[name][1:]]
+        assert cells == pytest.approx([cells[0]] * len(cells), rel=0.3), name
     for table in equal:
         best = table["VectorQuantizer"]
         for name in ("Eden", "QuicFL", "uniform, one RHT", "QSGD, 2-norm", "QSGD, max norm"):
