@@ -30,7 +30,7 @@ def check(speeds: dict[int, CodecSpeed]) -> list[str]:
     with (HERE / "results" / "throughput.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        if row["link"] not in GBPS or row["carrier"] != "gloo" or row["mebibytes"] != "25.0":
+        if row["link"] not in GBPS or row["carrier"] != "gloo" or float(row["mebibytes"]) != 25:
             continue
         n = int(row["world_size"])
         crowded = max(1.0, n / (os.cpu_count() or 1))

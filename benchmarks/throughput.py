@@ -374,7 +374,7 @@ def main() -> None:
     links = ("loopback", *MBIT)
     parser.add_argument("--links", nargs="+", choices=links, default=list(links))
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--mebibytes", type=float, nargs="+", default=[1, 25])
+    parser.add_argument("--mebibytes", type=float, nargs="+", default=[1.0, 25.0])
     parser.add_argument("--rounds", type=int, default=21, help="at 100mbit a third of them")
     parser.add_argument("--contestants", nargs="+", default=["*"], help="names, or patterns")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
