@@ -44,7 +44,7 @@ CSV_COLUMNS = ("step", "train_loss", "val_loss", "step_seconds", "comm_seconds",
 # What a run's results depend on, so what a resumed run must share with the one that it continues.
 RESUME_FIELDS = (
     *("layers", "width", "heads", "context", "batch", "steps", "lr", "warmup", "seed"),
-    *("hook", "bits", "quantizer", "algorithm", "bucket_cap_mb"),
+    *("hook", "bits", "quantizer", "algorithm", "error_feedback", "bucket_cap_mb"),
 )
 
 # The first steps allocate memory and open connections.
@@ -79,6 +79,12 @@ def parse_args() -> argparse.Namespace:
         "--algorithm", choices=("auto", "all_gather", "two_shot"), default="auto", help="rht"
     )
     hook.add_argument(
+        "--error-feedback",
+        action="store_true",
+        help="rht: send later what a step could not; every rank's residuals, as many bytes as the "
+        "model, then lie in the checkpoint",
+    )
+    hook.add_argument(
         "--communicator",
         choices=("torch", "mpi"),
         default="torch",
@@ -111,6 +117,8 @@ def parse_args() -> argparse.Namespace:
     # Ranks that torchrun starts again go on from what the ones before them left.
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and args.checkpoint:
         args.resume = args.resume or args.checkpoint.is_file()
+    if args.error_feedback and args.hook != "rht":
+        parser.error(f"--error-feedback is for --hook rht, not {args.hook}: leave one of them out")
     if args.resume and (args.checkpoint is None or not args.checkpoint.is_file()):
         parser.error(
             f"--resume found no file at --checkpoint {args.checkpoint}: "
@@ -353,6 +361,7 @@ def make_hook(args: argparse.Namespace) -> tuple[Any, Hook]:
         bits=args.bits,
         quantizer=args.quantizer,
         algorithm=args.algorithm,
+        error_feedback=args.error_feedback,
         seed=args.seed,
         communicator=rhtcomm.MPICommunicator() if args.communicator == "mpi" else None,
     )
@@ -449,7 +458,7 @@ def train(args: argparse.Namespace) -> None:
     measured = MeasuredHook(hook, device)
     model.register_comm_hook(state, measured.hook)
     if checkpoint and args.hook == "rht":
-        state.load_state_dict(checkpoint["hook"])
+        state.load_state_dict(checkpoint["hook"][rank], gpt)
 
     def validate() -> float:
         with torch.no_grad():
@@ -511,6 +520,11 @@ def train(args: argparse.Namespace) -> None:
         else:
             (train_loss,) = mean_over_ranks([train_loss], device)
 
+        save = args.checkpoint and (done % args.checkpoint_every == 0 or done == last_step)
+        hook_states: list[Any] | None = [None] * world_size if rank == 0 else None
+        if save and args.hook == "rht":
+            dist.gather_object(state.state_dict(gpt), hook_states)
+
         if rank == 0:
             progress.set_postfix(train=f"{train_loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
             if evaluate:
@@ -531,11 +545,11 @@ def train(args: argparse.Namespace) -> None:
                     }
                 )
                 log_file.flush()
-            if args.checkpoint and (done % args.checkpoint_every == 0 or done == last_step):
+            if save:
                 content = {"config": config, "step": done}
                 content |= {"model": gpt.state_dict(), "optimizer": optimizer.state_dict()}
                 if args.hook == "rht":
-                    content["hook"] = state.state_dict()
+                    content["hook"] = hook_states
                 save_checkpoint(args.checkpoint, content)
 
     step_seconds, comm_seconds = (
