@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..codec import AUTO, Codec
 from ..collectives import (
@@ -27,6 +29,7 @@ from ..collectives import (
     all_reduce,
     check_agreement,
     check_algorithm,
+    check_error_feedback,
 )
 from ..communicator import Communicator, HierarchicalCommunicator, TorchCommunicator
 from ..lattice import Lattice
@@ -35,11 +38,7 @@ from ..randomness import Key
 
 __all__ = ["RHTState", "Stats", "rht_hook"]
 
-_QUANTIZERS: dict[str, type[QuicFL] | type[Eden] | type[VectorQuantizer]] = {
-    "quic_fl": QuicFL,
-    "eden": Eden,
-    "vector": VectorQuantizer,
-}
+_EDEN: dict[str, type[Eden] | type[VectorQuantizer]] = {"eden": Eden, "vector": VectorQuantizer}
 _LATTICE = "lattice"
 _NO_HOOK = "or registered no hook, or one with another process_group"
 
@@ -98,6 +97,12 @@ class RHTState:
             what torch takes (30 minutes for Gloo), whatever the other group has.
         communicator: takes the place of process_group and timeout: an `MPICommunicator`, or a
             `HierarchicalCommunicator` (whose groups nothing else may use while the hook does).
+        error_feedback: add to each gradient what this rank could not send of it before
+            (see `rhtcomm.all_reduce`). It costs float32 memory of the gradients' size and a decode
+            of the rank's own payload; "eden" and "vector" then take the biased scale of least
+            squared error. Not for "lattice", nor for "quic_fl" with 1 bit. Residuals have the unit
+            of the gradients: after a GradScaler changes its scale, what is left from the step
+            before counts by the old one.
         nmse_every: measure the error of the mean in every so many steps (0: never), by an exact
             all-reduce beside the compressed one. Its bytes and time are not counted.
 
@@ -119,9 +124,10 @@ class RHTState:
         process_group: dist.ProcessGroup | None = None,
         timeout: timedelta | None = None,
         communicator: Communicator | HierarchicalCommunicator | None = None,
+        error_feedback: bool = False,
         nmse_every: int = 0,
     ) -> None:
-        names = (*_QUANTIZERS, _LATTICE)
+        names = ("quic_fl", *_EDEN, _LATTICE)
         if quantizer not in names:
             raise ValueError(f"RHTState: quantizer={quantizer!r} must be one of {', '.join(names)}")
         if communicator is not None and (process_group is not None or timeout is not None):
@@ -149,8 +155,14 @@ class RHTState:
         elif quantizer == "quic_fl":
             self.codec = Codec(QuicFL(bits, exact_fraction), rotations, block)
         else:
-            self.codec = Codec(_QUANTIZERS[quantizer](bits), rotations, block)
+            self.codec = Codec(_EDEN[quantizer](bits, biased=error_feedback), rotations, block)
         check_algorithm(algorithm, self.codec)
+        if error_feedback:
+            check_error_feedback(self.codec)
+        self.error_feedback = error_feedback
+        # Flat float32, in the order of the gradient in its bucket. Keyed by parameter, since DDP
+        # puts them into other buckets after the first step.
+        self._residuals: dict[torch.Tensor, torch.Tensor] = {}
         self.algorithm = algorithm
         self.min_numel = min_numel
         self.nmse_every = nmse_every
@@ -185,15 +197,77 @@ class RHTState:
             rotations=dict(self._taken),
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values with which a resumed run goes on in the same random streams."""
-        wanted = [[*bucket, count] for bucket, count in sorted(self._wanted.items())]
-        return {"seed": self.key.seed, "step": self.key.step, "rotations": wanted}
+    def state_dict(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """Plain values with which a resumed run goes on in the same random streams.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; call it on all ranks alike, between steps."""
+        With error feedback also the residuals, flat float32 tensors by the names of the model's
+        parameters. They differ between ranks, so each must keep its own.
+
+        Args:
+            model: that the hook is registered on, DDP or what it wraps; for error feedback only.
+
+        Raises:
+            ValueError: the model is missing, or lacks a parameter that the hook has seen.
+        """
+        wanted = [[*bucket, count] for bucket, count in sorted(self._wanted.items())]
+        state: dict[str, Any] = {"seed": self.key.seed, "step": self.key.step, "rotations": wanted}
+        if self.error_feedback:
+            named = self._named_parameters(model, "state_dict(model)")
+            residuals = {
+                name: self._residuals[parameter].clone()  # alone in its memory
+                for name, parameter in named.items()
+                if parameter in self._residuals
+            }
+            if len(residuals) < len(self._residuals):
+                raise ValueError(
+                    f"RHTState.state_dict: the model lacks {len(self._residuals) - len(residuals)} "
+                    "of the parameters whose gradients the hook has seen; give the model that it "
+                    "is registered on"
+                )
+            state["residuals"] = residuals
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], model: nn.Module | None = None) -> None:
+        """Go on where `state_dict` was taken; call it on all ranks alike, between steps.
+
+        Args:
+            state: of the same rank, if it holds residuals.
+            model: as for `state_dict`; for error feedback only.
+
+        Raises:
+            ValueError: the model is missing or another one; or only one of this state and the saved
+                one has error_feedback.
+        """
+        residuals = state.get("residuals")
+        if (residuals is not None) != self.error_feedback:
+            raise ValueError(
+                f"RHTState.load_state_dict: error_feedback={self.error_feedback}, but what was "
+                f"saved has {'no ' * (residuals is None)}residuals; make the state as it was then"
+            )
+        if residuals is not None:
+            named = self._named_parameters(model, "load_state_dict(state, model)")
+            for name, residual in residuals.items():
+                if name not in named or residual.shape != (named[name].numel(),):
+                    raise ValueError(
+                        f"RHTState.load_state_dict: the saved residual of {name}, of shape "
+                        f"{tuple(residual.shape)}, belongs to no parameter of the model; "
+                        "give the model that it was saved for"
+                    )
+            self._residuals = {
+                named[name]: residual.float().cpu() for name, residual in residuals.items()
+            }
         self.key, self._last_index = Key(state["seed"], state["step"]), -1
         self._wanted = {(index, numel): count for index, numel, count in state.get("rotations", [])}
+
+    @staticmethod
+    def _named_parameters(model: nn.Module | None, call: str) -> dict[str, torch.Tensor]:
+        if model is None:
+            raise ValueError(
+                f"RHTState: with error_feedback residuals are saved by parameter; call {call}"
+            )
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        return dict(model.named_parameters())
 
     def close(self) -> None:
         """Finish what is under way, end the worker thread and destroy the group it used.
@@ -232,6 +306,7 @@ class RHTState:
         if bucket.index() <= self._last_index:
             self._next_step()
         key = replace(self.key, bucket=bucket.index())
+        parameters = bucket.parameters() if self.error_feedback else []
         self._last_index = bucket.index()
         if bucket.is_last():
             self._next_step()
@@ -239,7 +314,7 @@ class RHTState:
         devices = [buffer.device] if on_device else None
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
         ready = torch.cuda.current_stream(buffer.device).record_event() if on_device else None
-        self._worker.submit(self._run, buffer, key, ready, done)
+        self._worker.submit(self._run, buffer, key, parameters, ready, done)
         # An exception set on a Python future reaches DDP only when a callback raises it again.
         return done.then(lambda finished: finished.value())
 
@@ -308,6 +383,7 @@ class RHTState:
         self,
         buffer: torch.Tensor,
         key: Key,
+        parameters: list[torch.Tensor],
         ready: torch.cuda.Event | None,
         done: torch.futures.Future[torch.Tensor],
     ) -> None:
@@ -319,7 +395,7 @@ class RHTState:
                     f"rht_hook: an earlier bucket failed: {self._failure}"
                 ) from self._failure
             with self._after(buffer, ready):
-                self._mean(buffer, key)
+                self._mean(buffer, key, parameters)
                 done.set_result(buffer)
         except BaseException as failure:
             self._failure = self._failure or failure
@@ -350,7 +426,7 @@ class RHTState:
             self._streams[device] = torch.cuda.Stream(device)
         return self._streams[device]
 
-    def _mean(self, buffer: torch.Tensor, key: Key) -> None:
+    def _mean(self, buffer: torch.Tensor, key: Key, parameters: list[torch.Tensor]) -> None:
         communicator = self._communicator
         assert communicator is not None
         if not self._checked:
@@ -359,6 +435,7 @@ class RHTState:
                 "algorithm": self.algorithm,
                 "min_numel": self.min_numel,
                 "nmse_every": self.nmse_every,
+                "error_feedback": self.error_feedback,
                 "seed": key.seed,
                 "step": key.step,
                 "rotations by bucket": sorted(self._wanted.items()),
@@ -366,9 +443,12 @@ class RHTState:
             with self._exchange(key):
                 check_agreement(communicator, facts, buffer.device)
             self._checked = True
+        residual = self._gather_residual(parameters, buffer) if self.error_feedback else None
         exact = None
         if self.nmse_every and key.step % self.nmse_every == 0:
             exact = buffer.float() / communicator.world_size
+            if residual is not None:
+                exact += residual / communicator.world_size
             with self._exchange(key):
                 communicator.all_reduce_(exact)
         before = communicator.bytes_sent
@@ -383,12 +463,16 @@ class RHTState:
             min_numel=self.min_numel,
             rotations=rotations,
             check=False,
+            residual=residual,
             stopwatch=lambda part: self._stopwatch(part, key),
         )
         if wanted is not None:
             self._wanted[place] = wanted
         if buffer.numel() >= self.min_numel:
             self._taken[rotations or self._safe_rotations] += 1
+        if residual is not None:
+            parts = residual.split([parameter.numel() for parameter in parameters])
+            self._residuals.update(zip(parameters, parts, strict=True))
         self._bytes_sent += communicator.bytes_sent - before
         self._bytes_uncompressed += communicator.ring_bytes(buffer.nbytes)
         if exact is not None:
@@ -397,6 +481,18 @@ class RHTState:
             if math.isfinite(error) and math.isfinite(norm):  # not so in steps that a scaler skips
                 self._squared_error += error
                 self._squared_norm += norm
+
+    def _gather_residual(
+        self, parameters: list[torch.Tensor], buffer: torch.Tensor
+    ) -> torch.Tensor:
+        """What is left of a bucket's gradients, (numel,) float32 in memory of its own."""
+        parts = []
+        for parameter in parameters:
+            part = self._residuals.get(parameter)
+            if part is None:
+                part = torch.zeros(parameter.numel(), device=buffer.device)
+            parts.append(part.to(buffer.device))
+        return torch.cat(parts)
 
     @contextlib.contextmanager
     def _exchange(self, key: Key) -> Iterator[None]:

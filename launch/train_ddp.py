@@ -48,7 +48,8 @@ CSV_COLUMNS = (
 # What a run's results depend on, so what a resumed run must share with the one that it continues.
 RESUME_FIELDS = (
     *("layers", "width", "heads", "context", "batch", "steps", "lr", "warmup", "seed"),
-    *("hook", "bits", "quantizer", "algorithm", "powersgd_rank", "bucket_cap_mb"),
+    *("hook", "bits", "quantizer", "algorithm", "error_feedback", "powersgd_rank"),
+    "bucket_cap_mb",
 )
 
 # The first steps allocate memory and open connections.
@@ -83,6 +84,12 @@ def parse_args() -> argparse.Namespace:
         "--algorithm", choices=("auto", "all_gather", "two_shot"), default="auto", help="rht"
     )
     hook.add_argument("--powersgd-rank", type=int, default=4, help="powersgd: of its matrices")
+    hook.add_argument(
+        "--error-feedback",
+        action="store_true",
+        help="rht: send later what a step could not; every rank's residuals, as many bytes as the "
+        "model, then lie in the checkpoint",
+    )
     hook.add_argument(
         "--communicator",
         choices=("torch", "mpi"),
@@ -121,6 +128,8 @@ def parse_args() -> argparse.Namespace:
             "--hook powersgd keeps an error for each parameter, which --checkpoint does not save: "
             "leave out --checkpoint"
         )
+    if args.error_feedback and args.hook != "rht":
+        parser.error(f"--error-feedback is for --hook rht, not {args.hook}: leave one of them out")
     if args.resume and (args.checkpoint is None or not args.checkpoint.is_file()):
         parser.error(
             f"--resume found no file at --checkpoint {args.checkpoint}: "
@@ -372,6 +381,7 @@ def make_hook(args: argparse.Namespace) -> tuple[Any, Hook]:
         bits=args.bits,
         quantizer=args.quantizer,
         algorithm=args.algorithm,
+        error_feedback=args.error_feedback,
         seed=args.seed,
         communicator=rhtcomm.MPICommunicator() if args.communicator == "mpi" else None,
     )
@@ -478,7 +488,7 @@ def train(args: argparse.Namespace) -> None:
     measured = MeasuredHook(hook, device)
     model.register_comm_hook(state, measured.hook)
     if checkpoint and args.hook == "rht":
-        state.load_state_dict(checkpoint["hook"])
+        state.load_state_dict(checkpoint["hook"][rank], gpt)
 
     def validate() -> float:
         with torch.no_grad():
@@ -543,6 +553,11 @@ def train(args: argparse.Namespace) -> None:
         else:
             (train_loss,) = mean_over_ranks([train_loss], device)
 
+        save = args.checkpoint and (done % args.checkpoint_every == 0 or done == last_step)
+        hook_states: list[Any] | None = [None] * world_size if rank == 0 else None
+        if save and args.hook == "rht":
+            dist.gather_object(state.state_dict(gpt), hook_states)
+
         if rank == 0:
             progress.set_postfix(train=f"{train_loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
             if evaluate:
@@ -564,11 +579,11 @@ def train(args: argparse.Namespace) -> None:
                     }
                 )
                 log_file.flush()
-            if args.checkpoint and (done % args.checkpoint_every == 0 or done == last_step):
+            if save:
                 content = {"config": config, "step": done}
                 content |= {"model": gpt.state_dict(), "optimizer": optimizer.state_dict()}
                 if args.hook == "rht":
-                    content["hook"] = state.state_dict()
+                    content["hook"] = hook_states
                 save_checkpoint(args.checkpoint, content)
 
     step_seconds, comm_seconds, exposed_seconds = (

@@ -93,6 +93,8 @@ class Codec:
         }
         if isinstance(self.quantizer, QuicFL) and self.quantizer.exact_fraction:
             facts["exact_fraction"] = self.quantizer.exact_fraction
+        if getattr(self.quantizer, "biased", False):
+            facts["biased"] = True
         return facts
 
     @cached_property
@@ -181,12 +183,16 @@ class Codec:
         *,
         first: int = 0,
         out: torch.Tensor | None = None,
+        first_rank: int = 0,
+        world_size: int | None = None,
     ) -> torch.Tensor:
         """Mean of what K ranks encoded.
 
         Args:
-            payloads: (K, nbytes(numel)) uint8, row i encoded as rank i of K.
+            payloads: (K, nbytes(numel)) uint8, row i encoded as rank `first_rank` + i of
+                `world_size`.
             key, first: as given to `encode`.
+            first_rank, world_size: by default 0 and K, that is all of the ranks.
             numel: length of the tensor.
             out: (numel,) float32, bfloat16 or float16, contiguous, to write into.
 
@@ -205,9 +211,11 @@ class Codec:
                 f" but {numel} coordinates take (K, {length}) torch.uint8: a payload was cut short,"
                 " or made with another configuration or length"
             )
-        world_size = payloads.shape[0]
-        self._check_place(0, world_size, first)
-        rotation = self._check_headers(payloads, key, first, numel)
+        if world_size is None:
+            world_size = payloads.shape[0]
+        self._check_place(first_rank, world_size, first)
+        self._check_place(first_rank + payloads.shape[0] - 1, world_size, first)
+        rotation = self._check_headers(payloads, key, first, numel, first_rank, world_size)
         # The scales are read as float32 where they lie.
         if (
             payloads.data_ptr() % 4
@@ -239,6 +247,8 @@ class Codec:
                 key,
                 blocks.shifted(first),
                 out[blocks.start : blocks.stop],
+                first_rank,
+                world_size,
             )
         return out
 
@@ -287,15 +297,20 @@ class Codec:
         return b"RH" + bytes((VERSION, count)) + check + self.fingerprint
 
     def _check_headers(
-        self, payloads: torch.Tensor, key: Key, first: int, numel: int
+        self,
+        payloads: torch.Tensor,
+        key: Key,
+        first: int,
+        numel: int,
+        first_rank: int,
+        world_size: int,
     ) -> RandomizedHadamard:
         """The transform that all of them were made by."""
-        world_size = payloads.shape[0]
         headers = [bytes(row) for row in payloads[:, :HEADER_BYTES].tolist()]
         rotations = headers[0][3] % 16
         if self.rotations != AUTO or rotations not in (1, 2, 3):
             rotations = self._rotation(None).rotations
-        for rank, found in enumerate(headers):
+        for rank, found in enumerate(headers, first_rank):
             count = rotations + (found[3] & 0xF0 if self.rotations == AUTO else 0)
             wanted = self._header(count, key, rank, world_size, first, numel)
             if found == wanted:

@@ -14,6 +14,15 @@ rank 0 does so with the whole tensor, as a parameter server does.
 Over a `HierarchicalCommunicator` the ranks of a node first share out the sum of their tensors in
 full precision; each takes its shard to its like in the other nodes by one of the above (n counts
 nodes then), and the node puts the shards together again.
+
+Error feedback (Seide et al., INTERSPEECH 2014; Karimireddy et al., ICML 2019) adds to x_t, what a
+rank has at step t, the residual r_t of what it could not send before:
+
+    sent = decode(encode(x_t + r_t)),    r_(t+1) = x_t + r_t - sent,    r_0 = 0,
+
+so that over any number of steps the results and the mean residual add up to the exact means. What
+an owner of a shard (two_shot; gather: rank 0) loses when it encodes the mean of n ranks again goes
+n times into its own residual, which counts as one n-th.
 """
 
 import contextlib
@@ -28,6 +37,7 @@ import torch
 from rhtcomm.codec import AUTO, DTYPES, Codec, PayloadError
 from rhtcomm.communicator import Communicator, HierarchicalCommunicator
 from rhtcomm.lattice import Lattice
+from rhtcomm.quantizers import QuicFL
 from rhtcomm.randomness import Key
 
 __all__ = ["Algorithm", "DisagreementError", "all_reduce", "check_agreement", "check_algorithm"]
@@ -54,6 +64,7 @@ def all_reduce(
     min_numel: int = 1 << 14,
     rotations: int | None = None,
     check: bool = True,
+    residual: torch.Tensor | None = None,
     stopwatch: Stopwatch = lambda _: contextlib.nullcontext(),
 ) -> int | None:
     """Replace `tensor` by its mean over all ranks, in place; every rank gets the same bits.
@@ -72,6 +83,9 @@ def all_reduce(
             what the last call for such a tensor returned, or None for the safe number.
         check: compare the configuration of all ranks first, at the price of one small exchange.
             The DDP hook does that once, not for each bucket.
+        residual: float32 of the tensor's shape and device, zeros before the first step: error
+            feedback. It is added to the tensor and replaced by what this rank leaves unsent; blocks
+            that come out as NaN keep theirs. For codecs with an error below one (not QuicFL(1)).
         stopwatch: called with "encode", "exchange" and "decode"; gives a context for that part.
 
     Returns:
@@ -80,7 +94,8 @@ def all_reduce(
 
     Raises:
         TypeError: the tensor has another dtype (float64 and integers are never rounded silently).
-        ValueError: the algorithm is unknown, or asked for with a `Lattice`.
+        ValueError: the algorithm is unknown, or asked for with a `Lattice`; or the residual has
+            another shape, dtype or device, or the codec cannot have one.
         DisagreementError: on all ranks, naming the fields in which they differ.
         PayloadError: a payload that arrived is not what was expected.
     """
@@ -93,6 +108,7 @@ def all_reduce(
             "shape": tuple(tensor.shape),
             "key": key,
             "rotations now": rotations,
+            "error_feedback": residual is not None,
         }
         check_agreement(communicator, facts, tensor.device)
     check_algorithm(algorithm, codec)
@@ -101,18 +117,60 @@ def all_reduce(
             f"rhtcomm.all_reduce: the tensor is {tensor.dtype}, but only float32, bfloat16 and "
             "float16 can be reduced; convert it, or reduce it with torch.distributed"
         )
-    if communicator.world_size == 1 or tensor.numel() == 0:
+    if residual is not None:
+        check_error_feedback(codec)
+        _check_residual(residual, tensor)
+    elif communicator.world_size == 1:
+        return rotations
+    if tensor.numel() == 0:
         return rotations
     flat = tensor.detach().contiguous().view(-1)
-    if flat.numel() < min_numel:
+    left = None
+    if residual is not None:
+        flat = flat.float() + residual.reshape(-1)
+        left = torch.zeros_like(flat)
+    if flat.numel() < min_numel or communicator.world_size == 1:
         _uncompressed(flat, communicator, stopwatch)
     elif isinstance(communicator, HierarchicalCommunicator):
-        rotations = _hierarchical(flat, codec, key, communicator, algorithm, rotations, stopwatch)
+        rotations = _hierarchical(
+            flat, codec, key, communicator, algorithm, rotations, stopwatch, left
+        )
     else:
-        rotations = _compressed(flat, codec, key, communicator, algorithm, rotations, stopwatch)
+        rotations = _compressed(
+            flat, codec, key, communicator, algorithm, rotations, stopwatch, left=left
+        )
     if flat.data_ptr() != tensor.data_ptr():
         tensor.detach().copy_(flat.view(tensor.shape))
+    if residual is not None and left is not None:
+        # A gradient scaler skips a step that is not finite, so nothing of it may stay.
+        kept = torch.where(tensor.detach().isfinite(), left.view(tensor.shape), residual)
+        residual.copy_(kept)
     return rotations
+
+
+def check_error_feedback(codec: Codec | Lattice) -> None:
+    """Raise ValueError unless residuals of the codec stay bounded."""
+    if isinstance(codec, Lattice):
+        raise ValueError(
+            "rhtcomm: error feedback needs to know what a rank's own codes say, and those of a "
+            "Lattice are clear only in the sum; take another quantizer, such as Eden"
+        )
+    if isinstance(codec.quantizer, QuicFL) and codec.quantizer.bits == 1:
+        raise ValueError(
+            "rhtcomm: error feedback with QuicFL(bits=1) diverges, as its squared error is 1.5 "
+            "times what it is given or more; take 2 bits, or Eden(1, biased=True)"
+        )
+
+
+def _check_residual(residual: torch.Tensor, tensor: torch.Tensor) -> None:
+    fits = residual.shape == tensor.shape and residual.device == tensor.device
+    if not fits or residual.dtype != torch.float32:
+        raise ValueError(
+            f"rhtcomm.all_reduce: the residual is {residual.dtype} of shape "
+            f"{tuple(residual.shape)} on {residual.device}, for a tensor of shape "
+            f"{tuple(tensor.shape)} on {tensor.device}; make it by "
+            "torch.zeros_like(tensor, dtype=torch.float32)"
+        )
 
 
 def check_algorithm(algorithm: str, codec: Codec | Lattice) -> None:
@@ -193,6 +251,7 @@ def _hierarchical(
     algorithm: Algorithm,
     rotations: int | None,
     stopwatch: Stopwatch,
+    left: torch.Tensor | None,
 ) -> int | None:
     within, between = communicator.within, communicator.between
     shards = split_into_shards(flat.numel(), codec.block, within.world_size)
@@ -208,9 +267,12 @@ def _hierarchical(
     mine /= within.world_size
     shard, size = shards[within.rank], sizes[within.rank]
     if between.world_size > 1 and size:
+        unsent = None if left is None else left[shard]
         rotations = _compressed(
-            mine[:size], codec, key, between, algorithm, rotations, stopwatch, shard.start
+            mine[:size], codec, key, between, algorithm, rotations, stopwatch, shard.start, unsent
         )
+        if unsent is not None:
+            unsent *= within.world_size  # of the node's mean, in which this rank is one of many
     with stopwatch("exchange"):
         gathered = within.all_gather(mine.to(flat.dtype).view(torch.uint8)).view(flat.dtype)
         for row, shard, size in zip(gathered, shards, sizes, strict=True):
@@ -227,14 +289,18 @@ def _compressed(
     rotations: int | None,
     stopwatch: Stopwatch,
     first: int = 0,
+    left: torch.Tensor | None = None,
 ) -> int | None:
-    """The mean of a flat tensor that begins at coordinate `first` of its bucket, in place."""
+    """The mean of a flat tensor that begins at coordinate `first` of its bucket, in place.
+
+    `left`, of the same length, becomes what error feedback has to send later; both are float32.
+    """
     if isinstance(codec, Lattice):
         _lattice(flat, codec, key, communicator, stopwatch, first)
         return None
     chosen = choose_algorithm(algorithm, communicator.world_size, codec.nbytes(flat.numel()))
     reduce = {"all_gather": _all_gather, "two_shot": _two_shot, "gather": _gather}[chosen]
-    wanted = reduce(flat, codec, key, communicator, rotations, stopwatch, first)
+    wanted = reduce(flat, codec, key, communicator, rotations, stopwatch, first, left)
     return wanted if codec.rotations == AUTO else None
 
 
@@ -246,10 +312,13 @@ def _all_gather(
     rotations: int | None,
     stopwatch: Stopwatch,
     first: int,
+    left: torch.Tensor | None,
 ) -> int:
     rank, world_size = communicator.rank, communicator.world_size
     with stopwatch("encode"):
         payload = codec.encode(flat, key, rank, world_size, first=first, rotations=rotations)
+        if left is not None:
+            _leave(left, flat, codec, payload, key, rank, world_size, first)
     with stopwatch("exchange"):
         payloads = communicator.all_gather(payload)
     with stopwatch("decode"):
@@ -265,10 +334,13 @@ def _gather(
     rotations: int | None,
     stopwatch: Stopwatch,
     first: int,
+    left: torch.Tensor | None,
 ) -> int:
     rank, world_size = communicator.rank, communicator.world_size
     with stopwatch("encode"):
         payload = codec.encode(flat, key, rank, world_size, first=first, rotations=rotations)
+        if left is not None:
+            _leave(left, flat, codec, payload, key, rank, world_size, first)
     with stopwatch("exchange"):
         payloads = communicator.gather(payload)
     again = key.next_hop()
@@ -299,6 +371,8 @@ def _gather(
         )
     with stopwatch("decode"):
         codec.decode_mean(payload[None], again, flat.numel(), first=first, out=flat)
+    if left is not None and payloads is not None:
+        left += world_size * (mean - flat)
     return codec.wanted_rotations(payload[None])
 
 
@@ -310,6 +384,7 @@ def _two_shot(
     rotations: int | None,
     stopwatch: Stopwatch,
     first: int,
+    left: torch.Tensor | None,
 ) -> int:
     rank, world_size = communicator.rank, communicator.world_size
     shards = split_into_shards(flat.numel(), codec.block, world_size)
@@ -325,6 +400,9 @@ def _two_shot(
                 first=first + shard.start,
                 rotations=rotations,
             )
+            if left is not None:
+                start = first + shard.start
+                _leave(left[shard], flat[shard], codec, row[:size], key, rank, world_size, start)
     with stopwatch("exchange"):
         incoming = communicator.all_to_all(outgoing)
     mine = shards[rank]
@@ -353,7 +431,32 @@ def _two_shot(
                 first=first + shard.start,
                 out=flat[shard],
             )
+    if left is not None:
+        left[mine] += world_size * (mean - flat[mine])
     return codec.wanted_rotations(gathered)
+
+
+def _leave(
+    left: torch.Tensor,
+    flat: torch.Tensor,
+    codec: Codec,
+    payload: torch.Tensor,
+    key: Key,
+    rank: int,
+    world_size: int,
+    first: int,
+) -> None:
+    """left <- flat - what its payload says."""
+    codec.decode_mean(
+        payload[None],
+        key,
+        flat.numel(),
+        first=first,
+        out=left,
+        first_rank=rank,
+        world_size=world_size,
+    )
+    torch.sub(flat, left, out=left)
 
 
 def _lattice(

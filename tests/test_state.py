@@ -46,7 +46,7 @@ def test_randomness_never_repeats_where_ddp_leaves_out_buckets(
 ) -> None:
     """DDP may skip a step's last buckets, so `is_last` alone does not tell the steps apart."""
     drawn: list[Key] = []
-    monkeypatch.setattr(RHTState, "_mean", lambda self, buffer, key: drawn.append(key))
+    monkeypatch.setattr(RHTState, "_mean", lambda self, buffer, key, parameters: drawn.append(key))
     with RHTState(communicator=Alone()) as state:
         for index, last in [(0, 0), (1, 0), (0, 0), (1, 0), (1, 0), (0, 0), (1, 0), (2, 1), (0, 0)]:
             rht_hook(state, Bucket(index, bool(last))).wait()

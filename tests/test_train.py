@@ -84,6 +84,7 @@ def test_trains_and_resumes_as_if_uninterrupted(hook: str, tmp_path: Path) -> No
         return [
             *("--csv", tmp_path / f"{name}.csv", "--checkpoint", tmp_path / f"{name}.pt"),
             *("--checkpoint-every", "3", "--hook", hook),
+            *(["--error-feedback"] if hook == "rht" else []),
             *("--bucket-cap-mb", "0.15"),  # several buckets, each large enough to be compressed
         ]
 

@@ -59,8 +59,13 @@ class Kernel(Protocol):
         key: Key,
         blocks: Blocks,
         out: torch.Tensor,
+        first_rank: int = 0,
+        world_size: int | None = None,
     ) -> None:
-        """scales (K, B), codes (K, B, row bytes) of all ranks -> their mean, out (at most B d,)."""
+        """scales (K, B), codes (K, B, row bytes) -> their mean, out (at most B d,).
+
+        Row i was encoded as rank `first_rank` + i of `world_size`, by default K.
+        """
 
 
 def kernel_for(device: torch.device, quantizer: Quantizer) -> Kernel:

@@ -46,7 +46,9 @@ enum { SIGNS = 0, DITHER = 3 };
 typedef struct {
     int64_t size;         /* d, coordinates in a block */
     int64_t first;        /* place of the first coordinate in its bucket */
-    int64_t world_size;   /* K */
+    int64_t world_size;   /* n */
+    int64_t first_rank;   /* decoding: of the first payload row */
+    int64_t rows;         /* decoding: K, payload rows, of adjacent ranks */
     int64_t exact_capacity; /* QUIC_FL: C, exact coordinates that a block has room for */
     uint32_t seed[2];     /* Philox key */
     uint32_t bucket, step, hop;
@@ -58,6 +60,7 @@ typedef struct {
     int32_t middle;       /* QUIC_FL: node of zero, times 2^16 */
     float nodes_per_sigma;/* QUIC_FL: times 2^16 */
     float inverse_bound;  /* QUIC_FL */
+    int32_t biased;       /* EDEN, VECTOR: whether the scale is that of least squared error */
     float normalization;  /* d^(-k/2); for decoding d^(-k/2) / K */
     const float *levels;      /* QUIC_FL: 2^(b+l) levels; EDEN: 2^b centroids; VECTOR: 256 x g */
     const int32_t *positions; /* QUIC_FL: positions at the nodes */
@@ -716,6 +719,13 @@ static void quic_fl_add(const Plan *plan, const uint8_t *codes, const uint8_t *d
     }
 }
 
+/* The factor to the root mean square: |z|^2 / <z, c>, or <z, c> / |c|^2 where it may be biased. */
+static float eden_correction(const Plan *plan, const float *z, const float *values, float *room) {
+    float agreement = tree_dot(z, values, plan->size, room);
+    if (plan->biased) return agreement / tree_dot(values, values, plan->size, room);
+    return tree_dot(z, z, plan->size, room) / agreement;
+}
+
 static float eden_encode(const Plan *plan, float *y, float *room, float *values, uint8_t *codes) {
     const int64_t size = plan->size;
     const int bits = plan->bits;
@@ -729,8 +739,7 @@ static float eden_encode(const Plan *plan, float *y, float *room, float *values,
         codes[j] = (uint8_t)code;
         values[j] = plan->levels[code];
     }
-    float agreement = tree_dot(y, values, size, room);
-    return rms > 0 ? rms * (tree_dot(y, y, size, room) / agreement) : 0.0f;
+    return rms > 0 ? rms * eden_correction(plan, y, values, room) : 0.0f;
 }
 
 static void eden_values(const Plan *plan, const uint8_t *codes, float scale, float *y) {
@@ -779,8 +788,7 @@ static float vector_encode(const Plan *plan, float *y, float *room, float *value
     case 4: vector_nearest(plan, y, values, codes, 4); break;
     default: vector_nearest(plan, y, values, codes, 2); break;
     }
-    float agreement = tree_dot(y, values, size, room);
-    return rms > 0 ? rms * (tree_dot(y, y, size, room) / agreement) : 0.0f;
+    return rms > 0 ? rms * eden_correction(plan, y, values, room) : 0.0f;
 }
 
 INLINE void look_up_groups(const Plan *plan, const uint8_t *codes, float scale, float *y,
@@ -902,9 +910,9 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
     for (int64_t at = 0; at < least(size * bytes_of(dtype), PREFETCH); at += 64)
         __builtin_prefetch((char *)out + at, 1, 2);
     uint32_t peak = 0;
-    for (int64_t rank = 0; rank < plan->world_size; rank++) {
+    for (int64_t row = 0; row < plan->rows; row++) {
         uint32_t bits;
-        memcpy(&bits, scales + rank * stride, 4);
+        memcpy(&bits, scales + row * stride, 4);
         bits &= 0x7fffffff;
         if (bits > peak) peak = bits;
     }
@@ -917,19 +925,20 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
     }
     const uint8_t *dither =
         plan->quantizer == QUIC_FL ? draw_dither(plan, first, s.dither) : NULL;
-    for (int64_t rank = 0; rank < plan->world_size; rank++) {
+    for (int64_t row = 0; row < plan->rows; row++) {
+        const int64_t rank = plan->first_rank + row;
         float scale;
-        memcpy(&scale, scales + rank * stride, 4);
+        memcpy(&scale, scales + row * stride, 4);
         scale *= down;
-        unpack((const uint8_t *)packed + rank * stride, size / plan->group,
+        unpack((const uint8_t *)packed + row * stride, size / plan->group,
                plan->bits * plan->group, s.codes);
         if (plan->quantizer == QUIC_FL) {
             uint32_t offset = (uint32_t)(256 * rank / plan->world_size);
             const uint8_t *section =
-                (const uint8_t *)packed + rank * stride + size * plan->bits / 8;
+                (const uint8_t *)packed + row * stride + size * plan->bits / 8;
             i32 *indices = (i32 *)s.sum;
-            int64_t count = exact_sums(plan, section, scale, rank == 0, s.y, indices, s.room);
-            quic_fl_add(plan, s.codes, dither, offset, scale, rank == 0, s.y);
+            int64_t count = exact_sums(plan, section, scale, row == 0, s.y, indices, s.room);
+            quic_fl_add(plan, s.codes, dither, offset, scale, row == 0, s.y);
             for (int64_t i = 0; i < count; i++) s.y[indices[i]] = s.room[i];
         } else {
             if (plan->quantizer == EDEN)
@@ -939,7 +948,7 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
             const uint8_t *signs = unrotate(plan, s, first, (uint32_t)rank, s.y);
             for (int64_t j = 0; j < size; j += LANES) {
                 vf value = apply_signs(load(s.y + j), signs, j);
-                if (rank) value = load(s.sum + j) + value;
+                if (row) value = load(s.sum + j) + value;
                 store(s.sum + j, value);
             }
         }

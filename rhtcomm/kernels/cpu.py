@@ -40,6 +40,8 @@ class _Plan(ctypes.Structure):
         ("size", ctypes.c_int64),
         ("first", ctypes.c_int64),
         ("world_size", ctypes.c_int64),
+        ("first_rank", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
         ("exact_capacity", ctypes.c_int64),
         ("seed", ctypes.c_uint32 * 2),
         ("bucket", ctypes.c_uint32),
@@ -53,6 +55,7 @@ class _Plan(ctypes.Structure):
         ("middle", ctypes.c_int32),
         ("nodes_per_sigma", ctypes.c_float),
         ("inverse_bound", ctypes.c_float),
+        ("biased", ctypes.c_int32),
         ("normalization", ctypes.c_float),
         ("levels", ctypes.c_void_p),
         ("positions", ctypes.c_void_p),
@@ -137,12 +140,17 @@ class Library:
         key: Key,
         blocks: Blocks,
         out: torch.Tensor,
+        first_rank: int = 0,
+        world_size: int | None = None,
     ) -> None:
-        world_size = scales.shape[0]
-        normalization = blocks.size ** (-rotation.rotations / 2) / world_size
+        rows = scales.shape[0]
+        world_size = rows if world_size is None else world_size
+        normalization = blocks.size ** (-rotation.rotations / 2) / rows
+        plan = _plan(rotation, quantizer, key, blocks, world_size, normalization)
+        plan.first_rank, plan.rows = first_rank, rows
         _check(
             self._decode(
-                ctypes.byref(_plan(rotation, quantizer, key, blocks, world_size, normalization)),
+                ctypes.byref(plan),
                 ctypes.c_int64(blocks.count),
                 ctypes.c_void_p(scales.data_ptr()),
                 ctypes.c_void_p(codes.data_ptr()),
@@ -184,9 +192,11 @@ def _plan(
         plan.nodes_per_sigma, plan.inverse_bound = levels.nodes_per_sigma, levels.inverse_bound
         plan.levels, plan.positions = levels.levels.data_ptr(), levels.positions.data_ptr()
     elif isinstance(quantizer, Eden):
+        plan.biased = quantizer.biased
         plan.levels = quantizer.table.centroids.data_ptr()
         plan.boundaries = quantizer.table.boundaries.data_ptr()
     elif isinstance(quantizer, VectorQuantizer):
+        plan.biased = quantizer.biased
         plan.levels = quantizer.table.codewords.data_ptr()
         plan.half_norms = quantizer.table.half_norms.data_ptr()
     return plan

@@ -68,28 +68,31 @@ def decode(
     key: Key,
     blocks: Blocks,
     out: torch.Tensor,
+    first_rank: int = 0,
+    world_size: int | None = None,
 ) -> None:
-    world_size = scales.shape[0]
+    world_size = len(scales) if world_size is None else world_size
     shared = quantizer.rotation == "shared"
     for rows, piece in _pieces(blocks, scales.device):
         down, up, finite = _powers_of_two(scales[:, rows].t())
         total = None
-        for rank in range(world_size):
-            packed = codes[rank, rows]
+        for row in range(len(scales)):
+            rank = first_rank + row
+            packed = codes[row, rows]
             width, count = quantizer.bits * quantizer.group, piece.size // quantizer.group
             drawn = unpack(packed, width, count)
             values = quantizer.decode(drawn, key, piece.start, rank, world_size)
             if isinstance(quantizer, QuicFL) and quantizer.exact_fraction:
                 section = packed[:, piece.size * quantizer.bits // 8 :]
                 quantizer.decode_exact(values, section)
-            values = values * (scales[rank, rows] * down)[:, None]
+            values = values * (scales[row, rows] * down)[:, None]
             if not shared:
                 values = rotation.unrotate(values, key, piece.start, rank)
             total = values if total is None else total + values
         assert total is not None
         if shared:
             total = rotation.unrotate(total, key, piece.start)
-        mean = total * (piece.size ** (-rotation.rotations / 2) / world_size) * up[:, None]
+        mean = total * (piece.size ** (-rotation.rotations / 2) / len(scales)) * up[:, None]
         mean = torch.where(finite[:, None], mean, torch.nan)
         target = out[piece.start - blocks.start :][: mean.numel()]
         target.copy_(mean.flatten()[: target.numel()])

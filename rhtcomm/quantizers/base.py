@@ -7,7 +7,14 @@ import torch
 
 from rhtcomm.randomness import Key
 
-__all__ = ["Quantizer", "check_bits", "fingerprint_of", "root_mean_square", "tree_sum"]
+__all__ = [
+    "Quantizer",
+    "check_bits",
+    "eden_scale",
+    "fingerprint_of",
+    "root_mean_square",
+    "tree_sum",
+]
 
 
 class Quantizer(Protocol):
@@ -81,3 +88,16 @@ def root_mean_square(y: torch.Tensor) -> torch.Tensor:
     # torch's float32 square root on CPU can be off by one unit in the last place; by way of float64
     # it is rounded correctly, as it is in every other kernel.
     return mean.double().sqrt().float()
+
+
+def eden_scale(
+    rms: torch.Tensor, z: torch.Tensor, values: torch.Tensor, biased: bool
+) -> torch.Tensor:
+    """The scale s of blocks y = rms z that are sent as s c; rms (B,), z and c (B, d) -> (B,).
+
+    |y|^2 / <y, c> makes s c unbiased over the rotation; with `biased` it is <y, c> / |c|^2, which
+    makes |y - s c|^2 as small as c allows.
+    """
+    agreement = tree_sum(z * values)
+    correction = agreement / tree_sum(values * values) if biased else tree_sum(z * z) / agreement
+    return torch.where(rms > 0, rms * correction, 0.0)

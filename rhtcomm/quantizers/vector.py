@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from rhtcomm import codebooks
-from rhtcomm.quantizers.base import fingerprint_of, root_mean_square, tree_sum
+from rhtcomm.quantizers.base import eden_scale, fingerprint_of, root_mean_square
 from rhtcomm.randomness import Key
 
 __all__ = ["VectorQuantizer"]
@@ -32,12 +32,14 @@ class VectorQuantizer:
 
     Args:
         bits: b, bits a coordinate, 1, 2 or 4.
+        biased: take the scale of least squared error, see `Eden`: only for error feedback.
 
     Raises:
         ValueError: bits is none of them.
     """
 
     bits: int = 4
+    biased: bool = False
 
     rotation: ClassVar[Literal["shared", "one_a_rank"]] = "one_a_rank"
     rotations: ClassVar[int] = 3
@@ -59,9 +61,8 @@ class VectorQuantizer:
         rms = root_mean_square(y)
         z = y * torch.where(rms > 0, rms.reciprocal(), 0.0)[:, None]
         codes = self._nearest(z)
-        agreement = tree_sum(z * self.decode(codes, key, first, rank, world_size))  # <z, c(z)>
-        scale = torch.where(rms > 0, rms * (tree_sum(z * z) / agreement), 0.0)
-        return codes, scale
+        values = self.decode(codes, key, first, rank, world_size)
+        return codes, eden_scale(rms, z, values, self.biased)
 
     def decode(
         self, codes: torch.Tensor, key: Key, first: int, rank: int, world_size: int
