@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from ..codec import Codec
+from ..codec import AUTO, Codec
 from ..collectives import (
     Algorithm,
     DisagreementError,
@@ -52,6 +52,7 @@ class Stats:
     nothing until decoding, whose seconds hold that wait.
     `bytes_uncompressed` is what a ring all-reduce of the gradients in their own dtype would have
     sent. `nmse` is |mean - exact|^2 / |exact|^2 over the sampled buckets, None if none was.
+    `rotations` counts compressed buckets by the number of transforms that they took.
     """
 
     steps: int
@@ -61,6 +62,7 @@ class Stats:
     exchange_seconds: float
     decode_seconds: float
     nmse: float | None
+    rotations: dict[int, int]
 
     @property
     def bytes_saved(self) -> int:
@@ -80,7 +82,9 @@ class RHTState:
             sender; decoding takes an inverse rotation for each rank), or "vector" (as "eden",
             smaller still, three rotations and the slowest), or "lattice" (codes that are added on
             the way by one integer all-reduce).
-        rotations: randomized Hadamard transforms, 1 to 3; by default the quantizer's safe number.
+        rotations: randomized Hadamard transforms, 1 to 3; by default the quantizer's safe number;
+            "auto": 1 for a bucket that needed no more on any rank in the step before, else the safe
+            number (see `rhtcomm.choose_rotations`).
         block: coordinates in a block, a power of two.
         exact_fraction: 0 or 1/512, of the coordinates that travel exactly; see `rhtcomm.QuicFL`,
             the only quantizer that has it.
@@ -106,7 +110,7 @@ class RHTState:
         bits: int = 4,
         *,
         quantizer: Literal["quic_fl", "eden", "vector", "lattice"] = "quic_fl",
-        rotations: int | None = None,
+        rotations: int | Literal["auto"] | None = None,
         block: int = 4096,
         exact_fraction: float = 0.0,
         algorithm: Algorithm = "auto",
@@ -136,6 +140,11 @@ class RHTState:
             )
         self.codec: Codec | Lattice
         if quantizer == _LATTICE:
+            if rotations == AUTO:
+                raise ValueError(
+                    'RHTState: rotations="auto" is not for quantizer="lattice", whose error hangs '
+                    "on the largest coordinate; give a number"
+                )
             self.codec = Lattice(bits, 2 if rotations is None else rotations, block)
         elif quantizer == "quic_fl":
             self.codec = Codec(QuicFL(bits, exact_fraction), rotations, block)
@@ -158,6 +167,10 @@ class RHTState:
         self._steps = self._bytes_sent = self._bytes_uncompressed = 0
         self._seconds = {"encode": 0.0, "exchange": 0.0, "decode": 0.0}
         self._squared_error = self._squared_norm = 0.0
+        # "auto": what the ranks want for a bucket, by its index and length: they tell whether it is
+        # the bucket of the step before.
+        self._wanted: dict[tuple[int, int], int] = {}
+        self._taken = {1: 0, 2: 0, 3: 0}
 
     def stats(self) -> Stats:
         """Totals since the state was made: steps begun, and the rest of buckets that came back."""
@@ -169,15 +182,18 @@ class RHTState:
             exchange_seconds=self._seconds["exchange"],
             decode_seconds=self._seconds["decode"],
             nmse=self._squared_error / self._squared_norm if self._squared_norm else None,
+            rotations=dict(self._taken),
         )
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Plain values with which a resumed run goes on in the same random streams."""
-        return {"seed": self.key.seed, "step": self.key.step}
+        wanted = [[*bucket, count] for bucket, count in sorted(self._wanted.items())]
+        return {"seed": self.key.seed, "step": self.key.step, "rotations": wanted}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; call it on all ranks alike, between steps."""
         self.key, self._last_index = Key(state["seed"], state["step"]), -1
+        self._wanted = {(index, numel): count for index, numel, count in state.get("rotations", [])}
 
     def close(self) -> None:
         """Finish what is under way, end the worker thread and destroy the group it used.
@@ -273,6 +289,14 @@ class RHTState:
         self._group = self._communicator = None
 
     @property
+    def _safe_rotations(self) -> int:
+        codec = self.codec
+        if isinstance(codec, Codec) and codec.rotations == AUTO:
+            return codec.quantizer.rotations
+        assert isinstance(codec.rotations, int)
+        return codec.rotations
+
+    @property
     def _patience(self) -> str:
         """How long exchanges wait, in words."""
         timeout = self._timeout
@@ -337,6 +361,7 @@ class RHTState:
                 "nmse_every": self.nmse_every,
                 "seed": key.seed,
                 "step": key.step,
+                "rotations by bucket": sorted(self._wanted.items()),
             }
             with self._exchange(key):
                 check_agreement(communicator, facts, buffer.device)
@@ -347,16 +372,23 @@ class RHTState:
             with self._exchange(key):
                 communicator.all_reduce_(exact)
         before = communicator.bytes_sent
-        all_reduce(
+        place = (key.bucket, buffer.numel())
+        rotations = self._wanted.get(place)
+        wanted = all_reduce(
             buffer,
             self.codec,
             key,
             communicator,
             algorithm=self.algorithm,
             min_numel=self.min_numel,
+            rotations=rotations,
             check=False,
             stopwatch=lambda part: self._stopwatch(part, key),
         )
+        if wanted is not None:
+            self._wanted[place] = wanted
+        if buffer.numel() >= self.min_numel:
+            self._taken[rotations or self._safe_rotations] += 1
         self._bytes_sent += communicator.bytes_sent - before
         self._bytes_uncompressed += communicator.ring_bytes(buffer.nbytes)
         if exact is not None:

@@ -6,7 +6,7 @@ from rhtcomm.communicator import HierarchicalCommunicator, MPICommunicator, Torc
 from rhtcomm.lattice import Lattice
 from rhtcomm.quantizers import Eden, QuicFL, VectorQuantizer
 from rhtcomm.randomness import Key
-from rhtcomm.rotation import RandomizedHadamard
+from rhtcomm.rotation import RandomizedHadamard, choose_rotations
 
 __all__ = [
     "Codec",
@@ -22,4 +22,5 @@ __all__ = [
     "TorchCommunicator",
     "VectorQuantizer",
     "all_reduce",
+    "choose_rotations",
 ]

@@ -5,7 +5,8 @@ Wire format, version 1, little-endian:
     offset  bytes
     0       2                  "RH"
     2       1                  version
-    3       1                  number of rotations
+    3       1                  number of rotations; above it, times 16, the number that the sender
+                               wants for the next payload of the same bucket (0: it is fixed)
     4       4                  check of key, rank, world size, first coordinate and numel
     8       8                  fingerprint of the configuration
     16      4 n_1              scales of the n_1 full blocks, float32
@@ -22,18 +23,26 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from typing import Literal
 
 import torch
 
 from rhtcomm.kernels import DTYPES, kernel_for
 from rhtcomm.quantizers import Quantizer, QuicFL
 from rhtcomm.randomness import MAX_COORDINATES, MAX_RANKS, Key
-from rhtcomm.rotation import Blocks, RandomizedHadamard, split_into_blocks
+from rhtcomm.rotation import (
+    MOMENTS,
+    Blocks,
+    RandomizedHadamard,
+    rotations_for,
+    split_into_blocks,
+)
 
 __all__ = ["DTYPES", "Codec", "PayloadError"]
 
 VERSION = 1
 HEADER_BYTES = 16
+AUTO: Literal["auto"] = "auto"
 
 
 class PayloadError(ValueError):
@@ -46,8 +55,10 @@ class Codec:
 
     Args:
         quantizer: `QuicFL`, `Eden` or `VectorQuantizer`.
-        rotations: randomized Hadamard transforms, 1 to 3; by default as many as the quantizer's
-            promise needs for every input.
+        rotations: randomized Hadamard transforms, 1 to 3, or "auto"; by default as many as the
+            quantizer's promise needs for every input. With "auto" that is what `encode` takes
+            unless it is told another number, while every payload says how many transforms its own
+            tensor needs (see `choose_rotations`); `wanted_rotations` reads it.
         block: coordinates in a block, a power of two from 32 to 2^24.
 
     Raises:
@@ -55,7 +66,7 @@ class Codec:
     """
 
     quantizer: Quantizer
-    rotations: int | None = None
+    rotations: int | Literal["auto"] | None = None
     block: int = 4096
 
     def __post_init__(self) -> None:
@@ -65,12 +76,9 @@ class Codec:
             )
         if self.rotations is None:
             object.__setattr__(self, "rotations", self.quantizer.rotations)
-        self.rotation  # noqa: B018  # checks the arguments
-
-    @cached_property
-    def rotation(self) -> RandomizedHadamard:
-        assert self.rotations is not None
-        return RandomizedHadamard(self.rotations, self.block)
+        if isinstance(self.rotations, str) and self.rotations != AUTO:
+            raise ValueError(f'Codec: rotations={self.rotations!r} must be 1, 2, 3 or "auto"')
+        self._rotation(None)  # checks the arguments
 
     @property
     def configuration(self) -> dict[str, object]:
@@ -99,7 +107,15 @@ class Codec:
         return HEADER_BYTES + sum(part.count * (4 + self._row_bytes(part.size)) for part in parts)
 
     def encode(
-        self, x: torch.Tensor, key: Key, rank: int = 0, world_size: int = 1, *, first: int = 0
+        self,
+        x: torch.Tensor,
+        key: Key,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        first: int = 0,
+        rotations: int | None = None,
+        wanted: int = 1,
     ) -> torch.Tensor:
         """Compress one rank's tensor.
 
@@ -109,14 +125,18 @@ class Codec:
             rank, world_size: place of this tensor among those whose mean is wanted.
             first: where x begins in its bucket, a multiple of `block`. A shard encoded with its
                 own place takes the randomness that it would take inside the whole bucket.
+            rotations: with "auto" alone: how many transforms this payload takes, the same on all
+                ranks.
+            wanted: with "auto" alone: say that at least so many are wanted next.
 
         Returns:
             (nbytes(numel),) uint8 on the device of x.
 
         Raises:
             TypeError: x has another dtype.
-            ValueError: x is not flat, or rank, world_size or first is out of its range.
+            ValueError: x is not flat, or an argument is out of its range.
         """
+        rotation = self._rotation(rotations)
         if x.dtype not in DTYPES:
             raise TypeError(
                 f"Codec.encode: x is {x.dtype}, but only float32, bfloat16 and float16 can be "
@@ -127,12 +147,13 @@ class Codec:
         self._check_place(rank, world_size, first)
         x = x.detach()
         payload = torch.empty(self.nbytes(x.numel()), dtype=torch.uint8, device=x.device)
-        header = self._header(key, rank, world_size, first, x.numel())
-        payload[:HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         kernel = kernel_for(x.device, self.quantizer)
+        found = []
         for blocks, scales, codes in self._sections(payload[None], x.numel()):
+            if self.rotations == AUTO:
+                found.append(torch.empty(blocks.count, MOMENTS, device=x.device))
             kernel.encode(
-                self.rotation,
+                rotation,
                 self.quantizer,
                 x[blocks.start : blocks.stop],
                 key,
@@ -141,7 +162,15 @@ class Codec:
                 world_size,
                 scales[0],
                 codes[0],
+                found[-1] if found else None,
             )
+        if found:
+            quantizer = self.quantizer
+            choice = rotations_for(torch.cat(found), quantizer.group, quantizer.rotations)
+            wanted = max(wanted, choice)
+        count = rotation.rotations + 16 * (wanted if self.rotations == AUTO else 0)
+        header = self._header(count, key, rank, world_size, first, x.numel())
+        payload[:HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         return payload
 
     def decode_mean(
@@ -178,7 +207,7 @@ class Codec:
             )
         world_size = payloads.shape[0]
         self._check_place(0, world_size, first)
-        self._check_headers(payloads, key, first, numel)
+        rotation = self._check_headers(payloads, key, first, numel)
         # The scales are read as float32 where they lie.
         if (
             payloads.data_ptr() % 4
@@ -203,7 +232,7 @@ class Codec:
         kernel = kernel_for(payloads.device, self.quantizer)
         for blocks, scales, codes in self._sections(payloads, numel):
             kernel.decode(
-                self.rotation,
+                rotation,
                 self.quantizer,
                 scales,
                 codes,
@@ -212,6 +241,24 @@ class Codec:
                 out[blocks.start : blocks.stop],
             )
         return out
+
+    def wanted_rotations(self, payloads: torch.Tensor) -> int:
+        """How many transforms the senders want next, payloads (K, nbytes) of an "auto" codec."""
+        return int((payloads[:, 3] >> 4).max())
+
+    def _rotation(self, rotations: int | None) -> RandomizedHadamard:
+        """The transform of one payload."""
+        if self.rotations != AUTO:
+            if rotations not in (None, self.rotations):
+                raise ValueError(
+                    f"Codec.encode: rotations={rotations}, but this codec was made with "
+                    f'rotations={self.rotations}; only rotations="auto" leaves a choice'
+                )
+            rotations = self.rotations
+        elif rotations is None:
+            rotations = self.quantizer.rotations
+        assert rotations is not None
+        return RandomizedHadamard(rotations, self.block)
 
     def _sections(
         self, payloads: torch.Tensor, numel: int
@@ -232,21 +279,36 @@ class Codec:
         exact = self.quantizer.exact_bytes(size) if isinstance(self.quantizer, QuicFL) else 0
         return size * self.quantizer.bits // 8 + exact
 
-    def _header(self, key: Key, rank: int, world_size: int, first: int, numel: int) -> bytes:
+    def _header(
+        self, count: int, key: Key, rank: int, world_size: int, first: int, numel: int
+    ) -> bytes:
         place = repr((key, rank, world_size, first, numel)).encode()
         check = blake2b(place, digest_size=4).digest()
-        return b"RH" + bytes((VERSION, self.rotation.rotations)) + check + self.fingerprint
+        return b"RH" + bytes((VERSION, count)) + check + self.fingerprint
 
-    def _check_headers(self, payloads: torch.Tensor, key: Key, first: int, numel: int) -> None:
+    def _check_headers(
+        self, payloads: torch.Tensor, key: Key, first: int, numel: int
+    ) -> RandomizedHadamard:
+        """The transform that all of them were made by."""
         world_size = payloads.shape[0]
-        for rank, row in enumerate(payloads[:, :HEADER_BYTES].tolist()):
-            found, wanted = bytes(row), self._header(key, rank, world_size, first, numel)
+        headers = [bytes(row) for row in payloads[:, :HEADER_BYTES].tolist()]
+        rotations = headers[0][3] % 16
+        if self.rotations != AUTO or rotations not in (1, 2, 3):
+            rotations = self._rotation(None).rotations
+        for rank, found in enumerate(headers):
+            count = rotations + (found[3] & 0xF0 if self.rotations == AUTO else 0)
+            wanted = self._header(count, key, rank, world_size, first, numel)
             if found == wanted:
                 continue
             if found[:2] != wanted[:2]:
                 fact = "does not begin with the mark of a payload"
             elif found[2] != wanted[2]:
                 fact = f"has format version {found[2]}, this is version {VERSION}; update the older"
+            elif self.rotations == AUTO and found[3] != wanted[3] and found[8:] == wanted[8:]:
+                fact = (
+                    f"was rotated {found[3] % 16} times, another one {rotations} times: the ranks "
+                    "took different checkpoints, or are out of step"
+                )
             elif found[3] != wanted[3] or found[8:] != wanted[8:]:
                 fact = f"was made with a configuration other than {self.configuration} (or tables)"
             else:
@@ -256,6 +318,7 @@ class Codec:
                     "the ranks are out of step"
                 )
             raise PayloadError(f"Codec.decode_mean: the payload of rank {rank} {fact}")
+        return RandomizedHadamard(rotations, self.block)
 
     def _check_place(self, rank: int, world_size: int, first: int) -> None:
         if not 0 <= rank < world_size:

@@ -25,7 +25,7 @@ from typing import Literal, get_args
 
 import torch
 
-from rhtcomm.codec import DTYPES, Codec, PayloadError
+from rhtcomm.codec import AUTO, DTYPES, Codec, PayloadError
 from rhtcomm.communicator import Communicator, HierarchicalCommunicator
 from rhtcomm.lattice import Lattice
 from rhtcomm.randomness import Key
@@ -52,9 +52,10 @@ def all_reduce(
     *,
     algorithm: Algorithm = "auto",
     min_numel: int = 1 << 14,
+    rotations: int | None = None,
     check: bool = True,
     stopwatch: Stopwatch = lambda _: contextlib.nullcontext(),
-) -> None:
+) -> int | None:
     """Replace `tensor` by its mean over all ranks, in place; every rank gets the same bits.
 
     Args:
@@ -67,9 +68,15 @@ def all_reduce(
             for two ranks and for small payloads, else two_shot. "auto" is the only one for a
             `Lattice`.
         min_numel: smaller tensors travel uncompressed, as float32.
+        rotations: where the codec's are "auto", how many to take this time, the same on all ranks:
+            what the last call for such a tensor returned, or None for the safe number.
         check: compare the configuration of all ranks first, at the price of one small exchange.
             The DDP hook does that once, not for each bucket.
         stopwatch: called with "encode", "exchange" and "decode"; gives a context for that part.
+
+    Returns:
+        Where the codec's rotations are "auto", how many do for tensors like this one: the most that
+        any rank found its own to need. It came with the payloads. Else None.
 
     Raises:
         TypeError: the tensor has another dtype (float64 and integers are never rounded silently).
@@ -85,6 +92,7 @@ def all_reduce(
             "dtype": tensor.dtype,
             "shape": tuple(tensor.shape),
             "key": key,
+            "rotations now": rotations,
         }
         check_agreement(communicator, facts, tensor.device)
     check_algorithm(algorithm, codec)
@@ -94,16 +102,17 @@ def all_reduce(
             "float16 can be reduced; convert it, or reduce it with torch.distributed"
         )
     if communicator.world_size == 1 or tensor.numel() == 0:
-        return
+        return rotations
     flat = tensor.detach().contiguous().view(-1)
     if flat.numel() < min_numel:
         _uncompressed(flat, communicator, stopwatch)
     elif isinstance(communicator, HierarchicalCommunicator):
-        _hierarchical(flat, codec, key, communicator, algorithm, stopwatch)
+        rotations = _hierarchical(flat, codec, key, communicator, algorithm, rotations, stopwatch)
     else:
-        _compressed(flat, codec, key, communicator, algorithm, stopwatch)
+        rotations = _compressed(flat, codec, key, communicator, algorithm, rotations, stopwatch)
     if flat.data_ptr() != tensor.data_ptr():
         tensor.detach().copy_(flat.view(tensor.shape))
+    return rotations
 
 
 def check_algorithm(algorithm: str, codec: Codec | Lattice) -> None:
@@ -182,8 +191,9 @@ def _hierarchical(
     key: Key,
     communicator: HierarchicalCommunicator,
     algorithm: Algorithm,
+    rotations: int | None,
     stopwatch: Stopwatch,
-) -> None:
+) -> int | None:
     within, between = communicator.within, communicator.between
     shards = split_into_shards(flat.numel(), codec.block, within.world_size)
     sizes = [shard.stop - shard.start for shard in shards]
@@ -198,11 +208,14 @@ def _hierarchical(
     mine /= within.world_size
     shard, size = shards[within.rank], sizes[within.rank]
     if between.world_size > 1 and size:
-        _compressed(mine[:size], codec, key, between, algorithm, stopwatch, shard.start)
+        rotations = _compressed(
+            mine[:size], codec, key, between, algorithm, rotations, stopwatch, shard.start
+        )
     with stopwatch("exchange"):
         gathered = within.all_gather(mine.to(flat.dtype).view(torch.uint8)).view(flat.dtype)
         for row, shard, size in zip(gathered, shards, sizes, strict=True):
             flat[shard] = row[:size]
+    return rotations
 
 
 def _compressed(
@@ -211,16 +224,18 @@ def _compressed(
     key: Key,
     communicator: Communicator,
     algorithm: Algorithm,
+    rotations: int | None,
     stopwatch: Stopwatch,
     first: int = 0,
-) -> None:
+) -> int | None:
     """The mean of a flat tensor that begins at coordinate `first` of its bucket, in place."""
     if isinstance(codec, Lattice):
         _lattice(flat, codec, key, communicator, stopwatch, first)
-        return
+        return None
     chosen = choose_algorithm(algorithm, communicator.world_size, codec.nbytes(flat.numel()))
     reduce = {"all_gather": _all_gather, "two_shot": _two_shot, "gather": _gather}[chosen]
-    reduce(flat, codec, key, communicator, stopwatch, first)
+    wanted = reduce(flat, codec, key, communicator, rotations, stopwatch, first)
+    return wanted if codec.rotations == AUTO else None
 
 
 def _all_gather(
@@ -228,16 +243,18 @@ def _all_gather(
     codec: Codec,
     key: Key,
     communicator: Communicator,
+    rotations: int | None,
     stopwatch: Stopwatch,
     first: int,
-) -> None:
+) -> int:
     rank, world_size = communicator.rank, communicator.world_size
     with stopwatch("encode"):
-        payload = codec.encode(flat, key, rank, world_size, first=first)
+        payload = codec.encode(flat, key, rank, world_size, first=first, rotations=rotations)
     with stopwatch("exchange"):
         payloads = communicator.all_gather(payload)
     with stopwatch("decode"):
         codec.decode_mean(payloads, key, flat.numel(), first=first, out=flat)
+    return codec.wanted_rotations(payloads)
 
 
 def _gather(
@@ -245,12 +262,13 @@ def _gather(
     codec: Codec,
     key: Key,
     communicator: Communicator,
+    rotations: int | None,
     stopwatch: Stopwatch,
     first: int,
-) -> None:
+) -> int:
     rank, world_size = communicator.rank, communicator.world_size
     with stopwatch("encode"):
-        payload = codec.encode(flat, key, rank, world_size, first=first)
+        payload = codec.encode(flat, key, rank, world_size, first=first, rotations=rotations)
     with stopwatch("exchange"):
         payloads = communicator.gather(payload)
     again = key.next_hop()
@@ -260,7 +278,13 @@ def _gather(
             with stopwatch("decode"):
                 mean = codec.decode_mean(payloads, key, flat.numel(), first=first)
             with stopwatch("encode"):
-                payload = codec.encode(mean, again, first=first)
+                payload = codec.encode(
+                    mean,
+                    again,
+                    first=first,
+                    rotations=rotations,
+                    wanted=codec.wanted_rotations(payloads),
+                )
         except PayloadError as error:
             failure = error
             payload.zero_()  # so that the others need not wait for what never comes
@@ -275,6 +299,7 @@ def _gather(
         )
     with stopwatch("decode"):
         codec.decode_mean(payload[None], again, flat.numel(), first=first, out=flat)
+    return codec.wanted_rotations(payload[None])
 
 
 def _two_shot(
@@ -282,16 +307,24 @@ def _two_shot(
     codec: Codec,
     key: Key,
     communicator: Communicator,
+    rotations: int | None,
     stopwatch: Stopwatch,
     first: int,
-) -> None:
+) -> int:
     rank, world_size = communicator.rank, communicator.world_size
     shards = split_into_shards(flat.numel(), codec.block, world_size)
     sizes = [codec.nbytes(shard.stop - shard.start) for shard in shards]
     with stopwatch("encode"):
         outgoing = flat.new_zeros(world_size, max(sizes), dtype=torch.uint8)
         for row, shard, size in zip(outgoing, shards, sizes, strict=True):
-            row[:size] = codec.encode(flat[shard], key, rank, world_size, first=first + shard.start)
+            row[:size] = codec.encode(
+                flat[shard],
+                key,
+                rank,
+                world_size,
+                first=first + shard.start,
+                rotations=rotations,
+            )
     with stopwatch("exchange"):
         incoming = communicator.all_to_all(outgoing)
     mine = shards[rank]
@@ -302,7 +335,13 @@ def _two_shot(
     key = key.next_hop()
     with stopwatch("encode"):
         again = flat.new_zeros(max(sizes), dtype=torch.uint8)
-        again[: sizes[rank]] = codec.encode(mean, key, first=first + mine.start)
+        again[: sizes[rank]] = codec.encode(
+            mean,
+            key,
+            first=first + mine.start,
+            rotations=rotations,
+            wanted=codec.wanted_rotations(incoming),
+        )
     with stopwatch("exchange"):
         gathered = communicator.all_gather(again)
     with stopwatch("decode"):
@@ -314,6 +353,7 @@ def _two_shot(
                 first=first + shard.start,
                 out=flat[shard],
             )
+    return codec.wanted_rotations(gathered)
 
 
 def _lattice(

@@ -15,7 +15,7 @@ import torch
 
 from rhtcomm.randomness import Key, Stream, signs
 
-__all__ = ["Blocks", "RandomizedHadamard", "split_into_blocks"]
+__all__ = ["Blocks", "RandomizedHadamard", "choose_rotations", "split_into_blocks"]
 
 _BLOCKS = [1 << power for power in range(5, 25)]
 MIN_TAIL = 256
@@ -143,3 +143,91 @@ class RandomizedHadamard:
     @staticmethod
     def _signs(x: torch.Tensor, stream: Stream, key: Key, first: int, rank: int) -> torch.Tensor:
         return signs(key, stream, first, x.numel(), rank, x.device).view(x.shape)
+
+
+# How many transforms -----------------------------------------------------------------------------
+
+BERRY_ESSEEN = 0.5606  # Shevtsova (2010), for independent summands that differ in law
+TOLERANCE = 0.05
+_PARTS = 8  # the largest group of coordinates that a quantizer codes together
+MOMENTS = _PARTS + 2
+
+
+def choose_rotations(
+    x: torch.Tensor, *, block: int = 4096, group: int = 1, safe: int = 2, tolerance: float = 0.05
+) -> int:
+    """1 where one transform does for x, else `safe`; linear in x, and independent of the signs.
+
+    After one transform a coordinate is d^(-1/2) sum_i +-x_i, so its Kolmogorov distance to a
+    Gaussian is at most
+
+        0.5606 sum_i |x_i|^3 / (sum_i x_i^2)^(3/2)        (Berry and Esseen; Shevtsova 2010),
+
+    and the covariances of g adjacent coordinates, over |x|^2 / d, are the g-point Walsh-Hadamard
+    transform of q_r = sum of x_i^2 over i = r mod g, over |x|^2. One transform does where the
+    bound, averaged over blocks with weights |x_block|^2 as errors are, is at most the tolerance,
+    and the largest of the covariances (which change the error in second order only) 4 times that;
+    no block with more than 1e-4 of |x|^2 may exceed 4 times either limit.
+
+    Args:
+        x: (numel,) floating.
+        block: coordinates rotated together, a power of two.
+        group: g, coordinates that a quantizer codes together: 1, 2, 4 or 8.
+        safe: the number that does for every x.
+        tolerance: of the Kolmogorov distance, in (0, 1).
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    if group not in (1, 2, 4, 8) or not 0 < tolerance < 1:
+        raise ValueError(
+            f"choose_rotations: group={group} must be 1, 2, 4 or 8, "
+            f"and tolerance={tolerance} between 0 and 1"
+        )
+    RandomizedHadamard(safe, block)  # checks them
+    rows = []
+    for part in split_into_blocks(x.numel(), block):
+        values = x.flatten()[part.start : part.stop].double()
+        values = torch.nn.functional.pad(values, (0, part.count * part.size - values.numel()))
+        values = values.view(part.count, part.size)
+        peak = values.abs().amax(dim=1)
+        unit = torch.where((peak > 0) & peak.isfinite(), peak, 1.0)
+        rows.append(moments(values / unit[:, None], unit))
+    return rotations_for(torch.cat(rows), group, safe, tolerance) if rows else 1
+
+
+def moments(z: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """What the choice depends on: blocks z (B, d), in units of `unit` (B,) -> (B, 10).
+
+    q_0 .. q_7, sum |z|^3, unit. Blocks that are not finite count as zeros.
+    """
+    squares = z.square()
+    cubes = (squares * z.abs()).sum(dim=1)
+    found = torch.cat(
+        [squares.view(len(z), -1, _PARTS).sum(dim=1), cubes[:, None], unit[:, None]], dim=1
+    )
+    return torch.where(found.isfinite().all(dim=1, keepdim=True), found, 0.0)
+
+
+def rotations_for(
+    moments: torch.Tensor, group: int, safe: int, tolerance: float = TOLERANCE
+) -> int:
+    """The choice of `choose_rotations`, from the `moments` of all blocks."""
+    moments = moments.double()
+    q, cubes, unit = moments[:, :_PARTS], moments[:, _PARTS], moments[:, _PARTS + 1]
+    squares = q.sum(dim=1)
+    weight = squares * (unit / unit.amax().clamp(min=1e-300)).square()
+    weight = weight / weight.sum().clamp(min=1e-300)
+    inverse = torch.where(squares > 0, squares.reciprocal(), 0.0)
+    measures = [(BERRY_ESSEEN * cubes * inverse.pow(1.5), tolerance)]
+    if group > 1:
+        spectrum = q.view(len(q), -1, group).sum(dim=1)
+        for stride in (1, 2, 4)[: group.bit_length() - 1]:
+            spectrum = spectrum.view(len(q), -1, 2, stride)
+            even, odd = spectrum[:, :, 0], spectrum[:, :, 1]
+            spectrum = torch.stack([even + odd, even - odd], dim=2).view(len(q), -1)
+        measures.append((spectrum[:, 1:].abs().amax(dim=1) * inverse, 4 * tolerance))
+    for measure, limit in measures:
+        if weight @ measure > limit or (measure[weight > 1e-4] > 4 * limit).any():
+            return safe
+    return 1

@@ -770,7 +770,7 @@ def test_a_resumed_run_ends_with_the_same_bits(ranks: Ranks) -> None:
 
 def test_state_dict_is_plain() -> None:
     state = RHTState(seed=7)
-    assert state.state_dict() == {"seed": 7, "step": 0}
+    assert state.state_dict() == {"seed": 7, "step": 0, "rotations": []}
     state.load_state_dict({"seed": 8, "step": 3})
     assert state.state_dict() == {"seed": 8, "step": 3}
 

@@ -755,8 +755,28 @@ static Scratch scratch_of(char *memory, int64_t size) {
     return s;
 }
 
+enum { PARTS = 8, MOMENTS = PARTS + 2 };
+
+/* See moments() of rotation.py; in units of `up`, so that no cube overflows. */
+static void moments(const float *y, int64_t size, float down, float up, float *found) {
+    enum { RUN = 32 };
+    float squares[RUN] = {0}, cubes[RUN] = {0};
+    for (int64_t j = 0; j < size; j += RUN)
+        for (int i = 0; i < RUN; i++) {
+            float z = fabsf(y[j + i] * down);
+            squares[i] += z * z;
+            cubes[i] += z * z * z;
+        }
+    memset(found, 0, PARTS * sizeof(float) + sizeof(float));
+    for (int i = 0; i < RUN; i++) {
+        found[i % PARTS] += squares[i];
+        found[PARTS] += cubes[i];
+    }
+    found[PARTS + 1] = up;
+}
+
 static void encode_block(const Plan *plan, Scratch s, int64_t first, uint32_t rank, const void *x,
-                         int dtype, int64_t count, float *scale, uint8_t *packed) {
+                         int dtype, int64_t count, float *scale, uint8_t *packed, float *found) {
     const int64_t size = plan->size;
     read_block(x, dtype, count, size, s.y);
     for (int64_t at = 0; at < least(size * bytes_of(dtype), PREFETCH); at += 64) /* the next block */
@@ -766,6 +786,7 @@ static void encode_block(const Plan *plan, Scratch s, int64_t first, uint32_t ra
     powers_of_two(peak, &down, &up);
     int finite = peak < 0x7f800000;
     if (!finite) memset(s.y, 0, 4 * size);
+    if (found) moments(s.y, size, down, up, found);
     uint32_t signs_of = plan->quantizer == QUIC_FL ? 0 : rank;
     for (int i = 0; i < plan->rotations; i++) {
         const uint8_t *signs = draw_signs(plan, i, signs_of, first, s.signs);
@@ -855,10 +876,12 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
     write_block(s.y, dtype, count, out);
 }
 
-/* x: `numel` coordinates of `blocks` blocks, the rest of the last one being zeros. Returns 0, or -1
+/* x: `numel` coordinates of `blocks` blocks, the rest of the last one being zeros. `found`, which may
+ * be NULL, has room for the moments of all blocks. Returns 0, or -1
  * where no memory was to be had. */
 int EXPORT(rhtcomm_encode)(const Plan *plan, int64_t blocks, int64_t rank, const void *x, int dtype,
-                           int64_t numel, float *scales, uint8_t *packed, int threads) {
+                           int64_t numel, float *scales, uint8_t *packed, float *found,
+                           int threads) {
     const int64_t size = plan->size, packed_bytes = row_bytes(plan);
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -874,7 +897,8 @@ int EXPORT(rhtcomm_encode)(const Plan *plan, int64_t blocks, int64_t rank, const
             int64_t at = block * size;
             encode_block(plan, scratch_of(memory, size), plan->first + at, (uint32_t)rank,
                          (const char *)x + at * bytes_of(dtype), dtype, least(size, numel - at),
-                         scales + block, packed + block * packed_bytes);
+                         scales + block, packed + block * packed_bytes,
+                         found ? found + block * MOMENTS : NULL);
         }
         free(memory);
     }
@@ -908,7 +932,7 @@ int EXPORT(rhtcomm_decode)(const Plan *plan, int64_t blocks, const char *scales,
 
 #ifdef DISPATCH
 /* Tells a library that does not fit the Python code beside it; raise it when a function changes. */
-enum { ABI = 1 };
+enum { ABI = 2 };
 __attribute__((visibility("default"))) int rhtcomm_abi(void) {
     return (ABI << 16) + (int)sizeof(Plan);
 }

@@ -18,7 +18,7 @@ __all__ = ["DTYPES", "QUANTIZERS", "Library", "library_path"]
 
 QUANTIZERS = (QuicFL, Eden, VectorQuantizer)  # in the order of cpu.c
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of cpu.c
-_ABI = 1  # of cpu.c
+_ABI = 2  # of cpu.c
 _NAME = "rhtcomm_cpu.*"
 
 
@@ -109,6 +109,7 @@ class Library:
         world_size: int,
         scales: torch.Tensor,
         codes: torch.Tensor,
+        found: torch.Tensor | None = None,
     ) -> None:
         x = x.detach().contiguous()
         normalization = blocks.size ** (-rotation.rotations / 2)
@@ -122,6 +123,7 @@ class Library:
                 ctypes.c_int64(x.numel()),
                 ctypes.c_void_p(scales.data_ptr()),
                 ctypes.c_void_p(codes.data_ptr()),
+                ctypes.c_void_p(None if found is None else found.data_ptr()),
                 torch.get_num_threads(),
             )
         )
