@@ -27,6 +27,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ CSV_COLUMNS = ("step", "train_loss", "val_loss", "step_seconds", "comm_seconds",
 # What a run's results depend on, so what a resumed run must share with the one that it continues.
 RESUME_FIELDS = (
     *("layers", "width", "heads", "context", "batch", "steps", "lr", "warmup", "seed"),
-    *("hook", "bits", "quantizer", "algorithm", "bucket_cap_mb"),
+    *("hook", "bits", "quantizer", "exact_fraction", "algorithm", "bucket_cap_mb"),
 )
 
 # The first steps allocate memory and open connections.
@@ -74,7 +75,17 @@ def parse_args() -> argparse.Namespace:
     hook = parser.add_argument_group("gradient communication")
     hook.add_argument("--hook", choices=("none", "bf16", "rht"), default="rht")
     hook.add_argument("--bits", type=int, default=4, help="rht: bits a coordinate")
-    hook.add_argument("--quantizer", choices=("quic_fl", "eden"), default="quic_fl", help="rht")
+    hook.add_argument(
+        "--quantizer", choices=("quic_fl", "eden", "vector"), default="quic_fl", help="rht"
+    )
+    hook.add_argument(
+        "--exact-fraction",
+        type=fraction,
+        choices=(0, 1 / 512),
+        default=0,
+        metavar="{0,1/512}",
+        help="rht with quic_fl: of the coordinates that travel exactly",
+    )
     hook.add_argument(
         "--algorithm", choices=("auto", "all_gather", "two_shot"), default="auto", help="rht"
     )
@@ -127,6 +138,10 @@ def parse_args() -> argparse.Namespace:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.threads = max(1, (cores or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))
     return args
+
+
+def fraction(text: str) -> float:
+    return float(Fraction(text))
 
 
 def started_by_mpiexec() -> bool:
@@ -352,6 +367,7 @@ def make_hook(args: argparse.Namespace) -> tuple[Any, Hook]:
     state = rhtcomm.hooks.RHTState(
         bits=args.bits,
         quantizer=args.quantizer,
+        exact_fraction=args.exact_fraction,
         algorithm=args.algorithm,
         seed=args.seed,
         communicator=rhtcomm.MPICommunicator() if args.communicator == "mpi" else None,
