@@ -219,16 +219,16 @@ def test_vector_codewords_are_the_means_of_their_cells(bits: int) -> None:
         count += np.bincount(found % 128, minlength=128)
         square += np.bincount(found % 128, (off**2).sum(axis=1), minlength=128)
         np.add.at(moment, found % 128, off)
-    # n_i |mean - c_i|^2 over the mean of |z - c_i|^2 is 1 on average if c_i is the cell's mean, with
-    # variance at most 2: the mean over 128 cells varies by at most 0.125. The codebook's own noise,
-    # that of a training sample of 300 * 2^16, adds about 0.02.
+    # n_i |mean - c_i|^2 over the mean of |z - c_i|^2 is 1 on average if c_i is the cell's mean,
+    # with variance at most 2: the mean over 128 cells varies by at most 0.125. The codebook's own
+    # noise, that of a training sample of 300 * 2^16, adds about 0.02.
     ratio = (moment**2).sum(axis=1) / square
     assert ratio.mean() < 1.5
     assert ratio.max() < 16  # of 128 numbers that exceed x with probability exp(-x) for g = 2
-    # Both have a standard error of less than D / samples^(1/2).
+    # Both have a standard error of at most 2 D / samples^(1/2).
     distortion = square.sum() / samples / group
     measured = vector.distortion(torch.from_numpy(half).float(), seed=10, samples=samples)
-    assert measured == pytest.approx(distortion, rel=4 * math.sqrt(2 / samples))
+    assert measured == pytest.approx(distortion, rel=8 * math.sqrt(2 / samples))
     gain = {1: 0.16, 2: 0.18, 4: 0.10}[bits]
     assert vector.expected_vnmse(distortion) < (1 - gain) * float(EDEN_VNMSE[bits])
 
