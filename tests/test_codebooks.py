@@ -212,6 +212,7 @@ def test_vector_codewords_are_the_means_of_their_cells(bits: int) -> None:
     norms = (words**2).sum(axis=1)
     generator = np.random.default_rng(bits)
     count, square, moment = np.zeros(128), np.zeros(128), np.zeros_like(half)
+    radial: list[FloatArray] = []
     for _ in range(16):
         z = generator.standard_normal((samples // 16, group))
         found = (norms - 2 * z @ words.T).argmin(axis=1)
@@ -219,12 +220,16 @@ def test_vector_codewords_are_the_means_of_their_cells(bits: int) -> None:
         count += np.bincount(found % 128, minlength=128)
         square += np.bincount(found % 128, (off**2).sum(axis=1), minlength=128)
         np.add.at(moment, found % 128, off)
+        radial.append((off * half[found % 128]).sum(axis=1))
     # n_i |mean - c_i|^2 over the mean of |z - c_i|^2 is 1 on average if c_i is the cell's mean,
     # with variance at most 2: the mean over 128 cells varies by at most 0.125. The codebook's own
     # noise, that of a training sample of 300 * 2^16, adds about 0.02.
     ratio = (moment**2).sum(axis=1) / square
     assert ratio.mean() < 1.5
     assert ratio.max() < 16  # of 128 numbers that exceed x with probability exp(-x) for g = 2
+    # E<z, c> = E|c|^2, which is what expected_vnmse builds on.
+    along = np.concatenate(radial)
+    assert abs(along.mean()) < 4 * along.std() / math.sqrt(samples)
     # Both have a standard error of at most 2 D / samples^(1/2).
     distortion = square.sum() / samples / group
     measured = vector.distortion(torch.from_numpy(half).float(), seed=10, samples=samples)
