@@ -28,6 +28,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ CSV_COLUMNS = (
 # What a run's results depend on, so what a resumed run must share with the one that it continues.
 RESUME_FIELDS = (
     *("layers", "width", "heads", "context", "batch", "steps", "lr", "warmup", "seed"),
-    *("hook", "bits", "quantizer", "algorithm", "error_feedback", "powersgd_rank"),
-    "bucket_cap_mb",
+    *("hook", "bits", "quantizer", "exact_fraction", "rotations", "algorithm"),
+    *("error_feedback", "powersgd_rank", "bucket_cap_mb"),
 )
 
 # The first steps allocate memory and open connections.
@@ -79,9 +80,28 @@ def parse_args() -> argparse.Namespace:
     hook = parser.add_argument_group("gradient communication")
     hook.add_argument("--hook", choices=("none", "fp16", "bf16", "powersgd", "rht"), default="rht")
     hook.add_argument("--bits", type=int, default=4, help="rht: bits a coordinate")
-    hook.add_argument("--quantizer", choices=("quic_fl", "eden"), default="quic_fl", help="rht")
     hook.add_argument(
-        "--algorithm", choices=("auto", "all_gather", "two_shot"), default="auto", help="rht"
+        "--quantizer", choices=("quic_fl", "eden", "vector"), default="quic_fl", help="rht"
+    )
+    hook.add_argument(
+        "--exact-fraction",
+        type=fraction,
+        choices=(0, 1 / 512),
+        default=0,
+        metavar="{0,1/512}",
+        help="rht with quic_fl: of the coordinates that travel exactly",
+    )
+    hook.add_argument(
+        "--algorithm",
+        choices=("auto", "all_gather", "two_shot", "gather"),
+        default="auto",
+        help="rht",
+    )
+    hook.add_argument(
+        "--rotations",
+        type=lambda text: text if text == "auto" else int(text),
+        choices=(1, 2, 3, "auto"),
+        help="rht: by default the quantizer's safe number",
     )
     hook.add_argument("--powersgd-rank", type=int, default=4, help="powersgd: of its matrices")
     hook.add_argument(
@@ -146,6 +166,10 @@ def parse_args() -> argparse.Namespace:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.threads = max(1, (cores or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))
     return args
+
+
+def fraction(text: str) -> float:
+    return float(Fraction(text))
 
 
 def started_by_mpiexec() -> bool:
@@ -380,6 +404,8 @@ def make_hook(args: argparse.Namespace) -> tuple[Any, Hook]:
     state = rhtcomm.hooks.RHTState(
         bits=args.bits,
         quantizer=args.quantizer,
+        exact_fraction=args.exact_fraction,
+        rotations=args.rotations,
         algorithm=args.algorithm,
         error_feedback=args.error_feedback,
         seed=args.seed,

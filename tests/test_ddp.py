@@ -214,7 +214,9 @@ def late(function: Callable[..., Any], seconds: Callable[[], float]) -> Callable
     return called_late
 
 
-def train_with_jitter(rank: int, world_size: int, quantizer: Any, algorithm: Any) -> dict[str, Any]:
+def train_with_jitter(
+    rank: int, world_size: int, algorithm: Any, options: dict[str, Any]
+) -> dict[str, Any]:
     """50 steps without the hook, and 50 with it and with ranks that are late at random."""
     delays = random.Random(rank)
 
@@ -260,11 +262,11 @@ def train_with_jitter(rank: int, world_size: int, quantizer: Any, algorithm: Any
         pytest.MonkeyPatch.context() as patch,
         RHTState(
             4,
-            quantizer=quantizer,
             algorithm=algorithm,
             block=BLOCK,
             min_numel=0,
             timeout=TIMEOUT,
+            **options,
         ) as state,
     ):
         for exchange in ("all_gather", "all_to_all"):
@@ -274,13 +276,22 @@ def train_with_jitter(rank: int, world_size: int, quantizer: Any, algorithm: Any
         return result | {"parameters": parameters_of(model), "stats": state.stats()}
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("quantizer", ["quic_fl", "eden"])
-@pytest.mark.parametrize("algorithm", ["all_gather", "two_shot"])
+QUIC_FL, EDEN, VECTOR = ({"quantizer": name} for name in ("quic_fl", "eden", "vector"))
+EXACT = {**QUIC_FL, "exact_fraction": 1 / 512}
+
+
+@pytest.mark.parametrize(
+    ("options", "algorithm", "world_size"),
+    [
+        *itertools.product((QUIC_FL, EDEN), ("all_gather", "two_shot"), (2, 3, 4)),
+        (VECTOR, "all_gather", 2),
+        (EXACT, "two_shot", 2),
+    ],
+)
 def test_training_with_late_ranks(
-    quantizer: str, algorithm: str, world_size: int, ranks: Ranks
+    options: dict[str, Any], algorithm: str, world_size: int, ranks: Ranks
 ) -> None:
-    results = ranks.run(train_with_jitter, world_size, quantizer, algorithm)
+    results = ranks.run(train_with_jitter, world_size, algorithm, options)
     assert all_equal([result["parameters"] for result in results])
     assert bool(results[0]["parameters"].isfinite().all())
     for result in results:

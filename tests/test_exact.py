@@ -325,7 +325,7 @@ def test_mean_over_ranks_is_that_of_literal_receivers() -> None:
     codec, world_size = Codec(exact(4), block=1024), 3
     payloads = torch.stack([codec.encode(data(r), KEY, r, world_size) for r in range(world_size)])
     mean = codec.decode_mean(payloads, KEY, 20_000)
-    rotation = codec._rotation(None)
+    rotation = rhtcomm.RandomizedHadamard(codec.quantizer.rotations, codec.block)
     for blocks, scales, rows in codec._sections(payloads, 20_000):
         total = torch.zeros(blocks.count, blocks.size, dtype=torch.float64)
         edge = blocks.size // 2

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import rhtcomm.codec
-from rhtcomm import Codec, Eden, Key, QuicFL, VectorQuantizer
+from rhtcomm import Codec, Eden, Key, QuicFL, RandomizedHadamard, VectorQuantizer
 from rhtcomm.kernels import Kernel, cpu, reference
 from rhtcomm.quantizers import Quantizer
 
@@ -141,7 +141,7 @@ def test_blocks_with_any_number_of_exact_coordinates(log_block: int, ties: bool)
             places = torch.randperm(block, generator=generator)[:count]
             row[places] = 40.0 if ties else 40.0 + torch.arange(count) % 19
             row *= 1 - 2 * torch.randint(0, 2, (block,), generator=generator)
-        xs.append(codec._rotation(None).unrotate(y, key, 0).flatten() / block)
+        xs.append(RandomizedHadamard(1, block).unrotate(y, key, 0).flatten() / block)
     expected = both_ways(reference, codec, xs, key, 0, torch.float32)
     ((_, _, rows),) = codec._sections(expected[0], xs[0].numel())
     kind = torch.int16 if block <= 1 << 15 else torch.int32
