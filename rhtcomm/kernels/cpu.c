@@ -188,6 +188,15 @@ INLINE vf lane_stages(vf v) {
     return v;
 }
 
+/* a - b, on units that additions leave idle; the multiplication by one is exact. */
+INLINE vf subtract(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmsub_ps((__m512)a, _mm512_set1_ps(1.0f), (__m512)b);
+#else
+    return a - b;
+#endif
+}
+
 INLINE void register_stages(vf *r, const int radix) {
 #pragma GCC unroll 8
     for (int stride = 1; stride < radix; stride *= 2)
@@ -196,7 +205,7 @@ INLINE void register_stages(vf *r, const int radix) {
             if (!(i & stride)) {
                 vf a = r[i], b = r[i + stride];
                 r[i] = a + b;
-                r[i + stride] = a - b;
+                r[i + stride] = subtract(a, b);
             }
 }
 
