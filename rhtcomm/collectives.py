@@ -37,7 +37,6 @@ import torch
 from rhtcomm.codec import AUTO, DTYPES, Codec, PayloadError
 from rhtcomm.communicator import Communicator, HierarchicalCommunicator
 from rhtcomm.lattice import Lattice
-from rhtcomm.quantizers import QuicFL
 from rhtcomm.randomness import Key
 
 __all__ = ["Algorithm", "DisagreementError", "all_reduce", "check_agreement", "check_algorithm"]
@@ -85,7 +84,7 @@ def all_reduce(
             The DDP hook does that once, not for each bucket.
         residual: float32 of the tensor's shape and device, zeros before the first step: error
             feedback. It is added to the tensor and replaced by what this rank leaves unsent; blocks
-            that come out as NaN keep theirs. For codecs with an error below one (not QuicFL(1)).
+            that come out as NaN keep theirs. One bit needs a quantizer with biased=True.
         stopwatch: called with "encode", "exchange" and "decode"; gives a context for that part.
 
     Returns:
@@ -155,10 +154,12 @@ def check_error_feedback(codec: Codec | Lattice) -> None:
             "rhtcomm: error feedback needs to know what a rank's own codes say, and those of a "
             "Lattice are clear only in the sum; take another quantizer, such as Eden"
         )
-    if isinstance(codec.quantizer, QuicFL) and codec.quantizer.bits == 1:
+    # Two hops of vNMSE e leave e + e (1 + e), which at one bit exceeds 1 but for the biased scale.
+    if codec.quantizer.bits == 1 and not getattr(codec.quantizer, "biased", False):
         raise ValueError(
-            "rhtcomm: error feedback with QuicFL(bits=1) diverges, as its squared error is 1.5 "
-            "times what it is given or more; take 2 bits, or Eden(1, biased=True)"
+            f"rhtcomm: error feedback with {codec.quantizer} can diverge, as one bit with an "
+            "unbiased scale may leave more unsent than there was; take 2 bits, or "
+            "Eden(1, biased=True)"
         )
 
 

@@ -247,9 +247,12 @@ def hold_still(rank: int, world_size: int, algorithm: Algorithm) -> list[float]:
 
 
 def test_residuals_stay_bounded(ranks: Ranks) -> None:
-    """|r| <= a (|x| + |r|), a = 0.3634^(1/2) up to the spread between blocks of 256."""
+    """|r| <= a (|x| + |r|), a = 0.3634^(1/2) up to the spread between blocks of 256.
+
+    Part of r is what x shrinks by, 0.3634 / (1 - 0.3634) of it, so that |x + r| > 1.5 |x|.
+    """
     for norms in ranks.run(hold_still, 2, "all_gather"):
-        assert 0.5 < max(norms) < 0.64 / (1 - 0.64)
+        assert 0.8 < max(norms) < 0.64 / (1 - 0.64)
     # What a rank owns holds the second hop's error too, as many times as there are ranks.
     for norms in ranks.run(hold_still, 3, "two_shot"):
         assert max(norms[20:]) < 1.5 * max(norms[:20])
@@ -399,10 +402,10 @@ def test_a_rank_that_joined_sends_off_what_it_has_left(ranks: Ranks) -> None:
 def resume(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     """Four steps at once; and two, a checkpoint, and two more in new objects."""
 
-    def start(**options: Any) -> tuple[nn.Module, Any, RHTState]:
+    def start() -> tuple[nn.Module, Any, RHTState]:
         model = Probe(*SIZES)
-        state = state_of(min_numel=0, **options)
-        ddp = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.001)
+        state = state_of(min_numel=0)
+        ddp = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.006)  # two buckets
         ddp(*gradients(rank, 99)).backward()  # after it, buckets stay as they are
         take(model)
         ddp.register_comm_hook(state, rht_hook)
@@ -419,11 +422,13 @@ def resume(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     model, ddp, state = start()
     train(model, ddp, 0, 2)
     file = io.BytesIO()
-    torch.save(state.state_dict(ddp), file)
+    content = state.state_dict(ddp)
+    for residual in content["residuals"].values():
+        assert residual.untyped_storage().nbytes() == residual.nbytes, "a view of a whole bucket"
+    torch.save(content, file)
     whole = train(model, ddp, 2, 4)
     outcome = {"whole": whole, "residual": residual_of(state, ddp)}
     state.close()
-    assert file.tell() < 2 * 4 * sum(SIZES), "tensors were saved with the memory around them"
 
     file.seek(0)
     saved = torch.load(file)
@@ -475,7 +480,8 @@ def test_the_hook_takes_the_biased_scale_only_with_feedback() -> None:
     ("codec", "residual", "message"),
     [
         (Lattice(4), torch.zeros(100), "another quantizer"),
-        (Codec(QuicFL(1)), torch.zeros(100), "diverges"),
+        (Codec(QuicFL(1)), torch.zeros(100), "diverge"),
+        (Codec(Eden(1)), torch.zeros(100), "diverge"),
         (CODEC, torch.zeros(99), "zeros_like"),
         (CODEC, torch.zeros(100, dtype=torch.float64), "zeros_like"),
         (CODEC, torch.zeros(100, device="meta"), "zeros_like"),
