@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from problems import ROUNDOFF, gaussian
+from test_kernels import both_ways, needs_library, variants
 
-from rhtcomm import Codec, Key, VectorQuantizer, codebooks
+from rhtcomm import Codec, Key, RandomizedHadamard, VectorQuantizer, codebooks
 from rhtcomm.hooks import RHTState
+from rhtcomm.kernels import reference
 
 BITS = (1, 2, 4)
 EDEN_VNMSE = {1: 0.570796, 2: 0.133121, 4: 0.009592}
@@ -59,6 +61,27 @@ def test_error_beats_eden_and_is_unbiased_after_three_transforms(bits: int) -> N
     # One transform fails by far, and two still leave the coordinates of a group correlated.
     assert measure(bits, 1, few)[1] > 50 * one_shot
     assert measure(bits, 2, few)[1] > 1.3 * one_shot
+
+
+@needs_library
+@pytest.mark.parametrize("bits", BITS)
+def test_kernels_break_near_ties_alike(bits: int) -> None:
+    """Groups half way between two codewords, where the order of additions decides."""
+    words = VectorQuantizer(bits).table.codewords.double()
+    distances = torch.cdist(words, words).fill_diagonal_(torch.inf)
+    halfway = ((words + words[distances.argmin(dim=1)]) / 2).flatten()
+    # As the block's root mean square is 1, the quantizer sees them as they are.
+    rest = gaussian(BLOCK - halfway.numel(), bits).double()
+    rest *= ((BLOCK - halfway.square().sum()) / rest.square().sum()).sqrt()
+    rows = []
+    for block in range(8):
+        y = torch.cat([halfway, rest]).float()[None]
+        rows.append(RandomizedHadamard(1, BLOCK).unrotate(y, KEY, block * BLOCK) / BLOCK**0.5)
+    codec, xs = Codec(VectorQuantizer(bits), 1, BLOCK), [torch.cat(rows).flatten()]
+    expected = both_ways(reference, codec, xs, KEY, 0, torch.float32)
+    for name, kernel in variants().items():
+        found = both_ways(kernel, codec, xs, KEY, 0, torch.float32)
+        assert all(map(torch.equal, found, expected)), name
 
 
 @pytest.mark.parametrize("bits", [0, 3, 8])
