@@ -228,6 +228,21 @@ def test_threads_that_call_at_the_same_time_do_not_disturb_each_other() -> None:
     assert all(torch.equal(alone[i], together[i]) for i in range(4))
 
 
+@needs_library
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_coordinates_at_the_ends_of_the_range(bits: int) -> None:
+    """Blocks that are one coordinate once rotated, whose nodes are the first and the last."""
+    codec, key, size = Codec(QuicFL(bits)), Key(3), 4096
+    y = torch.zeros(16, size)
+    y[range(16), range(7, 23)] = torch.tensor([1.0, -1.0]).repeat(8)
+    x = codec.rotation.unrotate(y, key, 0).flatten()
+    expected = both_ways(reference, codec, [x], key, 0, torch.float32)
+    for name, kernel in variants().items():
+        payloads, mean = both_ways(kernel, codec, [x], key, 0, torch.float32)
+        assert torch.equal(payloads, expected[0]), name
+        assert torch.equal(mean, expected[1]), name
+
+
 def choose(environment: dict[str, str], before: str = "") -> subprocess.CompletedProcess[str]:
     """Which kernel a fresh process with this environment picks, and what it says of it."""
     program = f"""
