@@ -97,7 +97,7 @@ class RHTState:
             (see `rhtcomm.all_reduce`). It costs float32 memory of the gradients' size and a decode
             of the rank's own payload; "eden" and "vector" then take the biased scale of least
             squared error. Not for "lattice", nor for "quic_fl" with 1 bit. The quantizers are
-            unbiased without it, which with Adam and 1 or 2 bits did better than feedback, whose
+            unbiased without it, which with AdamW and 1 bit did better than feedback, whose
             errors come back later: compare the two on your model. Residuals have the unit
             of the gradients: after a GradScaler changes its scale, what is left from the step
             before counts by the old one.
