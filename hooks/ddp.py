@@ -100,7 +100,9 @@ class RHTState:
         error_feedback: add to each gradient what this rank could not send of it before
             (see `rhtcomm.all_reduce`). It costs float32 memory of the gradients' size and a decode
             of the rank's own payload; "eden" and "vector" then take the biased scale of least
-            squared error. Not for "lattice", nor for "quic_fl" with 1 bit. Residuals have the unit
+            squared error. Not for "lattice", nor for "quic_fl" with 1 bit. The quantizers are
+            unbiased without it, which with AdamW and 1 bit did better than feedback, whose
+            errors come back later: compare the two on your model. Residuals have the unit
             of the gradients: after a GradScaler changes its scale, what is left from the step
             before counts by the old one.
         nmse_every: measure the error of the mean in every so many steps (0: never), by an exact
