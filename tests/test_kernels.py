@@ -235,7 +235,7 @@ def test_coordinates_at_the_ends_of_the_range(bits: int) -> None:
     codec, key, size = Codec(QuicFL(bits)), Key(3), 4096
     y = torch.zeros(16, size)
     y[range(16), range(7, 23)] = torch.tensor([1.0, -1.0]).repeat(8)
-    x = codec.rotation.unrotate(y, key, 0).flatten()
+    x = RandomizedHadamard(2, size).unrotate(y, key, 0).flatten()
     expected = both_ways(reference, codec, [x], key, 0, torch.float32)
     for name, kernel in variants().items():
         payloads, mean = both_ways(kernel, codec, [x], key, 0, torch.float32)
