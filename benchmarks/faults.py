@@ -8,6 +8,8 @@ the error comes out of the others' backward pass. tests/test_faults.py runs the 
 """
 
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -259,7 +261,16 @@ def moment(event: str, printed: str) -> float:
     raise RuntimeError(f"no {event} happened: {printed}")
 
 
+def shorten(error: str) -> str:
+    """Without the folders in which torch was built, and what wraps the hook's own words."""
+    error = re.sub(r"\[?/\S*/(gloo/\S*\])", r"[\1", error.strip())
+    return re.sub(
+        r"Got the following error when running the callback: (RuntimeError: )?", "", error
+    )
+
+
 def main() -> None:
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, 3 ranks on loopback\n")
     print("| what was done | rank | seconds | exit code | what it printed last |")
     print("|---|---|---|---|---|")
     for name, scenario in SCENARIOS.items():
@@ -267,13 +278,13 @@ def main() -> None:
             error = [line for line in survivor.printed.splitlines() if "Error: " in line][-1]
             print(
                 f"| {scenario.what}; timeout {scenario.timeout:g} s | {survivor.rank} "
-                f"| {survivor.seconds:.1f} | {survivor.exit_code} | {error.strip()} |",
+                f"| {survivor.seconds:.1f} | {survivor.exit_code} | {shorten(error)} |",
                 flush=True,
             )
     for name, scenario in MPI_SCENARIOS.items():
         code, printed = run_mpi(name)
         errors = [line for line in printed.splitlines() if "Error: " in line or "Abort" in line]
-        print(f"| {scenario.what} | mpiexec | | {code} | {' '.join(errors)} |", flush=True)
+        print(f"| {scenario.what} | mpiexec | | {code} | {shorten(' '.join(errors))} |", flush=True)
 
 
 if __name__ == "__main__":
