@@ -366,14 +366,6 @@ class RHTState:
         self._group = self._communicator = None
 
     @property
-    def _safe_rotations(self) -> int:
-        codec = self.codec
-        if isinstance(codec, Codec) and codec.rotations == AUTO:
-            return codec.quantizer.rotations
-        assert isinstance(codec.rotations, int)
-        return codec.rotations
-
-    @property
     def _patience(self) -> str:
         """How long exchanges wait, in words."""
         timeout = self._timeout
@@ -471,7 +463,7 @@ class RHTState:
         if wanted is not None:
             self._wanted[place] = wanted
         if buffer.numel() >= self.min_numel:
-            self._taken[rotations or self._safe_rotations] += 1
+            self._taken[rotations or self.codec.default_rotations] += 1
         if residual is not None:
             parts = residual.split([parameter.numel() for parameter in parameters])
             self._residuals.update(zip(parameters, parts, strict=True))

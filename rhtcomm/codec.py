@@ -117,7 +117,7 @@ class Codec:
         *,
         first: int = 0,
         rotations: int | None = None,
-        wanted: int = 1,
+        wanted: int | None = None,
     ) -> torch.Tensor:
         """Compress one rank's tensor.
 
@@ -169,8 +169,8 @@ class Codec:
         if found:
             quantizer = self.quantizer
             choice = rotations_for(torch.cat(found), quantizer.group, quantizer.rotations)
-            wanted = max(wanted, choice)
-        count = rotation.rotations + 16 * (wanted if self.rotations == AUTO else 0)
+            wanted = max(wanted or 1, choice)
+        count = rotation.rotations + 16 * (wanted or 1 if self.rotations == AUTO else 0)
         header = self._header(count, key, rank, world_size, first, x.numel())
         payload[:HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         return payload
@@ -252,23 +252,26 @@ class Codec:
             )
         return out
 
-    def wanted_rotations(self, payloads: torch.Tensor) -> int:
-        """How many transforms the senders want next, payloads (K, nbytes) of an "auto" codec."""
-        return int((payloads[:, 3] >> 4).max())
+    def wanted_rotations(self, payloads: torch.Tensor) -> int | None:
+        """How many transforms the senders want next, payloads (K, nbytes); None if it is fixed."""
+        return int((payloads[:, 3] >> 4).max()) if self.rotations == AUTO else None
+
+    @property
+    def default_rotations(self) -> int:
+        """How many transforms `encode` takes unless it is told."""
+        if self.rotations is None or self.rotations == AUTO:
+            return self.quantizer.rotations
+        return self.rotations
 
     def _rotation(self, rotations: int | None) -> RandomizedHadamard:
         """The transform of one payload."""
-        if self.rotations != AUTO:
-            if rotations not in (None, self.rotations):
-                raise ValueError(
-                    f"Codec.encode: rotations={rotations}, but this codec was made with "
-                    f'rotations={self.rotations}; only rotations="auto" leaves a choice'
-                )
-            rotations = self.rotations
-        elif rotations is None:
-            rotations = self.quantizer.rotations
-        assert rotations is not None
-        return RandomizedHadamard(rotations, self.block)
+        if self.rotations != AUTO and rotations not in (None, self.rotations):
+            raise ValueError(
+                f"Codec.encode: rotations={rotations}, but this codec was made with "
+                f'rotations={self.rotations}; only rotations="auto" leaves a choice'
+            )
+        count = self.default_rotations if rotations is None else rotations
+        return RandomizedHadamard(count, self.block)
 
     def _sections(
         self, payloads: torch.Tensor, numel: int
@@ -309,7 +312,7 @@ class Codec:
         headers = [bytes(row) for row in payloads[:, :HEADER_BYTES].tolist()]
         rotations = headers[0][3] % 16
         if self.rotations != AUTO or rotations not in (1, 2, 3):
-            rotations = self._rotation(None).rotations
+            rotations = self.default_rotations
         for rank, found in enumerate(headers, first_rank):
             count = rotations + (found[3] & 0xF0 if self.rotations == AUTO else 0)
             wanted = self._header(count, key, rank, world_size, first, numel)

@@ -34,7 +34,7 @@ from typing import Literal, get_args
 
 import torch
 
-from rhtcomm.codec import AUTO, DTYPES, Codec, PayloadError
+from rhtcomm.codec import DTYPES, Codec, PayloadError
 from rhtcomm.communicator import Communicator, HierarchicalCommunicator
 from rhtcomm.lattice import Lattice
 from rhtcomm.randomness import Key
@@ -301,8 +301,33 @@ def _compressed(
         return None
     chosen = choose_algorithm(algorithm, communicator.world_size, codec.nbytes(flat.numel()))
     reduce = {"all_gather": _all_gather, "two_shot": _two_shot, "gather": _gather}[chosen]
-    wanted = reduce(flat, codec, key, communicator, rotations, stopwatch, first, left)
-    return wanted if codec.rotations == AUTO else None
+    return reduce(flat, codec, key, communicator, rotations, stopwatch, first, left)
+
+
+def _encode(
+    flat: torch.Tensor,
+    codec: Codec,
+    key: Key,
+    communicator: Communicator,
+    rotations: int | None,
+    first: int,
+    left: torch.Tensor | None,
+) -> torch.Tensor:
+    """This rank's payload; `left` becomes flat - what the payload says."""
+    rank, world_size = communicator.rank, communicator.world_size
+    payload = codec.encode(flat, key, rank, world_size, first=first, rotations=rotations)
+    if left is not None:
+        codec.decode_mean(
+            payload[None],
+            key,
+            flat.numel(),
+            first=first,
+            out=left,
+            first_rank=rank,
+            world_size=world_size,
+        )
+        torch.sub(flat, left, out=left)
+    return payload
 
 
 def _all_gather(
@@ -314,12 +339,9 @@ def _all_gather(
     stopwatch: Stopwatch,
     first: int,
     left: torch.Tensor | None,
-) -> int:
-    rank, world_size = communicator.rank, communicator.world_size
+) -> int | None:
     with stopwatch("encode"):
-        payload = codec.encode(flat, key, rank, world_size, first=first, rotations=rotations)
-        if left is not None:
-            _leave(left, flat, codec, payload, key, rank, world_size, first)
+        payload = _encode(flat, codec, key, communicator, rotations, first, left)
     with stopwatch("exchange"):
         payloads = communicator.all_gather(payload)
     with stopwatch("decode"):
@@ -336,12 +358,9 @@ def _gather(
     stopwatch: Stopwatch,
     first: int,
     left: torch.Tensor | None,
-) -> int:
-    rank, world_size = communicator.rank, communicator.world_size
+) -> int | None:
     with stopwatch("encode"):
-        payload = codec.encode(flat, key, rank, world_size, first=first, rotations=rotations)
-        if left is not None:
-            _leave(left, flat, codec, payload, key, rank, world_size, first)
+        payload = _encode(flat, codec, key, communicator, rotations, first, left)
     with stopwatch("exchange"):
         payloads = communicator.gather(payload)
     again = key.next_hop()
@@ -373,7 +392,7 @@ def _gather(
     with stopwatch("decode"):
         codec.decode_mean(payload[None], again, flat.numel(), first=first, out=flat)
     if left is not None and payloads is not None:
-        left += world_size * (mean - flat)
+        left += communicator.world_size * (mean - flat)
     return codec.wanted_rotations(payload[None])
 
 
@@ -386,24 +405,17 @@ def _two_shot(
     stopwatch: Stopwatch,
     first: int,
     left: torch.Tensor | None,
-) -> int:
+) -> int | None:
     rank, world_size = communicator.rank, communicator.world_size
     shards = split_into_shards(flat.numel(), codec.block, world_size)
     sizes = [codec.nbytes(shard.stop - shard.start) for shard in shards]
     with stopwatch("encode"):
         outgoing = flat.new_zeros(world_size, max(sizes), dtype=torch.uint8)
         for row, shard, size in zip(outgoing, shards, sizes, strict=True):
-            row[:size] = codec.encode(
-                flat[shard],
-                key,
-                rank,
-                world_size,
-                first=first + shard.start,
-                rotations=rotations,
+            unsent = None if left is None else left[shard]
+            row[:size] = _encode(
+                flat[shard], codec, key, communicator, rotations, first + shard.start, unsent
             )
-            if left is not None:
-                start = first + shard.start
-                _leave(left[shard], flat[shard], codec, row[:size], key, rank, world_size, start)
     with stopwatch("exchange"):
         incoming = communicator.all_to_all(outgoing)
     mine = shards[rank]
@@ -435,29 +447,6 @@ def _two_shot(
     if left is not None:
         left[mine] += world_size * (mean - flat[mine])
     return codec.wanted_rotations(gathered)
-
-
-def _leave(
-    left: torch.Tensor,
-    flat: torch.Tensor,
-    codec: Codec,
-    payload: torch.Tensor,
-    key: Key,
-    rank: int,
-    world_size: int,
-    first: int,
-) -> None:
-    """left <- flat - what its payload says."""
-    codec.decode_mean(
-        payload[None],
-        key,
-        flat.numel(),
-        first=first,
-        out=left,
-        first_rank=rank,
-        world_size=world_size,
-    )
-    torch.sub(flat, left, out=left)
 
 
 def _lattice(

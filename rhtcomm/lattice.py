@@ -55,6 +55,10 @@ class Lattice:
         return RandomizedHadamard(self.rotations, self.block)
 
     @property
+    def default_rotations(self) -> int:
+        return self.rotations
+
+    @property
     def configuration(self) -> dict[str, object]:
         """What the ranks must have in common, by name."""
         return {
