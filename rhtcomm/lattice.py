@@ -87,9 +87,7 @@ class Lattice:
 
     def rotate(self, x: torch.Tensor, key: Key, blocks: Blocks) -> torch.Tensor:
         """Rotated coordinates of blocks: x (at most B d,) -> (B, d) float64; inf if not finite."""
-        rows = x.float()
-        rows = torch.nn.functional.pad(rows, (0, blocks.count * blocks.size - rows.numel()))
-        rows = rows.view(blocks.count, blocks.size)
+        rows = blocks.rows(x.float())
         peak = rows.abs().amax(dim=1, keepdim=True)
         finite = peak.isfinite()
         # Powers of two keep the transform's growth inside the range of float32.

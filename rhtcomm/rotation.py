@@ -36,6 +36,11 @@ class Blocks:
     def shifted(self, by: int) -> "Blocks":
         return replace(self, start=self.start + by)
 
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The coordinates of these blocks, x (at most B d,) -> (B, d), zeros after them."""
+        x = torch.nn.functional.pad(x, (0, self.count * self.size - x.numel()))
+        return x.view(self.count, self.size)
+
 
 def split_into_blocks(numel: int, block: int) -> tuple[Blocks, ...]:
     """Cover `numel` coordinates by full blocks and, where some are left, one block for the tail.
@@ -107,9 +112,7 @@ class RandomizedHadamard:
         """R x: (numel,) floating -> (padded numel,) float32, |R x| = |x|."""
         y = []
         for part in split_into_blocks(x.numel(), self.block):
-            rows = x[part.start : part.stop].float()
-            rows = torch.nn.functional.pad(rows, (0, part.count * part.size - rows.numel()))
-            rows = rows.view(part.count, part.size)
+            rows = part.rows(x[part.start : part.stop].float())
             y.append(self.rotate(rows, key, part.start, rank) * part.size ** (-self.rotations / 2))
         return torch.cat([rows.flatten() for rows in y]) if y else x.float()
 
@@ -154,7 +157,12 @@ MOMENTS = _PARTS + 2
 
 
 def choose_rotations(
-    x: torch.Tensor, *, block: int = 4096, group: int = 1, safe: int = 2, tolerance: float = 0.05
+    x: torch.Tensor,
+    *,
+    block: int = 4096,
+    group: int = 1,
+    safe: int = 2,
+    tolerance: float = TOLERANCE,
 ) -> int:
     """1 where one transform does for x, else `safe`; linear in x, and independent of the signs.
 
@@ -187,9 +195,7 @@ def choose_rotations(
     RandomizedHadamard(safe, block)  # checks them
     rows = []
     for part in split_into_blocks(x.numel(), block):
-        values = x.flatten()[part.start : part.stop].double()
-        values = torch.nn.functional.pad(values, (0, part.count * part.size - values.numel()))
-        values = values.view(part.count, part.size)
+        values = part.rows(x.flatten()[part.start : part.stop].double())
         peak = values.abs().amax(dim=1)
         unit = torch.where((peak > 0) & peak.isfinite(), peak, 1.0)
         rows.append(moments(values / unit[:, None], unit))
@@ -221,11 +227,7 @@ def rotations_for(
     inverse = torch.where(squares > 0, squares.reciprocal(), 0.0)
     measures = [(BERRY_ESSEEN * cubes * inverse.pow(1.5), tolerance)]
     if group > 1:
-        spectrum = q.view(len(q), -1, group).sum(dim=1)
-        for stride in (1, 2, 4)[: group.bit_length() - 1]:
-            spectrum = spectrum.view(len(q), -1, 2, stride)
-            even, odd = spectrum[:, :, 0], spectrum[:, :, 1]
-            spectrum = torch.stack([even + odd, even - odd], dim=2).view(len(q), -1)
+        spectrum = hadamard(q.view(len(q), -1, group).sum(dim=1))
         measures.append((spectrum[:, 1:].abs().amax(dim=1) * inverse, 4 * tolerance))
     for measure, limit in measures:
         if weight @ measure > limit or (measure[weight > 1e-4] > 4 * limit).any():

@@ -40,9 +40,7 @@ def encode(
 ) -> None:
     for rows, piece in _pieces(blocks, x.device):
         start = piece.start - blocks.start
-        part = x[start : start + piece.count * piece.size].float()
-        part = torch.nn.functional.pad(part, (0, piece.count * piece.size - part.numel()))
-        part = part.view(piece.count, piece.size)
+        part = piece.rows(x[start : start + piece.count * piece.size].float())
         down, up, finite = _powers_of_two(part)
         part = torch.where(finite[:, None], part * down[:, None], 0.0)
         if found is not None:
