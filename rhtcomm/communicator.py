@@ -18,6 +18,11 @@ __all__ = ["Communicator", "HierarchicalCommunicator", "MPICommunicator", "Torch
 _CHUNK_BYTES = 1 << 20
 
 
+def ring_bytes(nbytes: int, world_size: int) -> int:
+    """What each of `world_size` ranks sends in a ring all-reduce of so many bytes."""
+    return round(2 * (world_size - 1) * nbytes / world_size)
+
+
 class Communicator(Protocol):
     """Blocking exchanges among `world_size` ranks; every rank makes the same calls in one order."""
 
@@ -32,7 +37,7 @@ class Communicator(Protocol):
 
     def ring_bytes(self, nbytes: int) -> int:
         """What a rank sends in an uncompressed ring all-reduce of so many bytes."""
-        return round(2 * (self.world_size - 1) * nbytes / self.world_size)
+        return ring_bytes(nbytes, self.world_size)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """x (m,) uint8 -> (world_size, m) uint8, row i being the x of rank i."""

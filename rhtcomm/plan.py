@@ -24,9 +24,10 @@ from dataclasses import dataclass
 
 import torch
 
-from rhtcomm.codebooks.quic_fl import REFERENCE_VNMSE
+from rhtcomm.codebooks.quic_fl import WIDE
 from rhtcomm.codec import Codec
 from rhtcomm.collectives import split_into_shards
+from rhtcomm.communicator import ring_bytes
 from rhtcomm.quantizers import QuicFL
 from rhtcomm.randomness import Key
 
@@ -141,7 +142,7 @@ def plan(
             f"rhtcomm.plan: numel={numel}, link_gbps={link_gbps} and slowdown={slowdown} must be "
             f"positive, world_size={world_size} at least 2, latency={latency} not negative"
         )
-    if not bits or not set(bits) <= set(REFERENCE_VNMSE):
+    if not bits or not set(bits) <= set(WIDE.reference_vnmse):
         raise ValueError(f"rhtcomm.plan: bits={tuple(bits)} must be some of 1 to 8")
     if speeds is None:
         speeds = {b: measure_codec(b) for b in bits}
@@ -157,11 +158,11 @@ def plan(
     n, others = world_size, world_size - 1
     cast = statistics.median(speeds[b].cast for b in bits)
     predictions = [
-        of("float32", 32, round(2 * others * 4 * numel / n), 2 * others, 0.0, 0.0),
-        of("bf16", 16, round(2 * others * 2 * numel / n), 2 * others, cast * numel, 2.0**-18),
+        of("float32", 32, ring_bytes(4 * numel, n), 2 * others, 0.0, 0.0),
+        of("bf16", 16, ring_bytes(2 * numel, n), 2 * others, cast * numel, 2.0**-18),
     ]
     for b in bits:
-        codec, speed, nmse = Codec(QuicFL(b)), speeds[b], REFERENCE_VNMSE[b]
+        codec, speed, nmse = Codec(QuicFL(b)), speeds[b], WIDE.reference_vnmse[b]
         whole = codec.nbytes(numel)
         mean_of_all = speed.decode + others * speed.decode_more
         seconds = (speed.encode + mean_of_all) * numel

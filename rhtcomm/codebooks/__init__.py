@@ -1,11 +1,14 @@
 """Quantization tables for Gaussian coordinates, and the solvers that make them."""
 
 import importlib.resources
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["load"]
+__all__ = ["load", "save"]
 
 
 def load(name: str) -> dict[str, npt.NDArray[np.float64]]:
@@ -26,3 +29,11 @@ def load(name: str) -> dict[str, npt.NDArray[np.float64]]:
         )
     with table.open("rb") as file, np.load(file) as arrays:
         return {key: array.astype(np.float64) for key, array in arrays.items()}
+
+
+def save(path: Path, tables: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Writes what `load` reads.
+
+    Uncompressed, so that the bytes depend on the numbers alone and not on the zlib at hand.
+    """
+    np.savez(path, **tables)  # type: ignore[arg-type]  # numpy 1 knows no allow_pickle here

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rhtcomm import codebooks
+
 __all__ = ["BITS", "expected_vnmse", "solve"]
 
 BITS = range(1, 9)
@@ -120,8 +122,7 @@ def main() -> None:
         centroids = tables[f"b{bits}"] = solve(bits)
         vnmse = expected_vnmse(centroids)
         print(f"| {bits} | {vnmse / (1 + vnmse):.6g} | {vnmse:.6g} |")
-    # Uncompressed, so that the bytes depend on the numbers alone and not on the zlib at hand.
-    np.savez(args.out, **tables)  # type: ignore[arg-type]  # numpy 1 knows no allow_pickle here
+    codebooks.save(args.out, tables)
 
 
 if __name__ == "__main__":

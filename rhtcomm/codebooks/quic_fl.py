@@ -30,10 +30,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = [
-    *("BOUND", "EXACT", "REFERENCE_VNMSE", "SHARED_BITS", "WIDE"),
-    *("Family", "expected_vnmse", "solve"),
-]
+from rhtcomm import codebooks
+
+__all__ = ["EXACT", "WIDE", "Family", "expected_vnmse", "solve"]
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,6 @@ EXACT = Family(
         8: 0.000035320,
     },
 )
-
-BOUND, SHARED_BITS, REFERENCE_VNMSE = WIDE.bound, WIDE.shared_bits, WIDE.reference_vnmse
 
 
 def _density(z: Tensor) -> Tensor:
@@ -154,7 +151,7 @@ def expected_vnmse(levels: npt.NDArray[np.float64], shared_bits: int) -> float:
     return _expected_error(positive, 2**shared_bits).item()
 
 
-def solve(bits: int, shared_bits: int, bound: float = BOUND) -> npt.NDArray[np.float64]:
+def solve(bits: int, shared_bits: int, bound: float = WIDE.bound) -> npt.NDArray[np.float64]:
     """The levels r that minimize E[L(z) - z^2; |z| <= bound], to about 1e-9.
 
     Args:
@@ -222,7 +219,9 @@ def solve(bits: int, shared_bits: int, bound: float = BOUND) -> npt.NDArray[np.f
 def main() -> None:
     parser = argparse.ArgumentParser(description="Solve for QUIC-FL's levels and write them.")
     parser.add_argument("--exact", action="store_true", help="the levels for T = 3.09727, not 5")
-    parser.add_argument("--bits", type=int, nargs="+", choices=SHARED_BITS, help="default: all")
+    parser.add_argument(
+        "--bits", type=int, nargs="+", choices=WIDE.shared_bits, help="default: all"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -240,8 +239,7 @@ def main() -> None:
     # A subset must not replace the shipped table.
     out = args.out or (None if args.bits else family.path)
     if out is not None:
-        # Uncompressed, so that the bytes depend on the numbers alone and not on the zlib at hand.
-        np.savez(out, **tables)  # type: ignore[arg-type]  # numpy 1 knows no allow_pickle here
+        codebooks.save(out, tables)
 
 
 if __name__ == "__main__":

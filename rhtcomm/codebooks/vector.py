@@ -24,6 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rhtcomm import codebooks
+
 __all__ = ["BITS", "distortion", "expected_vnmse", "nearest", "solve"]
 
 BITS = (1, 2, 4)
@@ -116,8 +118,7 @@ def main() -> None:
         found = distortion(best, seed=-2)  # not the sample that it was chosen by
         tables[f"b{bits}"] = best.numpy()
         print(f"| {bits} | {8 // bits} | {found:.5g} | {expected_vnmse(found):.5g} |", flush=True)
-    # Uncompressed, so that the bytes depend on the numbers alone and not on the zlib at hand.
-    np.savez(args.out, **tables)  # type: ignore[arg-type]  # numpy 1 knows no allow_pickle here
+    codebooks.save(args.out, tables)
 
 
 if __name__ == "__main__":
