@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rhtcomm import Codec, MPICommunicator, communicator
 from rhtcomm.hooks import RHTState, rht_hook
+
+Process = subprocess.Popen[str]
 
 TIMEOUT = 5  # seconds that the hook's exchanges wait
 VICTIM = 1
@@ -141,7 +144,7 @@ def inject(name: str) -> None:
 
 
 @contextmanager
-def marked_processes() -> Iterator[tuple[dict[str, str], list[subprocess.Popen[str]]]]:
+def marked_processes() -> Iterator[tuple[dict[str, str], list[Process]]]:
     """An environment that marks processes, and a list of started ones, killed at the end."""
     environment = {
         **os.environ,
@@ -150,7 +153,7 @@ def marked_processes() -> Iterator[tuple[dict[str, str], list[subprocess.Popen[s
     }
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-    started: list[subprocess.Popen[str]] = []
+    started: list[Process] = []
     try:
         yield environment, started
     finally:
@@ -158,6 +161,18 @@ def marked_processes() -> Iterator[tuple[dict[str, str], list[subprocess.Popen[s
             os.kill(pid, signal.SIGKILL)
         for process in started:
             process.wait()
+
+
+def start(command: list[str], environment: dict[str, str], output: IO[str]) -> Process:
+    """A process in a session of its own."""
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=output,
+        stderr=output,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def living(environment: dict[str, str], **variables: str) -> list[int]:
@@ -191,15 +206,7 @@ def run(name: str, world_size: int = 3) -> list[Survivor]:
         for rank in range(world_size):
             with (Path(folder) / str(rank)).open("w") as output:
                 command = [sys.executable, __file__, "--rank-of", name]
-                process = subprocess.Popen(
-                    command,
-                    env=environment | {"RANK": str(rank)},
-                    stdout=output,
-                    stderr=output,
-                    text=True,
-                    start_new_session=True,
-                )
-            started.append(process)
+                started.append(start(command, environment | {"RANK": str(rank)}, output))
         deadline = time.monotonic() + LIMIT
         for rank, process in enumerate(started):
             if rank != VICTIM:
@@ -231,14 +238,7 @@ def run_mpi(name: str) -> tuple[int, str]:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
         program = [sys.executable, "-m", "mpi4py", __file__, "--mpi-rank-of", name]
-        process = subprocess.Popen(
-            [mpiexec, "-n", "2", *program],
-            env=environment,
-            stdout=output,
-            stderr=output,
-            text=True,
-            start_new_session=True,
-        )
+        process = start([mpiexec, "-n", "2", *program], environment, output)
         started.append(process)
         wait(process, time.monotonic() + LIMIT, f"mpiexec, scenario {name!r}")
         if living(environment):
@@ -247,7 +247,7 @@ def run_mpi(name: str) -> tuple[int, str]:
         return process.returncode, output.read()
 
 
-def wait(process: subprocess.Popen[str], deadline: float, who: str) -> None:
+def wait(process: Process, deadline: float, who: str) -> None:
     try:
         process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-__all__ = ["Failure", "Ranks", "run_program"]
+__all__ = ["Failure", "Ranks", "load_module", "run_program"]
 
 _HOST = "127.0.0.1"
 
@@ -185,7 +185,7 @@ def _serve(connection: Connection, log: str) -> None:
             return
         try:
             with group:
-                function = getattr(_module(file_name), name)
+                function = getattr(load_module(file_name), name)
                 outcome = pickle.dumps(function(group.rank, group.world_size, *args))
         except BaseException as error:
             outcome = pickle.dumps(Failure.of(error))
@@ -201,8 +201,8 @@ def _end_with_parent() -> None:
 
 
 @cache
-def _module(file: str) -> ModuleType:
-    """A test module, by its file: in pytest's importlib mode its name cannot be imported."""
+def load_module(file: str) -> ModuleType:
+    """A test or script by its file: in pytest's importlib mode its name cannot be imported."""
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec is not None
     assert spec.loader is not None

@@ -4,7 +4,6 @@ That differently configured ranks end is tested in test_ddp.py.
 """
 
 import csv
-import importlib.util
 import os
 import re
 import signal
@@ -13,12 +12,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Ranks
+from harness import Ranks, load_module
 from torch.nn.parallel import DistributedDataParallel
 
 from rhtcomm import QuicFL
@@ -28,17 +26,7 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 
 
-def load(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-faults = load(ROOT / "benchmarks" / "faults.py")
+faults = load_module(str(ROOT / "benchmarks" / "faults.py"))
 
 
 @pytest.mark.parametrize(
@@ -98,20 +86,10 @@ def test_torchrun_restarts_a_killed_rank_from_the_checkpoint(tmp_path: Path) -> 
             (tmp_path / "printed").open("w+") as output,
         ):
             environment |= {"PYTHON": sys.executable, "MAX_RESTARTS": "1"}
-            process = subprocess.Popen(
-                [
-                    str(ROOT / "launch" / "torchrun.sh"),
-                    *MODEL.split(),
-                    *("--steps=150", "--checkpoint-every=5", f"--csv={log_of(name)}"),
-                    f"--checkpoint={tmp_path / name}.pt",
-                ],
-                cwd=ROOT,
-                env=environment,
-                stdout=output,
-                stderr=output,
-                text=True,
-                start_new_session=True,
-            )
+            command = [str(ROOT / "launch" / "torchrun.sh"), *MODEL.split()]
+            command += ["--steps=150", "--checkpoint-every=5", f"--csv={log_of(name)}"]
+            command += [f"--checkpoint={tmp_path / name}.pt"]
+            process = faults.start(command, environment, output)
             started.append(process)
             deadline = time.monotonic() + faults.LIMIT
             if name == "killed":
@@ -162,14 +140,8 @@ def test_slurm_starts_a_torchrun_on_each_node(tmp_path: Path) -> None:
             "ARGUMENTS": str(tmp_path / "arguments"),
         }
         with (tmp_path / "printed").open("w+") as output:
-            process = subprocess.Popen(
-                [script, *MODEL.split(), "--steps=3", f"--csv={tmp_path / 'log'}"],
-                env=environment,
-                stdout=output,
-                stderr=output,
-                text=True,
-                start_new_session=True,
-            )
+            command = [script, *MODEL.split(), "--steps=3", f"--csv={tmp_path / 'log'}"]
+            process = faults.start(command, environment, output)
             started.append(process)
             faults.wait(process, time.monotonic() + faults.LIMIT, "srun")
             output.seek(0)

@@ -1,18 +1,17 @@
 """The trainer, run as users run it: through torchrun, on two ranks."""
 
 import csv
-import importlib.util
 import math
 import os
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from harness import load_module
 
 TRAINER = Path(__file__).parents[1] / "launch" / "train_ddp.py"
 TINY = {
@@ -21,16 +20,7 @@ TINY = {
 }
 
 
-def load_trainer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_ddp", TRAINER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-trainer = load_trainer()
+trainer = load_module(str(TRAINER))
 
 
 def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
