@@ -150,10 +150,10 @@ class Codec:
         x = x.detach()
         payload = torch.empty(self.nbytes(x.numel()), dtype=torch.uint8, device=x.device)
         kernel = kernel_for(x.device, self.quantizer)
-        found = []
+        moments = []
         for blocks, scales, codes in self._sections(payload[None], x.numel()):
             if self.rotations == AUTO:
-                found.append(torch.empty(blocks.count, MOMENTS, device=x.device))
+                moments.append(torch.empty(blocks.count, MOMENTS, device=x.device))
             kernel.encode(
                 rotation,
                 self.quantizer,
@@ -164,11 +164,11 @@ class Codec:
                 world_size,
                 scales[0],
                 codes[0],
-                found[-1] if found else None,
+                moments[-1] if moments else None,
             )
-        if found:
+        if moments:
             quantizer = self.quantizer
-            choice = rotations_for(torch.cat(found), quantizer.group, quantizer.rotations)
+            choice = rotations_for(torch.cat(moments), quantizer.group, quantizer.rotations)
             wanted = max(wanted or 1, choice)
         count = rotation.rotations + 16 * (wanted or 1 if self.rotations == AUTO else 0)
         header = self._header(count, key, rank, world_size, first, x.numel())

@@ -198,27 +198,27 @@ def choose_rotations(
         values = part.rows(x.flatten()[part.start : part.stop].double())
         peak = values.abs().amax(dim=1)
         unit = torch.where((peak > 0) & peak.isfinite(), peak, 1.0)
-        rows.append(moments(values / unit[:, None], unit))
+        rows.append(block_moments(values / unit[:, None], unit))
     return rotations_for(torch.cat(rows), group, safe, tolerance) if rows else 1
 
 
-def moments(z: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+def block_moments(z: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
     """What the choice depends on: blocks z (B, d), in units of `unit` (B,) -> (B, 10).
 
     q_0 .. q_7, sum |z|^3, unit. Blocks that are not finite count as zeros.
     """
     squares = z.square()
     cubes = (squares * z.abs()).sum(dim=1)
-    found = torch.cat(
+    sums = torch.cat(
         [squares.view(len(z), -1, _PARTS).sum(dim=1), cubes[:, None], unit[:, None]], dim=1
     )
-    return torch.where(found.isfinite().all(dim=1, keepdim=True), found, 0.0)
+    return torch.where(sums.isfinite().all(dim=1, keepdim=True), sums, 0.0)
 
 
 def rotations_for(
     moments: torch.Tensor, group: int, safe: int, tolerance: float = TOLERANCE
 ) -> int:
-    """The choice of `choose_rotations`, from the `moments` of all blocks."""
+    """The choice of `choose_rotations`, from the `block_moments` of all."""
     moments = moments.double()
     q, cubes, unit = moments[:, :_PARTS], moments[:, _PARTS], moments[:, _PARTS + 1]
     squares = q.sum(dim=1)

@@ -41,12 +41,12 @@ class Kernel(Protocol):
         world_size: int,
         scales: torch.Tensor,
         codes: torch.Tensor,
-        found: torch.Tensor | None = None,
+        moments: torch.Tensor | None = None,
     ) -> None:
         """x (at most B d,) -> scales (B,) float32 and codes (B, row bytes) uint8.
 
         A row is the d b / 8 bytes of packed codes and, of a QuicFL, its `exact_bytes(d)`.
-        Where it is given, found (B, 10) float32 receives the `rotation.moments` of the blocks,
+        Where it is given, moments (B, 10) float32 receives the blocks' `rotation.block_moments`,
         summed in an order that is the kernel's own.
         """
 

@@ -853,8 +853,8 @@ static Scratch scratch_of(char *memory, int64_t size) {
 
 enum { PARTS = 8, MOMENTS = PARTS + 2 };
 
-/* See moments() of rotation.py; in units of `up`, so that no cube overflows. */
-static void moments(const float *y, int64_t size, float down, float up, float *found) {
+/* See block_moments() of rotation.py; in units of `up`, so that no cube overflows. */
+static void block_moments(const float *y, int64_t size, float down, float up, float *moments) {
     enum { RUN = 32 };
     float squares[RUN] = {0}, cubes[RUN] = {0};
     for (int64_t j = 0; j < size; j += RUN)
@@ -863,16 +863,16 @@ static void moments(const float *y, int64_t size, float down, float up, float *f
             squares[i] += z * z;
             cubes[i] += z * z * z;
         }
-    memset(found, 0, PARTS * sizeof(float) + sizeof(float));
+    memset(moments, 0, PARTS * sizeof(float) + sizeof(float));
     for (int i = 0; i < RUN; i++) {
-        found[i % PARTS] += squares[i];
-        found[PARTS] += cubes[i];
+        moments[i % PARTS] += squares[i];
+        moments[PARTS] += cubes[i];
     }
-    found[PARTS + 1] = up;
+    moments[PARTS + 1] = up;
 }
 
 static void encode_block(const Plan *plan, Scratch s, int64_t first, uint32_t rank, const void *x,
-                         int dtype, int64_t count, float *scale, uint8_t *packed, float *found) {
+                         int dtype, int64_t count, float *scale, uint8_t *packed, float *moments) {
     const int64_t size = plan->size;
     read_block(x, dtype, count, size, s.y);
     for (int64_t at = 0; at < least(size * bytes_of(dtype), PREFETCH); at += 64) /* the next block */
@@ -882,7 +882,7 @@ static void encode_block(const Plan *plan, Scratch s, int64_t first, uint32_t ra
     powers_of_two(peak, &down, &up);
     int finite = peak < 0x7f800000;
     if (!finite) memset(s.y, 0, 4 * size);
-    if (found) moments(s.y, size, down, up, found);
+    if (moments) block_moments(s.y, size, down, up, moments);
     uint32_t signs_of = plan->quantizer == QUIC_FL ? 0 : rank;
     for (int i = 0; i < plan->rotations; i++) {
         const uint8_t *signs = draw_signs(plan, i, signs_of, first, s.signs);
@@ -973,10 +973,10 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
     write_block(s.y, dtype, count, out);
 }
 
-/* x: `numel` coordinates of `blocks` blocks, the rest of the last one being zeros. `found`, which may
- * be NULL, has room for the moments of all blocks. Returns 0, or -1 where no memory was to be had. */
+/* x: `numel` coordinates of `blocks` blocks, the rest of the last one being zeros. `moments` has room
+ * for those of all blocks, or is NULL. Returns 0, or -1 where no memory was to be had. */
 int EXPORT(rhtcomm_encode)(const Plan *plan, int64_t blocks, int64_t rank, const void *x, int dtype,
-                           int64_t numel, float *scales, uint8_t *packed, float *found,
+                           int64_t numel, float *scales, uint8_t *packed, float *moments,
                            int threads) {
     const int64_t size = plan->size, packed_bytes = row_bytes(plan);
     int failed = 0;
@@ -994,7 +994,7 @@ int EXPORT(rhtcomm_encode)(const Plan *plan, int64_t blocks, int64_t rank, const
             encode_block(plan, scratch_of(memory, size), plan->first + at, (uint32_t)rank,
                          (const char *)x + at * bytes_of(dtype), dtype, least(size, numel - at),
                          scales + block, packed + block * packed_bytes,
-                         found ? found + block * MOMENTS : NULL);
+                         moments ? moments + block * MOMENTS : NULL);
         }
         free(memory);
     }

@@ -112,7 +112,7 @@ class Library:
         world_size: int,
         scales: torch.Tensor,
         codes: torch.Tensor,
-        found: torch.Tensor | None = None,
+        moments: torch.Tensor | None = None,
     ) -> None:
         x = x.detach().contiguous()
         normalization = blocks.size ** (-rotation.rotations / 2)
@@ -126,7 +126,7 @@ class Library:
                 ctypes.c_int64(x.numel()),
                 ctypes.c_void_p(scales.data_ptr()),
                 ctypes.c_void_p(codes.data_ptr()),
-                ctypes.c_void_p(None if found is None else found.data_ptr()),
+                ctypes.c_void_p(None if moments is None else moments.data_ptr()),
                 torch.get_num_threads(),
             )
         )

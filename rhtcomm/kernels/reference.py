@@ -16,7 +16,7 @@ import torch
 from rhtcomm.bitpack import pack, unpack
 from rhtcomm.quantizers import Quantizer, QuicFL
 from rhtcomm.randomness import Key
-from rhtcomm.rotation import Blocks, RandomizedHadamard, moments
+from rhtcomm.rotation import Blocks, RandomizedHadamard, block_moments
 
 __all__ = ["decode", "encode"]
 
@@ -36,15 +36,15 @@ def encode(
     world_size: int,
     scales: torch.Tensor,
     codes: torch.Tensor,
-    found: torch.Tensor | None = None,
+    moments: torch.Tensor | None = None,
 ) -> None:
     for rows, piece in _pieces(blocks, x.device):
         start = piece.start - blocks.start
         part = piece.rows(x[start : start + piece.count * piece.size].float())
         down, up, finite = _powers_of_two(part)
         part = torch.where(finite[:, None], part * down[:, None], 0.0)
-        if found is not None:
-            found[rows] = moments(part, up)
+        if moments is not None:
+            moments[rows] = block_moments(part, up)
         signs_of = rank if quantizer.rotation == "one_a_rank" else 0
         y = rotation.rotate(part, key, piece.start, signs_of)
         drawn, scale_of_y = quantizer.encode(y, key, piece.start, rank, world_size)
