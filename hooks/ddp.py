@@ -97,6 +97,7 @@ class RHTState:
             what torch takes (30 minutes for Gloo), whatever the other group has.
         communicator: takes the place of process_group and timeout: an `MPICommunicator`, or a
             `HierarchicalCommunicator` (whose groups nothing else may use while the hook does).
+            Where a rank fails in the hook but lives on, the others then wait for its own timeout.
         error_feedback: add to each gradient what this rank could not send of it before
             (see `rhtcomm.all_reduce`). It costs float32 memory of the gradients' size and a decode
             of the rank's own payload; "eden" and "vector" then take the biased scale of least
