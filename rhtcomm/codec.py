@@ -118,6 +118,7 @@ class Codec:
         first: int = 0,
         rotations: int | None = None,
         wanted: int | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compress one rank's tensor.
 
@@ -130,13 +131,14 @@ class Codec:
             rotations: with "auto" alone: how many transforms this payload takes, the same on all
                 ranks.
             wanted: with "auto" alone: say that at least so many are wanted next.
+            out: (nbytes(numel),) uint8, contiguous, at an address that 4 divides, to write into.
 
         Returns:
-            (nbytes(numel),) uint8 on the device of x.
+            (nbytes(numel),) uint8 on the device of x, `out` or new.
 
         Raises:
             TypeError: x has another dtype.
-            ValueError: x is not flat, or an argument is out of its range.
+            ValueError: x is not flat, out is not as above, or an argument is out of its range.
         """
         rotation = self._rotation(rotations)
         if x.dtype not in DTYPES:
@@ -148,7 +150,7 @@ class Codec:
             raise ValueError(f"Codec.encode: x has shape {tuple(x.shape)}; flatten it first")
         self._check_place(rank, world_size, first)
         x = x.detach()
-        payload = torch.empty(self.nbytes(x.numel()), dtype=torch.uint8, device=x.device)
+        payload = self._check_payload(out, x)
         kernel = kernel_for(x.device, self.quantizer)
         moments = []
         for blocks, scales, codes in self._sections(payload[None], x.numel()):
@@ -337,6 +339,22 @@ class Codec:
                 )
             raise PayloadError(f"Codec.decode_mean: the payload of rank {rank} {fact}")
         return RandomizedHadamard(rotations, self.block)
+
+    def _check_payload(self, out: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+        length = self.nbytes(x.numel())
+        if out is None:
+            return torch.empty(length, dtype=torch.uint8, device=x.device)
+        if out.shape != (length,) or out.dtype != torch.uint8 or out.device != x.device:
+            raise ValueError(
+                f"Codec.encode: out is {out.dtype} of shape {tuple(out.shape)} on {out.device}, "
+                f"but {x.numel()} coordinates take ({length},) torch.uint8 on {x.device}"
+            )
+        if not out.is_contiguous() or out.data_ptr() % 4 or out.storage_offset() % 4:
+            raise ValueError(
+                "Codec.encode: out must be contiguous and begin at an address that 4 divides; "
+                "leave it out, and copy the result"
+            )
+        return out
 
     def _check_place(self, rank: int, world_size: int, first: int) -> None:
         if not 0 <= rank < world_size:

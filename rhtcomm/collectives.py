@@ -28,9 +28,11 @@ n times into its own residual, which counts as one n-th.
 import contextlib
 import itertools
 import json
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -44,9 +46,17 @@ __all__ = ["Algorithm", "DisagreementError", "all_reduce", "check_agreement", "c
 Algorithm = Literal["auto", "all_gather", "two_shot", "gather"]
 Stopwatch = Callable[[str], AbstractContextManager[object]]
 
+_Finish = Callable[[], Any]
+# How a chunk travels: yields an exchange with what to send by it, is sent what came of it.
+_Course = Generator[tuple[Callable[[torch.Tensor], _Finish], torch.Tensor], Any, int | None]
+
 # Payloads up to this many bytes take one round trip rather than two.
 _SMALL_PAYLOAD = 1 << 15
 _FACTS_BYTES = 2048
+# A chunk has at least so many coordinates, and so many blocks a rank. By measurement, see
+# benchmarks/README.md: smaller ones cost more calls than they hide, larger ones hide less.
+_CHUNK = 3 << 18
+_CHUNK_BLOCKS = 16
 
 
 class DisagreementError(RuntimeError):
@@ -300,153 +310,180 @@ def _compressed(
         _lattice(flat, codec, key, communicator, stopwatch, first)
         return None
     chosen = choose_algorithm(algorithm, communicator.world_size, codec.nbytes(flat.numel()))
-    reduce = {"all_gather": _all_gather, "two_shot": _two_shot, "gather": _gather}[chosen]
-    return reduce(flat, codec, key, communicator, rotations, stopwatch, first, left)
+    course = {"all_gather": _all_gather, "two_shot": _two_shot, "gather": _gather}[chosen]
+    whole = _Part(flat, codec, key, communicator, rotations, stopwatch, first, left)
+    chunks = split_into_chunks(flat.numel(), codec.block, communicator.world_size)
+    return _pipeline([course(whole[chunk]) for chunk in chunks], stopwatch)
 
 
-def _encode(
-    flat: torch.Tensor,
-    codec: Codec,
-    key: Key,
-    communicator: Communicator,
-    rotations: int | None,
-    first: int,
-    left: torch.Tensor | None,
-) -> torch.Tensor:
-    """This rank's payload; `left` becomes flat - what the payload says."""
-    rank, world_size = communicator.rank, communicator.world_size
-    payload = codec.encode(flat, key, rank, world_size, first=first, rotations=rotations)
-    if left is not None:
-        codec.decode_mean(
-            payload[None],
-            key,
-            flat.numel(),
-            first=first,
-            out=left,
-            first_rank=rank,
-            world_size=world_size,
-        )
-        torch.sub(flat, left, out=left)
-    return payload
+def _pipeline(courses: list[_Course], stopwatch: Stopwatch) -> int | None:
+    """Take chunks through their courses, each in turn up to its next exchange.
 
+    So a chunk travels while others are encoded or decoded. The turns depend on nothing but the
+    number of chunks: every rank makes the same exchanges in the same order.
+    """
 
-def _all_gather(
-    flat: torch.Tensor,
-    codec: Codec,
-    key: Key,
-    communicator: Communicator,
-    rotations: int | None,
-    stopwatch: Stopwatch,
-    first: int,
-    left: torch.Tensor | None,
-) -> int | None:
-    with stopwatch("encode"):
-        payload = _encode(flat, codec, key, communicator, rotations, first, left)
-    with stopwatch("exchange"):
-        payloads = communicator.all_gather(payload)
-    with stopwatch("decode"):
-        codec.decode_mean(payloads, key, flat.numel(), first=first, out=flat)
-    return codec.wanted_rotations(payloads)
+    def advance(course: _Course, arrived: torch.Tensor | None) -> _Finish:
+        start, x = course.send(arrived)
+        with stopwatch("exchange"):
+            return start(x)
 
-
-def _gather(
-    flat: torch.Tensor,
-    codec: Codec,
-    key: Key,
-    communicator: Communicator,
-    rotations: int | None,
-    stopwatch: Stopwatch,
-    first: int,
-    left: torch.Tensor | None,
-) -> int | None:
-    with stopwatch("encode"):
-        payload = _encode(flat, codec, key, communicator, rotations, first, left)
-    with stopwatch("exchange"):
-        payloads = communicator.gather(payload)
-    again = key.next_hop()
+    under_way = deque((course, advance(course, None)) for course in courses)
+    wanted: list[int] = []
     failure = None
-    if payloads is not None:
+    while under_way:
+        course, finish = under_way.popleft()
+        with stopwatch("exchange"):
+            arrived = finish()
         try:
-            with stopwatch("decode"):
-                mean = codec.decode_mean(payloads, key, flat.numel(), first=first)
-            with stopwatch("encode"):
-                payload = codec.encode(
-                    mean,
-                    again,
-                    first=first,
-                    rotations=rotations,
-                    wanted=codec.wanted_rotations(payloads),
-                )
-        except PayloadError as error:
-            failure = error
-            payload.zero_()  # so that the others need not wait for what never comes
-    with stopwatch("exchange"):
-        communicator.broadcast_(payload)
+            under_way.append((course, advance(course, arrived)))
+        except StopIteration as end:
+            wanted += [] if end.value is None else [end.value]
+        except PayloadError as error:  # the other ranks still wait for the other chunks
+            failure = failure or error
     if failure is not None:
         raise failure
-    if not payload.any():
-        raise PayloadError(
-            f"rhtcomm.all_reduce: rank 0 could not decode what the ranks sent it for {key}: they "
-            "are out of step or configured differently; its own error says more"
-        )
-    with stopwatch("decode"):
-        codec.decode_mean(payload[None], again, flat.numel(), first=first, out=flat)
-    if left is not None and payloads is not None:
-        left += communicator.world_size * (mean - flat)
-    return codec.wanted_rotations(payload[None])
+    return max(wanted, default=None)
 
 
-def _two_shot(
-    flat: torch.Tensor,
-    codec: Codec,
-    key: Key,
-    communicator: Communicator,
-    rotations: int | None,
-    stopwatch: Stopwatch,
-    first: int,
-    left: torch.Tensor | None,
-) -> int | None:
-    rank, world_size = communicator.rank, communicator.world_size
-    shards = split_into_shards(flat.numel(), codec.block, world_size)
-    sizes = [codec.nbytes(shard.stop - shard.start) for shard in shards]
-    with stopwatch("encode"):
-        outgoing = flat.new_zeros(world_size, max(sizes), dtype=torch.uint8)
-        for row, shard, size in zip(outgoing, shards, sizes, strict=True):
-            unsent = None if left is None else left[shard]
-            row[:size] = _encode(
-                flat[shard], codec, key, communicator, rotations, first + shard.start, unsent
+@dataclass(frozen=True)
+class _Part:
+    """Some coordinates of a bucket, and how they travel."""
+
+    flat: torch.Tensor
+    codec: Codec
+    key: Key
+    communicator: Communicator
+    rotations: int | None
+    stopwatch: Stopwatch
+    first: int
+    left: torch.Tensor | None
+
+    def __getitem__(self, run: slice) -> "_Part":
+        left = None if self.left is None else self.left[run]
+        return replace(self, flat=self.flat[run], first=self.first + run.start, left=left)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codec.nbytes(self.flat.numel())
+
+    def encode(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """This rank's payload; `left` becomes flat - what the payload says."""
+        rank, world_size = self.communicator.rank, self.communicator.world_size
+        with self.stopwatch("encode"):
+            payload = self.codec.encode(
+                self.flat,
+                self.key,
+                rank,
+                world_size,
+                first=self.first,
+                rotations=self.rotations,
+                out=out,
             )
-    with stopwatch("exchange"):
-        incoming = communicator.all_to_all(outgoing)
+            if self.left is not None:
+                self.codec.decode_mean(
+                    payload[None],
+                    self.key,
+                    self.flat.numel(),
+                    first=self.first,
+                    out=self.left,
+                    first_rank=rank,
+                    world_size=world_size,
+                )
+                torch.sub(self.flat, self.left, out=self.left)
+        return payload
+
+    def decode(self, payloads: torch.Tensor) -> int | None:
+        """The mean of all ranks' payloads goes to `flat`."""
+        with self.stopwatch("decode"):
+            self.codec.decode_mean(
+                payloads, self.key, self.flat.numel(), first=self.first, out=self.flat
+            )
+        return self.codec.wanted_rotations(payloads)
+
+    def encode_mean(self, payloads: torch.Tensor, out: torch.Tensor) -> torch.Tensor | PayloadError:
+        """The mean of all ranks' payloads, returned, and a payload of it, written to `out`.
+
+        Or what is wrong with them; `out` is zeros then, as the other ranks wait for something.
+        """
+        try:
+            with self.stopwatch("decode"):
+                mean = self.codec.decode_mean(
+                    payloads, self.key, self.flat.numel(), first=self.first
+                )
+        except PayloadError as error:
+            out.zero_()
+            return error
+        with self.stopwatch("encode"):
+            self.codec.encode(
+                mean,
+                self.key.next_hop(),
+                first=self.first,
+                rotations=self.rotations,
+                wanted=self.codec.wanted_rotations(payloads),
+                out=out,
+            )
+        return mean
+
+    def decode_again(self, payload: torch.Tensor, owner: int) -> int | None:
+        """What `owner` encoded by `encode_mean` goes to `flat`."""
+        try:
+            return replace(self, key=self.key.next_hop()).decode(payload[None])
+        except PayloadError:
+            if payload.any():
+                raise
+            raise PayloadError(
+                f"rhtcomm.all_reduce: rank {owner} could not decode what the ranks sent it for "
+                f"{self.key}: they are out of step or configured differently; its own error says "
+                "more"
+            ) from None
+
+    def keep(self, mean: torch.Tensor) -> None:
+        """What encoding the mean of n ranks again has lost, n times, goes to `left` too."""
+        if self.left is not None:
+            self.left.add_(mean - self.flat, alpha=self.communicator.world_size)
+
+
+def _all_gather(part: _Part) -> _Course:
+    payloads = yield part.communicator.start_all_gather, part.encode()
+    return part.decode(payloads)
+
+
+def _gather(part: _Part) -> _Course:
+    payload = part.encode()
+    payloads = yield part.communicator.start_gather, payload
+    mean = None if payloads is None else part.encode_mean(payloads, out=payload)
+    yield part.communicator.start_broadcast, payload
+    if isinstance(mean, PayloadError):
+        raise mean
+    wanted = part.decode_again(payload, owner=0)
+    if mean is not None:
+        part.keep(mean)
+    return wanted
+
+
+def _two_shot(part: _Part) -> _Course:
+    rank, world_size = part.communicator.rank, part.communicator.world_size
+    shards = [
+        part[run] for run in split_into_shards(part.flat.numel(), part.codec.block, world_size)
+    ]
+    width = max(shard.nbytes for shard in shards)
+    outgoing = part.flat.new_empty(world_size, width, dtype=torch.uint8)
+    for row, shard in zip(outgoing, shards, strict=True):
+        shard.encode(out=row[: shard.nbytes])
+    incoming = yield part.communicator.start_all_to_all, outgoing
     mine = shards[rank]
-    with stopwatch("decode"):
-        mean = codec.decode_mean(
-            incoming[:, : sizes[rank]], key, mine.stop - mine.start, first=first + mine.start
-        )
-    key = key.next_hop()
-    with stopwatch("encode"):
-        again = flat.new_zeros(max(sizes), dtype=torch.uint8)
-        again[: sizes[rank]] = codec.encode(
-            mean,
-            key,
-            first=first + mine.start,
-            rotations=rotations,
-            wanted=codec.wanted_rotations(incoming),
-        )
-    with stopwatch("exchange"):
-        gathered = communicator.all_gather(again)
-    with stopwatch("decode"):
-        for row, shard, size in zip(gathered, shards, sizes, strict=True):
-            codec.decode_mean(
-                row[None, :size],
-                key,
-                shard.stop - shard.start,
-                first=first + shard.start,
-                out=flat[shard],
-            )
-    if left is not None:
-        left[mine] += world_size * (mean - flat[mine])
-    return codec.wanted_rotations(gathered)
+    again = part.flat.new_empty(width, dtype=torch.uint8)
+    mean = mine.encode_mean(incoming[:, : mine.nbytes], out=again[: mine.nbytes])
+    gathered = yield part.communicator.start_all_gather, again
+    if isinstance(mean, PayloadError):
+        raise mean
+    wanted = [
+        shard.decode_again(row[: shard.nbytes], owner)
+        for owner, (row, shard) in enumerate(zip(gathered, shards, strict=True))
+    ]
+    mine.keep(mean)
+    return max((count for count in wanted if count is not None), default=None)
 
 
 def _lattice(
@@ -485,6 +522,13 @@ def _lattice(
             mean = lattice.mean(rows, of_blocks, key, place, world_size).flatten()
             target = flat[part.start : part.stop]
             target.copy_(mean[: target.numel()])
+
+
+def split_into_chunks(numel: int, block: int, world_size: int) -> list[slice]:
+    """Runs that travel one behind the other; all but the last have even shards."""
+    shard = max(-(-_CHUNK // (world_size * block)), _CHUNK_BLOCKS) * block
+    step = shard * world_size
+    return [slice(start, min(numel, start + step)) for start in range(0, numel, step)]
 
 
 def split_into_shards(numel: int, block: int, world_size: int) -> list[slice]:

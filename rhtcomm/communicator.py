@@ -2,7 +2,8 @@
 
 import os
 import time
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Communicator", "HierarchicalCommunicator", "MPICommunicator", "TorchCommunicator"]
 
-# On Gloo one large message moves in fits and starts; pieces of this many bytes, all in flight at
-# once, keep a link full.
-_CHUNK_BYTES = 1 << 20
+# Of our messages on a process group that others may use too; those with one tag stay in order.
+_TAG = 0x7268
+
+Result = TypeVar("Result")
 
 
 def ring_bytes(nbytes: int, world_size: int) -> int:
@@ -24,7 +26,12 @@ def ring_bytes(nbytes: int, world_size: int) -> int:
 
 
 class Communicator(Protocol):
-    """Blocking exchanges among `world_size` ranks; every rank makes the same calls in one order."""
+    """Exchanges among `world_size` ranks; every rank makes the same calls in one order.
+
+    A `start_...` returns at once, with a function that waits for the exchange and gives its result.
+    Until then the tensors belong to the exchange. Several may be under way, to be finished in the
+    order in which they were started.
+    """
 
     bytes_sent: int
     """By this rank so far. Reductions count as a ring's, a broadcast as sent by the root alone."""
@@ -39,25 +46,33 @@ class Communicator(Protocol):
         """What a rank sends in an uncompressed ring all-reduce of so many bytes."""
         return ring_bytes(nbytes, self.world_size)
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+    def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         """x (m,) uint8 -> (world_size, m) uint8, row i being the x of rank i."""
         ...
 
-    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+    def start_all_to_all(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         """x (world_size, m) uint8 -> (world_size, m), row i being rank i's row for this rank."""
         ...
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
+    def start_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor | None]:
         """x (m,) uint8 -> on rank 0 (world_size, m), row i the x of rank i; elsewhere None."""
         ...
 
-    def broadcast_(self, x: torch.Tensor) -> None:
+    def start_broadcast(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Contiguous x (m,) uint8 becomes that of rank 0, in place."""
         ...
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         """Sum or maximum of contiguous tensors over ranks, in place, the same bits everywhere."""
         ...
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """`start_all_gather`, finished."""
+        return self.start_all_gather(x)()
+
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        """`start_all_to_all`, finished."""
+        return self.start_all_to_all(x)()
 
 
 class TorchCommunicator(Communicator):
@@ -78,10 +93,12 @@ class TorchCommunicator(Communicator):
             )
         self.group = group
         self.bytes_sent = 0
-        self._root = dist.get_process_group_ranks(group)[0]
+        self._ranks = dist.get_process_group_ranks(group)
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
         if self._rank < 0:
             raise RuntimeError("TorchCommunicator: this rank is not a member of the group")
+        # Each begins with its neighbour, so that no rank is the first to hear from all.
+        self._others = [(self._rank + i) % self._world_size for i in range(1, self._world_size)]
 
     @property
     def rank(self) -> int:
@@ -91,56 +108,52 @@ class TorchCommunicator(Communicator):
     def world_size(self) -> int:
         return self._world_size
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+    def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         gathered = x.new_empty(self.world_size, x.numel())
-        works = [
-            dist.all_gather(
-                [row[chunk] for row in gathered], x[chunk], group=self.group, async_op=True
-            )
-            for chunk in _chunks(x.numel())
-        ]
-        for work in works:
-            work.wait()
         self.bytes_sent += (self.world_size - 1) * x.numel()
-        return gathered
+        if x.device.type == "cpu":
+            gathered[self.rank] = x
+            works = self._receive(gathered) + self._send([x] * self.world_size)
+        else:
+            works = [dist.all_gather(list(gathered), x, group=self.group, async_op=True)]
+        return _finish(works, gathered)
 
-    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+    def start_all_to_all(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        x = x.contiguous()
         received = torch.empty_like(x)
-        pending = []
-        for chunk in _chunks(x.shape[1], self.world_size):
-            piece = x[:, chunk].contiguous()
-            arrived = torch.empty_like(piece)
-            work = dist.all_to_all_single(arrived, piece, group=self.group, async_op=True)
-            pending.append((chunk, piece, arrived, work))
-        for chunk, _, arrived, work in pending:
-            work.wait()
-            received[:, chunk] = arrived
         self.bytes_sent += (self.world_size - 1) * x.shape[1]
-        return received
+        if x.device.type == "cpu":
+            received[self.rank] = x[self.rank]
+            works = self._receive(received) + self._send(x)
+        else:
+            works = [dist.all_to_all_single(received, x, group=self.group, async_op=True)]
+        return _finish(works, received)
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
-        if self.rank == 0:
-            gathered = x.new_empty(self.world_size, x.numel())
-        works = []
-        for chunk in _chunks(x.numel()):
-            pieces = [row[chunk] for row in gathered] if self.rank == 0 else None
-            works.append(dist.gather(x[chunk], pieces, self._root, self.group, async_op=True))
-        for work in works:
-            work.wait()
-        if self.rank == 0:
-            return gathered
-        self.bytes_sent += x.numel()
-        return None
+    def start_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor | None]:
+        gathered = x.new_empty(self.world_size, x.numel()) if self.rank == 0 else None
+        self.bytes_sent += 0 if self.rank == 0 else x.numel()
+        rows = None if gathered is None else list(gathered)
+        work = dist.gather(x, rows, self._ranks[0], self.group, async_op=True)
+        return _finish([work], gathered)
 
-    def broadcast_(self, x: torch.Tensor) -> None:
-        works = [
-            dist.broadcast(x[chunk], self._root, self.group, async_op=True)
-            for chunk in _chunks(x.numel())
+    def start_broadcast(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        self.bytes_sent += (self.world_size - 1) * x.numel() if self.rank == 0 else 0
+        return _finish([dist.broadcast(x, self._ranks[0], self.group, async_op=True)], x)
+
+    # Gloo's own all_gather and all_to_all go through a pool of two threads, which costs hand-overs
+    # and lets two chunks share a link, so that both arrive late. Plain messages do neither.
+
+    def _receive(self, rows: torch.Tensor) -> list[dist.Work | None]:
+        """Row i from rank i, from all others."""
+        return [
+            dist.irecv(rows[rank], self._ranks[rank], self.group, _TAG) for rank in self._others
         ]
-        for work in works:
-            work.wait()
-        if self.rank == 0:
-            self.bytes_sent += (self.world_size - 1) * x.numel()
+
+    def _send(self, rows: Sequence[torch.Tensor] | torch.Tensor) -> list[dist.Work | None]:
+        """Row i to rank i, to all others."""
+        return [
+            dist.isend(rows[rank], self._ranks[rank], self.group, _TAG) for rank in self._others
+        ]
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
@@ -206,28 +219,28 @@ class MPICommunicator(Communicator):
     def world_size(self) -> int:
         return int(self.comm.size)
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+    def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         gathered = x.new_empty(self.world_size, x.numel())
-        self._wait(self.comm.Iallgather(_host_array(x), _host_array(gathered)))
         self.bytes_sent += (self.world_size - 1) * x.numel()
-        return gathered
+        request = self.comm.Iallgather(_host_array(x), _host_array(gathered))
+        return self._finish(request, gathered)
 
-    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+    def start_all_to_all(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        x = x.contiguous()
         received = torch.empty_like(x)
-        self._wait(self.comm.Ialltoall(_host_array(x), _host_array(received)))
         self.bytes_sent += (self.world_size - 1) * x.shape[1]
-        return received
+        request = self.comm.Ialltoall(_host_array(x), _host_array(received))
+        return self._finish(request, received)
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
+    def start_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor | None]:
         gathered = x.new_empty(self.world_size, x.numel()) if self.rank == 0 else None
-        target = None if gathered is None else _host_array(gathered)
-        self._wait(self.comm.Igather(_host_array(x), target))
         self.bytes_sent += 0 if self.rank == 0 else x.numel()
-        return gathered
+        target = None if gathered is None else _host_array(gathered)
+        return self._finish(self.comm.Igather(_host_array(x), target), gathered)
 
-    def broadcast_(self, x: torch.Tensor) -> None:
-        self._wait(self.comm.Ibcast(_host_array(x)))
+    def start_broadcast(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         self.bytes_sent += (self.world_size - 1) * x.numel() if self.rank == 0 else 0
+        return self._finish(self.comm.Ibcast(_host_array(x)), x)
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         self._wait(self.comm.Iallreduce(self._in_place, _host_array(x), self._operations[op]))
@@ -236,6 +249,16 @@ class MPICommunicator(Communicator):
     def close(self) -> None:
         """Free the duplicated communicator; all ranks must call it."""
         self.comm.Free()
+
+    def _finish(self, request: "MPI.Request", result: Result) -> Callable[[], Result]:
+        """What waits for the request, which until then keeps hold of its buffers."""
+        request.Test()  # moves the earlier ones on too
+
+        def finish() -> Result:
+            self._wait(request)
+            return result
+
+        return finish
 
     def _wait(self, request: "MPI.Request") -> None:
         deadline = None if self.timeout is None else time.monotonic() + self.timeout
@@ -328,6 +351,18 @@ class HierarchicalCommunicator:
         x.copy_(total.view_as(x))
 
 
+def _finish(works: Sequence[dist.Work | None], result: Result) -> Callable[[], Result]:
+    """What waits for the works, which until then keep hold of their tensors."""
+
+    def finish() -> Result:
+        for work in works:
+            assert work is not None  # it is where a rank is not of the group
+            work.wait()
+        return result
+
+    return finish
+
+
 def _host_array(x: torch.Tensor) -> Any:
     if x.device.type != "cpu":
         raise TypeError(
@@ -335,8 +370,3 @@ def _host_array(x: torch.Tensor) -> Any:
             "memory; use TorchCommunicator there"
         )
     return x.detach().numpy()
-
-
-def _chunks(length: int, lanes: int = 1) -> list[slice]:
-    step = max(1, _CHUNK_BYTES // lanes)
-    return [slice(at, min(at + step, length)) for at in range(0, length, step)]

@@ -39,10 +39,9 @@ def exchanges() -> None:
         assert torch.equal(received, expected[:, None].expand(n, length))
         assert communicator.bytes_sent - before == (n - 1) * length
         before = communicator.bytes_sent
-        collected = communicator.gather(mine)
+        under_way = [communicator.start_gather(mine), communicator.start_broadcast(mine.clone())]
+        collected, announced = (finish() for finish in under_way)
         assert collected is None if rank else torch.equal(collected, gathered)
-        announced = mine.clone()
-        communicator.broadcast_(announced)
         assert torch.equal(announced, torch.ones_like(mine))
         assert communicator.bytes_sent - before == (length if rank else (n - 1) * length)
     x = torch.arange(10.0) * (rank + 1)

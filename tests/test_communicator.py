@@ -5,11 +5,9 @@ import torch
 import torch.distributed as dist
 from harness import Ranks
 
-from rhtcomm import TorchCommunicator, communicator
+from rhtcomm import TorchCommunicator
 
-# Below, at and above the patched chunk size, in whole chunks and not.
-CHUNK = 8
-LENGTHS = (0, 1, 7, 8, 9, 16, 17, 100)
+LENGTHS = (0, 1, 7, 8, 9, 16, 17, 100, 3_000_000)
 
 
 def row_of(sender: int, receiver: int, length: int) -> torch.Tensor:
@@ -18,58 +16,44 @@ def row_of(sender: int, receiver: int, length: int) -> torch.Tensor:
 
 
 def exchange(rank: int, world_size: int) -> int:
-    """Every exchange at every length; returns the bytes counted."""
+    """Every exchange at every length, all under way at once; returns the bytes counted."""
     ranks = TorchCommunicator()
     assert (ranks.rank, ranks.world_size) == (rank, world_size)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(communicator, "_CHUNK_BYTES", CHUNK)
-        for length in LENGTHS:
-            gathered = ranks.all_gather(row_of(rank, 0, length))
-            expected = [row_of(sender, 0, length) for sender in range(world_size)]
-            assert gathered.dtype == torch.uint8
-            assert torch.equal(gathered, torch.stack(expected)), f"all_gather of {length}"
-
-            outgoing = [row_of(rank, receiver, length) for receiver in range(world_size)]
-            received = ranks.all_to_all(torch.stack(outgoing))
-            expected = [row_of(sender, rank, length) for sender in range(world_size)]
-            assert torch.equal(received, torch.stack(expected)), f"all_to_all of {length}"
-
-            collected = ranks.gather(row_of(rank, 0, length))
-            if rank == 0:
-                assert collected is not None
-                assert torch.equal(collected, gathered), f"gather of {length}"
-            else:
-                assert collected is None
-
-            announced = row_of(rank, 3, length)
-            ranks.broadcast_(announced)
-            assert torch.equal(announced, row_of(0, 3, length)), f"broadcast of {length}"
+    everyone = range(world_size)
+    under_way = []
+    for length in LENGTHS:
+        rows = torch.stack([row_of(rank, receiver, length) for receiver in everyone])
+        under_way += [
+            ranks.start_all_gather(rows[0]),
+            ranks.start_all_to_all(rows),
+            ranks.start_gather(rows[0]),
+            ranks.start_broadcast(row_of(rank, 3, length)),
+        ]
+    results = [finish() for finish in under_way]
+    for at, length in enumerate(LENGTHS):
+        gathered, received, collected, announced = results[4 * at : 4 * at + 4]
+        of_all = torch.stack([row_of(sender, 0, length) for sender in everyone])
+        for_me = torch.stack([row_of(sender, rank, length) for sender in everyone])
+        assert gathered is not None
+        assert gathered.dtype == torch.uint8
+        assert torch.equal(gathered, of_all), f"all_gather of {length}"
+        assert torch.equal(received, for_me), f"all_to_all of {length}"
+        if rank == 0:
+            assert torch.equal(collected, of_all), f"gather of {length}"
+        else:
+            assert collected is None
+        assert torch.equal(announced, row_of(0, 3, length)), f"broadcast of {length}"
     return ranks.bytes_sent
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_exchanges_in_chunks(world_size: int, ranks: Ranks) -> None:
+def test_many_exchanges_under_way(world_size: int, ranks: Ranks) -> None:
     # Each rank sends one row to each other one, in either of the first two exchanges; then it sends
     # one to rank 0, which sends one to each.
     row = sum(LENGTHS)
     expected = [2 * (world_size - 1) * row + row for _ in range(world_size)]
     expected[0] = 3 * (world_size - 1) * row
     assert ranks.run(exchange, world_size) == expected
-
-
-def exchange_one_large_message(rank: int, world_size: int) -> None:
-    """Several chunks of the size that is really used."""
-    ranks = TorchCommunicator()
-    length = 2 * communicator._CHUNK_BYTES + 12345
-    gathered = ranks.all_gather(row_of(rank, 0, length))
-    received = ranks.all_to_all(torch.stack([row_of(rank, other, length) for other in (0, 1)]))
-    for sender in range(world_size):
-        assert torch.equal(gathered[sender], row_of(sender, 0, length))
-        assert torch.equal(received[sender], row_of(sender, rank, length))
-
-
-def test_messages_of_several_megabytes(ranks: Ranks) -> None:
-    ranks.run(exchange_one_large_message, 2)
 
 
 def exchange_strided(rank: int, world_size: int) -> None:
@@ -121,12 +105,10 @@ def exchange_in_subgroup(rank: int, world_size: int) -> list[list[int]] | str:
     x = torch.tensor([rank], dtype=torch.uint8)
     total = torch.tensor([float(rank)])
     ranks.all_reduce_(total)
-    collected = ranks.gather(x)
+    collected = ranks.start_gather(x)()
     assert (collected is None) == (rank == 3)
     assert collected is None or collected.tolist() == [[1], [3]]
-    announced = x.clone()
-    ranks.broadcast_(announced)
-    assert announced.tolist() == [1]
+    assert ranks.start_broadcast(x.clone())().tolist() == [1]
     return [
         ranks.all_gather(x).tolist(),
         ranks.all_to_all(torch.tensor([[rank], [10 * rank]], dtype=torch.uint8)).tolist(),
