@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from rhtcomm import Codec, MPICommunicator, communicator
+from rhtcomm import Codec, MPICommunicator, TorchCommunicator, collectives
 from rhtcomm.hooks import RHTState, rht_hook
 
 Process = subprocess.Popen[str]
@@ -74,7 +74,7 @@ class Survivor:
 def rank_program(name: str, mpi: bool) -> None:
     """Train until something fails; runs in a process of its own."""
     torch.set_num_threads(1)
-    communicator._CHUNK_BYTES = 4096  # so that a payload is many exchanges
+    collectives._CHUNK, collectives._CHUNK_BLOCKS = 1, 1  # so that a payload is six exchanges
     if mpi:
         from mpi4py import MPI
 
@@ -125,9 +125,9 @@ def inject(name: str) -> None:
         fault()
         return
     owner, method, call = {
-        "raises": (Codec, "encode", 2),
-        "abort": (MPICommunicator, "all_gather", 3),
-    }.get(name, (dist, "all_gather", 1 + 9 + 3))
+        "raises": (Codec, "encode", 6 + 3),
+        "abort": (MPICommunicator, "start_all_gather", 1 + 6 + 3),
+    }.get(name, (TorchCommunicator, "start_all_gather", 1 + 6 + 3))
     original, calls = getattr(owner, method), 0
 
     def counted(*args: object, **kwargs: object) -> object:
@@ -211,9 +211,7 @@ def run(name: str, world_size: int = 3) -> list[Survivor]:
         for rank, process in enumerate(started):
             if rank != VICTIM:
                 wait(process, deadline, f"rank {rank}, scenario {name!r}")
-        left = set(living(environment)) - {started[VICTIM].pid}
-        if left:
-            raise RuntimeError(f"{name}: processes {left} are left behind")
+        none_left(name, environment, but=started[VICTIM].pid)
         printed = [(Path(folder) / str(rank)).read_text() for rank in range(world_size)]
     fault = moment("fault", printed[VICTIM])
     return [
@@ -241,10 +239,19 @@ def run_mpi(name: str) -> tuple[int, str]:
         process = start([mpiexec, "-n", "2", *program], environment, output)
         started.append(process)
         wait(process, time.monotonic() + LIMIT, f"mpiexec, scenario {name!r}")
-        if living(environment):
-            raise RuntimeError(f"{name}: processes {living(environment)} are left behind")
+        none_left(name, environment)
         output.seek(0)
         return process.returncode, output.read()
+
+
+def none_left(name: str, environment: dict[str, str], but: int | None = None) -> None:
+    """Raise RuntimeError if processes live on; those that are ending have a moment to do so."""
+    for _ in range(50):
+        left = set(living(environment)) - {but}
+        if not left:
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"{name}: processes {left} are left behind")
 
 
 def wait(process: Process, deadline: float, who: str) -> None:

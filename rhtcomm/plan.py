@@ -11,9 +11,11 @@ payload's bytes at b bits, a rank needs for one bucket
 
 where F = 1514 / 1448 is what frames of Ethernet, IP and TCP add, E encodes a coordinate, D_1
 decodes one of a single payload and D_2 adds that of one more payload, C casts one to bf16 and back,
-and s is how much slower all this is in place than it was when measured. Bytes and codec are counted
-one after the other. What the backward pass hides is not counted, nor are congestion, the sums of an
-uncompressed all-reduce, and links between machines that are slower than the machines' own.
+and s is how much slower all this is in place than it was when measured. A bucket travels in c
+chunks, each while others are encoded or decoded: of link and codec the longer counts in full, the
+other by one c-th (c = 1 without compression). What the backward pass hides is not counted, nor are
+congestion, the sums of an uncompressed all-reduce, and links between machines that are slower than
+the machines' own.
 """
 
 import argparse
@@ -26,7 +28,7 @@ import torch
 
 from rhtcomm.codebooks.quic_fl import WIDE
 from rhtcomm.codec import Codec
-from rhtcomm.collectives import split_into_shards
+from rhtcomm.collectives import split_into_chunks, split_into_shards
 from rhtcomm.communicator import ring_bytes
 from rhtcomm.quantizers import QuicFL
 from rhtcomm.randomness import Key
@@ -55,13 +57,15 @@ class Prediction:
     algorithm: str  # "float32", "bf16", "all_gather" or "two_shot"
     bits: int
     bytes_sent: int  # by a rank, without what frames add
+    chunks: int
     link_seconds: float
     codec_seconds: float
     nmse: float  # summed over the hops: of one encoding, relative to what is encoded
 
     @property
     def seconds(self) -> float:
-        return self.link_seconds + self.codec_seconds
+        shorter, longer = sorted((self.link_seconds, self.codec_seconds))
+        return longer + shorter / self.chunks
 
     @property
     def name(self) -> str:
@@ -150,27 +154,43 @@ def plan(
         raise ValueError(f"rhtcomm.plan: speeds lack {sorted(missing)} bits, which bits ask for")
 
     def of(
-        algorithm: str, bits: int, sent: int, messages: int, codec: float, nmse: float
+        algorithm: str,
+        bits: int,
+        chunks: int,
+        sent: int,
+        messages: int,
+        codec: float,
+        nmse: float,
     ) -> Prediction:
         link = sent * FRAMING * 8e-9 / link_gbps + messages * latency
-        return Prediction(algorithm, bits, sent, link, codec * slowdown, nmse)
+        return Prediction(algorithm, bits, sent, chunks, link, codec * slowdown, nmse)
 
     n, others = world_size, world_size - 1
     cast = statistics.median(speeds[b].cast for b in bits)
     predictions = [
-        of("float32", 32, ring_bytes(4 * numel, n), 2 * others, 0.0, 0.0),
-        of("bf16", 16, ring_bytes(2 * numel, n), 2 * others, cast * numel, 2.0**-18),
+        of("float32", 32, 1, ring_bytes(4 * numel, n), 2 * others, 0.0, 0.0),
+        of("bf16", 16, 1, ring_bytes(2 * numel, n), 2 * others, cast * numel, 2.0**-18),
     ]
     for b in bits:
         codec, speed, nmse = Codec(QuicFL(b)), speeds[b], WIDE.reference_vnmse[b]
-        whole = codec.nbytes(numel)
+        chunks = [
+            chunk.stop - chunk.start for chunk in split_into_chunks(numel, codec.block, world_size)
+        ]
+        sent = others * sum(map(codec.nbytes, chunks))
         mean_of_all = speed.decode + others * speed.decode_more
         seconds = (speed.encode + mean_of_all) * numel
-        predictions.append(of("all_gather", b, others * whole, others, seconds, nmse))
-        shards = split_into_shards(numel, codec.block, n)
-        shard = max(codec.nbytes(part.stop - part.start) for part in shards)
+        predictions.append(of("all_gather", b, len(chunks), sent, others, seconds, nmse))
+        shards = (split_into_shards(length, codec.block, n) for length in chunks)
+        sent = (
+            2
+            * others
+            * sum(
+                max(codec.nbytes(shard.stop - shard.start) for shard in of_chunk)
+                for of_chunk in shards
+            )
+        )
         seconds = (speed.encode + (mean_of_all + speed.encode) / n + speed.decode) * numel
-        predictions.append(of("two_shot", b, 2 * others * shard, 2 * others, seconds, 2 * nmse))
+        predictions.append(of("two_shot", b, len(chunks), sent, 2 * others, seconds, 2 * nmse))
 
     def fastest(of_them: Sequence[Prediction]) -> Prediction | None:
         return min(of_them, key=lambda p: p.seconds, default=None)

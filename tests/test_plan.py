@@ -21,21 +21,35 @@ def find(found: Plan, algorithm: str, bits: int) -> Prediction:
 
 
 def test_the_formula_by_hand() -> None:
-    numel, n = 4 * 10 * 4096, 4
+    numel, n = 4 * 480 * 4096, 4  # ten chunks of 4 x 48 blocks
     found = plan(numel, n, 2.0, latency=1e-4, speeds=SPEEDS, slowdown=2.0)
     per_byte = 1514 / 1448 * 8 / 2e9
-    payload = 16 + 40 * (4 + 2048)  # header; a scale and 4096 codes of 4 bits a block
-    shard = 16 + 10 * (4 + 2048)
-    expected = {
+    payload = 10 * 16 + 4 * 480 * (4 + 2048)  # headers; a scale and 4096 codes of 4 bits a block
+    shards = 10 * 16 + 480 * (4 + 2048)
+    link = {
         ("float32", 32): 6 * numel * per_byte + 6e-4,  # 2 * 3 / 4 * 4 bytes
-        ("bf16", 16): 3 * numel * per_byte + 6e-4 + 2 * 1e-9 * numel,
-        ("all_gather", 4): 3 * payload * per_byte + 3e-4 + 2 * (2 + 3 + 1.5) * 1e-9 * numel,
-        ("two_shot", 4): 6 * shard * per_byte
-        + 6e-4
-        + 2 * (2 + (3 + 1.5 + 2) / 4 + 3) * 1e-9 * numel,
+        ("bf16", 16): 3 * numel * per_byte + 6e-4,
+        ("all_gather", 4): 3 * payload * per_byte + 3e-4,
+        ("two_shot", 4): 6 * shards * per_byte + 6e-4,
     }
-    for (algorithm, bits), seconds in expected.items():
-        assert find(found, algorithm, bits).seconds == pytest.approx(seconds, rel=1e-12)
+    codec = {
+        ("float32", 32): 0.0,
+        ("bf16", 16): 2 * 1e-9 * numel,
+        ("all_gather", 4): 2 * (2 + 3 + 1.5) * 1e-9 * numel,
+        ("two_shot", 4): 2 * (2 + (3 + 1.5 + 2) / 4 + 3) * 1e-9 * numel,
+    }
+    for (algorithm, bits), seconds in link.items():
+        prediction = find(found, algorithm, bits)
+        assert prediction.link_seconds == pytest.approx(seconds, rel=1e-12)
+        assert prediction.codec_seconds == pytest.approx(codec[algorithm, bits], rel=1e-12)
+    for name in (("float32", 32), ("bf16", 16)):
+        assert find(found, *name).seconds == pytest.approx(link[name] + codec[name], rel=1e-12)
+    # Here the codec is the longer of the two, there the link is.
+    name = ("two_shot", 4)
+    assert find(found, *name).seconds == pytest.approx(codec[name] + link[name] / 10, rel=1e-12)
+    slower = find(plan(numel, n, 0.1, latency=0, speeds=SPEEDS), *name)
+    expected = 20 * (link[name] - 6e-4) + codec[name] / 2 / 10
+    assert slower.seconds == pytest.approx(expected, rel=1e-12)
     assert find(found, "two_shot", 4).nmse == 2 * find(found, "all_gather", 4).nmse
 
 
@@ -51,7 +65,7 @@ def bytes_of_exchange(rank: int, world_size: int, numel: int, algorithm: str, bi
     return communicator.bytes_sent
 
 
-@pytest.mark.parametrize("numel", [100_000, 131_072])
+@pytest.mark.parametrize("numel", [100_000, 1_600_000])
 @pytest.mark.parametrize(
     ("algorithm", "bits"), [("float32", 32), ("all_gather", 4), ("two_shot", 4), ("two_shot", 1)]
 )
