@@ -2,8 +2,9 @@
 
 Autograd's thread hands each bucket to one worker thread and goes on with the backward pass; the
 worker encodes, exchanges and decodes bucket after bucket in the order in which DDP launched them,
-over a process group of its own, and completes the future that DDP waits for. (Collectives issued
-from a future's callback hang or mix up their data on Gloo.)
+each in chunks (see `rhtcomm.collectives`), over a process group of its own, and completes the
+future that DDP waits for. (Collectives issued from a future's callback hang or mix up their data on
+Gloo.)
 """
 
 import contextlib
@@ -47,8 +48,9 @@ _NO_HOOK = "or registered no hook, or one with another process_group"
 class Stats:
     """What the hook has done so far, on this rank.
 
-    Seconds are wall-clock time of the worker thread. On CUDA it launches encoding and waits for
-    nothing until decoding, whose seconds hold that wait.
+    Seconds are wall-clock time of the worker thread. Chunks of a bucket travel while others are
+    encoded and decoded; `exchange_seconds` is what it waited for beside. On CUDA it launches
+    encoding and waits for nothing until decoding, whose seconds hold that wait.
     `bytes_uncompressed` is what a ring all-reduce of the gradients in their own dtype would have
     sent. `nmse` is |mean - exact|^2 / |exact|^2 over the sampled buckets, None if none was.
     `rotations` counts compressed buckets by the number of transforms that they took.
