@@ -55,10 +55,9 @@ _Course = Generator[tuple[Callable[[torch.Tensor], _Finish], torch.Tensor], Any,
 # Payloads up to this many bytes take one round trip rather than two.
 _SMALL_PAYLOAD = 1 << 15
 _FACTS_BYTES = 2048
-# A chunk has at least so many coordinates, and so many blocks a rank. By measurement, see
-# benchmarks/README.md: smaller ones cost more calls than they hide, larger ones hide less.
-_CHUNK = 3 << 18
-_CHUNK_BLOCKS = 16
+# Coordinates that a chunk gives the codec in one call: a third of the tensor, within these limits.
+# By measurement, see benchmarks/README.md: smaller ones cost more calls than they hide.
+_FEWEST, _MOST = 1 << 18, 3 << 18
 
 
 class DisagreementError(RuntimeError):
@@ -314,7 +313,8 @@ def _compressed(
     chosen = choose_algorithm(algorithm, communicator.world_size, codec.nbytes(flat.numel()))
     course = {"all_gather": _all_gather, "two_shot": _two_shot, "gather": _gather}[chosen]
     whole = _Part(flat, codec, key, communicator, rotations, stopwatch, first, left)
-    chunks = split_into_chunks(flat.numel(), codec.block, communicator.world_size)
+    calls = communicator.world_size if chosen == "two_shot" else 1
+    chunks = split_into_chunks(flat.numel(), codec.block, calls)
     return _pipeline([course(whole[chunk]) for chunk in chunks], stopwatch)
 
 
@@ -526,10 +526,10 @@ def _lattice(
             target.copy_(mean[: target.numel()])
 
 
-def split_into_chunks(numel: int, block: int, world_size: int) -> list[slice]:
-    """Runs that travel one behind the other; all but the last have even shards."""
-    shard = max(-(-_CHUNK // (world_size * block)), _CHUNK_BLOCKS) * block
-    step = shard * world_size
+def split_into_chunks(numel: int, block: int, calls: int) -> list[slice]:
+    """Runs that travel one behind the other, of whole blocks for each of `calls` to the codec."""
+    coordinates = min(max(numel // (3 * calls), _FEWEST), _MOST)
+    step = -(-coordinates // block) * block * calls
     return [slice(start, min(numel, start + step)) for start in range(0, numel, step)]
 
 

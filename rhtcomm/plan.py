@@ -173,22 +173,15 @@ def plan(
     ]
     for b in bits:
         codec, speed, nmse = Codec(QuicFL(b)), speeds[b], WIDE.reference_vnmse[b]
-        chunks = [
-            chunk.stop - chunk.start for chunk in split_into_chunks(numel, codec.block, world_size)
-        ]
+        chunks = [part.stop - part.start for part in split_into_chunks(numel, codec.block, 1)]
         sent = others * sum(map(codec.nbytes, chunks))
         mean_of_all = speed.decode + others * speed.decode_more
         seconds = (speed.encode + mean_of_all) * numel
         predictions.append(of("all_gather", b, len(chunks), sent, others, seconds, nmse))
+        chunks = [part.stop - part.start for part in split_into_chunks(numel, codec.block, n)]
         shards = (split_into_shards(length, codec.block, n) for length in chunks)
-        sent = (
-            2
-            * others
-            * sum(
-                max(codec.nbytes(shard.stop - shard.start) for shard in of_chunk)
-                for of_chunk in shards
-            )
-        )
+        longest = (max(shard.stop - shard.start for shard in of_chunk) for of_chunk in shards)
+        sent = 2 * others * sum(map(codec.nbytes, longest))
         seconds = (speed.encode + (mean_of_all + speed.encode) / n + speed.decode) * numel
         predictions.append(of("two_shot", b, len(chunks), sent, 2 * others, seconds, 2 * nmse))
 

@@ -348,22 +348,23 @@ def test_bytes_sent(world_size: int, ranks: Ranks) -> None:
 
 
 @contextmanager
-def chunks_of(blocks_of_a_rank: int) -> Iterator[None]:
+def chunks_of(blocks: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "_CHUNK", 1)
-        patch.setattr(collectives, "_CHUNK_BLOCKS", blocks_of_a_rank)
+        patch.setattr(collectives, "_FEWEST", blocks * BLOCK)
+        patch.setattr(collectives, "_MOST", blocks * BLOCK)
         yield
 
 
 def test_chunks_cover_a_tensor_in_order() -> None:
-    for numel, block, world_size in [(1, 32, 2), (6_553_600, 4096, 3), (2**22 + 77, 4096, 64)]:
-        chunks = split_into_chunks(numel, block, world_size)
+    for numel, block, calls in [(1, 32, 2), (6_553_600, 4096, 3), (2**24 + 77, 4096, 64)]:
+        chunks = split_into_chunks(numel, block, calls)
         assert [chunk.start for chunk in chunks[1:]] == [chunk.stop for chunk in chunks[:-1]]
         assert (chunks[0].start, chunks[-1].stop) == (0, numel)
         for chunk in chunks[:-1]:
-            assert (chunk.stop - chunk.start) % (block * world_size) == 0, "uneven shards"
-            assert chunk.stop - chunk.start >= 3 << 18
-    assert len(split_into_chunks(6_553_600, 4096, 2)) == 9
+            assert (chunk.stop - chunk.start) % (block * calls) == 0, "uneven shards"
+    lengths = [len(split_into_chunks(25 << 18, 4096, calls)) for calls in (1, 2, 4, 64)]
+    assert lengths == [9, 5, 3, 1]
+    assert len(split_into_chunks(1 << 18, 4096, 1)) == 1
 
 
 def reduce_in_chunks(rank: int, world_size: int, cases: list[Case]) -> list[torch.Tensor]:
@@ -412,7 +413,7 @@ def log_of_exchanges(rank: int, world_size: int, algorithm: Algorithm) -> list[s
     for name in ("all_gather", "all_to_all", "gather", "broadcast"):
         start = getattr(communicator, f"start_{name}")
         setattr(communicator, f"start_{name}", logged(name, start))
-    with chunks_of(1):
+    with chunks_of(1 if algorithm == "two_shot" else 2):
         rhtcomm.all_reduce(
             *(data(rank, 6 * BLOCK), CODEC, KEY, communicator),
             **{"algorithm": algorithm, "min_numel": 0, "check": False},  # type: ignore[arg-type]
@@ -458,7 +459,7 @@ def reduce_with_a_broken_chunk(
 
     setattr(communicator, name, damaged)
     options: Any = {"algorithm": algorithm, "min_numel": 0, "check": False}
-    with chunks_of(1):
+    with chunks_of(1 if algorithm == "two_shot" else 3):
         message = ""
         try:
             rhtcomm.all_reduce(data(rank, 9 * BLOCK), CODEC, KEY, communicator, **options)

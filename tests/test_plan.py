@@ -21,11 +21,11 @@ def find(found: Plan, algorithm: str, bits: int) -> Prediction:
 
 
 def test_the_formula_by_hand() -> None:
-    numel, n = 4 * 480 * 4096, 4  # ten chunks of 4 x 48 blocks
+    numel, n = 4 * 480 * 4096, 4  # two_shot: chunks of 4 x 160, all_gather: of 192 blocks
     found = plan(numel, n, 2.0, latency=1e-4, speeds=SPEEDS, slowdown=2.0)
     per_byte = 1514 / 1448 * 8 / 2e9
     payload = 10 * 16 + 4 * 480 * (4 + 2048)  # headers; a scale and 4096 codes of 4 bits a block
-    shards = 10 * 16 + 480 * (4 + 2048)
+    shards = 3 * 16 + 480 * (4 + 2048)
     link = {
         ("float32", 32): 6 * numel * per_byte + 6e-4,  # 2 * 3 / 4 * 4 bytes
         ("bf16", 16): 3 * numel * per_byte + 6e-4,
@@ -46,9 +46,9 @@ def test_the_formula_by_hand() -> None:
         assert find(found, *name).seconds == pytest.approx(link[name] + codec[name], rel=1e-12)
     # Here the codec is the longer of the two, there the link is.
     name = ("two_shot", 4)
-    assert find(found, *name).seconds == pytest.approx(codec[name] + link[name] / 10, rel=1e-12)
+    assert find(found, *name).seconds == pytest.approx(codec[name] + link[name] / 3, rel=1e-12)
     slower = find(plan(numel, n, 0.1, latency=0, speeds=SPEEDS), *name)
-    expected = 20 * (link[name] - 6e-4) + codec[name] / 2 / 10
+    expected = 20 * (link[name] - 6e-4) + codec[name] / 2 / 3
     assert slower.seconds == pytest.approx(expected, rel=1e-12)
     assert find(found, "two_shot", 4).nmse == 2 * find(found, "all_gather", 4).nmse
 
