@@ -398,6 +398,30 @@ def test_two_shot_in_chunks_changes_no_bit(ranks: Ranks) -> None:
         assert same_bits(result, expected)
 
 
+def want_in_chunks(rank: int, world_size: int) -> list[int | None]:
+    """Only one chunk of one rank is too spiky for a single transform."""
+    wanted = []
+    for algorithm in ALGORITHMS:
+        for spike in (0, 17, None):
+            x = torch.randn(24 * BLOCK, generator=torch.Generator().manual_seed(rank))
+            if rank == 1 and spike is not None:
+                x[spike * BLOCK : (spike + 1) * BLOCK] = 0
+                x[spike * BLOCK] = 100
+            with chunks_of(1 if algorithm == "two_shot" else 3):
+                wanted.append(
+                    rhtcomm.all_reduce(
+                        *(x, Codec(QuicFL(4), "auto", BLOCK), KEY, rhtcomm.TorchCommunicator()),
+                        algorithm=algorithm,
+                        min_numel=0,
+                    )
+                )
+    return wanted
+
+
+def test_chunks_want_as_many_rotations_as_the_neediest(ranks: Ranks) -> None:
+    assert ranks.run(want_in_chunks, 3) == [[2, 2, 1] * len(ALGORITHMS)] * 3
+
+
 def log_of_exchanges(rank: int, world_size: int, algorithm: Algorithm) -> list[str]:
     """What is started and waited for, in its order."""
     communicator, log = rhtcomm.TorchCommunicator(), []
