@@ -403,7 +403,7 @@ def want_in_chunks(rank: int, world_size: int) -> list[int | None]:
     wanted = []
     for algorithm in ALGORITHMS:
         for spike in (0, 17, None):
-            x = torch.randn(24 * BLOCK, generator=torch.Generator().manual_seed(rank))
+            x = torch.rand(24 * BLOCK, generator=torch.Generator().manual_seed(rank)) - 0.5
             if rank == 1 and spike is not None:
                 x[spike * BLOCK : (spike + 1) * BLOCK] = 0
                 x[spike * BLOCK] = 100
