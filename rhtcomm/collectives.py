@@ -34,7 +34,7 @@ from typing import Literal, get_args
 
 import torch
 
-from rhtcomm.codec import DTYPES, Codec, PayloadError
+from rhtcomm.codec import AUTO, DTYPES, Codec, PayloadError
 from rhtcomm.communicator import Communicator, HierarchicalCommunicator
 from rhtcomm.lattice import Lattice
 from rhtcomm.randomness import Key
@@ -267,18 +267,22 @@ def _hierarchical(
         mine += row
     mine /= within.world_size
     shard, size = shards[within.rank], sizes[within.rank]
+    wanted = None
     if between.world_size > 1 and size:
         unsent = None if left is None else left[shard]
-        rotations = _compressed(
+        wanted = _compressed(
             mine[:size], codec, key, between, algorithm, rotations, stopwatch, shard.start, unsent
         )
         if unsent is not None:
             unsent *= within.world_size  # of the node's mean, in which this rank is one of many
     with stopwatch("exchange"):
-        gathered = within.all_gather(mine.to(flat.dtype).view(torch.uint8)).view(flat.dtype)
+        # Each place saw its own shard alone, so what it wants goes along behind the shard.
+        row = torch.cat([mine, mine.new_tensor([wanted or 0])]).to(flat.dtype)
+        gathered = within.all_gather(row.view(torch.uint8)).view(flat.dtype)
         for row, shard, size in zip(gathered, shards, sizes, strict=True):
             flat[shard] = row[:size]
-    return rotations
+    automatic = isinstance(codec, Codec) and codec.rotations == AUTO
+    return (int(gathered[:, -1].max()) or None) if automatic else None
 
 
 def _compressed(
