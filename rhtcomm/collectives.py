@@ -26,6 +26,7 @@ n times into its own residual, which counts as one n-th.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 from collections.abc import Callable
@@ -469,10 +470,19 @@ def _lattice(
             lattice.rotate(flat[part.start : part.stop], key, place)
             for part, place in zip(parts, places, strict=True)
         ]
-        bound = torch.cat([y.abs().amax(dim=1) for y in rotated])
+        # Words of codes have no header: what the ranks must have in common goes along as +h and -h.
+        common = repr((lattice, key, first, flat.numel())).encode()
+        mark = int.from_bytes(hashlib.blake2b(common, digest_size=6).digest())  # float64 holds it
+        ends = torch.tensor([mark, -mark], dtype=torch.float64, device=flat.device)
+        bound = torch.cat([*(y.abs().amax(dim=1) for y in rotated), ends])
     with stopwatch("exchange"):
         communicator.all_reduce_(bound, "max")
-    bounds = bound.split([part.count for part in parts])
+    if bound[-2] != -bound[-1]:
+        raise PayloadError(
+            f"rhtcomm.all_reduce: another rank has codes that cannot be added to those for {key}: "
+            "the ranks are out of step or configured differently"
+        )
+    bounds = bound[:-2].split([part.count for part in parts])
     with stopwatch("encode"):
         codes = [
             lattice.codes(y, of_blocks, key, place.start, rank, world_size).flatten()
