@@ -84,8 +84,9 @@ def all_reduce(
         check: compare the configuration of all ranks first, at the price of one small exchange.
             The DDP hook does that once, not for each bucket.
         residual: float32 of the tensor's shape and device, zeros before the first step: error
-            feedback. It is added to the tensor and replaced by what this rank leaves unsent; blocks
-            that come out as NaN keep theirs. One bit needs a quantizer with biased=True.
+            feedback. It is added to the tensor and replaced by what this rank leaves unsent. Where
+            any number of the result is not finite, all of it stays as it was: a gradient scaler
+            then skips the step. One bit needs a quantizer with biased=True.
         stopwatch: called with "encode", "exchange" and "decode"; gives a context for that part.
 
     Returns:
@@ -143,8 +144,8 @@ def all_reduce(
         tensor.detach().copy_(flat.view(tensor.shape))
     if residual is not None and left is not None:
         # A gradient scaler skips a step that is not finite, so nothing of it may stay.
-        kept = torch.where(tensor.detach().isfinite(), left.view(tensor.shape), residual)
-        residual.copy_(kept)
+        usable = tensor.detach().isfinite().all()
+        residual.copy_(torch.where(usable, left.view(tensor.shape), residual))
     return rotations
 
 

@@ -195,13 +195,12 @@ def meet_infinity(rank: int, world_size: int, algorithm: Algorithm) -> list[torc
 
 
 @pytest.mark.parametrize("algorithm", ["all_gather", "two_shot", "gather"])
-def test_a_block_that_is_not_finite_keeps_its_residual(algorithm: Algorithm, ranks: Ranks) -> None:
+def test_a_step_that_is_not_finite_keeps_the_residual(algorithm: Algorithm, ranks: Ranks) -> None:
     spoilt = torch.zeros(NUMEL, dtype=torch.bool)
     spoilt[2 * BLOCK : 3 * BLOCK] = True
     for mean, before, after in ranks.run(meet_infinity, 3, algorithm):
         assert torch.equal(mean.isnan(), spoilt)
-        assert bool(after.isfinite().all())
-        assert torch.equal(before == after, spoilt)
+        assert torch.equal(before, after)
 
 
 def flush(rank: int, world_size: int) -> list[torch.Tensor]:
