@@ -22,7 +22,8 @@ rank has at step t, the residual r_t of what it could not send before:
 
 so that over any number of steps the results and the mean residual add up to the exact means. What
 an owner of a shard (two_shot; gather: rank 0) loses when it encodes the mean of n ranks again goes
-n times into its own residual, which counts as one n-th.
+n times into its own residual, which counts as one n-th. What the mean loses as it is rounded to
+bfloat16 or float16 is the same on all ranks, and goes into the residual of each.
 """
 
 import contextlib
@@ -144,6 +145,7 @@ def all_reduce(
         tensor.detach().copy_(flat.view(tensor.shape))
     if residual is not None and left is not None:
         # A gradient scaler skips a step that is not finite, so nothing of it may stay.
+        left += flat - tensor.detach().float().reshape(-1)  # the rounding to the tensor's dtype
         usable = tensor.detach().isfinite().all()
         residual.copy_(torch.where(usable, left.view(tensor.shape), residual))
     return rotations
