@@ -110,7 +110,9 @@ def all_reduce(
             "shape": tuple(tensor.shape),
             "key": key,
             "rotations now": rotations,
-            "error_feedback": residual is not None,
+            "residual": residual
+            if residual is None
+            else (residual.dtype, tuple(residual.shape), residual.device.type),
         }
         check_agreement(communicator, facts, tensor.device)
     check_algorithm(algorithm, codec)

@@ -466,6 +466,26 @@ def test_ranks_that_disagree_find_out(ranks: Ranks) -> None:
         assert "error_feedback (True on rank 0; False on rank 1)" in message
 
 
+def bring_odd_residuals(rank: int, world_size: int) -> list[str]:
+    messages = []
+    for odd in (None, torch.zeros(999), torch.zeros(1000, dtype=torch.float64)):
+        residual = odd if rank == 1 else torch.zeros(1000)
+        with pytest.raises(rhtcomm.DisagreementError) as error:
+            rhtcomm.all_reduce(
+                torch.ones(1000), CODEC, KEY, rhtcomm.TorchCommunicator(), residual=residual
+            )
+        messages.append(str(error.value))
+    return messages
+
+
+def test_one_odd_residual_is_named_on_every_rank(ranks: Ranks) -> None:
+    first, second = ranks.run(bring_odd_residuals, 2)
+    assert first == second
+    for message, odd in zip(first, ("None", "(999,)", "float64"), strict=True):
+        assert "differently in residual (" in message
+        assert odd in message
+
+
 def test_the_hook_takes_the_biased_scale_only_with_feedback() -> None:
     for quantizer in ("eden", "vector"):
         for feedback in (True, False):
