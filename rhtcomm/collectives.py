@@ -214,7 +214,7 @@ def check_agreement(
     Raises:
         DisagreementError: naming the fields that differ, and their values by rank.
     """
-    text = json.dumps({name: str(value)[:80] for name, value in facts.items()}).encode()
+    text = json.dumps({name: _shown(value) for name, value in facts.items()}).encode()
     assert len(text) <= _FACTS_BYTES
     row = torch.frombuffer(bytearray(text.ljust(_FACTS_BYTES)), dtype=torch.uint8).to(device)
     by_rank = [json.loads(bytes(other)) for other in communicator.all_gather(row).tolist()]
@@ -234,6 +234,14 @@ def check_agreement(
             f"rhtcomm: the ranks are configured differently in {', '.join(differing)}; "
             "give all ranks the same arguments"
         )
+
+
+def _shown(value: object) -> str:
+    """At most 80 characters, the last ones a digest where there were more."""
+    text = str(value)
+    if len(text) <= 80:
+        return text
+    return f"{text[:67]}... {hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
 def _abridged(ranks: list[int]) -> str:

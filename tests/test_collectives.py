@@ -452,6 +452,21 @@ def test_all_differing_fields_are_named_with_their_values(ranks: Ranks) -> None:
         assert expected in message
 
 
+def disagree_at_the_end(rank: int, world_size: int) -> str:
+    same, long = list(range(500)), [*range(500), rank]
+    with pytest.raises(DisagreementError) as error:
+        check_agreement(
+            rhtcomm.TorchCommunicator(), {"same": same, "long": long}, torch.device("cpu")
+        )
+    return str(error.value)
+
+
+def test_long_values_are_compared_to_their_end(ranks: Ranks) -> None:
+    for message in ranks.run(disagree_at_the_end, 2):
+        assert "differently in long ([0, 1, 2," in message
+        assert len(message) < 400
+
+
 def reduce_out_of_step(rank: int, world_size: int, algorithm: Algorithm) -> str:
     """Without the check, the payloads' headers tell."""
     key = Key(KEY.seed, KEY.step + rank)
