@@ -96,8 +96,9 @@ def all_reduce(
 
     Raises:
         TypeError: the tensor has another dtype (float64 and integers are never rounded silently).
-        ValueError: the algorithm is unknown, or asked for with a `Lattice`; or the residual has
-            another shape, dtype or device, or the codec cannot have one.
+        ValueError: the algorithm is unknown, or asked for with a `Lattice`; the rotations are not
+            those of a codec or `Lattice` that has a fixed number; or the residual has another
+            shape, dtype or device, or the codec cannot have one.
         DisagreementError: on all ranks, naming the fields in which they differ.
         PayloadError: a payload that arrived is not what was expected.
     """
@@ -116,6 +117,11 @@ def all_reduce(
         }
         check_agreement(communicator, facts, tensor.device)
     check_algorithm(algorithm, codec)
+    if isinstance(codec, Lattice) and rotations not in (None, codec.rotations):
+        raise ValueError(
+            f"rhtcomm.all_reduce: rotations={rotations}, but this Lattice was made with "
+            f"rotations={codec.rotations}; leave them out here"
+        )
     if tensor.dtype not in DTYPES:
         raise TypeError(
             f"rhtcomm.all_reduce: the tensor is {tensor.dtype}, but only float32, bfloat16 and "

@@ -4,6 +4,7 @@ import pytest
 import torch
 from harness import Ranks
 from problems import adversarial
+from test_state import Alone
 
 import rhtcomm
 from rhtcomm import Key, Lattice, PayloadError, TorchCommunicator
@@ -138,3 +139,8 @@ def reduce_out_of_step(rank: int, world_size: int) -> torch.Tensor:
 def test_a_rank_out_of_step_is_found_on_every_rank(ranks: Ranks) -> None:
     means = ranks.run(reduce_out_of_step, 3)
     assert all(torch.equal(mean, means[0]) for mean in means)
+
+
+def test_rotations_are_those_of_the_lattice() -> None:
+    with pytest.raises(ValueError, match="made with rotations=2; leave them out"):
+        rhtcomm.all_reduce(torch.ones(100), Lattice(4), Key(5), Alone(), rotations=3, check=False)
