@@ -491,7 +491,8 @@ def _lattice(
         ]
         # Words of codes have no header: what the ranks must have in common goes along as +h and -h.
         common = repr((lattice, key, first, flat.numel())).encode()
-        mark = int.from_bytes(hashlib.blake2b(common, digest_size=6).digest())  # float64 holds it
+        digest = hashlib.blake2b(common, digest_size=6).digest()
+        mark = int.from_bytes(digest, "little")  # below 2^53, so that float64 holds it
         ends = torch.tensor([mark, -mark], dtype=torch.float64, device=flat.device)
         bound = torch.cat([*(y.abs().amax(dim=1) for y in rotated), ends])
     with stopwatch("exchange"):
