@@ -260,7 +260,10 @@ class RHTState:
                 named[name]: residual.float().cpu() for name, residual in residuals.items()
             }
         self.key, self._last_index = Key(state["seed"], state["step"]), -1
-        self._wanted = {(index, numel): count for index, numel, count in state.get("rotations", [])}
+        # What a run with "auto" saved means nothing to a fixed number.
+        automatic = isinstance(self.codec, Codec) and self.codec.rotations == AUTO
+        wanted = state.get("rotations", []) if automatic else []
+        self._wanted = {(index, numel): count for index, numel, count in wanted}
 
     @staticmethod
     def _named_parameters(model: nn.Module | None, call: str) -> dict[str, torch.Tensor]:

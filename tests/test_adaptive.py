@@ -288,6 +288,15 @@ def train_auto(rank: int, world_size: int) -> None:
     assert torch.equal(model.module.weight.grad, expected)
     assert state.stats().rotations[1] == after[1] + 4
     state.close()
+    # A fixed number goes on from a state that "auto" saved.
+    fixed = RHTState(bits=4, rotations=2, min_numel=0)
+    model = DistributedDataParallel(Table(), bucket_cap_mb=0.01)
+    model.register_comm_hook(fixed, rht_hook)
+    fixed.load_state_dict(saved)
+    fixed.load_state_dict({**saved, "rotations": [[0, 40960, 1]]})  # as the first step's bucket is
+    step(ordinary)
+    assert fixed.stats().rotations[1] == 0
+    fixed.close()
 
 
 def test_the_hook_settles_and_follows(ranks: Ranks) -> None:
