@@ -466,7 +466,13 @@ class RHTState:
         )
         if wanted is not None:
             self._wanted[place] = wanted
-        if buffer.numel() >= self.min_numel:
+        # A node's own ranks exchange full precision.
+        links = (
+            communicator.between
+            if isinstance(communicator, HierarchicalCommunicator)
+            else communicator
+        )
+        if buffer.numel() >= self.min_numel and links.world_size > 1:
             self._taken[rotations or self.codec.default_rotations] += 1
         if residual is not None:
             parts = residual.split([parameter.numel() for parameter in parameters])
