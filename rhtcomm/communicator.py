@@ -195,6 +195,7 @@ class MPICommunicator(Communicator):
         self.comm = comm.Dup()
         self.timeout = timeout
         self.bytes_sent = 0
+        self._abandoned: MPI.Request | None = None
         self._in_place: Any = MPI.IN_PLACE
         self._operations: dict[str, Any] = {"sum": MPI.SUM, "max": MPI.MAX}
 
@@ -242,6 +243,8 @@ class MPICommunicator(Communicator):
         pause = 0.0
         while not request.Test():
             if deadline is not None and time.monotonic() > deadline:
+                # MPI may still write into the buffers, which live as long as their request.
+                self._abandoned = request
                 raise TimeoutError(
                     f"MPICommunicator: rank {self.rank} of {self.world_size} waited "
                     f"{self.timeout:g} s for the others: one of them died, hangs, or makes other "
