@@ -274,6 +274,7 @@ def _hierarchical(
     stopwatch: Stopwatch,
     left: torch.Tensor | None,
 ) -> int | None:
+    communicator.check_nodes(flat.device)
     within, between = communicator.within, communicator.between
     shards = split_into_shards(flat.numel(), codec.block, within.world_size)
     sizes = [shard.stop - shard.start for shard in shards]

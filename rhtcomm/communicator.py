@@ -264,7 +264,8 @@ class HierarchicalCommunicator:
             order for every place. Both are communicators, or process groups of torch.
 
     Every rank of a node takes a share of the tensor to the other nodes, so `between` is a different
-    group for each place in a node. All nodes must have as many ranks.
+    group for each place in a node. All nodes must have as many ranks, or the first exchange raises
+    ValueError on all of them.
 
     Raises:
         RuntimeError: torch.distributed is not initialized, or this rank is in neither group.
@@ -279,6 +280,7 @@ class HierarchicalCommunicator:
             TorchCommunicator(level) if isinstance(level, dist.ProcessGroup) else level
             for level in (within, between)
         )
+        self._even = False
 
     @classmethod
     def from_mesh(cls, mesh: "DeviceMesh") -> "HierarchicalCommunicator":
@@ -313,8 +315,31 @@ class HierarchicalCommunicator:
         """What a rank would send to other nodes if the same exchange were not compressed."""
         return round(self.between.ring_bytes(nbytes) / self.within.world_size)
 
+    def check_nodes(self, device: torch.device) -> None:
+        """Before the first exchange, see that all nodes have as many ranks.
+
+        Raises:
+            ValueError: on every rank, naming the sizes.
+        """
+        if self._even:
+            return
+        sizes = (self.within.world_size, self.between.world_size)
+        # The first place of a node sees all other nodes, and by the third step all places do.
+        most = torch.tensor([*sizes, *(-size for size in sizes)], device=device)
+        for level in (self.within, self.between, self.within):
+            level.all_reduce_(most, "max")
+        ranks, nodes, fewest_ranks, fewest_nodes = most.abs().tolist()
+        if (ranks, nodes) != (fewest_ranks, fewest_nodes):
+            raise ValueError(
+                f"HierarchicalCommunicator: nodes have {fewest_ranks} to {ranks} ranks, and places "
+                f"in a node {fewest_nodes} to {nodes} nodes; give all nodes as many ranks, or use "
+                "one level"
+            )
+        self._even = True
+
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """x (m,) uint8 -> (world_size, m) uint8, row i being the x of rank i."""
+        self.check_nodes(x.device)
         columns = self.between.all_gather(x)
         gathered = self.within.all_gather(columns.flatten())
         gathered = gathered.view(self.within.world_size, self.between.world_size, -1)
@@ -322,6 +347,7 @@ class HierarchicalCommunicator:
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         """Sum or maximum of contiguous tensors over ranks, in place, the same bits everywhere."""
+        self.check_nodes(x.device)
         self.between.all_reduce_(x, op)
         # The second level in an order of its own making: all nodes must round alike.
         rows = self.within.all_gather(x.view(-1).view(torch.uint8)).view(x.dtype)
