@@ -97,7 +97,9 @@ class RHTState:
             what torch takes (30 minutes for Gloo), whatever the other group has.
         communicator: takes the place of process_group and timeout: an `MPICommunicator`, or a
             `HierarchicalCommunicator` (whose groups nothing else may use while the hook does).
-            Where a rank fails in the hook but lives on, the others then wait for its own timeout.
+            Where a rank fails in the hook but lives on, the hook calls its `abort`: the others
+            raise at once if its groups are on Gloo, not the world, and nothing else refers to them;
+            else they wait for its timeout.
         error_feedback: add to each gradient what this rank could not send of it before
             (see `rhtcomm.all_reduce`). It costs float32 memory of the gradients' size and a decode
             of the rank's own payload; "eden" and "vector" then take the biased scale of least
@@ -406,6 +408,8 @@ class RHTState:
             # (NCCL's watchdog does that, and destroying its group might block.)
             if self._group is not None and self._group.name() == "gloo":
                 self._leave_group()
+            elif self._group is None and self._communicator is not None:
+                self._communicator.abort()
 
     @contextlib.contextmanager
     def _after(self, buffer: torch.Tensor, ready: torch.cuda.Event | None) -> Iterator[None]:

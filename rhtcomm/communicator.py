@@ -1,5 +1,6 @@
 """How payloads travel: the few exchanges that the collectives are made of."""
 
+import contextlib
 import os
 import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -59,12 +60,20 @@ class Communicator(Protocol):
         """Sum or maximum of contiguous tensors over ranks, in place, the same bits everywhere."""
         ...
 
+    def abort(self) -> None:
+        """Tell the others, where that can be done, that this rank gives up.
+
+        Nothing can be exchanged after it. Unless a class says otherwise it does nothing, and the
+        others wait for their timeout.
+        """
+        return None
+
 
 class TorchCommunicator(Communicator):
     """Exchanges over a torch.distributed process group of any backend.
 
     Args:
-        group: the process group, by default the world.
+        group: the process group, by default the world. After `abort` it is destroyed on Gloo.
 
     Raises:
         RuntimeError: torch.distributed is not initialized.
@@ -76,12 +85,22 @@ class TorchCommunicator(Communicator):
                 "TorchCommunicator: torch.distributed is not initialized; call "
                 "torch.distributed.init_process_group first (and launch by torchrun)"
             )
-        self.group = group
+        self._group, self._aborted = group, False
         self.bytes_sent = 0
         self._root = dist.get_process_group_ranks(group)[0]
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
         if self._rank < 0:
             raise RuntimeError("TorchCommunicator: this rank is not a member of the group")
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """None is the world."""
+        if self._aborted:
+            raise RuntimeError(
+                f"TorchCommunicator: rank {self.rank} of {self.world_size} gave up and left the "
+                "group; start the program again, or make new groups on all ranks"
+            )
+        return self._group
 
     @property
     def rank(self) -> int:
@@ -147,6 +166,22 @@ class TorchCommunicator(Communicator):
         dist.all_reduce(x, kind, group=self.group)
         self.bytes_sent += self.ring_bytes(x.nbytes)
 
+    def abort(self) -> None:
+        """Destroy the group if it is on Gloo, whose connections then close and wake the others.
+
+        They close when the last reference to the group goes, so keep none, nor the DeviceMesh that
+        made it: otherwise the others wait for the timeout. So they do where the group is the world,
+        which is not this communicator's alone and stays as it is, and on other backends, where it
+        is for the backend to tell the others (NCCL's watchdog does).
+        """
+        if self._aborted:
+            return
+        group, self._group, self._aborted = self._group, None, True
+        if group is None or group is dist.group.WORLD or group.name() != "gloo":
+            return
+        with contextlib.suppress(ValueError):  # it went with the world that it was made in
+            dist.destroy_process_group(group)
+
 
 class MPICommunicator(Communicator):
     """Exchanges over MPI, by mpi4py's buffer interface; works without torch.distributed too.
@@ -162,6 +197,8 @@ class MPICommunicator(Communicator):
             of the program and of the exchanges cannot meet.
         timeout: seconds to wait for the other ranks in one exchange before raising; None waits for
             ever. MPI cannot take a started exchange back: after a timeout the program can only end.
+            Nor can a rank tell the others that it gives up but by MPI_Abort, which ends the whole
+            program and so is left to it: `abort` does nothing.
 
     Raises:
         ImportError: mpi4py is not installed.
@@ -344,6 +381,15 @@ class HierarchicalCommunicator:
         gathered = self.within.all_gather(columns.flatten())
         gathered = gathered.view(self.within.world_size, self.between.world_size, -1)
         return gathered.transpose(0, 1).flatten(0, 1)
+
+    def abort(self) -> None:
+        """Tell both levels that this rank gives up; see `TorchCommunicator.abort`.
+
+        The rest of the ranks hear of it where those that heard it first abort as well, as the hook
+        does.
+        """
+        self.within.abort()
+        self.between.abort()
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         """Sum or maximum of contiguous tensors over ranks, in place, the same bits everywhere."""
