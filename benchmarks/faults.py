@@ -2,9 +2,10 @@
 
     python benchmarks/faults.py    # prints a Markdown table, in about a minute
 
-Three ranks train a small model by the hook with a timeout of `TIMEOUT` seconds. In mid-exchange,
-between two chunks of a payload, rank 1 fails in the way of a scenario. Seconds are from then until
-the error comes out of the others' backward pass. tests/test_faults.py runs the same scenarios.
+Three ranks, or two nodes of two, train a small model by the hook with a timeout of `TIMEOUT`
+seconds. In mid-exchange, between two chunks of a payload, rank 1 fails in the way of a scenario.
+Seconds are from then until the error comes out of the others' backward pass. tests/test_faults.py
+runs the same scenarios.
 """
 
 import os
@@ -27,7 +28,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from rhtcomm import Codec, MPICommunicator, TorchCommunicator, collectives
+from rhtcomm import (
+    Codec,
+    HierarchicalCommunicator,
+    MPICommunicator,
+    TorchCommunicator,
+    collectives,
+)
+from rhtcomm.communicator import Communicator
 from rhtcomm.hooks import RHTState, rht_hook
 
 Process = subprocess.Popen[str]
@@ -42,6 +50,7 @@ _MARK = "RHTCOMM_FAULTS"
 class Scenario:
     what: str  # is done
     timeout: float = TIMEOUT
+    world_size: int = 3
 
 
 SCENARIOS = {
@@ -49,6 +58,9 @@ SCENARIOS = {
     "stopped": Scenario("rank 1 stops (SIGSTOP) in mid-exchange"),
     # The others must not wait for a rank that failed and lives on, so the timeout is beyond LIMIT.
     "raises": Scenario("encode raises on rank 1, which lives on", timeout=1000),
+    "raises, two levels": Scenario(
+        "encode raises on rank 1 of 2 nodes x 2 ranks, which lives on", timeout=1000, world_size=4
+    ),
     "no hook": Scenario("rank 1 registers no hook"),
     "configured differently": Scenario("rank 1 has bits=3, the others bits=4"),
 }
@@ -84,12 +96,18 @@ def rank_program(name: str, mpi: bool) -> None:
     model = DistributedDataParallel(torch.nn.Linear(256, 256))
     scenario = (MPI_SCENARIOS if mpi else SCENARIOS)[name]
     is_victim = rank == VICTIM
+    custom: Communicator | HierarchicalCommunicator | None = None
+    if mpi:
+        custom = MPICommunicator(timeout=scenario.timeout)
+    elif name == "raises, two levels":
+        custom = two_levels(rank, timedelta(seconds=scenario.timeout))
     state = RHTState(
         3 if is_victim and name == "configured differently" else 4,
         algorithm="all_gather",
-        timeout=None if mpi else timedelta(seconds=scenario.timeout),
-        communicator=MPICommunicator(timeout=scenario.timeout) if mpi else None,
+        timeout=None if custom else timedelta(seconds=scenario.timeout),
+        communicator=custom,
     )
+    del custom
     if not (is_victim and name == "no hook"):
         model.register_comm_hook(state, rht_hook)
     if is_victim:
@@ -105,6 +123,13 @@ def rank_program(name: str, mpi: bool) -> None:
         raise
 
 
+def two_levels(rank: int, timeout: timedelta) -> HierarchicalCommunicator:
+    """Two nodes of two ranks; nothing else refers to the groups."""
+    within, _ = dist.new_subgroups_by_enumeration([[0, 1], [2, 3]], timeout=timeout)
+    between, _ = dist.new_subgroups_by_enumeration([[0, 2], [1, 3]], timeout=timeout)
+    return HierarchicalCommunicator(within, between)
+
+
 def inject(name: str) -> None:
     """Make this rank fail: in the third chunk of the second payload, or when it encodes that."""
 
@@ -118,7 +143,7 @@ def inject(name: str) -> None:
             from mpi4py import MPI
 
             MPI.COMM_WORLD.Abort(3)
-        if name == "raises":
+        if name in ("raises", "raises, two levels"):
             raise ZeroDivisionError("made for the purpose")
 
     if name in ("no hook", "configured differently"):
@@ -126,6 +151,7 @@ def inject(name: str) -> None:
         return
     owner, method, call = {
         "raises": (Codec, "encode", 6 + 3),
+        "raises, two levels": (Codec, "encode", 2),
         "abort": (MPICommunicator, "start_all_gather", 1 + 6 + 3),
     }.get(name, (TorchCommunicator, "start_all_gather", 1 + 6 + 3))
     original, calls = getattr(owner, method), 0
@@ -190,13 +216,14 @@ def living(environment: dict[str, str], **variables: str) -> list[int]:
     return found
 
 
-def run(name: str, world_size: int = 3) -> list[Survivor]:
+def run(name: str) -> list[Survivor]:
     """The survivors of a scenario.
 
     Raises:
         TimeoutError: a survivor did not end within `LIMIT`.
         RuntimeError: the fault did not happen, or a process is left beside the failed rank.
     """
+    world_size = SCENARIOS[name].world_size
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with marked_processes() as (environment, started), tempfile.TemporaryDirectory() as folder:
         environment |= {
@@ -277,7 +304,9 @@ def shorten(error: str) -> str:
 
 
 def main() -> None:
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, 3 ranks on loopback\n")
+    print(
+        f"torch {torch.__version__}, Python {platform.python_version()}, 3 or 4 ranks on loopback\n"
+    )
     print("| what was done | rank | seconds | exit code | what it printed last |")
     print("|---|---|---|---|---|")
     for name, scenario in SCENARIOS.items():

@@ -99,7 +99,9 @@ class RHTState:
             what torch takes (30 minutes for Gloo), whatever the other group has.
         communicator: takes the place of process_group and timeout: an `MPICommunicator`, or a
             `HierarchicalCommunicator` (whose groups nothing else may use while the hook does).
-            Where a rank fails in the hook but lives on, the others then wait for its own timeout.
+            Where a rank fails in the hook but lives on, the hook calls its `abort`: the others
+            raise at once if its groups are on Gloo, not the world, and nothing else refers to them;
+            else they wait for its timeout.
         error_feedback: add to each gradient what this rank could not send of it before
             (see `rhtcomm.all_reduce`). It costs float32 memory of the gradients' size and a decode
             of the rank's own payload; "eden" and "vector" then take the biased scale of least
@@ -262,7 +264,10 @@ class RHTState:
                 named[name]: residual.float().cpu() for name, residual in residuals.items()
             }
         self.key, self._last_index = Key(state["seed"], state["step"]), -1
-        self._wanted = {(index, numel): count for index, numel, count in state.get("rotations", [])}
+        # What a run with "auto" saved means nothing to a fixed number.
+        automatic = isinstance(self.codec, Codec) and self.codec.rotations == AUTO
+        wanted = state.get("rotations", []) if automatic else []
+        self._wanted = {(index, numel): count for index, numel, count in wanted}
 
     @staticmethod
     def _named_parameters(model: nn.Module | None, call: str) -> dict[str, torch.Tensor]:
@@ -405,6 +410,8 @@ class RHTState:
             # (NCCL's watchdog does that, and destroying its group might block.)
             if self._group is not None and self._group.name() == "gloo":
                 self._leave_group()
+            elif self._group is None and self._communicator is not None:
+                self._communicator.abort()
 
     @contextlib.contextmanager
     def _after(self, buffer: torch.Tensor, ready: torch.cuda.Event | None) -> Iterator[None]:
@@ -465,7 +472,13 @@ class RHTState:
         )
         if wanted is not None:
             self._wanted[place] = wanted
-        if buffer.numel() >= self.min_numel:
+        # A node's own ranks exchange full precision.
+        links = (
+            communicator.between
+            if isinstance(communicator, HierarchicalCommunicator)
+            else communicator
+        )
+        if buffer.numel() >= self.min_numel and links.world_size > 1:
             self._taken[rotations or self.codec.default_rotations] += 1
         if residual is not None:
             parts = residual.split([parameter.numel() for parameter in parameters])

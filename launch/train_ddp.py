@@ -17,6 +17,7 @@ of the step's last hook, when all gradients are there, until the backward pass r
 import argparse
 import csv
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -665,6 +666,9 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(args.backend)
     train(args)
+    # DDP, its hook and the futures of the last step may refer to one another and to the group,
+    # whose threads must end before Python does: they would ask a dying interpreter for its lock.
+    gc.collect()
     dist.destroy_process_group()
 
 

@@ -24,10 +24,12 @@ rank has at step t, the residual r_t of what it could not send before:
 
 so that over any number of steps the results and the mean residual add up to the exact means. What
 an owner of a shard (two_shot; gather: rank 0) loses when it encodes the mean of n ranks again goes
-n times into its own residual, which counts as one n-th.
+n times into its own residual, which counts as one n-th. What the mean loses as it is rounded to
+bfloat16 or float16 is the same on all ranks, and goes into the residual of each.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 from collections import deque
@@ -38,7 +40,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from rhtcomm.codec import DTYPES, Codec, PayloadError
+from rhtcomm.codec import AUTO, DTYPES, Codec, PayloadError
 from rhtcomm.communicator import Communicator, HierarchicalCommunicator
 from rhtcomm.lattice import Lattice
 from rhtcomm.randomness import Key
@@ -94,8 +96,9 @@ def all_reduce(
         check: compare the configuration of all ranks first, at the price of one small exchange.
             The DDP hook does that once, not for each bucket.
         residual: float32 of the tensor's shape and device, zeros before the first step: error
-            feedback. It is added to the tensor and replaced by what this rank leaves unsent; blocks
-            that come out as NaN keep theirs. One bit needs a quantizer with biased=True.
+            feedback. It is added to the tensor and replaced by what this rank leaves unsent. Where
+            any number of the result is not finite, all of it stays as it was: a gradient scaler
+            then skips the step. One bit needs a quantizer with biased=True.
         stopwatch: called with "encode", "exchange" and "decode"; gives a context for that part.
 
     Returns:
@@ -104,8 +107,9 @@ def all_reduce(
 
     Raises:
         TypeError: the tensor has another dtype (float64 and integers are never rounded silently).
-        ValueError: the algorithm is unknown, or asked for with a `Lattice`; or the residual has
-            another shape, dtype or device, or the codec cannot have one.
+        ValueError: the algorithm is unknown, or asked for with a `Lattice`; the rotations are not
+            those of a codec or `Lattice` that has a fixed number; or the residual has another
+            shape, dtype or device, or the codec cannot have one.
         DisagreementError: on all ranks, naming the fields in which they differ.
         PayloadError: a payload that arrived is not what was expected.
     """
@@ -118,10 +122,17 @@ def all_reduce(
             "shape": tuple(tensor.shape),
             "key": key,
             "rotations now": rotations,
-            "error_feedback": residual is not None,
+            "residual": residual
+            if residual is None
+            else (residual.dtype, tuple(residual.shape), residual.device.type),
         }
         check_agreement(communicator, facts, tensor.device)
     check_algorithm(algorithm, codec)
+    if isinstance(codec, Lattice) and rotations not in (None, codec.rotations):
+        raise ValueError(
+            f"rhtcomm.all_reduce: rotations={rotations}, but this Lattice was made with "
+            f"rotations={codec.rotations}; leave them out here"
+        )
     if tensor.dtype not in DTYPES:
         raise TypeError(
             f"rhtcomm.all_reduce: the tensor is {tensor.dtype}, but only float32, bfloat16 and "
@@ -153,8 +164,9 @@ def all_reduce(
         tensor.detach().copy_(flat.view(tensor.shape))
     if residual is not None and left is not None:
         # A gradient scaler skips a step that is not finite, so nothing of it may stay.
-        kept = torch.where(tensor.detach().isfinite(), left.view(tensor.shape), residual)
-        residual.copy_(kept)
+        left += flat - tensor.detach().float().reshape(-1)  # the rounding to the tensor's dtype
+        usable = tensor.detach().isfinite().all()
+        residual.copy_(torch.where(usable, left.view(tensor.shape), residual))
     return rotations
 
 
@@ -219,7 +231,7 @@ def check_agreement(
     Raises:
         DisagreementError: naming the fields that differ, and their values by rank.
     """
-    text = json.dumps({name: str(value)[:80] for name, value in facts.items()}).encode()
+    text = json.dumps({name: _shown(value) for name, value in facts.items()}).encode()
     assert len(text) <= _FACTS_BYTES
     row = torch.frombuffer(bytearray(text.ljust(_FACTS_BYTES)), dtype=torch.uint8).to(device)
     by_rank = [json.loads(bytes(other)) for other in communicator.all_gather(row).tolist()]
@@ -239,6 +251,14 @@ def check_agreement(
             f"rhtcomm: the ranks are configured differently in {', '.join(differing)}; "
             "give all ranks the same arguments"
         )
+
+
+def _shown(value: object) -> str:
+    """At most 80 characters, the last ones a digest where there were more."""
+    text = str(value)
+    if len(text) <= 80:
+        return text
+    return f"{text[:67]}... {hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
 def _abridged(ranks: list[int]) -> str:
@@ -265,6 +285,7 @@ def _hierarchical(
     stopwatch: Stopwatch,
     left: torch.Tensor | None,
 ) -> int | None:
+    communicator.check_nodes(flat.device)
     within, between = communicator.within, communicator.between
     shards = split_into_shards(flat.numel(), codec.block, within.world_size)
     sizes = [shard.stop - shard.start for shard in shards]
@@ -278,18 +299,22 @@ def _hierarchical(
         mine += row
     mine /= within.world_size
     shard, size = shards[within.rank], sizes[within.rank]
+    wanted = None
     if between.world_size > 1 and size:
         unsent = None if left is None else left[shard]
-        rotations = _compressed(
+        wanted = _compressed(
             mine[:size], codec, key, between, algorithm, rotations, stopwatch, shard.start, unsent
         )
         if unsent is not None:
             unsent *= within.world_size  # of the node's mean, in which this rank is one of many
     with stopwatch("exchange"):
-        gathered = within.all_gather(mine.to(flat.dtype).view(torch.uint8)).view(flat.dtype)
+        # Each place saw its own shard alone, so what it wants goes along behind the shard.
+        row = torch.cat([mine, mine.new_tensor([wanted or 0])]).to(flat.dtype)
+        gathered = within.all_gather(row.view(torch.uint8)).view(flat.dtype)
         for row, shard, size in zip(gathered, shards, sizes, strict=True):
             flat[shard] = row[:size]
-    return rotations
+    automatic = isinstance(codec, Codec) and codec.rotations == AUTO
+    return (int(gathered[:, -1].max()) or None) if automatic else None
 
 
 def _compressed(
@@ -504,10 +529,20 @@ def _lattice(
             lattice.rotate(flat[part.start : part.stop], key, place)
             for part, place in zip(parts, places, strict=True)
         ]
-        bound = torch.cat([y.abs().amax(dim=1) for y in rotated])
+        # Words of codes have no header: what the ranks must have in common goes along as +h and -h.
+        common = repr((lattice, key, first, flat.numel())).encode()
+        digest = hashlib.blake2b(common, digest_size=6).digest()
+        mark = int.from_bytes(digest, "little")  # below 2^53, so that float64 holds it
+        ends = torch.tensor([mark, -mark], dtype=torch.float64, device=flat.device)
+        bound = torch.cat([*(y.abs().amax(dim=1) for y in rotated), ends])
     with stopwatch("exchange"):
         communicator.all_reduce_(bound, "max")
-    bounds = bound.split([part.count for part in parts])
+    if bound[-2] != -bound[-1]:
+        raise PayloadError(
+            f"rhtcomm.all_reduce: another rank has codes that cannot be added to those for {key}: "
+            "the ranks are out of step or configured differently"
+        )
+    bounds = bound[:-2].split([part.count for part in parts])
     with stopwatch("encode"):
         codes = [
             lattice.codes(y, of_blocks, key, place.start, rank, world_size).flatten()

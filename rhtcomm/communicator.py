@@ -1,5 +1,6 @@
 """How payloads travel: the few exchanges that the collectives are made of."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -74,12 +75,20 @@ class Communicator(Protocol):
         """`start_all_to_all`, finished."""
         return self.start_all_to_all(x)()
 
+    def abort(self) -> None:
+        """Tell the others, where that can be done, that this rank gives up.
+
+        Nothing can be exchanged after it. Unless a class says otherwise it does nothing, and the
+        others wait for their timeout.
+        """
+        return None
+
 
 class TorchCommunicator(Communicator):
     """Exchanges over a torch.distributed process group of any backend.
 
     Args:
-        group: the process group, by default the world.
+        group: the process group, by default the world. After `abort` it is destroyed on Gloo.
 
     Raises:
         RuntimeError: torch.distributed is not initialized.
@@ -91,7 +100,7 @@ class TorchCommunicator(Communicator):
                 "TorchCommunicator: torch.distributed is not initialized; call "
                 "torch.distributed.init_process_group first (and launch by torchrun)"
             )
-        self.group = group
+        self._group, self._aborted = group, False
         self.bytes_sent = 0
         self._ranks = dist.get_process_group_ranks(group)
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
@@ -99,6 +108,16 @@ class TorchCommunicator(Communicator):
             raise RuntimeError("TorchCommunicator: this rank is not a member of the group")
         # Each begins with its neighbour, so that no rank is the first to hear from all.
         self._others = [(self._rank + i) % self._world_size for i in range(1, self._world_size)]
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """None is the world."""
+        if self._aborted:
+            raise RuntimeError(
+                f"TorchCommunicator: rank {self.rank} of {self.world_size} gave up and left the "
+                "group; start the program again, or make new groups on all ranks"
+            )
+        return self._group
 
     @property
     def rank(self) -> int:
@@ -160,6 +179,22 @@ class TorchCommunicator(Communicator):
         dist.all_reduce(x, kind, group=self.group)
         self.bytes_sent += self.ring_bytes(x.nbytes)
 
+    def abort(self) -> None:
+        """Destroy the group if it is on Gloo, whose connections then close and wake the others.
+
+        They close when the last reference to the group goes, so keep none, nor the DeviceMesh that
+        made it: otherwise the others wait for the timeout. So they do where the group is the world,
+        which is not this communicator's alone and stays as it is, and on other backends, where it
+        is for the backend to tell the others (NCCL's watchdog does).
+        """
+        if self._aborted:
+            return
+        group, self._group, self._aborted = self._group, None, True
+        if group is None or group is dist.group.WORLD or group.name() != "gloo":
+            return
+        with contextlib.suppress(ValueError):  # it went with the world that it was made in
+            dist.destroy_process_group(group)
+
 
 class MPICommunicator(Communicator):
     """Exchanges over MPI, by mpi4py's buffer interface; works without torch.distributed too.
@@ -175,6 +210,8 @@ class MPICommunicator(Communicator):
             of the program and of the exchanges cannot meet.
         timeout: seconds to wait for the other ranks in one exchange before raising; None waits for
             ever. MPI cannot take a started exchange back: after a timeout the program can only end.
+            Nor can a rank tell the others that it gives up but by MPI_Abort, which ends the whole
+            program and so is left to it: `abort` does nothing.
 
     Raises:
         ImportError: mpi4py is not installed.
@@ -208,6 +245,7 @@ class MPICommunicator(Communicator):
         self.comm = comm.Dup()
         self.timeout = timeout
         self.bytes_sent = 0
+        self._under_way: list[MPI.Request] = []
         self._in_place: Any = MPI.IN_PLACE
         self._operations: dict[str, Any] = {"sum": MPI.SUM, "max": MPI.MAX}
 
@@ -243,7 +281,8 @@ class MPICommunicator(Communicator):
         return self._finish(self.comm.Ibcast(_host_array(x)), x)
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
-        self._wait(self.comm.Iallreduce(self._in_place, _host_array(x), self._operations[op]))
+        request = self.comm.Iallreduce(self._in_place, _host_array(x), self._operations[op])
+        self._finish(request, x)()
         self.bytes_sent += self.ring_bytes(x.nbytes)
 
     def close(self) -> None:
@@ -251,11 +290,14 @@ class MPICommunicator(Communicator):
         self.comm.Free()
 
     def _finish(self, request: "MPI.Request", result: Result) -> Callable[[], Result]:
-        """What waits for the request, which until then keeps hold of its buffers."""
+        """What waits for the request."""
+        # MPI writes into the buffers, which live as long as the request, whoever forgets about it.
+        self._under_way.append(request)
         request.Test()  # moves the earlier ones on too
 
         def finish() -> Result:
             self._wait(request)
+            self._under_way = [other for other in self._under_way if other is not request]
             return result
 
         return finish
@@ -284,7 +326,8 @@ class HierarchicalCommunicator:
             order for every place. Both are communicators, or process groups of torch.
 
     Every rank of a node takes a share of the tensor to the other nodes, so `between` is a different
-    group for each place in a node. All nodes must have as many ranks.
+    group for each place in a node. All nodes must have as many ranks, or the first exchange raises
+    ValueError on all of them.
 
     Raises:
         RuntimeError: torch.distributed is not initialized, or this rank is in neither group.
@@ -299,6 +342,7 @@ class HierarchicalCommunicator:
             TorchCommunicator(level) if isinstance(level, dist.ProcessGroup) else level
             for level in (within, between)
         )
+        self._even = False
 
     @classmethod
     def from_mesh(cls, mesh: "DeviceMesh") -> "HierarchicalCommunicator":
@@ -333,15 +377,48 @@ class HierarchicalCommunicator:
         """What a rank would send to other nodes if the same exchange were not compressed."""
         return round(self.between.ring_bytes(nbytes) / self.within.world_size)
 
+    def check_nodes(self, device: torch.device) -> None:
+        """Before the first exchange, see that all nodes have as many ranks.
+
+        Raises:
+            ValueError: on every rank, naming the sizes.
+        """
+        if self._even:
+            return
+        sizes = (self.within.world_size, self.between.world_size)
+        # The first place of a node sees all other nodes, and by the third step all places do.
+        most = torch.tensor([*sizes, *(-size for size in sizes)], device=device)
+        for level in (self.within, self.between, self.within):
+            level.all_reduce_(most, "max")
+        ranks, nodes, fewest_ranks, fewest_nodes = most.abs().tolist()
+        if (ranks, nodes) != (fewest_ranks, fewest_nodes):
+            raise ValueError(
+                f"HierarchicalCommunicator: nodes have {fewest_ranks} to {ranks} ranks, and places "
+                f"in a node {fewest_nodes} to {nodes} nodes; give all nodes as many ranks, or use "
+                "one level"
+            )
+        self._even = True
+
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """x (m,) uint8 -> (world_size, m) uint8, row i being the x of rank i."""
+        self.check_nodes(x.device)
         columns = self.between.all_gather(x)
         gathered = self.within.all_gather(columns.flatten())
         gathered = gathered.view(self.within.world_size, self.between.world_size, -1)
         return gathered.transpose(0, 1).flatten(0, 1)
 
+    def abort(self) -> None:
+        """Tell both levels that this rank gives up; see `TorchCommunicator.abort`.
+
+        The rest of the ranks hear of it where those that heard it first abort as well, as the hook
+        does.
+        """
+        self.within.abort()
+        self.between.abort()
+
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         """Sum or maximum of contiguous tensors over ranks, in place, the same bits everywhere."""
+        self.check_nodes(x.device)
         self.between.all_reduce_(x, op)
         # The second level in an order of its own making: all nodes must round alike.
         rows = self.within.all_gather(x.view(-1).view(torch.uint8)).view(x.dtype)

@@ -250,7 +250,7 @@ def run(args: argparse.Namespace) -> None:
     """Print the plan that the arguments ask for."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    numel = args.numel or int(args.mebibytes * 2**18)
+    numel = int(args.mebibytes * 2**18) if args.numel is None else args.numel
     print(
         f"{numel:,} coordinates, {args.world_size} ranks, {args.link_gbps:g} Gbit/s; "
         f"codec measured here with {torch.get_num_threads()} thread(s)\n"

@@ -1,9 +1,12 @@
 """What test_mpi.py runs under mpiexec: `python -m mpi4py mpi_cases.py CASE`; an error ends all."""
 
+import gc
 import hashlib
 import os
 import sys
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
@@ -92,8 +95,13 @@ def disagreement() -> None:
 def timeout() -> None:
     communicator = MPICommunicator(timeout=0.5)
     if communicator.rank == 0:
+        memory = np.zeros(10, dtype=np.uint8)
+        alive = weakref.ref(memory)
         with pytest.raises(TimeoutError, match=r"rank 0 of .* waited 0.5 s for the others"):
-            communicator.all_gather(torch.zeros(10, dtype=torch.uint8))
+            communicator.all_gather(torch.from_numpy(memory))
+        del memory
+        gc.collect()
+        assert alive() is not None, "MPI may still use it"
         print("timed out", flush=True)
         os._exit(0)  # a started exchange cannot be taken back, so neither can MPI be finalized
     MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)  # waits for rank 0, which never comes

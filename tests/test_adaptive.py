@@ -9,6 +9,7 @@ import pytest
 import torch
 from harness import Ranks
 from problems import adversarial, gaussian, lognormal, sylvester
+from test_collectives import two_levels
 from torch.nn.parallel import DistributedDataParallel
 
 import rhtcomm
@@ -218,6 +219,26 @@ def test_one_rank_that_needs_more_is_heard_by_all(world_size: int, ranks: Ranks)
             assert torch.equal(x, y)
 
 
+def reduce_auto_by_nodes(rank: int, world_size: int) -> list[int | None]:
+    """Two calls for each of three tensors over 2 nodes x 2 ranks, the second as the first wants."""
+    communicator = two_levels(rank, 2, 2)
+    codec, wanted = Codec(QuicFL(4), "auto"), []
+    spiky = gaussian(8 * 4096, rank)
+    spiky[:4096] = 100 * NEEDS_TWO  # in the shard of place 0 alone
+    for x in (spiky, gaussian(8 * 4096, rank), gaussian(4096, rank)):  # of one block: none for 0
+        rotations = None
+        for step in range(2):
+            rotations = rhtcomm.all_reduce(
+                x.clone(), codec, Key(0, step), communicator, min_numel=0, rotations=rotations
+            )
+            wanted.append(rotations)
+    return wanted
+
+
+def test_all_places_of_a_node_want_alike(ranks: Ranks) -> None:
+    assert ranks.run(reduce_auto_by_nodes, 4) == [[2, 2, 1, 1, 1, 1]] * 4
+
+
 class Table(torch.nn.Module):
     """Parameters whose gradient is the input."""
 
@@ -267,6 +288,14 @@ def train_auto(rank: int, world_size: int) -> None:
     assert torch.equal(model.module.weight.grad, expected)
     assert state.stats().rotations[1] == after[1] + 4
     state.close()
+    # A fixed number goes on from a state that "auto" saved.
+    fixed = RHTState(bits=4, rotations=2, min_numel=0)
+    model = DistributedDataParallel(Table(), bucket_cap_mb=0.01)
+    model.register_comm_hook(fixed, rht_hook)
+    fixed.load_state_dict({**saved, "rotations": [[0, 40960, 1]]})  # as the first step's bucket is
+    step(ordinary)
+    assert fixed.stats().rotations[1] == 0
+    fixed.close()
 
 
 def test_the_hook_settles_and_follows(ranks: Ranks) -> None:

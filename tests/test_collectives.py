@@ -619,6 +619,21 @@ def test_all_differing_fields_are_named_with_their_values(ranks: Ranks) -> None:
         assert expected in message
 
 
+def disagree_at_the_end(rank: int, world_size: int) -> str:
+    same, long = list(range(500)), [*range(500), rank]
+    with pytest.raises(DisagreementError) as error:
+        check_agreement(
+            rhtcomm.TorchCommunicator(), {"same": same, "long": long}, torch.device("cpu")
+        )
+    return str(error.value)
+
+
+def test_long_values_are_compared_to_their_end(ranks: Ranks) -> None:
+    for message in ranks.run(disagree_at_the_end, 2):
+        assert "differently in long ([0, 1, 2," in message
+        assert len(message) < 400
+
+
 def reduce_out_of_step(rank: int, world_size: int, algorithm: Algorithm) -> str:
     """Without the check, the payloads' headers tell."""
     key = Key(KEY.seed, KEY.step + rank)
@@ -790,3 +805,18 @@ def test_two_levels_from_a_device_mesh(ranks: Ranks) -> None:
     inputs = [(data(2 * node, 5000) + data(2 * node + 1, 5000)) / 2 for node in range(2)]
     for _, x in outcomes:
         assert same_bits(x, simulated(inputs, CODEC, KEY, "all_gather"))
+
+
+def reduce_by_uneven_nodes(rank: int, world_size: int) -> None:
+    """Nodes of ranks (0, 1) and (2,), so rank 1 finds its like in no other node."""
+    within, _ = dist.new_subgroups_by_enumeration([[0, 1], [2]])
+    between, _ = dist.new_subgroups_by_enumeration([[0, 2], [1]])
+    communicator = rhtcomm.HierarchicalCommunicator(within, between)
+    x = data(rank, 5000)
+    for check, min_numel in ((True, 0), (False, 0), (False, 5001)):
+        with pytest.raises(ValueError, match=r"1 to 2 ranks, and places in a node 1 to 2 nodes"):
+            rhtcomm.all_reduce(x, CODEC, KEY, communicator, min_numel=min_numel, check=check)
+
+
+def test_uneven_nodes_are_refused_on_every_rank(ranks: Ranks) -> None:
+    ranks.run(reduce_by_uneven_nodes, 3)

@@ -36,15 +36,17 @@ faults = load_module(str(ROOT / "benchmarks" / "faults.py"))
         ("killed", r"could not exchange bucket 0 of step 1: another rank died, or failed"),
         ("stopped", r"another rank did not answer within the timeout of 0:00:05|another rank died"),
         ("raises", r"could not exchange bucket 0 of step 1: another rank died, or failed"),
+        ("raises, two levels", r"could not exchange bucket 0 of step 1: another rank died"),
         ("no hook", r"process group within the timeout of 0:00:05: .* registered no hook"),
     ],
 )
 def test_the_other_ranks_end_and_name_the_cause(name: str, cause: str) -> None:
     survivors = faults.run(name)
-    assert [survivor.rank for survivor in survivors] == [0, 2]
+    world_size = faults.SCENARIOS[name].world_size
+    assert [survivor.rank for survivor in survivors] == [0, *range(2, world_size)]
     for survivor in survivors:
         assert survivor.exit_code == 1
-        assert re.search(rf"rht_hook: rank {survivor.rank} of 3 ", survivor.printed)
+        assert re.search(rf"rht_hook: rank {survivor.rank} of {world_size} ", survivor.printed)
         assert re.search(cause, survivor.printed), survivor.printed
     if name == "stopped":
         assert any("did not answer" in survivor.printed for survivor in survivors)

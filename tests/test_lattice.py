@@ -4,9 +4,10 @@ import pytest
 import torch
 from harness import Ranks
 from problems import adversarial
+from test_state import Alone
 
 import rhtcomm
-from rhtcomm import Key, Lattice, TorchCommunicator
+from rhtcomm import Key, Lattice, PayloadError, TorchCommunicator
 
 
 def simulate(lattice: Lattice, xs: list[torch.Tensor], key: Key) -> tuple[torch.Tensor, float]:
@@ -115,11 +116,31 @@ def test_ranks_end_with_the_simulated_bits(world_size: int, ranks: Ranks) -> Non
     expected, _ = simulate(Lattice(bits), xs, Key(5))
     for mean, _ in results:
         assert torch.equal(mean, expected)
-    # 2 (n - 1) / n of the words, and of one float64 a block.
+    # 2 (n - 1) / n of the words, and of one float64 a block and two beside them.
     lattice = Lattice(bits)
     coordinates = sum(part.count * part.size for part in lattice.blocks(70_000))
     blocks = sum(part.count for part in lattice.blocks(70_000))
     words = -(-coordinates // (32 // lattice.lane_bits(world_size)))
-    sent = 2 * (world_size - 1) / world_size * (4 * words + 8 * blocks)
+    sent = 2 * (world_size - 1) / world_size * (4 * words + 8 * blocks + 16)
     check = (world_size - 1) * rhtcomm.collectives._FACTS_BYTES  # of the call that is refused
     assert results[0][1] == pytest.approx(sent + check, rel=0.01)
+
+
+def reduce_out_of_step(rank: int, world_size: int) -> torch.Tensor:
+    x = torch.randn(70_000, generator=torch.Generator().manual_seed(rank))
+    odd = rank == 1
+    for lattice, key in ((Lattice(4), Key(5, step=odd)), (Lattice(4 - odd), Key(5))):
+        with pytest.raises(PayloadError, match="out of step or configured differently"):
+            rhtcomm.all_reduce(x.clone(), lattice, key, TorchCommunicator(), check=False)
+    rhtcomm.all_reduce(x, Lattice(4), Key(5), TorchCommunicator(), check=False)
+    return x
+
+
+def test_a_rank_out_of_step_is_found_on_every_rank(ranks: Ranks) -> None:
+    means = ranks.run(reduce_out_of_step, 3)
+    assert all(torch.equal(mean, means[0]) for mean in means)
+
+
+def test_rotations_are_those_of_the_lattice() -> None:
+    with pytest.raises(ValueError, match="made with rotations=2; leave them out"):
+        rhtcomm.all_reduce(torch.ones(100), Lattice(4), Key(5), Alone(), rotations=3, check=False)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from harness import Ranks
 
 import rhtcomm
 from rhtcomm import Codec, Key, QuicFL, TorchCommunicator
+from rhtcomm.__main__ import main
 from rhtcomm.plan import CodecSpeed, Plan, Prediction, measure_codec, plan
 
 SPEED = CodecSpeed(encode=2e-9, decode=3e-9, decode_more=5e-10, cast=1e-9)
@@ -151,3 +153,12 @@ def test_the_command_prints_a_verdict() -> None:
     )
     assert done.returncode == 1
     assert "world_size=1 at least 2" in done.stderr
+
+
+def test_no_coordinates_are_refused() -> None:
+    arguments = "plan --world-size 2 --link-gbps 1 --bits 4 --numel 0"
+    with (
+        mock.patch("sys.argv", ["rhtcomm", *arguments.split()]),
+        pytest.raises(SystemExit, match="numel=0"),
+    ):
+        main()

@@ -80,3 +80,10 @@ def test_one_infinite_step_does_not_spoil_the_measured_error() -> None:
             rht_hook(state, bucket).wait()
         assert state.stats().nmse == 0.0
         assert state.stats().steps == 2
+
+
+def test_one_rank_alone_compresses_no_bucket() -> None:
+    with RHTState(communicator=Alone(), min_numel=0) as state:
+        rht_hook(state, Bucket(0, True)).wait()
+        assert state.stats().steps == 1
+        assert state.stats().rotations == {1: 0, 2: 0, 3: 0}
