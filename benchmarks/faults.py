@@ -151,7 +151,7 @@ def inject(name: str) -> None:
         return
     owner, method, call = {
         "raises": (Codec, "encode", 6 + 3),
-        "raises, two levels": (Codec, "encode", 2),
+        "raises, two levels": (Codec, "encode", 3 + 2),
         "abort": (MPICommunicator, "start_all_gather", 1 + 6 + 3),
     }.get(name, (TorchCommunicator, "start_all_gather", 1 + 6 + 3))
     original, calls = getattr(owner, method), 0
