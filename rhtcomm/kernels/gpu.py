@@ -23,12 +23,13 @@ from rhtcomm.quantizers import Eden, Quantizer, QuicFL, VectorQuantizer
 from rhtcomm.randomness import Key, Stream, stratum
 from rhtcomm.rotation import MOMENTS, Blocks, RandomizedHadamard
 
-__all__ = ["MAX_BLOCK", "QUANTIZERS", "decode", "encode", "interpreted"]
+__all__ = ["MAX_BLOCK", "QUANTIZERS", "decode", "encode", "interpreted", "warps_for"]
 
 QUANTIZERS = (QuicFL, Eden, VectorQuantizer)
 MAX_BLOCK = 1 << 14  # what the registers of one program hold; larger blocks take the reference
 
 _DITHER = tl.constexpr(int(Stream.DITHER))
+_MOMENTS = tl.constexpr(MOMENTS)
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
@@ -75,6 +76,32 @@ def _dither(key, hop, sixteenth, SIZE: tl.constexpr):
     turn = 8 * tl.arange(0, 4).to(tl.uint32)[None, :]  # a turn by 32 bits is none
     turned = (words[:, None] >> ((turn + 8) % 32)) | (words[:, None] << (24 - turn))
     return tl.reshape(turned, [SIZE])
+
+
+# Precisions --------------------------------------------------------------------------------------
+#
+# bfloat16 goes by its bits, which takes next to nothing, since Triton's interpreter does not round
+# it to nearest even; NaN is then the same one as on CPU, too.
+
+
+@triton.jit
+def _to_float32(x):
+    if x.dtype == tl.bfloat16:
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _round_to(x, DTYPE: tl.constexpr):
+    if tl.bfloat16 == DTYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        bits = tl.where(x == x, bits, 0x7FC0)
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
 
 
 # Transforms and sums -----------------------------------------------------------------------------
@@ -130,7 +157,7 @@ def _tree_sum(x, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr):
 
 @triton.jit
 def _powers_of_two(peak):
-    """2^(127 - e), 2^(e - 127) and whether all is finite, from the bits of the largest magnitude."""
+    """2^(127 - e), 2^(e - 127) and whether all is finite, from the bits of what is largest."""
     exponent = tl.minimum(tl.maximum(peak >> 23, 1), 253)
     down = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     up = (exponent << 23).to(tl.float32, bitcast=True)
@@ -230,9 +257,7 @@ def _quic_fl_encode(
 
 
 @triton.jit
-def _store_exact(
-    y, exact, u, scale, section, CAPACITY: tl.constexpr, SIZE: tl.constexpr
-):
+def _store_exact(y, exact, u, scale, section, CAPACITY: tl.constexpr, SIZE: tl.constexpr):
     """The coordinates that are sent exactly, at most CAPACITY, see `QuicFL.encode_exact`."""
     indices = section.to(tl.pointer_type(tl.int16))
     values = indices + CAPACITY
@@ -319,9 +344,7 @@ def _values(codes, table, COUNT: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _eden_scale(
-    rms, z, values, BIASED: tl.constexpr, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr
-):
+def _eden_scale(rms, z, values, BIASED: tl.constexpr, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr):
     agreement = _tree_sum(z * values, SIZE, LOG_SIZE)
     if BIASED:
         correction = tl.div_rn(agreement, _tree_sum(values * values, SIZE, LOG_SIZE))
@@ -377,13 +400,13 @@ def _encode(
     key = (seed_low, seed_high, bucket, step)
     sixteenth = first.to(tl.uint32, bitcast=True) + block.to(tl.uint32) * (SIZE // 16)
     place = block * SIZE + tl.arange(0, SIZE)
-    x = tl.load(x_at + place, mask=place < numel, other=0.0).to(tl.float32)
+    x = _to_float32(tl.load(x_at + place, mask=place < numel, other=0.0))
     peak = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
     down, up, finite = _powers_of_two(peak)
     x = tl.where(finite, x * down, 0.0)
     if moments_at is not None:
         squares = x * x
-        to = moments_at + block * 10
+        to = moments_at + block * _MOMENTS
         parts = tl.sum(tl.reshape(squares, [SIZE // 8, 8]), axis=0)
         tl.store(to + tl.arange(0, 8), parts)
         tl.store(to + 8, tl.sum(squares * tl.abs(x), axis=0))
@@ -414,9 +437,7 @@ def _encode(
         if QUANTIZER == "Eden":
             codes = _eden_nearest(z, thresholds, BITS)
         else:
-            codes = _vector_nearest(
-                tl.reshape(z, [COUNT, GROUP]), table, thresholds, COUNT, GROUP
-            )
+            codes = _vector_nearest(tl.reshape(z, [COUNT, GROUP]), table, thresholds, COUNT, GROUP)
         scale = _eden_scale(rms, z, _values(codes, table, COUNT, GROUP), BIASED, SIZE, LOG_SIZE)
         _store_codes(codes, row, COUNT, BITS * GROUP)
     scale = scale * normalization * up
@@ -488,7 +509,7 @@ def _decode(
         total = _unrotate(total, key, hop, sixteenth, SIZE, LOG_SIZE, ROTATIONS)
     mean = tl.where(finite, total * normalization * up, float("nan"))
     place = block * SIZE + tl.arange(0, SIZE)
-    tl.store(out_at + place, mean.to(out_at.dtype.element_ty), mask=place < numel)
+    tl.store(out_at + place, _round_to(mean, out_at.dtype.element_ty), mask=place < numel)
 
 
 # Calls -------------------------------------------------------------------------------------------
@@ -511,7 +532,7 @@ def encode(
             rotation, quantizer, x, key, blocks, rank, world_size, scales, codes, moments
         )
         return
-    assert isinstance(quantizer, QUANTIZERS) and (moments is None or moments.shape[1] == MOMENTS)
+    assert isinstance(quantizer, QUANTIZERS)
     table, thresholds = _tables(quantizer, x.device, encoding=True)
     levels = quantizer.table if isinstance(quantizer, QuicFL) else None
     with torch.cuda.device_of(x):
@@ -586,9 +607,7 @@ def _words_of(key: Key, blocks: Blocks) -> tuple[int, ...]:
     return tuple(word - ((word & 1 << 31) << 1) for word in words)
 
 
-def _shape(
-    rotation: RandomizedHadamard, quantizer: Quantizer, blocks: Blocks
-) -> dict[str, object]:
+def _shape(rotation: RandomizedHadamard, quantizer: Quantizer, blocks: Blocks) -> dict[str, object]:
     """What kernels are compiled for."""
     return {
         "QUANTIZER": type(quantizer).__name__,
@@ -598,9 +617,20 @@ def _shape(
         "ROTATIONS": rotation.rotations,
         "SIZE": blocks.size,
         "LOG_SIZE": blocks.size.bit_length() - 1,
-        "num_warps": max(1, blocks.size // 4096),
+        "num_warps": warps_for(blocks.size),
         "enable_fp_fusion": False,
     }
+
+
+def warps_for(size: int) -> int:
+    """Warps of a program: 128 coordinates a thread.
+
+    By the counts of instructions in what ptxas makes of the kernels, fewer threads with more
+    registers are better, since strides inside a thread need no shuffle. Not tuned at run time:
+    that would multiply what is compiled in a training run's first step, and stop the device there
+    (`python benchmarks/gpu.py --warps` compares).
+    """
+    return max(1, size // 4096)
 
 
 @cache
@@ -608,12 +638,12 @@ def _tables(
     quantizer: QuicFL | Eden | VectorQuantizer, device: torch.device, encoding: bool
 ) -> tuple[torch.Tensor, ...]:
     """On the device; they have arrived on return, so any stream may read them."""
-    table = quantizer.table
     tables: tuple[torch.Tensor, ...]
     if isinstance(quantizer, QuicFL):
-        tables = (table.positions, table.positions) if encoding else (table.levels,)
+        positions = quantizer.table.positions
+        tables = (positions, positions) if encoding else (quantizer.table.levels,)
     elif isinstance(quantizer, Eden):
-        tables = (table.centroids, table.boundaries)
+        tables = (quantizer.table.centroids, quantizer.table.boundaries)
     else:
-        tables = (table.codewords, table.half_norms)
-    return tuple(each.to(device) for each in tables[: 1 + encoding])
+        tables = (quantizer.table.codewords, quantizer.table.half_norms)
+    return tuple(table.to(device) for table in tables[: 1 + encoding])
