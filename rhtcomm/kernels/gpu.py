@@ -291,8 +291,8 @@ def _eden_nearest(z, boundaries, BITS: tl.constexpr):
     """The number of boundaries <= z, by bisection."""
     codes = tl.zeros_like(z).to(tl.int32)
     for digit in tl.static_range(BITS):
-        step: tl.constexpr = 1 << (BITS - 1 - digit)
-        codes += tl.where(z >= tl.load(boundaries + codes + (step - 1)), step, 0)
+        middle = codes + (1 << (BITS - 1 - digit))
+        codes = tl.where(z >= tl.load(boundaries + middle - 1), middle, codes)
     return codes
 
 
