@@ -91,7 +91,7 @@ def test_same_bits_as_the_reference(interpreted: Interpreted, case: int) -> None
 @pytest.mark.usefixtures("_on_reference")
 @pytest.mark.parametrize(
     ("quantizer", "dtype"),
-    zip([QuicFL(4), QuicFL(3, FRACTION), Eden(3)], DTYPES, strict=True),
+    list(zip([QuicFL(4), QuicFL(3, FRACTION), Eden(3)], DTYPES, strict=True)),
     ids=str,
 )
 def test_numbers_at_the_ends_of_the_range(
