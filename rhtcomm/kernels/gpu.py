@@ -78,10 +78,26 @@ def _dither(key, hop, sixteenth, SIZE: tl.constexpr):
     return tl.reshape(turned, [SIZE])
 
 
-# Precisions --------------------------------------------------------------------------------------
+# Memory and precisions ---------------------------------------------------------------------------
 #
 # bfloat16 goes by its bits, which takes next to nothing, since Triton's interpreter does not round
 # it to nearest even; NaN is then the same one as on CPU, too.
+
+
+@triton.jit
+def _load(at, mask, WHOLE: tl.constexpr):
+    if WHOLE:  # a mask of unknown end would have the coordinates loaded one by one
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(at, x, mask, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(at, x)
+    else:
+        tl.store(at, x, mask=mask)
 
 
 @triton.jit
@@ -108,6 +124,12 @@ def _round_to(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _wrap(x):
+    """Nothing, but for the interpreter, which adds up int32 in 64 bits."""
+    return x.to(tl.int64).to(tl.int32)
+
+
+@triton.jit
 def _butterflies(x, SIZE: tl.constexpr, STRIDE: tl.constexpr):
     """(a, b) -> (a + b, a - b) at one stride, x (SIZE,) float32.
 
@@ -118,9 +140,7 @@ def _butterflies(x, SIZE: tl.constexpr, STRIDE: tl.constexpr):
     """
     pairs = tl.reshape(x, [SIZE // (2 * STRIDE), 2, STRIDE])
     bits = pairs.to(tl.int32, bitcast=True)
-    partner = tl.sum(bits, axis=1, keep_dims=True) - bits
-    # The interpreter has summed in 64 bits; elsewhere this line is nothing.
-    partner = partner.to(tl.int64).to(tl.int32).to(tl.float32, bitcast=True)
+    partner = _wrap(tl.sum(bits, axis=1, keep_dims=True) - bits).to(tl.float32, bitcast=True)
     sign = 1.0 - 2.0 * tl.arange(0, 2).to(tl.float32)
     return tl.reshape(tl.fma(pairs, sign[None, :, None], partner), [SIZE])
 
@@ -180,13 +200,19 @@ def _store_field(codes, to, COUNT: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.c
         BEFORE: tl.constexpr = BITS & (-2 * WIDTH)
         LANES: tl.constexpr = 8 // WIDTH
         field = tl.reshape((codes >> BEFORE) & ((1 << WIDTH) - 1), [LANES, COUNT // LANES])
-        octets = tl.sum(field << (WIDTH * tl.arange(0, LANES))[:, None], axis=0).to(tl.uint8)
-        tl.store(to + BEFORE * COUNT // 8 + tl.arange(0, COUNT // LANES), octets)
+        octets = tl.sum(field << (WIDTH * tl.arange(0, LANES))[:, None], axis=0)
+        octets = tl.reshape(octets, [COUNT // LANES // 4, 4])
+        words = _wrap(tl.sum(octets << (8 * tl.arange(0, 4))[None, :], axis=1))
+        tl.store(to + BEFORE * COUNT // 32 + tl.arange(0, COUNT // LANES // 4), words)
 
 
 @triton.jit
 def _store_codes(codes, to, COUNT: tl.constexpr, BITS: tl.constexpr):
-    """codes (COUNT,) int32 -> COUNT BITS / 8 bytes, see `rhtcomm.bitpack`."""
+    """codes (COUNT,) int32 -> COUNT BITS / 8 bytes, see `rhtcomm.bitpack`.
+
+    Rows begin at multiples of 4 bytes and no more, so they are written, and read, by words.
+    """
+    to = to.to(tl.pointer_type(tl.int32))
     _store_field(codes, to, COUNT, BITS, 8)
     _store_field(codes, to, COUNT, BITS, 4)
     _store_field(codes, to, COUNT, BITS, 2)
@@ -198,8 +224,9 @@ def _load_field(codes, row, COUNT: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.c
     if BITS & WIDTH:
         BEFORE: tl.constexpr = BITS & (-2 * WIDTH)
         LANES: tl.constexpr = 8 // WIDTH
-        at = row + BEFORE * COUNT // 8 + tl.arange(0, COUNT // LANES)
-        octets = tl.load(at).to(tl.int32)[None, :]
+        at = row + BEFORE * COUNT // 32 + tl.arange(0, COUNT // LANES // 4)
+        octets = tl.load(at)[:, None] >> (8 * tl.arange(0, 4))[None, :]
+        octets = tl.reshape(octets, [1, COUNT // LANES])
         field = (octets >> (WIDTH * tl.arange(0, LANES))[:, None]) & ((1 << WIDTH) - 1)
         codes |= tl.reshape(field, [COUNT]) << BEFORE
     return codes
@@ -207,6 +234,7 @@ def _load_field(codes, row, COUNT: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.c
 
 @triton.jit
 def _load_codes(row, COUNT: tl.constexpr, BITS: tl.constexpr):
+    row = row.to(tl.pointer_type(tl.int32))
     codes = tl.zeros([COUNT], tl.int32)
     codes = _load_field(codes, row, COUNT, BITS, 8)
     codes = _load_field(codes, row, COUNT, BITS, 4)
@@ -234,19 +262,19 @@ def _quic_fl_encode(
     SIZE: tl.constexpr,
     LOG_SIZE: tl.constexpr,
 ):
-    needed = tl.abs(y) * INVERSE_BOUND
-    # Floats that are not negative have the order of their bits.
-    needed_bits = needed.to(tl.int32, bitcast=True)
-    coded = tl.max(needed_bits, axis=0)
+    # Magnitudes have the order of their bits, and their products that of the magnitudes.
+    magnitudes = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    coded = tl.max(magnitudes, axis=0)
     if CAPACITY > 0:  # the largest but CAPACITY, from the top, equals counted one by one
-        while tl.sum((needed_bits >= coded).to(tl.int32), axis=0) <= CAPACITY:
-            coded = tl.max(tl.where(needed_bits < coded, needed_bits, 0), axis=0)
-    scale = tl.maximum(_root_mean_square(y, SIZE, LOG_SIZE), coded.to(tl.float32, bitcast=True))
+        while tl.sum((magnitudes >= coded).to(tl.int32), axis=0) <= CAPACITY:
+            coded = tl.max(tl.where(magnitudes < coded, magnitudes, 0), axis=0)
+    coded = coded.to(tl.float32, bitcast=True) * INVERSE_BOUND
+    scale = tl.maximum(_root_mean_square(y, SIZE, LOG_SIZE), coded)
     dither = _dither(key, hop, sixteenth, SIZE)
     u = (dither + offset) & 0xFFFF
-    v = ((dither >> 16) + offset) & 0xFFFF
+    v = (dither + (offset << 16)) >> 16
     if CAPACITY > 0:
-        exact = needed > scale
+        exact = tl.abs(y) * INVERSE_BOUND > scale
         _store_exact(y, exact, u, scale, row + BITS * SIZE // 8, CAPACITY, SIZE)
         y = tl.where(exact, 0.0, y)
     unit = tl.where(scale > 0, tl.div_rn(1.0, scale) * NODES_PER_SIGMA, 0.0)
@@ -300,8 +328,7 @@ def _eden_nearest(z, boundaries, BITS: tl.constexpr):
 def _coordinate(z, COUNT: tl.constexpr, GROUP: tl.constexpr, INDEX: tl.constexpr):
     """Coordinate INDEX of each group, z (COUNT, GROUP) -> (COUNT,); adds nothing but zeros."""
     bits = tl.where(tl.arange(0, GROUP)[None, :] == INDEX, z.to(tl.int32, bitcast=True), 0)
-    bits = tl.sum(bits, axis=1).to(tl.int64).to(tl.int32)
-    return bits.to(tl.float32, bitcast=True)
+    return _wrap(tl.sum(bits, axis=1)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -395,12 +422,13 @@ def _encode(
     ROTATIONS: tl.constexpr,
     SIZE: tl.constexpr,
     LOG_SIZE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
     key = (seed_low, seed_high, bucket, step)
     sixteenth = first.to(tl.uint32, bitcast=True) + block.to(tl.uint32) * (SIZE // 16)
     place = block * SIZE + tl.arange(0, SIZE)
-    x = _to_float32(tl.load(x_at + place, mask=place < numel, other=0.0))
+    x = _to_float32(_load(x_at + place, place < numel, WHOLE))
     peak = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
     down, up, finite = _powers_of_two(peak)
     x = tl.where(finite, x * down, 0.0)
@@ -472,6 +500,7 @@ def _decode(
     ROTATIONS: tl.constexpr,
     SIZE: tl.constexpr,
     LOG_SIZE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
     key = (seed_low, seed_high, bucket, step)
@@ -509,7 +538,7 @@ def _decode(
         total = _unrotate(total, key, hop, sixteenth, SIZE, LOG_SIZE, ROTATIONS)
     mean = tl.where(finite, total * normalization * up, float("nan"))
     place = block * SIZE + tl.arange(0, SIZE)
-    tl.store(out_at + place, _round_to(mean, out_at.dtype.element_ty), mask=place < numel)
+    _store(out_at + place, _round_to(mean, out_at.dtype.element_ty), place < numel, WHOLE)
 
 
 # Calls -------------------------------------------------------------------------------------------
@@ -552,7 +581,7 @@ def encode(
             INVERSE_BOUND=levels.inverse_bound if levels else 0.0,
             NODES_PER_SIGMA=levels.nodes_per_sigma if levels else 0.0,
             MIDDLE=levels.middle if levels else 0,
-            **_shape(rotation, quantizer, blocks),
+            **_shape(rotation, quantizer, blocks, x.numel()),
         )
 
 
@@ -590,7 +619,7 @@ def decode(
             rows if world_size is None else world_size,
             blocks.size ** (-rotation.rotations / 2) / rows,
             SHARED_BITS=quantizer.table.shared_bits if isinstance(quantizer, QuicFL) else 0,
-            **_shape(rotation, quantizer, blocks),
+            **_shape(rotation, quantizer, blocks, out.numel()),
         )
 
 
@@ -607,7 +636,9 @@ def _words_of(key: Key, blocks: Blocks) -> tuple[int, ...]:
     return tuple(word - ((word & 1 << 31) << 1) for word in words)
 
 
-def _shape(rotation: RandomizedHadamard, quantizer: Quantizer, blocks: Blocks) -> dict[str, object]:
+def _shape(
+    rotation: RandomizedHadamard, quantizer: Quantizer, blocks: Blocks, numel: int
+) -> dict[str, object]:
     """What kernels are compiled for."""
     return {
         "QUANTIZER": type(quantizer).__name__,
@@ -617,6 +648,7 @@ def _shape(rotation: RandomizedHadamard, quantizer: Quantizer, blocks: Blocks) -
         "ROTATIONS": rotation.rotations,
         "SIZE": blocks.size,
         "LOG_SIZE": blocks.size.bit_length() - 1,
+        "WHOLE": numel == blocks.count * blocks.size,
         "num_warps": warps_for(blocks.size),
         "enable_fp_fusion": False,
     }
