@@ -649,20 +649,21 @@ def _shape(
         "SIZE": blocks.size,
         "LOG_SIZE": blocks.size.bit_length() - 1,
         "WHOLE": numel == blocks.count * blocks.size,
-        "num_warps": warps_for(blocks.size),
+        "num_warps": warps_for(quantizer, blocks.size),
         "enable_fp_fusion": False,
     }
 
 
-def warps_for(size: int) -> int:
-    """Warps of a program: 128 coordinates a thread.
+def warps_for(quantizer: Quantizer, size: int) -> int:
+    """Warps of a program: 128 coordinates a thread, or 64 where those would not fit in registers.
 
-    By the counts of instructions in what ptxas makes of the kernels, fewer threads with more
-    registers are better, since strides inside a thread need no shuffle. Not tuned at run time:
-    that would multiply what is compiled in a training run's first step, and stop the device there
+    By the instructions that ptxas makes of the kernels, fewer threads with more registers are
+    better, since strides inside a thread need no shuffle. Not tuned at run time: that would
+    multiply what is compiled in a training run's first step, and stop the device there
     (`python benchmarks/gpu.py --warps` compares).
     """
-    return max(1, size // 4096)
+    light = isinstance(quantizer, QuicFL) and not quantizer.exact_fraction
+    return max(1, size // (4096 if light else 2048))
 
 
 @cache
