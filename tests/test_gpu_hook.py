@@ -226,7 +226,7 @@ def test_nothing_makes_the_host_wait(quantizer: Any) -> None:
     xs = torch.randn(8, 100_000, generator=torch.Generator().manual_seed(1))
     communicator: Any = Twin(codec, 100_000, "cuda")
     with RHTState(quantizer=quantizer, communicator=communicator) as state:
-        buckets = [Bucket.of(x.to("cuda")) for x in xs]
+        buckets = [Bucket.of(x.clone().to("cuda")) for x in xs]
         for bucket in buckets[:3]:  # compiles, makes streams, pins memory
             state.submit(bucket).wait()
         torch.cuda.synchronize()
