@@ -11,7 +11,7 @@ import torch
 from rhtcomm import Codec, Key
 from rhtcomm.kernels import kernel_for
 
-__all__ = ["both_ways", "decode", "interpret", "moments_of", "unlike_nan"]
+__all__ = ["bits_of", "both_ways", "decode", "interpret", "moments_of"]
 
 
 def interpret() -> None:
@@ -20,15 +20,15 @@ def interpret() -> None:
     torch.set_num_threads(1)
 
 
-def unlike_nan(x: torch.Tensor) -> torch.Tensor:
-    """As float32, with NaN as a number, so that it equals itself."""
-    return torch.where(x.isnan(), 12345.0, x.float())
+def bits_of(x: torch.Tensor) -> torch.Tensor:
+    """(numel,) int32, so that NaN equals itself, and 0 does not equal -0."""
+    return x.float().contiguous().view(torch.int32)
 
 
 def both_ways(
     codec: Codec, xs: list[torch.Tensor], key: Key, first: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All payloads, and the decoded mean."""
+    """All payloads, and the bits of the decoded mean."""
     payloads = torch.stack(
         [codec.encode(x, key, rank, len(xs), first=first) for rank, x in enumerate(xs)]
     )
@@ -39,7 +39,7 @@ def decode(
     codec: Codec, payloads: torch.Tensor, key: Key, numel: int, first: int, dtype: torch.dtype
 ) -> torch.Tensor:
     out = torch.empty(numel, dtype=dtype)
-    return unlike_nan(codec.decode_mean(payloads, key, numel, first=first, out=out))
+    return bits_of(codec.decode_mean(payloads, key, numel, first=first, out=out))
 
 
 def moments_of(codec: Codec, x: torch.Tensor, key: Key) -> torch.Tensor:
