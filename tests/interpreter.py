@@ -21,8 +21,8 @@ def interpret() -> None:
 
 
 def bits_of(x: torch.Tensor) -> torch.Tensor:
-    """(numel,) int32, so that NaN equals itself, and 0 does not equal -0."""
-    return x.float().contiguous().view(torch.int32)
+    """(numel,) int32, so that 0 does not equal -0, while all NaN are one."""
+    return torch.where(x.isnan(), torch.nan, x.float()).view(torch.int32)
 
 
 def both_ways(

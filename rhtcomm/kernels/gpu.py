@@ -81,7 +81,7 @@ def _dither(key, hop, sixteenth, SIZE: tl.constexpr):
 # Memory and precisions ---------------------------------------------------------------------------
 #
 # bfloat16 goes by its bits, which takes next to nothing, since Triton's interpreter does not round
-# it to nearest even; NaN is then the same one as on CPU, too.
+# it to nearest even.
 
 
 @triton.jit
