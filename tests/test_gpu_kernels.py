@@ -127,7 +127,7 @@ def test_coordinates_at_the_ends_of_the_range(interpreted: Interpreted, bits: in
 @pytest.mark.usefixtures("_on_reference")
 @pytest.mark.parametrize("ties", [False, True])
 def test_blocks_with_any_number_of_exact_coordinates(interpreted: Interpreted, ties: bool) -> None:
-    size, key, quantizer = 2048, Key(9), QuicFL(2, FRACTION)
+    size, key, quantizer = 1024, Key(9), QuicFL(2, FRACTION)
     capacity = quantizer.exact_capacity(size)
     generator = torch.Generator().manual_seed(size)
     counts = [0, 1, capacity - 1, capacity, capacity + 1, size // 10, size]
@@ -245,7 +245,7 @@ def compiled(codec: Codec, encode: bool, cache: Path, monkeypatch: pytest.Monkey
 def test_it_compiles_and_rounds_each_operation(
     quantizer: Quantizer, encode: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size, rotations = 1024, 2
+    size, rotations = 256, 2
     ptx = compiled(Codec(quantizer, rotations, size), encode, tmp_path, monkeypatch)
     # The only fused operations are by +-1, in the butterflies of the 5 strides between the threads
     # of a warp.
