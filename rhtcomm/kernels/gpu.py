@@ -64,7 +64,7 @@ def _change_signs(x, key, purpose, sixteenth, SIZE: tl.constexpr):
         part = (sixteenth % 8) // (SIZE // 16)
         here = tl.arange(0, 128 // SIZE)[:, None] == part.to(tl.int32)
         words = tl.max(tl.where(here, tl.reshape(words, [128 // SIZE, SIZE // 32]), 0), axis=0)
-    minus = (words[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) << 31
+    minus = (words[:, None] << (31 - tl.arange(0, 32).to(tl.uint32)[None, :])) & 0x80000000
     flipped = x.to(tl.uint32, bitcast=True) ^ tl.reshape(minus, [SIZE])
     return flipped.to(tl.float32, bitcast=True)
 
