@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..codec import AUTO, Codec
+from ..codec import AUTO, Codec, DeferredChecks
 from ..collectives import (
     Algorithm,
     DisagreementError,
@@ -49,8 +49,8 @@ class Stats:
     """What the hook has done so far, on this rank.
 
     Seconds are wall-clock time of the worker thread. Chunks of a bucket travel while others are
-    encoded and decoded; `exchange_seconds` is what it waited for beside. On CUDA it launches
-    encoding and waits for nothing until decoding, whose seconds hold that wait.
+    encoded and decoded; `exchange_seconds` is what it waited for beside. On CUDA they are the time
+    to launch the work, but for exchanges through host memory (Gloo), which wait for the device.
     `bytes_uncompressed` is what a ring all-reduce of the gradients in their own dtype would have
     sent. `nmse` is |mean - exact|^2 / |exact|^2 over the sampled buckets, None if none was.
     `rotations` counts compressed buckets by the number of transforms that they took.
@@ -180,6 +180,7 @@ class RHTState:
         self._group: dist.ProcessGroup | None = None  # the one made by _start
         self._worker: ThreadPoolExecutor | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._checks = DeferredChecks()
         self._checked = False
         self._failure: BaseException | None = None
         self._closed = False
@@ -215,7 +216,9 @@ class RHTState:
 
         Raises:
             ValueError: the model is missing, or lacks a parameter that the hook has seen.
+            PayloadError: on CUDA: an earlier bucket did not hold what it should have.
         """
+        self._checks.raise_failed(wait=True)
         wanted = [[*bucket, count] for bucket, count in sorted(self._wanted.items())]
         state: dict[str, Any] = {"seed": self.key.seed, "step": self.key.step, "rotations": wanted}
         if self.error_feedback:
@@ -289,6 +292,8 @@ class RHTState:
             self._worker.shutdown(wait=True)
         self._leave_group()
         self._worker = None
+        if self._failure is None:
+            self._checks.raise_failed(wait=True)
 
     def __enter__(self) -> "RHTState":
         return self
@@ -396,7 +401,8 @@ class RHTState:
                 raise RuntimeError(
                     f"rht_hook: an earlier bucket failed: {self._failure}"
                 ) from self._failure
-            with self._after(buffer, ready):
+            self._checks.raise_failed()
+            with self._after(buffer, ready), self._checks.deferring():
                 self._mean(buffer, key, parameters)
                 done.set_result(buffer)
         except BaseException as failure:
@@ -556,6 +562,10 @@ def rht_hook(
 
     Register with ``model.register_comm_hook(RHTState(bits=4), rht_hook)``. Errors on this rank or
     in the exchange come out of ``backward()``, as a RuntimeError whose text holds the original;
-    after one, the state refuses further buckets.
+    after one, the state refuses further buckets. On CUDA, payloads of another step or configuration
+    are found out one bucket or more later, as the check waits for nothing.
+
+    A profile has the ranges rhtcomm::encode, ::exchange and ::decode if it sees the worker thread:
+    ``profile(experimental_config=_ExperimentalConfig(profile_all_threads=True))``.
     """
     return state.submit(bucket)

@@ -131,6 +131,9 @@ def parse_args() -> argparse.Namespace:
     machine.add_argument(
         "--backend", choices=("gloo", "nccl"), help="default: nccl where there is CUDA, else gloo"
     )
+    machine.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda with nccl, cpu with gloo"
+    )
     machine.add_argument("--threads", type=int, help="CPU threads a rank; default: its share")
 
     args = parser.parse_args()
@@ -162,7 +165,10 @@ def parse_args() -> argparse.Namespace:
             "or with launch/mpirun.sh 2"
         )
     if args.backend is None:
-        args.backend = "nccl" if torch.cuda.is_available() else "gloo"
+        cuda = args.device != "cpu" and torch.cuda.is_available()
+        args.backend = "nccl" if cuda else "gloo"
+    if args.device is None:
+        args.device = "cuda" if args.backend == "nccl" else "cpu"
     if args.threads is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.threads = max(1, (cores or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))
@@ -473,7 +479,7 @@ def logged_rows(path: Path, last_step: int) -> Iterator[dict[str, str]]:
 def train(args: argparse.Namespace) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cpu")
-    if args.backend == "nccl":
+    if args.device == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
 
     train_data, validation_data = load_corpus(Path(sysconfig.get_path("stdlib")))
@@ -662,8 +668,8 @@ def hardware(device: torch.device) -> str:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    if args.backend == "nccl":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if args.device == "cuda":  # over Gloo, ranks may share a GPU
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group(args.backend)
     train(args)
     # DDP, its hook and the futures of the last step may refer to one another and to the group,

@@ -20,8 +20,12 @@ NaN in its place marks a block that held inf or NaN, zero a block of zeros.
 """
 
 import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
 from typing import Literal
 
@@ -38,7 +42,7 @@ from rhtcomm.rotation import (
     split_into_blocks,
 )
 
-__all__ = ["DTYPES", "Codec", "PayloadError"]
+__all__ = ["DTYPES", "Codec", "DeferredChecks", "PayloadError"]
 
 VERSION = 1
 HEADER_BYTES = 16
@@ -47,6 +51,64 @@ AUTO: Literal["auto"] = "auto"
 
 class PayloadError(ValueError):
     """A payload is not what this codec, key and length call for."""
+
+
+class DeferredChecks:
+    """Checks of payloads on CUDA that wait for nothing.
+
+    To look at headers on a device stops the host until the device has come to them. Within
+    `deferring()`, on the same thread, `Codec.decode_mean` has them copied to pinned memory instead,
+    16 bytes a payload, and goes on; `raise_failed` makes the checks of those that have arrived.
+    Kernels stay in bounds whatever the bytes of a payload are, so until then a result can only be
+    wrong. Headers that say how to decode, as with rotations="auto", are read at once all the same.
+    """
+
+    devices = ("cuda",)
+    most = 4096  # pending, before the oldest is waited for
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[torch.cuda.Event, Callable[[], object]]] = deque()
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        token = _deferred.set(self)
+        try:
+            yield
+        finally:
+            _deferred.reset(token)
+
+    def add(self, headers: torch.Tensor, check: Callable[[torch.Tensor], object]) -> None:
+        arrived, copy = _to_host(headers)
+        self._pending.append((arrived, partial(check, copy)))
+
+    def raise_failed(self, wait: bool = False) -> None:
+        """Make the checks of what has arrived or, with `wait`, of all.
+
+        Raises:
+            PayloadError: the first that failed; those after it are forgotten.
+        """
+        while self._pending:
+            arrived, check = self._pending[0]
+            if wait or len(self._pending) > self.most:
+                arrived.synchronize()
+            elif not arrived.query():
+                return
+            self._pending.popleft()
+            try:
+                check()
+            except PayloadError:
+                self._pending.clear()
+                raise
+
+
+_deferred: ContextVar[DeferredChecks | None] = ContextVar("rhtcomm deferred checks", default=None)
+
+
+def _to_host(x: torch.Tensor) -> tuple[torch.cuda.Event, torch.Tensor]:
+    """x on CUDA -> an event, and the tensor that holds x after it."""
+    copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    copy.copy_(x, non_blocking=True)
+    return torch.cuda.current_stream(x.device).record_event(), copy
 
 
 @dataclass(frozen=True)
@@ -173,8 +235,13 @@ class Codec:
             choice = rotations_for(torch.cat(moments), quantizer.group, quantizer.rotations)
             wanted = max(wanted or 1, choice)
         count = rotation.rotations + 16 * (wanted or 1 if self.rotations == AUTO else 0)
-        header = self._header(count, key, rank, world_size, first, x.numel())
-        payload[:HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        header = torch.frombuffer(
+            bytearray(self._header(count, key, rank, world_size, first, x.numel())),
+            dtype=torch.uint8,
+        )
+        if x.device.type == "cuda":  # from other memory a copy makes the host wait for the device
+            header = header.pin_memory()
+        payload[:HEADER_BYTES].copy_(header, non_blocking=True)
         return payload
 
     def decode_mean(
@@ -202,7 +269,8 @@ class Codec:
             (numel,), `out` or a new float32 tensor. A block where any rank had inf or NaN is NaN.
 
         Raises:
-            PayloadError: a payload has the wrong length, version, configuration, key or place.
+            PayloadError: a payload has the wrong length, version, configuration, key or place
+                (within `DeferredChecks.deferring` on CUDA only the length is looked at).
             ValueError: out has another shape, dtype or layout.
         """
         length = self.nbytes(numel)
@@ -217,7 +285,20 @@ class Codec:
             world_size = payloads.shape[0]
         self._check_place(first_rank, world_size, first)
         self._check_place(first_rank + payloads.shape[0] - 1, world_size, first)
-        rotation = self._check_headers(payloads, key, first, numel, first_rank, world_size)
+        check = partial(
+            self._check_headers,
+            key=key,
+            first=first,
+            numel=numel,
+            first_rank=first_rank,
+            world_size=world_size,
+        )
+        headers, later = payloads[:, :HEADER_BYTES], _deferred.get()
+        if later and payloads.device.type in later.devices and self.rotations != AUTO:
+            later.add(headers.contiguous(), check)
+            rotation = self._rotation(None)
+        else:
+            rotation = check(headers)
         # The scales are read as float32 where they lie.
         if (
             payloads.data_ptr() % 4
@@ -303,15 +384,15 @@ class Codec:
 
     def _check_headers(
         self,
-        payloads: torch.Tensor,
+        rows: torch.Tensor,
         key: Key,
         first: int,
         numel: int,
         first_rank: int,
         world_size: int,
     ) -> RandomizedHadamard:
-        """The transform that all of them were made by."""
-        headers = [bytes(row) for row in payloads[:, :HEADER_BYTES].tolist()]
+        """The transform that payloads with these headers, (K, 16) uint8, were made by."""
+        headers = [bytes(row) for row in rows.tolist()]
         rotations = headers[0][3] % 16
         if self.rotations != AUTO or rotations not in (1, 2, 3):
             rotations = self.default_rotations

@@ -1,13 +1,14 @@
 """The inner loops: whole blocks in, packed codes and scales out, and back.
 
 `reference` says in plain torch what every kernel computes, and runs on any device. `cpu` does the
-same in C, bit for bit. Which one runs is chosen here:
+same in C, `gpu` in Triton, bit for bit. Which one runs is chosen here:
 
-    RHTCOMM_KERNELS=reference | cpu    forces one; asking for what is missing raises
+    RHTCOMM_KERNELS=reference | cpu | gpu    forces one; asking for what is missing raises
     RHTCOMM_CPU=avx512vbmi | avx512 | avx2 | baseline    forces an instruction set of the C kernels
 
 Without them the C kernels run on CPU tensors where they were built, in the widest instruction set
-that the processor has.
+that the processor has, and the Triton kernels on CUDA (or ROCm) tensors where Triton is installed.
+With TRITON_INTERPRET=1, RHTCOMM_KERNELS=gpu runs them on CPU tensors, for tests.
 """
 
 import logging
@@ -76,15 +77,18 @@ def kernel_for(device: torch.device, quantizer: Quantizer) -> Kernel:
         RuntimeError: the kernels that one of them asks for are missing.
     """
     wanted = os.environ.get("RHTCOMM_KERNELS") or None
-    if wanted not in (None, "reference", "cpu"):
-        raise ValueError(f"RHTCOMM_KERNELS={wanted!r} must be 'reference' or 'cpu'")
+    if wanted not in (None, "reference", "cpu", "gpu"):
+        raise ValueError(f"RHTCOMM_KERNELS={wanted!r} must be 'reference', 'cpu' or 'gpu'")
     if wanted == "reference":
         return reference
-    if device.type == "cpu" and type(quantizer) in cpu.QUANTIZERS:
-        return _for_cpu(wanted, os.environ.get("RHTCOMM_CPU") or None)
-    if wanted == "cpu":
+    if type(quantizer) in cpu.QUANTIZERS:  # which all of them have
+        if device.type == "cpu" and wanted != "gpu":
+            return _for_cpu(wanted, os.environ.get("RHTCOMM_CPU") or None)
+        if device.type in ("cpu", "cuda") and wanted != "cpu":
+            return _for_gpu(device.type, wanted)
+    if wanted is not None:
         raise RuntimeError(
-            f"RHTCOMM_KERNELS=cpu, but there are no C kernels for {type(quantizer).__name__} on "
+            f"RHTCOMM_KERNELS={wanted}, but it has none for {type(quantizer).__name__} on "
             f"{device.type}; unset it"
         )
     return reference
@@ -106,3 +110,29 @@ def _for_cpu(wanted: str | None, variant: str | None) -> Kernel:
         "the C kernels %s, so the much slower torch reference is in use: %s", fact, remedy
     )
     return reference
+
+
+@cache
+def _for_gpu(device: str, wanted: str | None) -> Kernel:
+    try:
+        from rhtcomm.kernels import gpu
+    except ImportError as missing:
+        remedy = "pip install 'rhtcomm[gpu]'"
+        if wanted:
+            raise RuntimeError(
+                f"RHTCOMM_KERNELS={wanted}, but Triton cannot be imported ({missing}): {remedy}"
+            ) from missing
+        logging.getLogger("rhtcomm").warning(
+            "Triton cannot be imported (%s), so the much slower torch reference is in use on "
+            "CUDA tensors: %s",
+            missing,
+            remedy,
+        )
+        return reference
+    if (device == "cpu") != gpu.interpreted():
+        raise RuntimeError(
+            f"the Triton kernels run on {'CPU' if gpu.interpreted() else 'CUDA'} tensors in this "
+            f"process, not on {device}, because TRITON_INTERPRET "
+            f"{'is' if gpu.interpreted() else 'is not'} set; change that, or RHTCOMM_KERNELS"
+        )
+    return gpu

@@ -1,0 +1,53 @@
+"""The Triton kernels in Triton's interpreter, in a process of its own.
+
+TRITON_INTERPRET must be set before Triton is imported, and then holds for the whole process.
+"""
+
+import os
+from typing import Any
+
+import torch
+
+from rhtcomm import Codec, Key
+from rhtcomm.kernels import kernel_for
+
+__all__ = ["bits_of", "both_ways", "decode", "interpret", "moments_of"]
+
+
+def interpret() -> None:
+    """For the start of the process."""
+    os.environ.update(TRITON_INTERPRET="1", RHTCOMM_KERNELS="gpu")
+    torch.set_num_threads(1)
+
+
+def bits_of(x: torch.Tensor) -> torch.Tensor:
+    """(numel,) int32, so that 0 does not equal -0, while all NaN are one."""
+    return torch.where(x.isnan(), torch.nan, x.float()).view(torch.int32)
+
+
+def both_ways(
+    codec: Codec, xs: list[torch.Tensor], key: Key, first: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All payloads, and the bits of the decoded mean."""
+    payloads = torch.stack(
+        [codec.encode(x, key, rank, len(xs), first=first) for rank, x in enumerate(xs)]
+    )
+    return payloads, decode(codec, payloads, key, xs[0].numel(), first, dtype)
+
+
+def decode(
+    codec: Codec, payloads: torch.Tensor, key: Key, numel: int, first: int, dtype: torch.dtype
+) -> torch.Tensor:
+    out = torch.empty(numel, dtype=dtype)
+    return bits_of(codec.decode_mean(payloads, key, numel, first=first, out=out))
+
+
+def moments_of(codec: Codec, x: torch.Tensor, key: Key) -> torch.Tensor:
+    """(B, 10), of tensors of whole blocks."""
+    payload = codec.encode(x, key)
+    ((blocks, scales, codes),) = codec._sections(payload[None], x.numel())
+    moments = torch.full((blocks.count, 10), -1.0)
+    kernel: Any = kernel_for(x.device, codec.quantizer)
+    rotation = codec._rotation(None)
+    kernel.encode(rotation, codec.quantizer, x, key, blocks, 0, 1, scales[0], codes[0], moments)
+    return moments
