@@ -110,11 +110,16 @@ class Tampering(TorchCommunicator):
 
     tamper = False
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        gathered = super().all_gather(x)
-        if self.tamper:
-            gathered[1, 4] ^= 1
-        return gathered
+    def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        finish = super().start_all_gather(x)
+
+        def tampered() -> torch.Tensor:
+            gathered = finish()
+            if self.tamper:
+                gathered[1, 4] ^= 1
+            return gathered
+
+        return tampered
 
 
 class Bucket(SimpleNamespace):
@@ -203,12 +208,15 @@ class Twin:
     def ring_bytes(self, nbytes: int) -> int:
         return nbytes
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+    def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         gathered = x.expand(2, -1).contiguous()
         if x.numel() == self.nbytes:
             gathered[1, : rhtcomm.codec.HEADER_BYTES] = self.headers[self.step]
             self.step += 1
-        return gathered
+        return lambda: gathered
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return self.start_all_gather(x)()
 
 
 def mean_of_twins(codec: Codec, x: torch.Tensor, key: Key) -> torch.Tensor:
