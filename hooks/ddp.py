@@ -268,8 +268,7 @@ class RHTState:
             }
         self.key, self._last_index = Key(state["seed"], state["step"]), -1
         # What a run with "auto" saved means nothing to a fixed number.
-        automatic = isinstance(self.codec, Codec) and self.codec.rotations == AUTO
-        wanted = state.get("rotations", []) if automatic else []
+        wanted = state.get("rotations", []) if self.codec.rotations == AUTO else []
         self._wanted = {(index, numel): count for index, numel, count in wanted}
 
     @staticmethod

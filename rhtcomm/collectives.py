@@ -313,8 +313,7 @@ def _hierarchical(
         gathered = within.all_gather(row.view(torch.uint8)).view(flat.dtype)
         for row, shard, size in zip(gathered, shards, sizes, strict=True):
             flat[shard] = row[:size]
-    automatic = isinstance(codec, Codec) and codec.rotations == AUTO
-    return (int(gathered[:, -1].max()) or None) if automatic else None
+    return (int(gathered[:, -1].max()) or None) if codec.rotations == AUTO else None
 
 
 def _compressed(
@@ -356,7 +355,7 @@ def _pipeline(courses: list[_Course], stopwatch: Stopwatch) -> int | None:
             return start(x)
 
     under_way = deque((course, advance(course, None)) for course in courses)
-    wanted: list[int] = []
+    wanted: list[int | None] = []
     failure = None
     while under_way:
         course, finish = under_way.popleft()
@@ -365,12 +364,17 @@ def _pipeline(courses: list[_Course], stopwatch: Stopwatch) -> int | None:
         try:
             under_way.append((course, advance(course, arrived)))
         except StopIteration as end:
-            wanted += [] if end.value is None else [end.value]
+            wanted.append(end.value)
         except PayloadError as error:  # the other ranks still wait for the other chunks
             failure = failure or error
     if failure is not None:
         raise failure
-    return max(wanted, default=None)
+    return _most(wanted)
+
+
+def _most(wanted: list[int | None]) -> int | None:
+    """The largest number of rotations that anyone wants; None where it is fixed."""
+    return max((count for count in wanted if count is not None), default=None)
 
 
 @dataclass(frozen=True)
@@ -510,7 +514,7 @@ def _two_shot(part: _Part) -> _Course:
         for owner, (row, shard) in enumerate(zip(gathered, shards, strict=True))
     ]
     mine.keep(mean)
-    return max((count for count in wanted if count is not None), default=None)
+    return _most(wanted)
 
 
 def _lattice(
