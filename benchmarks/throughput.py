@@ -130,16 +130,19 @@ def contestants(numel: int, world_size: int, patterns: list[str]) -> list[Contes
             error = WIDE.reference_vnmse[bits]
             # Of Gaussian rows the largest of 4096 is below 5 standard deviations, nearly always.
             lattice = (10 / (2**bits - 1)) ** 2 / 12
-            for algorithm, allowed in (
-                ("all_gather", error),
-                ("two_shot", 2 * error + 0.5 * error**2),
-                ("lattice", lattice),
-            ):
-                options: dict[str, Any] = {"algorithm": algorithm}
-                if algorithm == "lattice":
-                    options = {"quantizer": "lattice"}
+            two_shot = 2 * error + 0.5 * error**2
+            ways: list[tuple[str, float, dict[str, Any]]] = [
+                ("all_gather", error, {"algorithm": "all_gather"}),
+                ("two_shot", two_shot, {"algorithm": "two_shot"}),
+                ("lattice", lattice, {"quantizer": "lattice"}),
+            ]
+            if bits == 4:
+                auto = {"rotations": "auto"}
+                ways.append(("all_gather, auto", error, {"algorithm": "all_gather", **auto}))
+                ways.append(("two_shot, auto", two_shot, {"algorithm": "two_shot", **auto}))
+            for way, allowed, options in ways:
                 add(
-                    *(f"rht{bits} {algorithm}", carrier, rhtcomm.hooks.rht_hook),
+                    *(f"rht{bits} {way}", carrier, rhtcomm.hooks.rht_hook),
                     lambda c=communicator, b=bits, o=options: rhtcomm.hooks.RHTState(
                         b, communicator=c, min_numel=0, **o
                     ),
