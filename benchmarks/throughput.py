@@ -130,7 +130,7 @@ def contestants(numel: int, world_size: int, patterns: list[str]) -> list[Contes
             error = WIDE.reference_vnmse[bits]
             # Of Gaussian rows the largest of 4096 is below 5 standard deviations, nearly always.
             lattice = (10 / (2**bits - 1)) ** 2 / 12
-            two_shot = 2 * error + 0.5 * error**2
+            two_shot = 2 * error + error**2  # the second hop's is of the mean and its error
             ways: list[tuple[str, float, dict[str, Any]]] = [
                 ("all_gather", error, {"algorithm": "all_gather"}),
                 ("two_shot", two_shot, {"algorithm": "two_shot"}),
