@@ -339,10 +339,12 @@ def _compressed(
     whole = _Part(flat, codec, key, communicator, rotations, stopwatch, first, left)
     calls = communicator.world_size if chosen == "two_shot" else 1
     chunks = split_into_chunks(flat.numel(), codec.block, calls)
-    return _pipeline([course(whole[chunk]) for chunk in chunks], stopwatch)
+    return _pipeline([course(whole[chunk]) for chunk in chunks], communicator, stopwatch)
 
 
-def _pipeline(courses: list[_Course], stopwatch: Stopwatch) -> int | None:
+def _pipeline(
+    courses: list[_Course], communicator: Communicator, stopwatch: Stopwatch
+) -> int | None:
     """Take chunks through their courses, each in turn up to its next exchange.
 
     So a chunk travels while others are encoded or decoded. The turns depend on nothing but the
@@ -367,6 +369,8 @@ def _pipeline(courses: list[_Course], stopwatch: Stopwatch) -> int | None:
             wanted.append(end.value)
         except PayloadError as error:  # the other ranks still wait for the other chunks
             failure = failure or error
+    with stopwatch("exchange"):
+        communicator.settle()
     if failure is not None:
         raise failure
     return _most(wanted)

@@ -29,9 +29,9 @@ def ring_bytes(nbytes: int, world_size: int) -> int:
 class Communicator(Protocol):
     """Exchanges among `world_size` ranks; every rank makes the same calls in one order.
 
-    A `start_...` returns at once, with a function that waits for the exchange and gives its result.
-    Until then the tensors belong to the exchange. Several may be under way, to be finished in the
-    order in which they were started.
+    A `start_...` returns at once, with a function that waits for the result and gives it. Several
+    exchanges may be under way, to be finished in the order in which they were started; `settle`
+    follows the last of them. Until then what they send belongs to them.
     """
 
     bytes_sent: int
@@ -67,13 +67,21 @@ class Communicator(Protocol):
         """Sum or maximum of contiguous tensors over ranks, in place, the same bits everywhere."""
         ...
 
+    def settle(self) -> None:
+        """Wait until the others have all that this rank sent; by default they have."""
+        return None
+
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """`start_all_gather`, finished."""
-        return self.start_all_gather(x)()
+        """`start_all_gather`, finished and settled."""
+        gathered = self.start_all_gather(x)()
+        self.settle()
+        return gathered
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
-        """`start_all_to_all`, finished."""
-        return self.start_all_to_all(x)()
+        """`start_all_to_all`, finished and settled."""
+        received = self.start_all_to_all(x)()
+        self.settle()
+        return received
 
     def abort(self) -> None:
         """Tell the others, where that can be done, that this rank gives up.
@@ -108,6 +116,8 @@ class TorchCommunicator(Communicator):
             raise RuntimeError("TorchCommunicator: this rank is not a member of the group")
         # Each begins with its neighbour, so that no rank is the first to hear from all.
         self._others = [(self._rank + i) % self._world_size for i in range(1, self._world_size)]
+        self._sent: list[dist.Work | None] = []
+        self._receipts: list[dist.Work | None] = []
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -132,7 +142,8 @@ class TorchCommunicator(Communicator):
         self.bytes_sent += (self.world_size - 1) * x.numel()
         if x.device.type == "cpu":
             gathered[self.rank] = x
-            works = self._receive(gathered) + self._send([x] * self.world_size)
+            works = self._receive(gathered)
+            self._sent += self._send([x] * self.world_size)
         else:
             works = [dist.all_gather(list(gathered), x, group=self.group, async_op=True)]
         return _finish(works, gathered)
@@ -143,7 +154,8 @@ class TorchCommunicator(Communicator):
         self.bytes_sent += (self.world_size - 1) * x.shape[1]
         if x.device.type == "cpu":
             received[self.rank] = x[self.rank]
-            works = self._receive(received) + self._send(x)
+            works = self._receive(received)
+            self._sent += self._send(x)
         else:
             works = [dist.all_to_all_single(received, x, group=self.group, async_op=True)]
         return _finish(works, received)
@@ -161,6 +173,20 @@ class TorchCommunicator(Communicator):
 
     # Gloo's own all_gather and all_to_all go through a pool of two threads, which costs hand-overs
     # and lets two chunks share a link, so that both arrive late. Plain messages do neither.
+
+    # A message that finds its connection closed just as the other side asks for it is lost to Gloo,
+    # which then never says whether it was sent, while those who receive hear of a closed connection
+    # at once. So a rank asks about what it sent only after the other has said that it came.
+
+    def settle(self) -> None:
+        if not self._sent:
+            return
+        receipts = torch.zeros(self.world_size, 1, dtype=torch.uint8)
+        arriving = self._receive(receipts)
+        leaving = self._send(receipts)
+        _finish([*arriving, *self._sent], None)()
+        # By now receipts are on their way, and those of the last time have come.
+        self._sent, self._receipts = [], leaving
 
     def _receive(self, rows: torch.Tensor) -> list[dist.Work | None]:
         """Row i from rank i, from all others."""
@@ -190,6 +216,7 @@ class TorchCommunicator(Communicator):
         if self._aborted:
             return
         group, self._group, self._aborted = self._group, None, True
+        self._sent, self._receipts = [], []  # they refer to its connections
         if group is None or group is dist.group.WORLD or group.name() != "gloo":
             return
         with contextlib.suppress(ValueError):  # it went with the world that it was made in

@@ -1,5 +1,7 @@
 """The exchanges, against what they are defined to give."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -54,6 +56,28 @@ def test_many_exchanges_under_way(world_size: int, ranks: Ranks) -> None:
     expected = [2 * (world_size - 1) * row + row for _ in range(world_size)]
     expected[0] = 3 * (world_size - 1) * row
     assert ranks.run(exchange, world_size) == expected
+
+
+def send_and_overwrite(rank: int, world_size: int) -> None:
+    """What was sent may be overwritten once the others have it, however late they ask for it."""
+    ranks = TorchCommunicator()
+    for _ in range(3):
+        rows = torch.stack([row_of(rank, receiver, 1_000_000) for receiver in range(world_size)])
+        dist.barrier()
+        time.sleep(0.1 * rank)
+        finish = ranks.start_all_to_all(rows)
+        received = finish()
+        assert len(ranks._sent) == world_size - 1  # Gloo is not asked about them yet
+        ranks.settle()
+        rows.zero_()
+        assert not ranks._sent
+        for sender in range(world_size):
+            assert torch.equal(received[sender], row_of(sender, rank, 1_000_000))
+    ranks.settle()  # nothing was sent since
+
+
+def test_after_settle_the_others_have_what_was_sent(ranks: Ranks) -> None:
+    ranks.run(send_and_overwrite, 3)
 
 
 def exchange_strided(rank: int, world_size: int) -> None:
