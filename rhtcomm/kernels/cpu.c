@@ -85,30 +85,59 @@ INLINE vl multiply_low_halves(vl a, uint32_t b) {
 #endif
 }
 
-/* Calls `call` .. `call + calls - 1` of a stream, four words each; writes whole vectors, so `out`
- * must have room for calls rounded up to a multiple of LANES / 2. */
+/* low[0], high[0], low[1], high[1], ... */
+INLINE void store_pairs(uint32_t *to, vl low, vl high) {
+#if defined(__AVX512F__)
+    const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+    const __m512i second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi64((__m512i)low, first, (__m512i)high));
+    _mm512_storeu_si512(to + LANES, _mm512_permutex2var_epi64((__m512i)low, second, (__m512i)high));
+#else
+    for (int i = 0; i < LANES / 2; i++) {
+        memcpy(to + 4 * i, (char *)&low + 8 * i, 8);
+        memcpy(to + 4 * i + 2, (char *)&high + 8 * i, 8);
+    }
+#endif
+}
+
+enum { ROUNDS = 10, SETS = 2 }; /* the multiplications of one set wait for each other */
+
+/* Calls `call` .. `call + calls - 1` of a stream, four words each; writes SETS vectors of calls at a
+ * time, so `out` must have room for calls rounded up to a multiple of SETS LANES / 2. */
 static void philox(const Plan *plan, uint32_t purpose, uint64_t call, int64_t calls, uint32_t *out) {
     const int64_t width = LANES / 2;
+    uint64_t keys[ROUNDS][2];
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        keys[round][0] = plan->seed[0] + round * 0x9E3779B9u;
+        keys[round][1] = plan->seed[1] + round * 0xBB67AE85u;
+    }
     vl lane;
     for (int i = 0; i < width; i++) lane[i] = i;
-    for (int64_t at = 0; at < calls; at += width) {
-        vl c0 = lane + (call + at), c1 = (vl){0} + plan->bucket, c2 = (vl){0} + plan->step;
-        vl c3 = (vl){0} + purpose;
-        uint32_t k0 = plan->seed[0], k1 = plan->seed[1];
-        for (int round = 0; round < 10; round++) {
-            vl p0 = multiply_low_halves(c0, 0xD2511F53u), p1 = multiply_low_halves(c2, 0xCD9E8D57u);
-            c0 = (p1 >> 32) ^ c1 ^ k0;
-            c2 = (p0 >> 32) ^ c3 ^ k1;
-            c1 = p1;
-            c3 = p0;
-            k0 += 0x9E3779B9u;
-            k1 += 0xBB67AE85u;
+    for (int64_t at = 0; at < calls; at += SETS * width) {
+        vl c[SETS][4];
+#pragma GCC unroll 2
+        for (int set = 0; set < SETS; set++) {
+            c[set][0] = lane + (call + at + set * width);
+            c[set][1] = (vl){0} + plan->bucket;
+            c[set][2] = (vl){0} + plan->step;
+            c[set][3] = (vl){0} + purpose;
         }
-        vl low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
-        uint32_t *to = out + 4 * at;
-        for (int i = 0; i < width; i++) {
-            memcpy(to + 4 * i, (char *)&low + 8 * i, 8);
-            memcpy(to + 4 * i + 2, (char *)&high + 8 * i, 8);
+#pragma GCC unroll 10
+        for (int round = 0; round < ROUNDS; round++)
+#pragma GCC unroll 2
+            for (int set = 0; set < SETS; set++) {
+                vl p0 = multiply_low_halves(c[set][0], 0xD2511F53u);
+                vl p1 = multiply_low_halves(c[set][2], 0xCD9E8D57u);
+                c[set][0] = (p1 >> 32) ^ c[set][1] ^ keys[round][0];
+                c[set][2] = (p0 >> 32) ^ c[set][3] ^ keys[round][1];
+                c[set][1] = p1;
+                c[set][3] = p0;
+            }
+#pragma GCC unroll 2
+        for (int set = 0; set < SETS; set++) {
+            vl low = (c[set][0] & 0xffffffffu) | (c[set][1] << 32);
+            vl high = (c[set][2] & 0xffffffffu) | (c[set][3] << 32);
+            store_pairs(out + 4 * (at + set * width), low, high);
         }
     }
 }
@@ -209,28 +238,60 @@ INLINE void register_stages(vf *r, const int radix) {
             }
 }
 
+/* What the last pass of a transform finds about its results. */
+typedef struct {
+    float *squares; /* sums of a halving tree, as far as the pass has the terms at hand: h of them */
+    vi peak;        /* the largest magnitude, by lanes */
+} Measures;
+
+INLINE vi larger(vi a, vi b) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#else
+    vi first = a > b;
+    return (a & first) | (b & ~first);
+#endif
+}
+
 /* Strides h, 2 h, ..., radix h / 2, for h >= LANES. */
-INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix) {
+INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix, Measures *measures) {
     for (int64_t base = 0; base < size; base += h * radix)
         for (int64_t j = 0; j < h; j += LANES) {
-            vf r[16];
+            vf r[16], square[8];
 #pragma GCC unroll 16
             for (int i = 0; i < radix; i++) r[i] = load(y + base + j + i * h);
             register_stages(r, radix);
 #pragma GCC unroll 16
             for (int i = 0; i < radix; i++) store(y + base + j + i * h, r[i]);
+            if (!measures) continue;
+#pragma GCC unroll 8
+            for (int i = 0; i < radix / 2; i++) {
+                vf a = r[i], b = r[i + radix / 2];
+                square[i] = a * a + b * b;
+                vi magnitude = larger((vi)a & INT32_MAX, (vi)b & INT32_MAX);
+                measures->peak = larger(measures->peak, magnitude);
+            }
+#pragma GCC unroll 4
+            for (int half = radix / 4; half; half /= 2)
+#pragma GCC unroll 4
+                for (int i = 0; i < half; i++) square[i] = square[i] + square[i + half];
+            store(measures->squares + j, square[0]);
         }
 }
 
-/* y <- d^(1/2) H (factor * signs * y), strides in ascending order; signs may be NULL. */
-static void hadamard(float *y, int64_t size, const uint8_t *signs, float factor) {
+/* y <- d^(1/2) H (factor * signs * from), strides in ascending order; signs may be NULL. Prefetches
+ * d coordinates of `width` bytes from `ahead` on a little at a time, since a processor has room for
+ * few such requests and then waits. Where `measures` is given, fills it and returns its h, or 0 where a block is too small for that. */
+INLINE int64_t transform(float *y, const float *from, int64_t size, const uint8_t *signs,
+                         float factor, const char *ahead, int64_t width, Measures *measures) {
     int64_t h;
     if (size >= LANES * RADIX) {
         for (int64_t base = 0; base < size; base += LANES * RADIX) {
             vf r[RADIX];
 #pragma GCC unroll 16
             for (int i = 0; i < RADIX; i++) {
-                r[i] = load(y + base + i * LANES) * factor;
+                if (ahead) __builtin_prefetch(ahead + (base + i * LANES) * width, 0, 2);
+                r[i] = load(from + base + i * LANES) * factor;
                 if (signs) r[i] = apply_signs(r[i], signs + base / 8, i * LANES);
                 r[i] = lane_stages(r[i]);
             }
@@ -241,19 +302,21 @@ static void hadamard(float *y, int64_t size, const uint8_t *signs, float factor)
         h = LANES * RADIX;
     } else {
         for (int64_t base = 0; base < size; base += LANES) {
-            vf v = load(y + base) * factor;
+            vf v = load(from + base) * factor;
             if (signs) v = apply_signs(v, signs, base);
             store(y + base, lane_stages(v));
         }
         h = LANES;
     }
-    for (; size / h >= RADIX; h *= RADIX) wide_pass(y, size, h, RADIX);
+    for (; size / h > RADIX; h *= RADIX) wide_pass(y, size, h, RADIX, NULL);
     switch (size / h) {
-    case 8: wide_pass(y, size, h, 8); break;
-    case 4: wide_pass(y, size, h, 4); break;
-    case 2: wide_pass(y, size, h, 2); break;
-    default: break;
+    case 16: wide_pass(y, size, h, 16, measures); break;
+    case 8: wide_pass(y, size, h, 8, measures); break;
+    case 4: wide_pass(y, size, h, 4, measures); break;
+    case 2: wide_pass(y, size, h, 2, measures); break;
+    default: return 0;
     }
+    return h;
 }
 
 /* ---- Sums ---------------------------------------------------------------------------------- */
@@ -285,6 +348,25 @@ static uint32_t largest_magnitude(const float *y, int64_t size) {
         largest = magnitude > largest ? magnitude : largest;
     }
     return (uint32_t)largest;
+}
+
+static void hadamard(float *y, const float *from, int64_t size, const uint8_t *signs, float factor,
+                     const char *ahead, int64_t width) {
+    transform(y, from, size, signs, factor, ahead, width, NULL);
+}
+
+/* The same; returns the halving-tree sum of y[j]^2, and the largest magnitude in `peak`. `room` holds
+ * d / 2 floats. */
+static float hadamard_measured(float *y, const float *from, int64_t size, const uint8_t *signs,
+                               float factor, const char *ahead, int64_t width, float *room,
+                               uint32_t *peak) {
+    Measures measures = {.squares = room};
+    int64_t h = transform(y, from, size, signs, factor, ahead, width, &measures);
+    *peak = h ? 0 : largest_magnitude(y, size);
+    if (!h) return tree_dot(y, y, size, room);
+    for (int i = 0; i < LANES; i++)
+        if ((uint32_t)measures.peak[i] > *peak) *peak = (uint32_t)measures.peak[i];
+    return tree_sum(room, h);
 }
 
 INLINE float from_bits(uint32_t bits) {
@@ -513,7 +595,7 @@ static float take_exact(const Plan *plan, float *y, float rms, const uint8_t *di
         if (!(fabsf(y[j]) * plan->inverse_bound > scale)) continue;
         uint32_t word, turn = 8 * (j % 4) + 8;
         memcpy(&word, dither + (j & ~3), 4);
-        uint32_t u = ((word >> (turn & 31) | word << (32 - turn & 31)) + 256 * offset) & 0xffff;
+        uint32_t u = ((word >> (turn & 31) | word << ((32 - turn) & 31)) + 256 * offset) & 0xffff;
         uint32_t rounded = (to_bits(y[j] / scale) + (u >> 3)) & ~0x1fffu;
         uint16_t value = to_half(from_bits(rounded));
         memcpy(section + used * width, &j, width);
@@ -618,16 +700,16 @@ static void quic_fl_codes_by_bytes(const Plan *plan, const float *y, const uint8
 }
 #endif
 
-/* Codes of one block and its exact coordinates; returns its scale. `room` and `indices` are scratch
- * of d numbers. */
-static float quic_fl_encode(const Plan *plan, float *y, const uint8_t *dither, uint32_t offset,
-                            float *room, i32 *indices, uint8_t *codes, uint8_t *section) {
+/* Codes of one block, whose root mean square and largest magnitude are given, and its exact
+ * coordinates; returns its scale. `room` and `indices` are scratch of d numbers. */
+static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak,
+                            const uint8_t *dither, uint32_t offset, float *room, i32 *indices,
+                            uint8_t *codes, uint8_t *section) {
     const int64_t size = plan->size, piece = least(size, PIECE);
     const uint32_t shift = offset * 0x01000100u; /* moves u and v, the two halves of a word */
-    float rms = sqrtf(tree_dot(y, y, size, room) * (1.0f / (float)size));
     float fitting = plan->exact_capacity
                         ? take_exact(plan, y, rms, dither, offset, indices, room, section)
-                        : from_bits(largest_magnitude(y, size)) * plan->inverse_bound;
+                        : from_bits(peak) * plan->inverse_bound;
     float scale = rms > fitting ? rms : fitting;
     float unit = scale > 0 ? (1.0f / scale) * plan->nodes_per_sigma : 0.0f;
 #if defined(__AVX512VBMI__)
@@ -735,10 +817,10 @@ static float eden_correction(const Plan *plan, const float *z, const float *valu
     return tree_dot(z, z, plan->size, room) / agreement;
 }
 
-static float eden_encode(const Plan *plan, float *y, float *room, float *values, uint8_t *codes) {
+static float eden_encode(const Plan *plan, float *y, float rms, float *room, float *values,
+                         uint8_t *codes) {
     const int64_t size = plan->size;
     const int bits = plan->bits;
-    float rms = sqrtf(tree_dot(y, y, size, room) * (1.0f / (float)size));
     float inverse = rms > 0 ? 1.0f / rms : 0.0f;
     for (int64_t j = 0; j < size; j++) {
         float z = y[j] *= inverse;
@@ -787,9 +869,9 @@ INLINE void vector_nearest(const Plan *plan, const float *y, float *values, uint
     }
 }
 
-static float vector_encode(const Plan *plan, float *y, float *room, float *values, uint8_t *codes) {
+static float vector_encode(const Plan *plan, float *y, float rms, float *room, float *values,
+                           uint8_t *codes) {
     const int64_t size = plan->size;
-    float rms = sqrtf(tree_dot(y, y, size, room) * (1.0f / (float)size));
     float inverse = rms > 0 ? 1.0f / rms : 0.0f;
     for (int64_t j = 0; j < size; j++) y[j] *= inverse;
     switch (plan->group) {
@@ -831,7 +913,7 @@ typedef struct {
     uint32_t *dither, *signs;
 } Scratch;
 
-enum { PHILOX_OVERRUN = 128, PREFETCH = 1 << 16 };
+enum { PHILOX_OVERRUN = 8 * SETS * LANES };
 
 static size_t scratch_bytes(int64_t size) {
     size_t bytes = (size_t)size * (3 * sizeof(float) + 1);
@@ -874,39 +956,47 @@ static void block_moments(const float *y, int64_t size, float down, float up, fl
 static void encode_block(const Plan *plan, Scratch s, int64_t first, uint32_t rank, const void *x,
                          int dtype, int64_t count, float *scale, uint8_t *packed, float *moments) {
     const int64_t size = plan->size;
-    read_block(x, dtype, count, size, s.y);
-    for (int64_t at = 0; at < least(size * bytes_of(dtype), PREFETCH); at += 64) /* the next block */
-        __builtin_prefetch((const char *)x + size * bytes_of(dtype) + at, 0, 2);
-    uint32_t peak = largest_magnitude(s.y, size);
+    const float *from = s.y;
+    if (dtype == FLOAT32 && count == size)
+        from = x;
+    else
+        read_block(x, dtype, count, size, s.y);
+    uint32_t peak = largest_magnitude(from, size);
     float down, up;
     powers_of_two(peak, &down, &up);
     int finite = peak < 0x7f800000;
-    if (!finite) memset(s.y, 0, 4 * size);
-    if (moments) block_moments(s.y, size, down, up, moments);
+    if (!finite) from = memset(s.y, 0, 4 * size);
+    if (moments) block_moments(from, size, down, up, moments);
     uint32_t signs_of = plan->quantizer == QUIC_FL ? 0 : rank;
-    for (int i = 0; i < plan->rotations; i++) {
-        const uint8_t *signs = draw_signs(plan, i, signs_of, first, s.signs);
-        hadamard(s.y, size, signs, i ? 1.0f : down);
-    }
+    const char *next = (const char *)x + size * bytes_of(dtype);
+    float factor = down;
+    for (int i = 0; i < plan->rotations - 1; i++, from = s.y, factor = 1.0f, next = NULL)
+        hadamard(s.y, from, size, draw_signs(plan, i, signs_of, first, s.signs), factor, next,
+                 bytes_of(dtype));
+    const uint8_t *signs = draw_signs(plan, plan->rotations - 1, signs_of, first, s.signs);
+    float sum = hadamard_measured(s.y, from, size, signs, factor, next, bytes_of(dtype), s.room,
+                                  &peak);
+    float rms = sqrtf(sum * (1.0f / (float)size));
     if (plan->quantizer == QUIC_FL) {
         uint32_t offset = (uint32_t)(256 * (int64_t)rank / plan->world_size);
         const uint8_t *dither = draw_dither(plan, first, s.dither);
-        *scale = quic_fl_encode(plan, s.y, dither, offset, s.room, (i32 *)s.sum, s.codes,
-                                packed + size * plan->bits / 8);
+        *scale = quic_fl_encode(plan, s.y, rms, peak, dither, offset, s.room, (i32 *)s.sum,
+                                s.codes, packed + size * plan->bits / 8);
     } else if (plan->quantizer == EDEN) {
-        *scale = eden_encode(plan, s.y, s.room, s.sum, s.codes);
+        *scale = eden_encode(plan, s.y, rms, s.room, s.sum, s.codes);
     } else {
-        *scale = vector_encode(plan, s.y, s.room, s.sum, s.codes);
+        *scale = vector_encode(plan, s.y, rms, s.room, s.sum, s.codes);
     }
     *scale = finite ? fminf(*scale * plan->normalization * up, FLT_MAX) : NAN;
     pack(s.codes, size / plan->group, plan->bits * plan->group, packed);
 }
 
-/* y <- d^(k/2) R^T y but for the signs that come last, which are returned. */
-static const uint8_t *unrotate(const Plan *plan, Scratch s, int64_t first, uint32_t rank, float *y) {
+/* y <- d^(k/2) R^T y but for the signs that come last, which are returned. Prefetches `out`. */
+static const uint8_t *unrotate(const Plan *plan, Scratch s, int64_t first, uint32_t rank,
+                               const void *out, int dtype) {
     const uint8_t *signs = NULL;
     for (int i = plan->rotations - 1; i >= 0; i--) {
-        hadamard(y, plan->size, signs, 1.0f);
+        hadamard(s.y, s.y, plan->size, signs, 1.0f, i ? NULL : out, bytes_of(dtype));
         signs = draw_signs(plan, i, rank, first, s.signs);
     }
     return signs;
@@ -916,8 +1006,6 @@ static const uint8_t *unrotate(const Plan *plan, Scratch s, int64_t first, uint3
 static void decode_block(const Plan *plan, Scratch s, int64_t first, const char *scales,
                          const char *packed, int64_t stride, void *out, int dtype, int64_t count) {
     const int64_t size = plan->size;
-    for (int64_t at = 0; at < least(size * bytes_of(dtype), PREFETCH); at += 64)
-        __builtin_prefetch((char *)out + at, 1, 2);
     uint32_t peak = 0;
     for (int64_t row = 0; row < plan->rows; row++) {
         uint32_t bits;
@@ -954,7 +1042,7 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
                 eden_values(plan, s.codes, scale, s.y);
             else
                 vector_values(plan, s.codes, scale, s.y);
-            const uint8_t *signs = unrotate(plan, s, first, (uint32_t)rank, s.y);
+            const uint8_t *signs = unrotate(plan, s, first, (uint32_t)rank, out, dtype);
             for (int64_t j = 0; j < size; j += LANES) {
                 vf value = apply_signs(load(s.y + j), signs, j);
                 if (row) value = load(s.sum + j) + value;
@@ -962,15 +1050,16 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
             }
         }
     }
+    float *to = dtype == FLOAT32 && count == size ? out : s.y;
     if (plan->quantizer == QUIC_FL) {
-        const uint8_t *signs = unrotate(plan, s, first, 0, s.y);
+        const uint8_t *signs = unrotate(plan, s, first, 0, out, dtype);
         for (int64_t j = 0; j < size; j += LANES)
-            store(s.y + j, apply_signs(load(s.y + j), signs, j) * plan->normalization * up);
+            store(to + j, apply_signs(load(s.y + j), signs, j) * plan->normalization * up);
     } else {
         for (int64_t j = 0; j < size; j += LANES)
-            store(s.y + j, load(s.sum + j) * plan->normalization * up);
+            store(to + j, load(s.sum + j) * plan->normalization * up);
     }
-    write_block(s.y, dtype, count, out);
+    if (to != out) write_block(to, dtype, count, out);
 }
 
 /* x: `numel` coordinates of `blocks` blocks, the rest of the last one being zeros. `moments` has room
