@@ -19,6 +19,7 @@ A scale is the root mean square that a block's values are in units of (Eden: tim
 NaN in its place marks a block that held inf or NaN, zero a block of zeros.
 """
 
+import operator
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -167,7 +168,7 @@ class Codec:
 
     def nbytes(self, numel: int) -> int:
         """Length of the payload of `numel` coordinates, in bytes."""
-        parts = split_into_blocks(numel, self.block)
+        parts = split_into_blocks(operator.index(numel), self.block)
         return HEADER_BYTES + sum(part.count * (4 + self._row_bytes(part.size)) for part in parts)
 
     def encode(
@@ -199,10 +200,12 @@ class Codec:
             (nbytes(numel),) uint8 on the device of x, `out` or new.
 
         Raises:
-            TypeError: x has another dtype.
+            TypeError: x has another dtype, or is no tensor.
             ValueError: x is not flat, out is not as above, or an argument is out of its range.
         """
         rotation = self._rotation(rotations)
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"Codec.encode: x is a {type(x).__name__}; make it a torch.Tensor")
         if x.dtype not in DTYPES:
             raise TypeError(
                 f"Codec.encode: x is {x.dtype}, but only float32, bfloat16 and float16 can be "
@@ -210,7 +213,7 @@ class Codec:
             )
         if x.dim() != 1:
             raise ValueError(f"Codec.encode: x has shape {tuple(x.shape)}; flatten it first")
-        self._check_place(rank, world_size, first)
+        rank, world_size, first = self._check_place(rank, world_size, first)
         x = x.detach()
         payload = self._check_payload(out, x)
         kernel = kernel_for(x.device, self.quantizer)
@@ -273,6 +276,7 @@ class Codec:
                 (within `DeferredChecks.deferring` on CUDA only the length is looked at).
             ValueError: out has another shape, dtype or layout.
         """
+        numel = operator.index(numel)
         length = self.nbytes(numel)
         fits = payloads.dim() == 2 and payloads.shape[0] > 0 and payloads.shape[1] == length
         if payloads.dtype != torch.uint8 or not fits:
@@ -283,7 +287,7 @@ class Codec:
             )
         if world_size is None:
             world_size = payloads.shape[0]
-        self._check_place(first_rank, world_size, first)
+        first_rank, world_size, first = self._check_place(first_rank, world_size, first)
         self._check_place(first_rank + payloads.shape[0] - 1, world_size, first)
         check = partial(
             self._check_headers,
@@ -437,7 +441,9 @@ class Codec:
             )
         return out
 
-    def _check_place(self, rank: int, world_size: int, first: int) -> None:
+    def _check_place(self, rank: int, world_size: int, first: int) -> tuple[int, int, int]:
+        """The same as plain ints, whatever integers were given: headers hold a hash of them."""
+        rank, world_size, first = map(operator.index, (rank, world_size, first))
         if not 0 <= rank < world_size:
             raise ValueError(f"Codec: rank={rank} must lie in [0, world_size={world_size})")
         if world_size > MAX_RANKS:
@@ -448,3 +454,4 @@ class Codec:
             raise ValueError(
                 f"Codec: first={first} must be a multiple of block={self.block} below 2^36"
             )
+        return rank, world_size, first

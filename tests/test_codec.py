@@ -563,12 +563,27 @@ def test_other_dtypes_raise(dtype: torch.dtype) -> None:
         Codec(QuicFL(4)).encode(torch.zeros(100, dtype=dtype), KEY)
 
 
+def test_integers_of_any_kind_make_the_same_payload() -> None:
+    codec, x = Codec(QuicFL(4)), gaussian(5000)
+    plain = codec.encode(x, KEY, 1, 2, first=4096)
+    found = codec.encode(x, KEY, np.int64(1), np.int64(2), first=np.int64(4096))
+    assert torch.equal(found, plain)
+    assert codec.nbytes(np.int64(5000)) == plain.numel()
+    place = {"first": np.int64(4096), "first_rank": np.int64(1), "world_size": np.int64(2)}
+    mean = codec.decode_mean(plain[None], KEY, np.int64(5000), **place)
+    assert torch.equal(
+        mean, codec.decode_mean(plain[None], KEY, 5000, first=4096, first_rank=1, world_size=2)
+    )
+
+
 def test_bad_arguments_raise() -> None:
     codec, x = Codec(QuicFL(4)), gaussian(100)
     with pytest.raises(ValueError, match=r"shape \(10, 10\); flatten it first"):
         codec.encode(x.view(10, 10), KEY)
     with pytest.raises(ValueError, match=r"shape \(\); flatten it first"):
         codec.encode(x[0], KEY)
+    with pytest.raises(TypeError, match=r"x is a ndarray; make it a torch\.Tensor"):
+        codec.encode(x.numpy(), KEY)  # type: ignore[arg-type]
     for rank, world_size in ((-1, 2), (2, 2), (0, 0)):
         with pytest.raises(ValueError, match=f"rank={rank} must lie in .*world_size={world_size}"):
             codec.encode(x, KEY, rank, world_size)
