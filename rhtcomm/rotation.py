@@ -102,10 +102,13 @@ class RandomizedHadamard:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rotations, int) or not 1 <= self.rotations <= 3:
-            raise ValueError(f"RandomizedHadamard: rotations={self.rotations} must be 1, 2 or 3")
+            raise ValueError(
+                f"RandomizedHadamard: rotations={self.rotations!r} must be 1, 2 or 3 (an int)"
+            )
         if not isinstance(self.block, int) or self.block not in _BLOCKS:
             raise ValueError(
-                f"RandomizedHadamard: block={self.block} must be a power of two from 32 to 2^24"
+                f"RandomizedHadamard: block={self.block!r} must be a power of two from 32 to 2^24 "
+                "(an int)"
             )
 
     def forward(self, x: torch.Tensor, key: Key, rank: int = 0) -> torch.Tensor:

@@ -218,13 +218,20 @@ def test_the_tail_costs_at_most_a_percent(bits: int) -> None:
         assert codec.nbytes(numel) - whole <= 0.01 * whole + (numel % 4096) * bits / 8
 
 
-@pytest.mark.parametrize("block", [0, 1, 16, 48, 4095, -4096, 1 << 25])
+@pytest.mark.parametrize("block", [0, 1, 16, 48, 4095, -4096, 1 << 25, 1024.0])
 def test_bad_blocks_raise(block: int) -> None:
     with pytest.raises(ValueError, match=f"RandomizedHadamard: block={block} must be a power of"):
         RandomizedHadamard(2, block)
 
 
-@pytest.mark.parametrize("rotations", [0, 4, -1])
+@pytest.mark.parametrize("rotations", [0, 4, -1, 2.0])
 def test_bad_rotations_raise(rotations: int) -> None:
     with pytest.raises(ValueError, match=f"rotations={rotations} must be 1, 2 or 3"):
         RandomizedHadamard(rotations)
+
+
+def test_other_integers_are_refused_as_such() -> None:
+    with pytest.raises(ValueError, match=r"must be 1, 2 or 3 \(an int\)"):
+        RandomizedHadamard(np.int64(2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"must be a power of two from 32 to 2\^24 \(an int\)"):
+        RandomizedHadamard(2, np.int64(1024))  # type: ignore[arg-type]

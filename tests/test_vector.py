@@ -84,7 +84,7 @@ def test_kernels_break_near_ties_alike(bits: int) -> None:
         assert all(map(torch.equal, found, expected)), name
 
 
-@pytest.mark.parametrize("bits", [0, 3, 8])
+@pytest.mark.parametrize("bits", [0, 3, 8, True, 4.0])
 def test_other_widths_are_refused(bits: int) -> None:
     with pytest.raises(ValueError, match=f"VectorQuantizer: bits={bits} must be 1, 2 or 4"):
         RHTState(bits, quantizer="vector")

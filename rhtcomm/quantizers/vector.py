@@ -45,10 +45,10 @@ class VectorQuantizer:
     rotations: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
-        if self.bits not in (1, 2, 4):
+        if type(self.bits) is not int or self.bits not in (1, 2, 4):  # True is an int too
             raise ValueError(
-                f"VectorQuantizer: bits={self.bits} must be 1, 2 or 4, so that whole groups of "
-                "coordinates take a byte; Eden has all of 1, 2, ..., 8"
+                f"VectorQuantizer: bits={self.bits!r} must be 1, 2 or 4 (an int), so that whole "
+                "groups of coordinates take a byte; Eden has all of 1, 2, ..., 8"
             )
 
     @property
