@@ -115,6 +115,7 @@ class RHTState:
 
     Raises:
         ValueError: an argument is out of its range.
+        TypeError: timeout or communicator is of another type.
     """
 
     def __init__(
@@ -141,6 +142,16 @@ class RHTState:
             raise ValueError(
                 "RHTState: a communicator brings its own ranks and timeout; "
                 "leave out process_group and timeout"
+            )
+        if timeout is not None and not isinstance(timeout, timedelta):
+            raise TypeError(
+                f"RHTState: timeout={timeout!r} must be a datetime.timedelta, such as "
+                "timedelta(minutes=5)"
+            )
+        if isinstance(communicator, (str, dist.ProcessGroup)):
+            raise TypeError(
+                f"RHTState: communicator={communicator!r} must be an object such as "
+                "rhtcomm.MPICommunicator(); a process group goes to process_group"
             )
         if min_numel < 0 or nmse_every < 0:
             raise ValueError(
@@ -567,4 +578,9 @@ def rht_hook(
     A profile has the ranges rhtcomm::encode, ::exchange and ::decode if it sees the worker thread:
     ``profile(experimental_config=_ExperimentalConfig(profile_all_threads=True))``.
     """
+    if not isinstance(state, RHTState):
+        raise TypeError(
+            f"rht_hook: its state is {state!r}, not an RHTState; register it with "
+            "model.register_comm_hook(RHTState(bits=4), rht_hook)"
+        )
     return state.submit(bucket)

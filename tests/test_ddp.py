@@ -720,6 +720,23 @@ def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None
         RHTState(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"timeout": 5}, "timeout=5 must be a datetime.timedelta"),
+        ({"communicator": "mpi"}, "communicator='mpi' must be an object"),
+    ],
+)
+def test_arguments_of_another_type(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        RHTState(**arguments)
+
+
+def test_a_hook_without_a_state_says_how_to_register_it() -> None:
+    with pytest.raises(TypeError, match=r"None, not an RHTState; register it with"):
+        rht_hook(None, None)  # type: ignore[arg-type]
+
+
 def test_without_torch_distributed() -> None:
     with pytest.raises(RuntimeError, match="not initialized"):
         submit(RHTState(), torch.zeros(5))
