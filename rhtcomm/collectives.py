@@ -182,7 +182,7 @@ def check_error_feedback(codec: Codec | Lattice) -> None:
         raise ValueError(
             f"rhtcomm: error feedback with {codec.quantizer} can diverge, as one bit with an "
             "unbiased scale may leave more unsent than there was; take 2 bits, or "
-            "Eden(1, biased=True)"
+            "Eden(1, biased=True) (hook: quantizer='eden')"
         )
 
 
