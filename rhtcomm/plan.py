@@ -30,6 +30,7 @@ from rhtcomm.codebooks.quic_fl import WIDE
 from rhtcomm.codec import Codec
 from rhtcomm.collectives import split_into_chunks, split_into_shards
 from rhtcomm.communicator import ring_bytes
+from rhtcomm.kernels import kernel_for
 from rhtcomm.quantizers import QuicFL
 from rhtcomm.randomness import Key
 
@@ -237,23 +238,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--numel", type=int, help="coordinates of a bucket")
     size.add_argument("--mebibytes", type=float, default=25, help="the same, as float32")
-    parser.add_argument("--world-size", type=int, required=True)
+    parser.add_argument(
+        "--world-size", type=int, required=True, help="ranks, each with its own link"
+    )
     parser.add_argument("--link-gbps", type=float, required=True, help="Gbit/s each way")
     parser.add_argument("--latency", type=float, default=50e-6, help="seconds a message")
-    parser.add_argument("--bits", type=int, nargs="+", default=list(range(1, 9)))
-    parser.add_argument("--max-nmse", type=float, default=0.03, help="squared error allowed")
-    parser.add_argument("--slowdown", type=float, default=1.0, help="ranks a core, for example")
+    parser.add_argument("--bits", type=int, nargs="+", default=list(range(1, 9)), help="of QUIC-FL")
+    parser.add_argument(
+        "--max-nmse",
+        type=float,
+        default=0.03,
+        help="squared error allowed, relative to what is encoded",
+    )
+    parser.add_argument(
+        "--slowdown",
+        type=float,
+        default=1.0,
+        help="of the codec, in place: ranks a core, for example",
+    )
     parser.add_argument("--threads", type=int, help="threads a rank; default: torch's")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the plan that the arguments ask for."""
-    if args.threads:
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"rhtcomm.plan: threads={args.threads} must be positive")
         torch.set_num_threads(args.threads)
     numel = int(args.mebibytes * 2**18) if args.numel is None else args.numel
+    kernels = getattr(kernel_for(torch.device("cpu"), QuicFL(4)), "variant", "reference")
     print(
         f"{numel:,} coordinates, {args.world_size} ranks, {args.link_gbps:g} Gbit/s; "
-        f"codec measured here with {torch.get_num_threads()} thread(s)\n"
+        f"codec measured here with {torch.get_num_threads()} thread(s), kernels: {kernels}\n"
     )
     print(
         plan(
@@ -266,3 +282,4 @@ def run(args: argparse.Namespace) -> None:
             slowdown=args.slowdown,
         )
     )
+    print("Of an exchange alone: what of it the backward pass hides would not be saved.")

@@ -143,7 +143,10 @@ def test_the_command_prints_a_verdict() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "100,000 coordinates, 2 ranks, 0.001 Gbit/s" in done.stdout
-    assert "Take 4 bits, all_gather" in done.stdout.splitlines()[-1]
+    assert "kernels: " in done.stdout.splitlines()[0]
+    verdict, caution = done.stdout.splitlines()[-2:]
+    assert "Take 4 bits, all_gather" in verdict
+    assert "what of it the backward pass hides" in caution
     arguments = arguments.replace("--world-size 2", "--world-size 1")
     done = subprocess.run(
         [sys.executable, "-m", "rhtcomm", *arguments.split()],
@@ -155,10 +158,11 @@ def test_the_command_prints_a_verdict() -> None:
     assert "world_size=1 at least 2" in done.stderr
 
 
-def test_no_coordinates_are_refused() -> None:
-    arguments = "plan --world-size 2 --link-gbps 1 --bits 4 --numel 0"
+@pytest.mark.parametrize("given", ["--numel 0", "--threads 0", "--threads -1"])
+def test_nothing_to_count_is_refused(given: str) -> None:
+    arguments = f"plan --world-size 2 --link-gbps 1 --bits 4 {given}"
     with (
         mock.patch("sys.argv", ["rhtcomm", *arguments.split()]),
-        pytest.raises(SystemExit, match="numel=0"),
+        pytest.raises(SystemExit, match=given.removeprefix("--").replace(" ", "=")),
     ):
         main()
