@@ -144,6 +144,9 @@ def parse_args() -> argparse.Namespace:
             f"--width {args.width} over --heads {args.heads} does not give heads of even width: "
             f"choose a width that is a multiple of {2 * args.heads}"
         )
+    for name in ("steps", "eval_every", "eval_batches", "checkpoint_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     # Ranks that torchrun starts again go on from what the ones before them left.
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and args.checkpoint:
         args.resume = args.resume or args.checkpoint.is_file()
@@ -169,6 +172,13 @@ def parse_args() -> argparse.Namespace:
         args.backend = "nccl" if cuda else "gloo"
     if args.device is None:
         args.device = "cuda" if args.backend == "nccl" else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            "torch finds no CUDA device here, which --device cuda and --backend nccl need: "
+            "leave them out to train on the CPU over Gloo"
+        )
+    if args.backend == "nccl" and args.device == "cpu":
+        parser.error("--backend nccl needs --device cuda: leave out one of them")
     if args.threads is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.threads = max(1, (cores or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))

@@ -122,6 +122,31 @@ def test_resuming_another_run_names_what_differs(tmp_path: Path) -> None:
     assert "belongs to another run, with seed=0 (now 1)" in refused.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--eval-every 0", "--eval-every 0 must be at least 1"),
+        ("--steps 0", "--steps 0 must be at least 1"),
+        ("--checkpoint-every 0", "--checkpoint-every 0 must be at least 1"),
+        ("--device cuda", "torch finds no CUDA device here"),
+        ("--backend nccl", "torch finds no CUDA device here"),
+    ],
+)
+def test_arguments_that_cannot_be_are_named(
+    arguments: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_ddp.py", *arguments.split()])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, value in {"RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        trainer.parse_args()
+    assert message in capsys.readouterr().err
+
+
 def test_data_is_split_by_file_and_the_same_each_time() -> None:
     library = Path(sysconfig.get_path("stdlib"))
     files = trainer.source_files(library)
