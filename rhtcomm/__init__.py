@@ -9,6 +9,8 @@ from rhtcomm.quantizers import Eden, QuicFL, VectorQuantizer
 from rhtcomm.randomness import Key
 from rhtcomm.rotation import RandomizedHadamard, choose_rotations
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Codec",
     "DisagreementError",

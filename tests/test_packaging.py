@@ -45,6 +45,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"rhtcomm"}
     assert "rhtcomm/hooks/ddp.py" in names
     assert "rhtcomm/codebooks/quic_fl.npz" in names
+    assert "rhtcomm/py.typed" in names
     assert not [name for name in names if name.endswith(".c")]
 
 
@@ -62,6 +63,12 @@ sys.path.insert(0, {str(tmp_path / "installed")!r})
     assert done.returncode == 0, done.stderr
     if os.environ.get("RHTCOMM_REQUIRE_KERNELS"):
         assert done.stdout.strip() != "reference"
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    import rhtcomm
+
+    assert f'\nversion = "{rhtcomm.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_public_names_are_there() -> None:
