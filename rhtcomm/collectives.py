@@ -39,6 +39,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 
 from rhtcomm.codec import AUTO, DTYPES, Codec, PayloadError
 from rhtcomm.communicator import Communicator, HierarchicalCommunicator
@@ -106,13 +107,24 @@ def all_reduce(
         any rank found its own to need. It came with the payloads. Else None.
 
     Raises:
-        TypeError: the tensor has another dtype (float64 and integers are never rounded silently).
+        TypeError: the tensor has another dtype (float64 and integers are never rounded silently),
+            the codec is a bare quantizer, or the communicator a process group.
         ValueError: the algorithm is unknown, or asked for with a `Lattice`; the rotations are not
             those of a codec or `Lattice` that has a fixed number; or the residual has another
             shape, dtype or device, or the codec cannot have one.
         DisagreementError: on all ranks, naming the fields in which they differ.
         PayloadError: a payload that arrived is not what was expected.
     """
+    if not isinstance(codec, (Codec, Lattice)):
+        raise TypeError(
+            f"rhtcomm.all_reduce: codec={codec!r} must be a Codec, such as Codec(QuicFL(bits=4)), "
+            "or a Lattice"
+        )
+    if isinstance(communicator, dist.ProcessGroup):
+        raise TypeError(
+            "rhtcomm.all_reduce: the communicator is a process group; give "
+            "rhtcomm.TorchCommunicator(group)"
+        )
     if check:
         facts = {
             **codec.configuration,

@@ -531,6 +531,18 @@ def test_other_dtypes_are_refused_on_every_rank(ranks: Ranks) -> None:
             assert f"torch.{name}," in message
 
 
+def reduce_by_other_things(rank: int, world_size: int) -> None:
+    x, communicator = data(rank, 5), rhtcomm.TorchCommunicator()
+    with pytest.raises(TypeError, match=r"codec=QuicFL\(bits=4.* must be a Codec, such as"):
+        rhtcomm.all_reduce(x, QuicFL(4), KEY, communicator)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"process group; give rhtcomm.TorchCommunicator\(group\)"):
+        rhtcomm.all_reduce(x, CODEC, KEY, dist.group.WORLD)  # type: ignore[arg-type]
+
+
+def test_other_things_are_refused_by_name(ranks: Ranks) -> None:
+    ranks.run(reduce_by_other_things, 2)
+
+
 def reduce_by_unknown_algorithm(rank: int, world_size: int) -> None:
     with pytest.raises(ValueError, match="'foo' must be one of auto, all_gather, two_shot"):
         rhtcomm.all_reduce(
