@@ -55,8 +55,8 @@ _Finish = Callable[[], Any]
 # How a chunk travels: yields an exchange with what to send by it, is sent what came of it.
 _Course = Generator[tuple[Callable[[torch.Tensor], _Finish], torch.Tensor], Any, int | None]
 
-# Payloads up to this many bytes take one round trip rather than two.
-_SMALL_PAYLOAD = 1 << 15
+# What a rank may send beside for one round trip rather than two. By measurement: at 1 Gbit/s, 2 ms.
+_EXTRA_BYTES = 1 << 18
 _FACTS_BYTES = 2048
 # Coordinates that a chunk gives the codec in one call: a third of the tensor, within these limits.
 # By measurement, see benchmarks/README.md: smaller ones cost more calls than they hide.
@@ -89,8 +89,8 @@ def all_reduce(
             the errors of successive calls average out.
         communicator: who takes part.
         algorithm: "all_gather", "two_shot", "gather" (to rank 0 and back), or "auto": all_gather
-            for two ranks and for small payloads, else two_shot. "auto" is the only one for a
-            `Lattice`.
+            where it sends at most 256 KiB more than two_shot (as with two ranks), else two_shot.
+            "auto" is the only one for a `Lattice`.
         min_numel: smaller tensors travel uncompressed, as float32.
         rotations: where the codec's are "auto", how many to take this time, the same on all ranks:
             what the last call for such a tensor returned, or None for the safe number.
@@ -228,7 +228,9 @@ def choose_algorithm(
     """What "auto" stands for: fewest bytes, unless round trips cost more than they save."""
     if algorithm != "auto":
         return algorithm
-    return "all_gather" if world_size == 2 or payload_bytes <= _SMALL_PAYLOAD else "two_shot"
+    # (n - 1) P against 2 (n - 1) / n P
+    extra_bytes = (world_size - 1) * (world_size - 2) * payload_bytes // world_size
+    return "all_gather" if extra_bytes <= _EXTRA_BYTES else "two_shot"
 
 
 def check_agreement(

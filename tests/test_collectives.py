@@ -77,8 +77,9 @@ def simulated(
     inputs: list[torch.Tensor], codec: Codec, key: Key, algorithm: Algorithm
 ) -> torch.Tensor:
     if algorithm == "auto":
-        large = codec.nbytes(inputs[0].numel()) > 32768
-        algorithm = "two_shot" if large and len(inputs) > 2 else "all_gather"
+        n, payload_bytes = len(inputs), codec.nbytes(inputs[0].numel())
+        more = (n - 1) * payload_bytes - 2 * (n - 1) / n * payload_bytes
+        algorithm = "two_shot" if more > 262144 else "all_gather"
     return MEANS[algorithm](inputs, codec, key).to(inputs[0].dtype)
 
 
@@ -117,7 +118,7 @@ def check_cases(ranks: Ranks, world_size: int, cases: list[Case]) -> None:
 def test_every_rank_gets_the_bits_of_the_simulation(
     quantizer: Callable[[int], Any], world_size: int, ranks: Ranks
 ) -> None:
-    small, large = 10 * BLOCK + 77, 33_000  # "auto" calls payloads up to 32768 bytes small
+    small, large = 10 * BLOCK + 77, 400_000  # to "auto", of three and more ranks
     codec, wide = Codec(quantizer(4), block=BLOCK), Codec(quantizer(8), block=BLOCK)
     cases: list[Case] = [
         (codec, algorithm, small, dtype) for algorithm in (*ALGORITHMS, "auto") for dtype in DTYPES
@@ -163,7 +164,9 @@ def test_ranks_with_different_kernels_get_the_same_bits(ranks: Ranks) -> None:
 def test_auto_is_the_cheapest_algorithm() -> None:
     for world_size, payload_bytes, expected in [
         *((2, 100, "all_gather"), (2, 10**9, "all_gather")),
-        *((3, 32768, "all_gather"), (3, 32769, "two_shot"), (100, 10**6, "two_shot")),
+        *((3, 393216, "all_gather"), (3, 393218, "two_shot")),  # 2/3 of it beside
+        *((4, 174762, "all_gather"), (4, 174764, "two_shot")),  # 3/2
+        *((512, 500, "all_gather"), (512, 600, "two_shot"), (100, 10**6, "two_shot")),
     ]:
         assert choose_algorithm("auto", world_size, payload_bytes) == expected
     for algorithm in ALGORITHMS:
