@@ -1,12 +1,14 @@
 """Time to a validation loss on emulated links, and what a training step's time is made of.
 
-    python benchmarks/training.py                      all of it (root; about 15 minutes)
+    python benchmarks/training.py                      all of it (root; about 30 minutes)
     python benchmarks/training.py --links 1gbit --contestants float32 rht4
     python benchmarks/training.py --quick
 
-Each contestant trains the model of `make demo` by launch/train_ddp.py, with the same seed and data,
-on ranks that launch/network.sh joins. Time is the sum of the steps' times, without evaluations.
-Logs that lie in the folder are used again with --keep, so that a run can be gone on with.
+Each contestant trains the model of `make demo` by launch/train_ddp.py, with the same seeds and
+data, on ranks that launch/network.sh joins. All of them run with one seed before the next one's
+turn, so what slows the machine for a while slows all. Time is the sum of the steps' times, without
+evaluations. Logs that lie in the folder are used again with --keep, so that a run can be gone on
+with.
 """
 
 import argparse
@@ -36,22 +38,23 @@ CONTESTANTS = {
 }
 MODEL = "--layers 4 --width 160 --heads 5 --context 128 --batch 8 --lr 4e-3"
 COLUMNS = (
-    *("link", "contestant", "final_loss", "seconds_to_loss", "step_ms", "compute_ms"),
-    *("exposed_ms", "codec_ms", "megabytes_sent"),
+    *("link", "contestant", "seeds", "final_loss", "lowest", "highest", "seconds_to_loss"),
+    *("step_ms", "compute_ms", "exposed_ms", "codec_ms", "megabytes_sent"),
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """One contestant's training on one link, from its log and summary."""
+    """One contestant's training on one link with one seed, from its log and summary."""
 
     link: str
     contestant: str
     rows: list[dict[str, str]]
     summary: dict[str, Any]
 
-    def median_ms(self, column: str) -> float:
-        return 1e3 * statistics.median(float(row[column]) for row in self.rows[3:])
+    @property
+    def final_loss(self) -> float:
+        return self.curve[-1][1]
 
     @property
     def curve(self) -> list[tuple[float, float]]:
@@ -79,8 +82,9 @@ class Run:
         return 1e3 * (stats["encode_seconds"] + stats["decode_seconds"]) / stats["steps"]
 
 
-def train(link: str, contestant: str, arguments: argparse.Namespace, logs: Path) -> Run:
-    log, summary = (logs / f"{link}-{contestant}.{suffix}" for suffix in ("csv", "json"))
+def train(seed: int, link: str, contestant: str, arguments: argparse.Namespace) -> Run:
+    name = f"{link}-{contestant}-{seed}"
+    log, summary = (arguments.logs / f"{name}.{suffix}" for suffix in ("csv", "json"))
     if not (arguments.keep and summary.is_file()):
         # PowerSGD hangs on Gloo with more than one bucket; the others hide what they can.
         cap = "100" if contestant.startswith("powersgd") else str(arguments.bucket_cap_mb)
@@ -89,6 +93,7 @@ def train(link: str, contestant: str, arguments: argparse.Namespace, logs: Path)
             *(sys.executable, str(ROOT / "launch" / "train_ddp.py"), "--backend", "gloo"),
             *CONTESTANTS[contestant].split(),
             *MODEL.split(),
+            *("--seed", str(seed)),
             *("--steps", str(arguments.steps), "--warmup", str(arguments.steps // 8)),
             *("--eval-every", str(max(1, arguments.steps // 20)), "--threads", "1"),
             *("--bucket-cap-mb", cap, "--csv", str(log), "--summary", str(summary)),
@@ -99,16 +104,25 @@ def train(link: str, contestant: str, arguments: argparse.Namespace, logs: Path)
     return Run(link, contestant, rows, json.loads(summary.read_text()))
 
 
+def median_ms(runs: list[Run], column: str) -> float:
+    return 1e3 * statistics.median(float(row[column]) for run in runs for row in run.rows[3:])
+
+
 def figures(runs: list[Run], target: float) -> list[dict[str, Any]]:
     found = []
-    for run in runs:
-        step, exposed = run.median_ms("step_seconds"), run.median_ms("exposed_seconds")
+    for link, contestant in dict.fromkeys((run.link, run.contestant) for run in runs):
+        group = [run for run in runs if (run.link, run.contestant) == (link, contestant)]
+        losses = [run.final_loss for run in group]
+        step, exposed = (median_ms(group, name) for name in ("step_seconds", "exposed_seconds"))
+        sent = statistics.median(int(row["bytes_sent"]) for run in group for row in run.rows)
         values = (
-            *(f"{run.summary['final_val_loss']:.4f}", f"{run.seconds_to(target):.2f}"),
-            *(f"{step:.1f}", f"{step - exposed:.1f}", f"{exposed:.1f}", f"{run.codec_ms:.1f}"),
-            f"{statistics.median(int(row['bytes_sent']) for row in run.rows) / 1e6:.3f}",
+            *(len(group), f"{statistics.mean(losses):.4f}"),
+            *(f"{min(losses):.4f}", f"{max(losses):.4f}"),
+            f"{statistics.mean(run.seconds_to(target) for run in group):.2f}",
+            *(f"{step:.1f}", f"{step - exposed:.1f}", f"{exposed:.1f}"),
+            *(f"{statistics.median(run.codec_ms for run in group):.1f}", f"{sent / 1e6:.3f}"),
         )
-        found.append(dict(zip(COLUMNS, (run.link, run.contestant, *values), strict=True)))
+        found.append(dict(zip(COLUMNS, (link, contestant, *values), strict=True)))
     return found
 
 
@@ -117,18 +131,19 @@ def table(rows: list[dict[str, Any]], target: float, arguments: argparse.Namespa
         "# benchmarks/training.py",
         "",
         f"{machine()}. {arguments.ranks} ranks with one thread each, {arguments.steps} steps of "
-        f"the demo's model, buckets of {arguments.bucket_cap_mb:g} MiB (PowerSGD: one bucket).",
+        f"the demo's model, buckets of {arguments.bucket_cap_mb:g} MiB (PowerSGD: one bucket), "
+        f"{arguments.seeds} seed(s).",
         "",
         f"Time to a validation loss of {target:.4f}: the largest of the final ones, so that every",
-        f"contestant reaches it. Load average at the end, {os.getloadavg()[0]:.1f}: what exceeds",
-        "the number of ranks is other work, which slows the compute of the runs it falls on.",
-        "Medians of a step on rank 0. Exposed: from the last gradient until the backward pass",
-        "returns. Codec: encoding and decoding, part of it hidden by the backward pass. Another",
-        "seed alone moves the losses by a few percent.",
+        "run reaches it; mean over seeds, as are final losses (lowest .. highest). Load average",
+        f"at the end, {os.getloadavg()[0]:.1f}: what exceeds the number of ranks is other work,",
+        "which slows the compute of the runs it falls on. Medians of a step on rank 0. Exposed:",
+        "from the last gradient until the backward pass returns. Codec: encoding and decoding,",
+        "part of it hidden by the backward pass.",
         "",
         "| link | gradients | final loss | to the loss, s | of float32's | step, ms | compute "
         "| exposed | codec | MB sent a step |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         base = [r for r in rows if r["link"] == row["link"] and r["contestant"] == "float32"]
@@ -137,7 +152,8 @@ def table(rows: list[dict[str, Any]], target: float, arguments: argparse.Namespa
             ratio = f"{float(row['seconds_to_loss']) / float(base[0]['seconds_to_loss']):.2f}"
         codec = "" if row["codec_ms"] == "nan" else row["codec_ms"]
         lines.append(
-            f"| {row['link']} | {row['contestant']} | {row['final_loss']} "
+            f"| {row['link']} | {row['contestant']} "
+            f"| {row['final_loss']} ({row['lowest']} .. {row['highest']}) "
             f"| {row['seconds_to_loss']} | {ratio} | {row['step_ms']} | {row['compute_ms']} "
             f"| {row['exposed_ms']} | {codec} | {row['megabytes_sent']} |"
         )
@@ -148,10 +164,13 @@ def plot(runs: list[Run], target: float, path: Path) -> None:
     links = list(dict.fromkeys(run.link for run in runs))
     figure = Figure(figsize=(5.5 * len(links), 4), layout="tight")
     for axis, link in zip(figure.subplots(1, len(links), squeeze=False)[0], links, strict=True):
+        drawn: set[str] = set()
         for run in runs:
             if run.link == link:
                 color = f"C{list(CONTESTANTS).index(run.contestant)}"
-                axis.plot(*zip(*run.curve, strict=True), color=color, label=run.contestant)
+                label = None if run.contestant in drawn else run.contestant
+                drawn.add(run.contestant)
+                axis.plot(*zip(*run.curve, strict=True), color=color, label=label, linewidth=1)
         axis.axhline(target, color="0.7", linewidth=0.8)
         axis.set(xlabel="seconds of training", ylabel="validation loss, nats a byte", title=link)
         axis.legend(fontsize=8)
@@ -166,20 +185,21 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bucket-cap-mb", type=float, default=1.0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--logs", type=Path, default=Path("demo-results/training"))
     parser.add_argument("--keep", action="store_true", help="use logs that are there already")
-    parser.add_argument("--quick", action="store_true", help="1gbit, 20 steps, into --logs")
+    parser.add_argument("--quick", action="store_true", help="1gbit, 20 steps, 1 seed")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.links, arguments.steps = ["1gbit"], 20
+        arguments.links, arguments.steps, arguments.seeds = ["1gbit"], 20, 1
         arguments.out = arguments.logs = arguments.logs.with_name("training-quick")
     for folder in (arguments.logs, arguments.out):
         folder.mkdir(parents=True, exist_ok=True)
-    pairs = list(itertools.product(arguments.links, arguments.contestants))
-    runs = [train(*pair, arguments, arguments.logs) for pair in tqdm(pairs, disable=None)]
-    target = max(run.curve[-1][1] for run in runs)
+    turns = itertools.product(range(arguments.seeds), arguments.links, arguments.contestants)
+    runs = [train(*turn, arguments) for turn in tqdm(list(turns), disable=None)]
+    target = max(run.final_loss for run in runs)
     rows = figures(runs, target)
     with (arguments.out / "training.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
