@@ -136,8 +136,9 @@ def plan(
             QUIC-FL's 4 bits in both.
         speeds: the codec's speed by bits, by default measured now, on the CPU and with the threads
             that torch has in this process (a second).
-        slowdown: s, how much slower the codec runs in place than measured: 2 where two ranks share
-            each core, for example.
+        slowdown: s, how much slower the codec runs in place than measured. A rank keeps two cores
+            busy, one with the codec, one with the transport: where fewer are free, 2 over their
+            number, as `benchmarks/scaling.md` checks.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -254,7 +255,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slowdown",
         type=float,
         default=1.0,
-        help="of the codec, in place: ranks a core, for example",
+        help="of the codec, in place: 2 over the cores that a rank has free, if fewer",
     )
     parser.add_argument("--threads", type=int, help="threads a rank; default: torch's")
 
