@@ -417,17 +417,16 @@ class RHTState:
                 done.set_result(buffer)
         except BaseException as failure:
             self._failure = self._failure or failure
+            _clear_frames(failure)  # they hold what refers to the group
             if not isinstance(failure, Exception):  # futures take no others
                 failure = RuntimeError(f"rht_hook: {failure!r} on the worker thread")
-            # The frames hold what refers to the group.
-            _clear_frames(failure)
             done.set_exception(failure)  # type: ignore[arg-type]
             # A rank may live on after its error. On Gloo nobody would tell the others, which wait.
             # (NCCL's watchdog does that, and destroying its group might block.)
-            if self._group is not None and self._group.name() == "gloo":
-                self._leave_group()
-            elif self._group is None and self._communicator is not None:
+            if self._communicator is not None:
                 self._communicator.abort()
+            if self._group is not None and self._group.name() == "gloo":
+                self._group = self._communicator = None
 
     @contextlib.contextmanager
     def _after(self, buffer: torch.Tensor, ready: torch.cuda.Event | None) -> Iterator[None]:

@@ -116,6 +116,7 @@ class TorchCommunicator(Communicator):
             raise RuntimeError("TorchCommunicator: this rank is not a member of the group")
         # Each begins with its neighbour, so that no rank is the first to hear from all.
         self._others = [(self._rank + i) % self._world_size for i in range(1, self._world_size)]
+        self._unsettled = False
         self._sent: list[dist.Work | None] = []
         self._receipts: list[dist.Work | None] = []
 
@@ -142,8 +143,8 @@ class TorchCommunicator(Communicator):
         self.bytes_sent += (self.world_size - 1) * x.numel()
         if x.device.type == "cpu":
             gathered[self.rank] = x
-            works = self._receive(gathered)
-            self._sent += self._send([x] * self.world_size)
+            works = self._receive(gathered, self._others)
+            self._send([x] * self.world_size, self._others)
         else:
             works = [dist.all_gather(list(gathered), x, group=self.group, async_op=True)]
         return _finish(works, gathered)
@@ -154,8 +155,8 @@ class TorchCommunicator(Communicator):
         self.bytes_sent += (self.world_size - 1) * x.shape[1]
         if x.device.type == "cpu":
             received[self.rank] = x[self.rank]
-            works = self._receive(received)
-            self._sent += self._send(x)
+            works = self._receive(received, self._others)
+            self._send(x, self._others)
         else:
             works = [dist.all_to_all_single(received, x, group=self.group, async_op=True)]
         return _finish(works, received)
@@ -163,42 +164,61 @@ class TorchCommunicator(Communicator):
     def start_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor | None]:
         gathered = x.new_empty(self.world_size, x.numel()) if self.rank == 0 else None
         self.bytes_sent += 0 if self.rank == 0 else x.numel()
-        rows = None if gathered is None else list(gathered)
-        work = dist.gather(x, rows, self._ranks[0], self.group, async_op=True)
-        return _finish([work], gathered)
+        works: list[dist.Work | None] = []
+        if x.device.type != "cpu":
+            rows = None if gathered is None else list(gathered)
+            works = [dist.gather(x, rows, self._ranks[0], self.group, async_op=True)]
+        elif gathered is not None:
+            gathered[0] = x
+            works = self._receive(gathered, self._others)
+        else:
+            self._send([x], [0])
+        return _finish(works, gathered)
 
     def start_broadcast(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         self.bytes_sent += (self.world_size - 1) * x.numel() if self.rank == 0 else 0
-        return _finish([dist.broadcast(x, self._ranks[0], self.group, async_op=True)], x)
+        works: list[dist.Work | None] = []
+        if x.device.type != "cpu":
+            works = [dist.broadcast(x, self._ranks[0], self.group, async_op=True)]
+        elif self.rank == 0:
+            self._send([x] * self.world_size, self._others)
+        else:
+            works = self._receive([x], [0])
+        return _finish(works, x)
 
-    # Gloo's own all_gather and all_to_all go through a pool of two threads, which costs hand-overs
-    # and lets two chunks share a link, so that both arrive late. Plain messages do neither.
+    # Gloo's own collectives go through a pool of two threads, which costs hand-overs and lets two
+    # chunks share a link, so that both arrive late. Plain messages do neither.
 
     # A message that finds its connection closed just as the other side asks for it is lost to Gloo,
     # which then never says whether it was sent, while those who receive hear of a closed connection
     # at once. So a rank asks about what it sent only after the other has said that it came.
 
     def settle(self) -> None:
-        if not self._sent:
+        if not self._unsettled:
             return
         receipts = torch.zeros(self.world_size, 1, dtype=torch.uint8)
-        arriving = self._receive(receipts)
-        leaving = self._send(receipts)
-        _finish([*arriving, *self._sent], None)()
+        arriving = self._receive(receipts, self._others)
+        sent, self._sent = self._sent, []
+        self._send(receipts, self._others)
+        _finish([*arriving, *sent], None)()
         # By now receipts are on their way, and those of the last time have come.
-        self._sent, self._receipts = [], leaving
+        self._sent, self._receipts = [], self._sent
+        self._unsettled = False
 
-    def _receive(self, rows: torch.Tensor) -> list[dist.Work | None]:
-        """Row i from rank i, from all others."""
-        return [
-            dist.irecv(rows[rank], self._ranks[rank], self.group, _TAG) for rank in self._others
-        ]
+    def _receive(
+        self, rows: Sequence[torch.Tensor] | torch.Tensor, ranks: Sequence[int]
+    ) -> list[dist.Work | None]:
+        """Row i from rank i."""
+        self._unsettled = True
+        return [dist.irecv(rows[rank], self._ranks[rank], self.group, _TAG) for rank in ranks]
 
-    def _send(self, rows: Sequence[torch.Tensor] | torch.Tensor) -> list[dist.Work | None]:
-        """Row i to rank i, to all others."""
-        return [
-            dist.isend(rows[rank], self._ranks[rank], self.group, _TAG) for rank in self._others
-        ]
+    def _send(
+        self, rows: Sequence[torch.Tensor] | torch.Tensor, ranks: Sequence[int]
+    ) -> None:
+        """Row i to rank i."""
+        self._unsettled = True
+        for rank in ranks:
+            self._sent.append(dist.isend(rows[rank], self._ranks[rank], self.group, _TAG))
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
@@ -440,8 +460,10 @@ class HierarchicalCommunicator:
         The rest of the ranks hear of it where those that heard it first abort as well, as the hook
         does.
         """
-        self.within.abort()
-        self.between.abort()
+        try:
+            self.within.abort()
+        finally:
+            self.between.abort()
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         """Sum or maximum of contiguous tensors over ranks, in place, the same bits everywhere."""
@@ -455,13 +477,16 @@ class HierarchicalCommunicator:
         x.copy_(total.view_as(x))
 
 
-def _finish(works: Sequence[dist.Work | None], result: Result) -> Callable[[], Result]:
+def _finish(works: list[dist.Work | None], result: Result) -> Callable[[], Result]:
     """What waits for the works, which until then keep hold of their tensors."""
 
     def finish() -> Result:
-        for work in works:
-            assert work is not None  # it is where a rank is not of the group
-            work.wait()
+        try:
+            for work in works:
+                assert work is not None  # it is where a rank is not of the group
+                work.wait()
+        finally:
+            works.clear()  # they keep connections open, and an error's traceback keeps this closure
         return result
 
     return finish
