@@ -32,6 +32,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
@@ -104,7 +105,8 @@ def all_reduce(
 
     Returns:
         Where the codec's rotations are "auto", how many do for tensors like this one: the most that
-        any rank found its own to need. It came with the payloads. Else None.
+        any rank found its own to need. It came with the payloads; where nothing was compressed,
+        `rotations` as given. Else None.
 
     Raises:
         TypeError: the tensor has another dtype (float64 and integers are never rounded silently),
@@ -313,12 +315,17 @@ def _hierarchical(
         mine += row
     mine /= within.world_size
     shard, size = shards[within.rank], sizes[within.rank]
-    wanted = None
+    wanted: float | None = None
+    failure = None
     if between.world_size > 1 and size:
         unsent = None if left is None else left[shard]
-        wanted = _compressed(
-            mine[:size], codec, key, between, algorithm, rotations, stopwatch, shard.start, unsent
-        )
+        try:
+            wanted = _compressed(
+                *(mine[:size], codec, key, between, algorithm, rotations, stopwatch),
+                *(shard.start, unsent),
+            )
+        except PayloadError as error:  # the node's other ranks still wait for this shard
+            failure, wanted = error, math.nan
         if unsent is not None:
             unsent *= within.world_size  # of the node's mean, in which this rank is one of many
     with stopwatch("exchange"):
@@ -327,7 +334,17 @@ def _hierarchical(
         gathered = within.all_gather(row.view(torch.uint8)).view(flat.dtype)
         for row, shard, size in zip(gathered, shards, sizes, strict=True):
             flat[shard] = row[:size]
-    return (int(gathered[:, -1].max()) or None) if codec.rotations == AUTO else None
+    if failure is not None:
+        raise failure
+    if codec.rotations != AUTO and flat.device.type != "cpu":  # to look would stop the host
+        return None
+    most = gathered[:, -1].max().item()
+    if math.isnan(most):
+        raise PayloadError(
+            f"rhtcomm.all_reduce: another rank of this node could not decode its share for {key}; "
+            "its own error says more"
+        )
+    return int(most) or None
 
 
 def _compressed(

@@ -212,9 +212,7 @@ class TorchCommunicator(Communicator):
         self._unsettled = True
         return [dist.irecv(rows[rank], self._ranks[rank], self.group, _TAG) for rank in ranks]
 
-    def _send(
-        self, rows: Sequence[torch.Tensor] | torch.Tensor, ranks: Sequence[int]
-    ) -> None:
+    def _send(self, rows: Sequence[torch.Tensor] | torch.Tensor, ranks: Sequence[int]) -> None:
         """Row i to rank i."""
         self._unsettled = True
         for rank in ranks:

@@ -803,6 +803,31 @@ def test_two_levels_equal_their_simulation(nodes: int, ranks_of_a_node: int, ran
     torch.testing.assert_close(outcomes[0][2].double(), exact, rtol=1e-6, atol=1e-5)
 
 
+def reduce_out_of_step_on_two_levels(rank: int, world_size: int, codec: Codec | Lattice) -> str:
+    """Rank 1 is another node's, and the ranks of its place find out."""
+    communicator = two_levels(rank, 2, 2)
+    key = Key(KEY.seed, KEY.step + (rank == 1))
+    with pytest.raises(rhtcomm.PayloadError) as error:
+        rhtcomm.all_reduce(
+            data(rank, 10 * BLOCK), codec, key, communicator, min_numel=0, check=False
+        )
+    x = torch.full((10,), float(rank))
+    rhtcomm.all_reduce(x, CODEC, KEY, communicator)  # the groups are at one place still
+    assert x.tolist() == [1.5] * 10
+    return str(error.value)
+
+
+@pytest.mark.parametrize("codec", [CODEC, Codec(QuicFL(4), "auto", BLOCK), Lattice(4, block=BLOCK)])
+def test_a_share_that_fails_leaves_no_rank_of_the_node_waiting(
+    codec: Codec | Lattice, ranks: Ranks
+) -> None:
+    messages = ranks.run(reduce_out_of_step_on_two_levels, 4, codec)
+    for message in messages[1::2]:
+        assert "out of step" in message
+    for message in messages[0::2]:
+        assert "another rank of this node could not decode its share" in message
+
+
 def from_device_mesh(rank: int, world_size: int) -> tuple[int, torch.Tensor]:
     mesh = init_device_mesh("cpu", (2, 2))
     communicator = rhtcomm.HierarchicalCommunicator.from_mesh(mesh)

@@ -12,12 +12,12 @@ import math
 import random
 import re
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from harness import Ranks, run_program
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rhtcomm import Codec, Key, QuicFL, TorchCommunicator
+from rhtcomm import Codec, Key, QuicFL, TorchCommunicator, collectives
 from rhtcomm.hooks import RHTState, rht_hook
 
 BLOCK = 256
@@ -245,8 +245,8 @@ def train_with_jitter(
         wait(1)
         return rht_hook(state, bucket)
 
-    def late(exchange: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def late_exchange(self: TorchCommunicator, x: torch.Tensor) -> torch.Tensor:
+    def late(exchange: Callable[..., Any]) -> Callable[..., Any]:
+        def late_exchange(self: TorchCommunicator, x: torch.Tensor) -> Any:
             wait(1)
             return exchange(self, x)
 
@@ -269,7 +269,7 @@ def train_with_jitter(
             **options,
         ) as state,
     ):
-        for exchange in ("all_gather", "all_to_all"):
+        for exchange in ("start_all_gather", "start_all_to_all"):
             patch.setattr(TorchCommunicator, exchange, late(getattr(TorchCommunicator, exchange)))
         ddp = wrapped(model, state, late_hook, bucket_cap_mb=0.001)
         result["compressed"] = train(ddp, milliseconds=4)
@@ -665,16 +665,65 @@ def test_use_after_close(ranks: Ranks) -> None:
     ranks.run(use_after_close, 2)
 
 
-def exit_on_worker(rank: int, world_size: int) -> None:
-    """Futures take no exception such as SystemExit, and nobody may wait for one in vain."""
-    with pytest.MonkeyPatch.context() as patch, RHTState(**FINE) as state:
-        patch.setattr(Codec, "encode", mock.Mock(side_effect=SystemExit("made by the test")))
-        with pytest.raises(RuntimeError, match="made by the test"):
-            submit(state, numbers(rank, shape=(1000,))).wait()
+def started(state: RHTState) -> dist.ProcessGroup:
+    """The group that a state made for itself."""
+    state._start()
+    assert state._group is not None
+    return state._group
 
 
-def test_an_exit_on_the_worker_thread_is_an_error(ranks: Ranks) -> None:
-    ranks.run(exit_on_worker, 2, timeout=30)
+def take_steps(state: RHTState, buffer: torch.Tensor) -> None:
+    for _ in range(4):
+        submit(state, buffer).wait()
+
+
+def fail_on_one_rank(
+    rank: int, world_size: int, algorithm: str, error: type[BaseException]
+) -> list[str]:
+    """Rank 1 fails at each of its calls of the codec in turn, and all ranks live on."""
+    encode, messages = Codec.encode, []
+    for call in range(1, 5):
+        remaining = call
+
+        def failing(*args: Any, **options: Any) -> torch.Tensor:
+            nonlocal remaining
+            remaining -= 1
+            if rank == 1 and not remaining:
+                raise error("made by the test")
+            return encode(*args, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(collectives, "_FEWEST", 3 * BLOCK)
+            patch.setattr(collectives, "_MOST", 3 * BLOCK)
+            patch.setattr(Codec, "encode", failing)
+            state = RHTState(**FINE | {"algorithm": algorithm})
+            group = weakref.ref(started(state))
+            with pytest.raises(RuntimeError) as caught:
+                take_steps(state, numbers(rank, shape=(40 * BLOCK,)))
+            state.close()
+        messages.append(str(caught.value))
+        # Even where the exception lives, nothing may keep the connections to the others open.
+        assert group() is None
+        dist.barrier()
+    return messages
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "error"),
+    [
+        *((algorithm, ZeroDivisionError) for algorithm in ("all_gather", "two_shot", "gather")),
+        ("all_gather", SystemExit),  # which futures do not take
+    ],
+)
+def test_a_rank_that_fails_wakes_the_others(
+    algorithm: str, error: type[BaseException], ranks: Ranks
+) -> None:
+    of_ranks = ranks.run(fail_on_one_rank, 3, algorithm, error)
+    for own in of_ranks[1]:
+        assert "made by the test" in own
+    for others in (of_ranks[0], of_ranks[2]):
+        for message in others:
+            assert "another rank died, or failed and gave up" in message
 
 
 def close_at_once(rank: int, world_size: int) -> list[torch.Tensor]:
