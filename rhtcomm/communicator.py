@@ -231,8 +231,6 @@ class TorchCommunicator(Communicator):
         which is not this communicator's alone and stays as it is, and on other backends, where it
         is for the backend to tell the others (NCCL's watchdog does).
         """
-        if self._aborted:
-            return
         group, self._group, self._aborted = self._group, None, True
         self._sent, self._receipts = [], []  # they refer to its connections
         if group is None or group is dist.group.WORLD or group.name() != "gloo":

@@ -1,6 +1,8 @@
 """The exchanges, against what they are defined to give."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +80,62 @@ def send_and_overwrite(rank: int, world_size: int) -> None:
 
 def test_after_settle_the_others_have_what_was_sent(ranks: Ranks) -> None:
     ranks.run(send_and_overwrite, 3)
+
+
+class LoggedWork:
+    def __init__(self, work: dist.Work, name: str, log: list[str]) -> None:
+        self.work, self.name, self.log = work, name, log
+
+    def wait(self) -> None:
+        self.log.append(f"wait {self.name}")
+        self.work.wait()
+
+
+def log_messages(rank: int, world_size: int) -> list[str]:
+    log: list[str] = []
+
+    def logged(post: Callable[..., Any], name: str) -> Callable[..., LoggedWork]:
+        def logged_post(*args: Any) -> LoggedWork:
+            log.append(name)
+            return LoggedWork(post(*args), name, log)
+
+        return logged_post
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("irecv", "isend"):
+            patch.setattr(dist, name, logged(getattr(dist, name), name))
+        TorchCommunicator().all_gather(row_of(rank, 0, 9))
+    return log
+
+
+def test_sends_are_waited_for_after_the_receipts_of_others(ranks: Ranks) -> None:
+    """And receives are posted first, so that those who fail are heard of."""
+    exchanged = ["irecv"] * 2 + ["isend"] * 2 + ["wait irecv"] * 2
+    for log in ranks.run(log_messages, 3):
+        assert log == [*exchanged, *exchanged, "wait isend", "wait isend"]
+
+
+def give_up(rank: int, world_size: int) -> None:
+    x = torch.tensor([rank], dtype=torch.uint8)
+    own, world = TorchCommunicator(dist.new_group()), TorchCommunicator()
+    own.all_gather(x)
+    if rank == 0:
+        own.abort()
+        own.abort()
+        with pytest.raises(RuntimeError, match=r"rank 0 of 3 gave up and left.*start the program"):
+            own.all_gather(x)
+    else:
+        with pytest.raises(RuntimeError, match=r"(?i)closed by|reset by|broken pipe"):
+            own.all_gather(x)
+    world.all_gather(x)
+    world.abort()
+    with pytest.raises(RuntimeError, match="gave up and left the group"):
+        world.all_gather(x)
+    dist.barrier()  # the world is not the communicator's alone
+
+
+def test_abort(ranks: Ranks) -> None:
+    ranks.run(give_up, 3)
 
 
 def exchange_strided(rank: int, world_size: int) -> None:
