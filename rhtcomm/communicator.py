@@ -144,7 +144,7 @@ class TorchCommunicator(Communicator):
         if x.device.type == "cpu":
             gathered[self.rank] = x
             works = self._receive(gathered, self._others)
-            self._send([x] * self.world_size, self._others)
+            self._sent += self._send([x] * self.world_size, self._others)
         else:
             works = [dist.all_gather(list(gathered), x, group=self.group, async_op=True)]
         return _finish(works, gathered)
@@ -156,7 +156,7 @@ class TorchCommunicator(Communicator):
         if x.device.type == "cpu":
             received[self.rank] = x[self.rank]
             works = self._receive(received, self._others)
-            self._send(x, self._others)
+            self._sent += self._send(x, self._others)
         else:
             works = [dist.all_to_all_single(received, x, group=self.group, async_op=True)]
         return _finish(works, received)
@@ -172,7 +172,7 @@ class TorchCommunicator(Communicator):
             gathered[0] = x
             works = self._receive(gathered, self._others)
         else:
-            self._send([x], [0])
+            self._sent += self._send([x], [0])
         return _finish(works, gathered)
 
     def start_broadcast(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -181,7 +181,7 @@ class TorchCommunicator(Communicator):
         if x.device.type != "cpu":
             works = [dist.broadcast(x, self._ranks[0], self.group, async_op=True)]
         elif self.rank == 0:
-            self._send([x] * self.world_size, self._others)
+            self._sent += self._send([x] * self.world_size, self._others)
         else:
             works = self._receive([x], [0])
         return _finish(works, x)
@@ -198,11 +198,10 @@ class TorchCommunicator(Communicator):
             return
         receipts = torch.zeros(self.world_size, 1, dtype=torch.uint8)
         arriving = self._receive(receipts, self._others)
-        sent, self._sent = self._sent, []
-        self._send(receipts, self._others)
-        _finish([*arriving, *sent], None)()
+        leaving = self._send(receipts, self._others)
+        _finish([*arriving, *self._sent], None)()
         # By now receipts are on their way, and those of the last time have come.
-        self._sent, self._receipts = [], self._sent
+        self._sent, self._receipts = [], leaving
         self._unsettled = False
 
     def _receive(
@@ -212,11 +211,12 @@ class TorchCommunicator(Communicator):
         self._unsettled = True
         return [dist.irecv(rows[rank], self._ranks[rank], self.group, _TAG) for rank in ranks]
 
-    def _send(self, rows: Sequence[torch.Tensor] | torch.Tensor, ranks: Sequence[int]) -> None:
+    def _send(
+        self, rows: Sequence[torch.Tensor] | torch.Tensor, ranks: Sequence[int]
+    ) -> list[dist.Work | None]:
         """Row i to rank i."""
         self._unsettled = True
-        for rank in ranks:
-            self._sent.append(dist.isend(rows[rank], self._ranks[rank], self.group, _TAG))
+        return [dist.isend(rows[rank], self._ranks[rank], self.group, _TAG) for rank in ranks]
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
