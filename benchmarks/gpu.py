@@ -137,12 +137,13 @@ class Case:
             encodes.append(
                 functools.partial(
                     *(gpu.encode, rotation, codec.quantizer, tensor, KEY, blocks, 0, 1),
-                    *(scales[0], codes[0]),
+                    *(scales, codes),
                 )
             )
             decodes.append(
                 functools.partial(
-                    *(gpu.decode, rotation, codec.quantizer, scales, codes, KEY, blocks, tensor)
+                    *(gpu.decode, rotation, codec.quantizer),
+                    *(scales[None], codes[None], KEY, blocks, tensor),
                 )
             )
         moved = x.nbytes + payload.numel() - HEADER_BYTES

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from hashlib import blake2b
 from typing import Literal
 
@@ -141,7 +141,7 @@ class Codec:
             object.__setattr__(self, "rotations", self.quantizer.rotations)
         if isinstance(self.rotations, str) and self.rotations != AUTO:
             raise ValueError(f'Codec: rotations={self.rotations!r} must be 1, 2, 3 or "auto"')
-        self._rotation(None)  # checks the arguments
+        RandomizedHadamard(self.default_rotations, self.block)  # checks the arguments
 
     @property
     def configuration(self) -> dict[str, object]:
@@ -168,8 +168,8 @@ class Codec:
 
     def nbytes(self, numel: int) -> int:
         """Length of the payload of `numel` coordinates, in bytes."""
-        parts = split_into_blocks(operator.index(numel), self.block)
-        return HEADER_BYTES + sum(part.count * (4 + self._row_bytes(part.size)) for part in parts)
+        layout = _layout(self, operator.index(numel))
+        return layout[-1][-1] if layout else HEADER_BYTES
 
     def encode(
         self,
@@ -181,6 +181,7 @@ class Codec:
         first: int = 0,
         rotations: int | None = None,
         wanted: int | None = None,
+        shards: int | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compress one rank's tensor.
@@ -194,14 +195,19 @@ class Codec:
             rotations: with "auto" alone: how many transforms this payload takes, the same on all
                 ranks.
             wanted: with "auto" alone: say that at least so many are wanted next.
-            out: (nbytes(numel),) uint8, contiguous, at an address that 4 divides, to write into.
+            shards: give a payload of each of so many equal parts, of whole blocks. It is what the
+                part encoded alone with its own `first` gives, but faster than one by one; with
+                "auto" all of them say what x needs.
+            out: to write into, contiguous uint8 at an address that 4 divides.
 
         Returns:
-            (nbytes(numel),) uint8 on the device of x, `out` or new.
+            (nbytes(numel),) uint8, or (shards, nbytes(numel / shards)), on the device of x: `out`
+            or new.
 
         Raises:
             TypeError: x has another dtype, or is no tensor.
-            ValueError: x is not flat, out is not as above, or an argument is out of its range.
+            ValueError: x is not flat or has no such parts, out is not as above, or an argument is
+                out of its range.
         """
         rotation = self._rotation(rotations)
         if not isinstance(x, torch.Tensor):
@@ -215,10 +221,19 @@ class Codec:
             raise ValueError(f"Codec.encode: x has shape {tuple(x.shape)}; flatten it first")
         rank, world_size, first = self._check_place(rank, world_size, first)
         x = x.detach()
-        payload = self._check_payload(out, x)
+        count = 1 if shards is None else operator.index(shards)
+        if count < 1 or (count > 1 and x.numel() % (count * self.block)):
+            raise ValueError(
+                f"Codec.encode: {x.numel()} coordinates do not make shards={shards} equal parts of "
+                f"whole blocks of {self.block}"
+            )
+        each = x.numel() // count
+        shape = (self.nbytes(each),) if shards is None else (count, self.nbytes(each))
+        payloads = self._check_out(out, x, shape).view(count, -1)
         kernel = kernel_for(x.device, self.quantizer)
         moments = []
-        for blocks, scales, codes in self._sections(payload[None], x.numel()):
+        for part, scales, codes in self._sections(payloads, each):
+            blocks = Blocks(part.start, count * part.count, part.size)
             if self.rotations == AUTO:
                 moments.append(torch.empty(blocks.count, MOMENTS, device=x.device))
             kernel.encode(
@@ -229,23 +244,24 @@ class Codec:
                 blocks.shifted(first),
                 rank,
                 world_size,
-                scales[0],
-                codes[0],
+                scales,
+                codes,
                 moments[-1] if moments else None,
             )
         if moments:
             quantizer = self.quantizer
             choice = rotations_for(torch.cat(moments), quantizer.group, quantizer.rotations)
             wanted = max(wanted or 1, choice)
-        count = rotation.rotations + 16 * (wanted or 1 if self.rotations == AUTO else 0)
-        header = torch.frombuffer(
-            bytearray(self._header(count, key, rank, world_size, first, x.numel())),
-            dtype=torch.uint8,
+        fourth = rotation.rotations + 16 * (wanted or 1 if self.rotations == AUTO else 0)
+        headers = bytearray().join(
+            self._header(fourth, key, rank, world_size, first + i * each, each)
+            for i in range(count)
         )
+        rows = torch.frombuffer(headers, dtype=torch.uint8).view(count, -1)
         if x.device.type == "cuda":  # from other memory a copy makes the host wait for the device
-            header = header.pin_memory()
-        payload[:HEADER_BYTES].copy_(header, non_blocking=True)
-        return payload
+            rows = rows.pin_memory()
+        payloads[:, :HEADER_BYTES].copy_(rows, non_blocking=True)
+        return payloads.view(shape)
 
     def decode_mean(
         self,
@@ -277,27 +293,69 @@ class Codec:
             ValueError: out has another shape, dtype or layout.
         """
         numel = operator.index(numel)
-        length = self.nbytes(numel)
-        fits = payloads.dim() == 2 and payloads.shape[0] > 0 and payloads.shape[1] == length
-        if payloads.dtype != torch.uint8 or not fits:
-            raise PayloadError(
-                f"Codec.decode_mean: payloads is {payloads.dtype} of shape {tuple(payloads.shape)},"
-                f" but {numel} coordinates take (K, {length}) torch.uint8: a payload was cut short,"
-                " or made with another configuration or length"
-            )
+        self._check_payloads(payloads, numel)
         if world_size is None:
-            world_size = payloads.shape[0]
+            world_size = len(payloads)
+        return self._decode(payloads[:, None], key, numel, first, out, first_rank, world_size)
+
+    def decode_shards(
+        self,
+        payloads: torch.Tensor,
+        key: Key,
+        numel: int,
+        *,
+        first: int = 0,
+        out: torch.Tensor | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> torch.Tensor:
+        """What one rank encoded with `shards`, put together.
+
+        Args:
+            payloads: (shards, nbytes(numel / shards)) uint8.
+            key, first, rank, world_size: as given to `encode`.
+            numel, out: of all shards; as for `decode_mean`.
+
+        Returns:
+            (numel,), `out` or a new float32 tensor.
+
+        Raises:
+            PayloadError, ValueError: as `decode_mean` does.
+        """
+        numel = operator.index(numel)
+        self._check_payloads(payloads, numel // max(1, len(payloads)))
+        if len(payloads) > 1 and numel % (len(payloads) * self.block):
+            raise ValueError(
+                f"Codec.decode_shards: {numel} coordinates are not {len(payloads)} equal parts of "
+                f"whole blocks of {self.block}"
+            )
+        return self._decode(payloads[None], key, numel, first, out, rank, world_size)
+
+    def _decode(
+        self,
+        payloads: torch.Tensor,
+        key: Key,
+        numel: int,
+        first: int,
+        out: torch.Tensor | None,
+        first_rank: int,
+        world_size: int,
+    ) -> torch.Tensor:
+        """Mean of payloads (K, shards, nbytes), of K ranks, each in equal shards."""
+        ranks, shards, _ = payloads.shape
         first_rank, world_size, first = self._check_place(first_rank, world_size, first)
-        self._check_place(first_rank + payloads.shape[0] - 1, world_size, first)
+        self._check_place(first_rank + ranks - 1, world_size, first)
+        each = numel // shards
         check = partial(
             self._check_headers,
             key=key,
-            first=first,
-            numel=numel,
-            first_rank=first_rank,
+            places=[
+                (first_rank + i, first + j * each) for i in range(ranks) for j in range(shards)
+            ],
+            numel=each,
             world_size=world_size,
         )
-        headers, later = payloads[:, :HEADER_BYTES], _deferred.get()
+        headers, later = payloads[..., :HEADER_BYTES].flatten(0, 1), _deferred.get()
         if later and payloads.device.type in later.devices and self.rotations != AUTO:
             later.add(headers.contiguous(), check)
             rotation = self._rotation(None)
@@ -306,9 +364,10 @@ class Codec:
         # The scales are read as float32 where they lie.
         if (
             payloads.data_ptr() % 4
-            or payloads.stride(1) != 1
-            or payloads.stride(0) % 4
             or payloads.storage_offset() % 4
+            or payloads.stride(2) != 1
+            or payloads.stride(0) % 4
+            or payloads.stride(1) % 4
         ):
             payloads = payloads.clone(memory_format=torch.contiguous_format)
         if out is None:
@@ -325,7 +384,8 @@ class Codec:
                 f"must be contiguous float32, bfloat16 or float16 of shape ({numel},)"
             )
         kernel = kernel_for(payloads.device, self.quantizer)
-        for blocks, scales, codes in self._sections(payloads, numel):
+        for part, scales, codes in self._sections(payloads, each):
+            blocks = Blocks(part.start, shards * part.count, part.size)
             kernel.decode(
                 rotation,
                 self.quantizer,
@@ -338,6 +398,16 @@ class Codec:
                 world_size,
             )
         return out
+
+    def _check_payloads(self, payloads: torch.Tensor, numel: int) -> None:
+        length = self.nbytes(numel)
+        fits = payloads.dim() == 2 and payloads.shape[0] > 0 and payloads.shape[1] == length
+        if payloads.dtype != torch.uint8 or not fits:
+            raise PayloadError(
+                f"Codec.decode_mean: payloads is {payloads.dtype} of shape {tuple(payloads.shape)},"
+                f" but {numel} coordinates take (K, {length}) torch.uint8: a payload was cut short,"
+                " or made with another configuration or length"
+            )
 
     def wanted_rotations(self, payloads: torch.Tensor) -> int | None:
         """How many transforms the senders want next, payloads (K, nbytes); None if it is fixed."""
@@ -358,23 +428,22 @@ class Codec:
                 f'rotations={self.rotations}; only rotations="auto" leaves a choice'
             )
         count = self.default_rotations if rotations is None else rotations
-        return RandomizedHadamard(count, self.block)
+        return _transform(count, self.block)
 
     def _sections(
         self, payloads: torch.Tensor, numel: int
     ) -> list[tuple[Blocks, torch.Tensor, torch.Tensor]]:
-        """Views of (K, nbytes) payloads: blocks, scales (K, B) float32, codes (K, B, row bytes)."""
-        sections, at = [], HEADER_BYTES
-        for part in split_into_blocks(numel, self.block):
-            middle = at + 4 * part.count
-            stop = middle + part.count * self._row_bytes(part.size)
-            scales = payloads[:, at:middle].view(torch.float32)
-            codes = payloads[:, middle:stop].unflatten(1, (part.count, -1))
-            sections.append((part, scales, codes))
-            at = stop
-        return sections
+        """Views of payloads (..., nbytes): B blocks, scales (..., B) and codes (..., B, row)."""
+        return [
+            (
+                part,
+                payloads[..., at:middle].view(torch.float32),
+                payloads[..., middle:stop].view(*payloads.shape[:-1], part.count, -1),
+            )
+            for part, at, middle, stop in _layout(self, numel)
+        ]
 
-    def _row_bytes(self, size: int) -> int:
+    def row_bytes(self, size: int) -> int:
         """Of the codes and the exact coordinates of one block."""
         exact = self.quantizer.exact_bytes(size) if isinstance(self.quantizer, QuicFL) else 0
         return size * self.quantizer.bits // 8 + exact
@@ -382,25 +451,27 @@ class Codec:
     def _header(
         self, count: int, key: Key, rank: int, world_size: int, first: int, numel: int
     ) -> bytes:
-        place = repr((key, rank, world_size, first, numel)).encode()
-        check = blake2b(place, digest_size=4).digest()
+        place = (key.seed, key.step, key.bucket, key.hop, rank, world_size, first, numel)
+        check = blake2b(repr(place).encode(), digest_size=4).digest()
         return b"RH" + bytes((VERSION, count)) + check + self.fingerprint
 
     def _check_headers(
         self,
         rows: torch.Tensor,
         key: Key,
-        first: int,
+        places: list[tuple[int, int]],
         numel: int,
-        first_rank: int,
         world_size: int,
     ) -> RandomizedHadamard:
-        """The transform that payloads with these headers, (K, 16) uint8, were made by."""
+        """The transform that payloads with these headers, (n, 16) uint8, were made by.
+
+        The one in each row comes from one of `places`, (rank, first).
+        """
         headers = [bytes(row) for row in rows.tolist()]
         rotations = headers[0][3] % 16
         if self.rotations != AUTO or rotations not in (1, 2, 3):
             rotations = self.default_rotations
-        for rank, found in enumerate(headers, first_rank):
+        for (rank, first), found in zip(places, headers, strict=True):
             count = rotations + (found[3] & 0xF0 if self.rotations == AUTO else 0)
             wanted = self._header(count, key, rank, world_size, first, numel)
             if found == wanted:
@@ -423,16 +494,18 @@ class Codec:
                     "the ranks are out of step"
                 )
             raise PayloadError(f"Codec.decode_mean: the payload of rank {rank} {fact}")
-        return RandomizedHadamard(rotations, self.block)
+        return _transform(rotations, self.block)
 
-    def _check_payload(self, out: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-        length = self.nbytes(x.numel())
+    @staticmethod
+    def _check_out(
+        out: torch.Tensor | None, x: torch.Tensor, shape: tuple[int, ...]
+    ) -> torch.Tensor:
         if out is None:
-            return torch.empty(length, dtype=torch.uint8, device=x.device)
-        if out.shape != (length,) or out.dtype != torch.uint8 or out.device != x.device:
+            return torch.empty(shape, dtype=torch.uint8, device=x.device)
+        if out.shape != shape or out.dtype != torch.uint8 or out.device != x.device:
             raise ValueError(
                 f"Codec.encode: out is {out.dtype} of shape {tuple(out.shape)} on {out.device}, "
-                f"but {x.numel()} coordinates take ({length},) torch.uint8 on {x.device}"
+                f"but {x.numel()} coordinates take {shape} torch.uint8 on {x.device}"
             )
         if not out.is_contiguous() or out.data_ptr() % 4 or out.storage_offset() % 4:
             raise ValueError(
@@ -455,3 +528,21 @@ class Codec:
                 f"Codec: first={first} must be a multiple of block={self.block} below 2^36"
             )
         return rank, world_size, first
+
+
+# A training step makes the same few calls again and again, and waits for each of them.
+
+
+@lru_cache(maxsize=1024)
+def _layout(codec: Codec, numel: int) -> tuple[tuple[Blocks, int, int, int], ...]:
+    """Blocks of a payload, and where their scales begin, their codes begin, and these end."""
+    sections, at = [], HEADER_BYTES
+    for part in split_into_blocks(numel, codec.block):
+        middle = at + 4 * part.count
+        stop = middle + part.count * codec.row_bytes(part.size)
+        sections.append((part, at, middle, stop))
+        at = stop
+    return tuple(sections)
+
+
+_transform = lru_cache(maxsize=64, typed=True)(RandomizedHadamard)

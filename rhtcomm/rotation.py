@@ -9,7 +9,7 @@ The arithmetic is part of the contract, since all ranks must end with the same b
 they run: butterflies are float32 additions and subtractions in ascending stride order.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -34,7 +34,12 @@ class Blocks:
         return self.start + self.count * self.size
 
     def shifted(self, by: int) -> "Blocks":
-        return replace(self, start=self.start + by)
+        return Blocks(self.start + by, self.count, self.size)
+
+    def split(self, count: int) -> list["Blocks"]:
+        """Equal runs of them, one behind the other."""
+        each = self.count // count
+        return [Blocks(self.start + i * each * self.size, each, self.size) for i in range(count)]
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """The coordinates of these blocks, x (at most B d,) -> (B, d), zeros after them."""

@@ -42,6 +42,13 @@ def decode(
     return bits_of(codec.decode_mean(payloads, key, numel, first=first, out=out))
 
 
+def in_shards(codec: Codec, x: torch.Tensor, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
+    """Payloads of three, and what they decode to."""
+    payloads = codec.encode(x, key, 1, 4, first=codec.block, shards=3)
+    place = {"first": codec.block, "rank": 1, "world_size": 4}
+    return payloads, codec.decode_shards(payloads, key, x.numel(), **place)
+
+
 def moments_of(codec: Codec, x: torch.Tensor, key: Key) -> torch.Tensor:
     """(B, 10), of tensors of whole blocks."""
     payload = codec.encode(x, key)
@@ -49,5 +56,5 @@ def moments_of(codec: Codec, x: torch.Tensor, key: Key) -> torch.Tensor:
     moments = torch.full((blocks.count, 10), -1.0)
     kernel: Any = kernel_for(x.device, codec.quantizer)
     rotation = codec._rotation(None)
-    kernel.encode(rotation, codec.quantizer, x, key, blocks, 0, 1, scales[0], codes[0], moments)
+    kernel.encode(rotation, codec.quantizer, x, key, blocks, 0, 1, scales, codes, moments)
     return moments

@@ -131,8 +131,8 @@ def test_the_kernels_find_the_moments_of_the_reference(quantizer: Any) -> None:
     for part in split_into_blocks(len(x), 4096):
         found = []
         for kernel in (reference, *libraries):
-            scales = torch.empty(part.count)
-            codes = torch.empty(part.count, part.size * quantizer.bits // 8, dtype=torch.uint8)
+            scales = torch.empty(1, part.count)
+            codes = torch.empty(1, part.count, part.size * quantizer.bits // 8, dtype=torch.uint8)
             moments = torch.full((part.count, 10), -1.0)
             kernel.encode(  # type: ignore[attr-defined]
                 rotation, quantizer, x[part.start : part.stop], KEY, part, 0, 1, scales, codes,

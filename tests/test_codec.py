@@ -149,6 +149,73 @@ def test_four_bits_are_hardly_more() -> None:
     assert 8 * Codec(QuicFL(4)).nbytes(1 << 23) <= 4.02 * (1 << 23)
 
 
+@codecs(*CODECS, Codec(QuicFL(2, 1 / 512), block=1024))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shards_are_what_their_parts_encoded_alone_give(codec: Codec, dtype: torch.dtype) -> None:
+    each, count, first = 3 * codec.block, 4, 5 * codec.block
+    x = gaussian(each * count).to(dtype)
+    place = {"rank": 2, "world_size": 3}
+    out = torch.full((count, codec.nbytes(each)), 255, dtype=torch.uint8)
+    payloads = codec.encode(x, KEY, **place, first=first, shards=count, out=out)
+    assert payloads.data_ptr() == out.data_ptr()
+    expected, places = [], [first + i * each for i in range(count)]
+    for part, payload, at in zip(x.split(each), payloads, places, strict=True):
+        assert torch.equal(payload, codec.encode(part, KEY, **place, first=at))
+        decode = {"first": at, "first_rank": 2, "world_size": 3}
+        expected.append(codec.decode_mean(payload[None], KEY, each, **decode))
+    wide = torch.zeros(count, out.shape[1] + 4, dtype=torch.uint8)  # rows that lie apart
+    wide[:, :-4] = payloads
+    for rows in (payloads, wide[:, :-4]):
+        assert torch.equal(
+            codec.decode_shards(rows, KEY, len(x), **place, first=first), torch.cat(expected)
+        )
+
+
+def test_one_shard_may_end_anywhere_but_several_may_not() -> None:
+    codec, x = Codec(QuicFL(4), block=256), gaussian(1000)
+    payloads = codec.encode(x, KEY, shards=1)
+    assert torch.equal(payloads, codec.encode(x, KEY)[None])
+    assert torch.equal(codec.decode_shards(payloads, KEY, 1000), round_trip(codec, x))
+    for shards in (0, -1, 2, 4):
+        with pytest.raises(
+            ValueError, match=rf"1000 coordinates do not make shards={shards} equal"
+        ):
+            codec.encode(x, KEY, shards=shards)
+    with pytest.raises(ValueError, match=r"take \(2, \d+\) torch.uint8"):
+        codec.encode(x[:512], KEY, shards=2, out=payloads)
+    with pytest.raises(ValueError, match="decode_shards: 1000 coordinates are not 2 equal parts"):
+        codec.decode_shards(torch.zeros(2, codec.nbytes(500), dtype=torch.uint8), KEY, 1000)
+
+
+def test_shards_in_another_order_or_of_another_rank_are_refused() -> None:
+    codec, x = Codec(QuicFL(4), block=256), gaussian(1024)
+    payloads = codec.encode(x, KEY, 1, 2, shards=4)
+    assert torch.equal(
+        codec.decode_shards(payloads, KEY, 1024, rank=1, world_size=2),
+        codec.decode_mean(codec.encode(x, KEY, 1, 2)[None], KEY, 1024, first_rank=1, world_size=2),
+    )
+    with pytest.raises(PayloadError, match=r"another key, rank.*first=256, numel=256"):
+        codec.decode_shards(payloads[[0, 2, 1, 3]], KEY, 1024, rank=1, world_size=2)
+    with pytest.raises(PayloadError, match="the payload of rank 0 was made for another"):
+        codec.decode_shards(payloads, KEY, 1024, rank=0, world_size=2)
+    with pytest.raises(PayloadError, match="cut short"):
+        codec.decode_shards(payloads[:, :-4], KEY, 1024, rank=1, world_size=2)
+
+
+def test_all_shards_say_how_many_rotations_the_whole_needs() -> None:
+    codec = Codec(QuicFL(4), "auto", block=4096)
+    x = gaussian(4 * 4096)
+    x[4096:8192] = 0
+    x[4100] = 100.0  # alone in the second shard
+    for rotations in (1, 2):
+        payloads = codec.encode(x, KEY, rotations=rotations, shards=4)
+        (whole,) = codec.encode(x, KEY, rotations=rotations)[None]
+        assert payloads[:, 3].tolist() == [int(whole[3])] * 4
+        assert codec.wanted_rotations(payloads) == 2
+        decoded = codec.decode_shards(payloads, KEY, len(x))
+        assert torch.equal(decoded, codec.decode_mean(whole[None], KEY, len(x)))
+
+
 @codecs()
 def test_header_is_as_documented(codec: Codec) -> None:
     payload = bytes(codec.encode(gaussian(100), KEY).tolist())

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import bits_of, both_ways, decode, interpret, moments_of
+from interpreter import bits_of, both_ways, decode, in_shards, interpret, moments_of
 
 import rhtcomm.codec
 from rhtcomm import Codec, Eden, Key, QuicFL, RandomizedHadamard, VectorQuantizer
@@ -85,6 +85,17 @@ def test_same_bits_as_the_reference(interpreted: Interpreted, case: int) -> None
     key = Key(2**64 - 1 - case, step=2**32 - 1 - case, bucket=2**31 + case, hop=case % 16)
     first = (0, 7, 2**20 + 3)[case % 3] * size
     check(interpreted, codec, xs, key, first, DTYPES[case // 3 % 3])
+
+
+@needs_triton
+@pytest.mark.usefixtures("_on_reference")
+def test_shards_are_those_of_the_reference(interpreted: Interpreted) -> None:
+    codec, key = Codec(QuicFL(3), block=128), Key(3)
+    (x,) = tensors(6 * 128, 1, 0, torch.float32)
+    payloads, decoded = in_shards(codec, x, key)
+    found = interpreted(in_shards, codec, x, key)
+    assert torch.equal(found[0], payloads)
+    assert torch.equal(found[1], decoded)
 
 
 @needs_triton
@@ -263,9 +274,10 @@ import os, sys
 {before}
 import torch
 from rhtcomm import QuicFL
-from rhtcomm.kernels import kernel_for
+from rhtcomm.kernels import _kernel_for, kernel_for
 for wish in {wishes}:
     os.environ["RHTCOMM_KERNELS"] = wish
+    _kernel_for.cache_clear()  # it reads them once
     try:
         print(kernel_for(torch.device("{device}"), QuicFL(4)).__name__.split(".")[-1])
     except RuntimeError as error:

@@ -125,6 +125,28 @@ def test_same_bits_as_the_reference(
 
 
 @needs_library
+@pytest.mark.parametrize("quantizer", [QuicFL(4), QuicFL(3, FRACTION), Eden(2)], ids=repr)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_shards_are_those_of_the_reference(quantizer: Quantizer, threads: int) -> None:
+    codec, count, key = Codec(quantizer, block=512), 5, Key(3)
+    x = torch.randn(count * 3 * 512, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with run_on(reference):
+            payloads = codec.encode(x, key, 1, 4, first=1024, shards=count)
+            decoded = codec.decode_shards(payloads, key, len(x), first=1024, rank=1, world_size=4)
+        for name, kernel in variants().items():
+            with run_on(kernel):
+                found = codec.encode(x, key, 1, 4, first=1024, shards=count)
+                place = {"first": 1024, "rank": 1, "world_size": 4}
+                assert torch.equal(found, payloads), name
+                assert torch.equal(codec.decode_shards(found, key, len(x), **place), decoded), name
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_library
 @pytest.mark.parametrize("log_block", [5, 12, 15, 16])
 @pytest.mark.parametrize("ties", [False, True])
 def test_blocks_with_any_number_of_exact_coordinates(log_block: int, ties: bool) -> None:

@@ -6,6 +6,8 @@ same in C, `gpu` in Triton, bit for bit. Which one runs is chosen here:
     RHTCOMM_KERNELS=reference | cpu | gpu    forces one; asking for what is missing raises
     RHTCOMM_CPU=avx512vbmi | avx512 | avx2 | baseline    forces an instruction set of the C kernels
 
+Both are read once, when the first tensor is compressed.
+
 Without them the C kernels run on CPU tensors where they were built, in the widest instruction set
 that the processor has, and the Triton kernels on CUDA (or ROCm) tensors where Triton is installed.
 With TRITON_INTERPRET=1, RHTCOMM_KERNELS=gpu runs them on CPU tensors, for tests.
@@ -29,7 +31,7 @@ DTYPES = cpu.DTYPES
 
 
 class Kernel(Protocol):
-    """Works on adjacent blocks of one size d; B of them, K ranks, b bits."""
+    """Works on adjacent blocks of one size d: R runs of B blocks, K ranks, b bits."""
 
     def encode(
         self,
@@ -44,10 +46,11 @@ class Kernel(Protocol):
         codes: torch.Tensor,
         moments: torch.Tensor | None = None,
     ) -> None:
-        """x (at most B d,) -> scales (B,) float32 and codes (B, row bytes) uint8.
+        """x (at most R B d,) -> scales (R, B) float32 and codes (R, B, row bytes) uint8.
 
-        A row is the d b / 8 bytes of packed codes and, of a QuicFL, its `exact_bytes(d)`.
-        Where it is given, moments (B, 10) float32 receives the blocks' `rotation.block_moments`,
+        A row is the d b / 8 bytes of packed codes and, of a QuicFL, its `exact_bytes(d)`. Both
+        tensors step by as many bytes from run to run.
+        Where it is given, moments (R B, 10) float32 receives the blocks' `rotation.block_moments`,
         summed in an order that is the kernel's own.
         """
 
@@ -63,9 +66,10 @@ class Kernel(Protocol):
         first_rank: int = 0,
         world_size: int | None = None,
     ) -> None:
-        """scales (K, B), codes (K, B, row bytes) -> their mean, out (at most B d,).
+        """scales (K, R, B), codes (K, R, B, row bytes) -> their mean, out (at most R B d,).
 
-        Row i was encoded as rank `first_rank` + i of `world_size`, by default K.
+        What is i in the first dimension was encoded as rank `first_rank` + i of `world_size`, by
+        default K.
         """
 
 
@@ -76,20 +80,25 @@ def kernel_for(device: torch.device, quantizer: Quantizer) -> Kernel:
         ValueError: RHTCOMM_KERNELS or RHTCOMM_CPU has an unknown value.
         RuntimeError: the kernels that one of them asks for are missing.
     """
+    return _kernel_for(device.type, type(quantizer))
+
+
+@cache
+def _kernel_for(device: str, quantizer: type[Quantizer]) -> Kernel:
     wanted = os.environ.get("RHTCOMM_KERNELS") or None
     if wanted not in (None, "reference", "cpu", "gpu"):
         raise ValueError(f"RHTCOMM_KERNELS={wanted!r} must be 'reference', 'cpu' or 'gpu'")
     if wanted == "reference":
         return reference
-    if type(quantizer) in cpu.QUANTIZERS:  # which all of them have
-        if device.type == "cpu" and wanted != "gpu":
+    if quantizer in cpu.QUANTIZERS:  # which all of them have
+        if device == "cpu" and wanted != "gpu":
             return _for_cpu(wanted, os.environ.get("RHTCOMM_CPU") or None)
-        if device.type in ("cpu", "cuda") and wanted != "cpu":
-            return _for_gpu(device.type, wanted)
+        if device in ("cpu", "cuda") and wanted != "cpu":
+            return _for_gpu(device, wanted)
     if wanted is not None:
         raise RuntimeError(
-            f"RHTCOMM_KERNELS={wanted}, but it has none for {type(quantizer).__name__} on "
-            f"{device.type}; unset it"
+            f"RHTCOMM_KERNELS={wanted}, but it has none for {quantizer.__name__} on "
+            f"{device}; unset it"
         )
     return reference
 

@@ -49,6 +49,8 @@ typedef struct {
     int64_t world_size;   /* n */
     int64_t first_rank;   /* decoding: of the first payload row */
     int64_t rows;         /* decoding: K, payload rows, of adjacent ranks */
+    int64_t run;          /* B, blocks whose scales, and whose codes, lie one behind the other */
+    int64_t run_stride;   /* bytes from the scales, or codes, of a run to those of the next */
     int64_t exact_capacity; /* QUIC_FL: C, exact coordinates that a block has room for */
     uint32_t seed[2];     /* Philox key */
     uint32_t bucket, step, hop;
@@ -900,6 +902,11 @@ static void vector_values(const Plan *plan, const uint8_t *codes, float scale, f
 
 /* ---- Blocks -------------------------------------------------------------------------------- */
 
+/* Where what a block has `bytes` bytes of begins. */
+INLINE int64_t place_of(const Plan *plan, int64_t block, int64_t bytes) {
+    return block / plan->run * plan->run_stride + block % plan->run * bytes;
+}
+
 static int64_t bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 static int64_t row_bytes(const Plan *plan) {
@@ -1065,7 +1072,7 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
 /* x: `numel` coordinates of `blocks` blocks, the rest of the last one being zeros. `moments` has room
  * for those of all blocks, or is NULL. Returns 0, or -1 where no memory was to be had. */
 int EXPORT(rhtcomm_encode)(const Plan *plan, int64_t blocks, int64_t rank, const void *x, int dtype,
-                           int64_t numel, float *scales, uint8_t *packed, float *moments,
+                           int64_t numel, char *scales, uint8_t *packed, float *moments,
                            int threads) {
     const int64_t size = plan->size, packed_bytes = row_bytes(plan);
     int failed = 0;
@@ -1082,7 +1089,8 @@ int EXPORT(rhtcomm_encode)(const Plan *plan, int64_t blocks, int64_t rank, const
             int64_t at = block * size;
             encode_block(plan, scratch_of(memory, size), plan->first + at, (uint32_t)rank,
                          (const char *)x + at * bytes_of(dtype), dtype, least(size, numel - at),
-                         scales + block, packed + block * packed_bytes,
+                         (float *)(scales + place_of(plan, block, 4)),
+                         packed + place_of(plan, block, packed_bytes),
                          moments ? moments + block * MOMENTS : NULL);
         }
         free(memory);
@@ -1106,8 +1114,9 @@ int EXPORT(rhtcomm_decode)(const Plan *plan, int64_t blocks, const char *scales,
         for (int64_t block = 0; block < blocks; block++) {
             if (!memory) continue;
             int64_t at = block * size;
-            decode_block(plan, scratch_of(memory, size), plan->first + at, scales + 4 * block,
-                         packed + block * packed_bytes, stride,
+            decode_block(plan, scratch_of(memory, size), plan->first + at,
+                         scales + place_of(plan, block, 4),
+                         packed + place_of(plan, block, packed_bytes), stride,
                          (char *)out + at * bytes_of(dtype), dtype, least(size, numel - at));
         }
         free(memory);
@@ -1117,7 +1126,7 @@ int EXPORT(rhtcomm_decode)(const Plan *plan, int64_t blocks, const char *scales,
 
 #ifdef DISPATCH
 /* Tells a library that does not fit the Python code beside it; raise it when a function changes. */
-enum { ABI = 2 };
+enum { ABI = 3 };
 __attribute__((visibility("default"))) int rhtcomm_abi(void) {
     return (ABI << 16) + (int)sizeof(Plan);
 }

@@ -18,7 +18,7 @@ __all__ = ["DTYPES", "QUANTIZERS", "Library", "library_path"]
 
 QUANTIZERS = (QuicFL, Eden, VectorQuantizer)  # in the order of cpu.c
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of cpu.c
-_ABI = 2  # of cpu.c
+_ABI = 3  # of cpu.c
 _NAME = "rhtcomm_cpu.*"
 
 
@@ -42,6 +42,8 @@ class _Plan(ctypes.Structure):
         ("world_size", ctypes.c_int64),
         ("first_rank", ctypes.c_int64),
         ("rows", ctypes.c_int64),
+        ("run", ctypes.c_int64),
+        ("run_stride", ctypes.c_int64),
         ("exact_capacity", ctypes.c_int64),
         ("seed", ctypes.c_uint32 * 2),
         ("bucket", ctypes.c_uint32),
@@ -98,8 +100,17 @@ class Library:
             usable = ", ".join(name for name, fine in variants.items() if fine)
             raise RuntimeError(f"RHTCOMM_CPU={variant}, but this machine can run only {usable}")
         self.variant = variant
+        long, address, plan = ctypes.c_int64, ctypes.c_void_p, ctypes.POINTER(_Plan)
         self._encode = getattr(library, f"rhtcomm_encode_{variant}")
+        self._encode.argtypes = (
+            *(plan, long, long, address, ctypes.c_int, long, address, address, address),
+            ctypes.c_int,
+        )
         self._decode = getattr(library, f"rhtcomm_decode_{variant}")
+        self._decode.argtypes = (
+            *(plan, long, address, address, long, address, ctypes.c_int, long),
+            ctypes.c_int,
+        )
 
     def encode(
         self,
@@ -116,17 +127,19 @@ class Library:
     ) -> None:
         x = x.detach().contiguous()
         normalization = blocks.size ** (-rotation.rotations / 2)
+        plan = _plan(rotation, quantizer, key, blocks, world_size, normalization)
+        plan.run, plan.run_stride = scales.shape[-1], codes.stride(-3)
         _check(
             self._encode(
-                ctypes.byref(_plan(rotation, quantizer, key, blocks, world_size, normalization)),
-                ctypes.c_int64(blocks.count),
-                ctypes.c_int64(rank),
-                ctypes.c_void_p(x.data_ptr()),
+                ctypes.byref(plan),
+                blocks.count,
+                rank,
+                x.data_ptr(),
                 DTYPES.index(x.dtype),
-                ctypes.c_int64(x.numel()),
-                ctypes.c_void_p(scales.data_ptr()),
-                ctypes.c_void_p(codes.data_ptr()),
-                ctypes.c_void_p(None if moments is None else moments.data_ptr()),
+                x.numel(),
+                scales.data_ptr(),
+                codes.data_ptr(),
+                None if moments is None else moments.data_ptr(),
                 torch.get_num_threads(),
             )
         )
@@ -148,16 +161,17 @@ class Library:
         normalization = blocks.size ** (-rotation.rotations / 2) / rows
         plan = _plan(rotation, quantizer, key, blocks, world_size, normalization)
         plan.first_rank, plan.rows = first_rank, rows
+        plan.run, plan.run_stride = scales.shape[-1], codes.stride(-3)
         _check(
             self._decode(
                 ctypes.byref(plan),
-                ctypes.c_int64(blocks.count),
-                ctypes.c_void_p(scales.data_ptr()),
-                ctypes.c_void_p(codes.data_ptr()),
-                ctypes.c_int64(codes.stride(0)),
-                ctypes.c_void_p(out.data_ptr()),
+                blocks.count,
+                scales.data_ptr(),
+                codes.data_ptr(),
+                codes.stride(0),
+                out.data_ptr(),
                 DTYPES.index(out.dtype),
-                ctypes.c_int64(out.numel()),
+                out.numel(),
                 torch.get_num_threads(),
             )
         )

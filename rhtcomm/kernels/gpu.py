@@ -564,25 +564,28 @@ def encode(
     assert isinstance(quantizer, QUANTIZERS)
     table, thresholds = _tables(quantizer, x.device, encoding=True)
     levels = quantizer.table if isinstance(quantizer, QuicFL) else None
+    x = x.detach().contiguous()
     with torch.cuda.device_of(x):
-        _encode[(blocks.count,)](
-            x.detach().contiguous(),
-            scales,
-            codes,
-            moments,
-            table,
-            thresholds,
-            x.numel(),
-            *_words_of(key, blocks),
-            rank if quantizer.rotation == "one_a_rank" else 0,
-            256 * stratum(rank, world_size),
-            blocks.size ** (-rotation.rotations / 2),
-            BIASED=getattr(quantizer, "biased", False),
-            INVERSE_BOUND=levels.inverse_bound if levels else 0.0,
-            NODES_PER_SIGMA=levels.nodes_per_sigma if levels else 0.0,
-            MIDDLE=levels.middle if levels else 0,
-            **_shape(rotation, quantizer, blocks, x.numel()),
-        )
+        for i, run in enumerate(blocks.split(len(scales))):
+            coordinates = x[run.start - blocks.start : run.stop - blocks.start]
+            _encode[(run.count,)](
+                coordinates,
+                scales[i],
+                codes[i],
+                None if moments is None else moments[i * run.count :],
+                table,
+                thresholds,
+                coordinates.numel(),
+                *_words_of(key, run),
+                rank if quantizer.rotation == "one_a_rank" else 0,
+                256 * stratum(rank, world_size),
+                run.size ** (-rotation.rotations / 2),
+                BIASED=getattr(quantizer, "biased", False),
+                INVERSE_BOUND=levels.inverse_bound if levels else 0.0,
+                NODES_PER_SIGMA=levels.nodes_per_sigma if levels else 0.0,
+                MIDDLE=levels.middle if levels else 0,
+                **_shape(rotation, quantizer, run, coordinates.numel()),
+            )
 
 
 def decode(
@@ -605,22 +608,24 @@ def decode(
     rows = len(scales)
     (table,) = _tables(quantizer, out.device, encoding=False)
     with torch.cuda.device_of(out):
-        _decode[(blocks.count,)](
-            scales,
-            codes,
-            out,
-            table,
-            out.numel(),
-            *_words_of(key, blocks),
-            first_rank,
-            rows,
-            scales.stride(0),
-            codes.stride(0),
-            rows if world_size is None else world_size,
-            blocks.size ** (-rotation.rotations / 2) / rows,
-            SHARED_BITS=quantizer.table.shared_bits if isinstance(quantizer, QuicFL) else 0,
-            **_shape(rotation, quantizer, blocks, out.numel()),
-        )
+        for i, run in enumerate(blocks.split(scales.shape[1])):
+            target = out[run.start - blocks.start : run.stop - blocks.start]
+            _decode[(run.count,)](
+                scales[:, i],
+                codes[:, i],
+                target,
+                table,
+                target.numel(),
+                *_words_of(key, run),
+                first_rank,
+                rows,
+                scales.stride(0),
+                codes.stride(0),
+                rows if world_size is None else world_size,
+                run.size ** (-rotation.rotations / 2) / rows,
+                SHARED_BITS=quantizer.table.shared_bits if isinstance(quantizer, QuicFL) else 0,
+                **_shape(rotation, quantizer, run, target.numel()),
+            )
 
 
 def _words_of(key: Key, blocks: Blocks) -> tuple[int, ...]:

@@ -38,6 +38,25 @@ def encode(
     codes: torch.Tensor,
     moments: torch.Tensor | None = None,
 ) -> None:
+    of_run = [None] * len(scales) if moments is None else moments.chunk(len(scales))
+    for i, run in enumerate(blocks.split(len(scales))):
+        coordinates = x[run.start - blocks.start : run.stop - blocks.start]
+        facts = (key, run, rank, world_size)
+        _encode(rotation, quantizer, coordinates, *facts, scales[i], codes[i], of_run[i])
+
+
+def _encode(
+    rotation: RandomizedHadamard,
+    quantizer: Quantizer,
+    x: torch.Tensor,
+    key: Key,
+    blocks: Blocks,
+    rank: int,
+    world_size: int,
+    scales: torch.Tensor,
+    codes: torch.Tensor,
+    moments: torch.Tensor | None,
+) -> None:
     for rows, piece in _pieces(blocks, x.device):
         start = piece.start - blocks.start
         part = piece.rows(x[start : start + piece.count * piece.size].float())
@@ -70,6 +89,23 @@ def decode(
     world_size: int | None = None,
 ) -> None:
     world_size = len(scales) if world_size is None else world_size
+    for i, run in enumerate(blocks.split(scales.shape[1])):
+        target = out[run.start - blocks.start : run.stop - blocks.start]
+        facts = (key, run, target, first_rank, world_size)
+        _decode(rotation, quantizer, scales[:, i], codes[:, i], *facts)
+
+
+def _decode(
+    rotation: RandomizedHadamard,
+    quantizer: Quantizer,
+    scales: torch.Tensor,
+    codes: torch.Tensor,
+    key: Key,
+    blocks: Blocks,
+    out: torch.Tensor,
+    first_rank: int,
+    world_size: int,
+) -> None:
     shared = quantizer.rotation == "shared"
     for rows, piece in _pieces(blocks, scales.device):
         down, up, finite = _powers_of_two(scales[:, rows].t())
