@@ -196,7 +196,7 @@ class RHTState:
         self._failure: BaseException | None = None
         self._closed = False
         self._steps = self._bytes_sent = self._bytes_uncompressed = 0
-        self._seconds = {"encode": 0.0, "exchange": 0.0, "decode": 0.0}
+        self.seconds = {"encode": 0.0, "exchange": 0.0, "decode": 0.0}
         self._squared_error = self._squared_norm = 0.0
         # "auto": what the ranks want for a bucket, by its index and length: they tell whether it is
         # the bucket of the step before.
@@ -209,9 +209,9 @@ class RHTState:
             steps=self._steps,
             bytes_sent=self._bytes_sent,
             bytes_uncompressed=self._bytes_uncompressed,
-            encode_seconds=self._seconds["encode"],
-            exchange_seconds=self._seconds["exchange"],
-            decode_seconds=self._seconds["decode"],
+            encode_seconds=self.seconds["encode"],
+            exchange_seconds=self.seconds["exchange"],
+            decode_seconds=self.seconds["decode"],
             nmse=self._squared_error / self._squared_norm if self._squared_norm else None,
             rotations=dict(self._taken),
         )
@@ -300,6 +300,10 @@ class RHTState:
         self._closed = True
         if self._worker is not None:
             self._worker.shutdown(wait=True)
+        if self._communicator is not None and self._failure is None:
+            # DDP may have left out the last bucket. Whoever is gone has no more use for it.
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                self._communicator.settle()
         self._leave_group()
         self._worker = None
         if self._failure is None:
@@ -332,14 +336,14 @@ class RHTState:
             self._next_step()
         key = replace(self.key, bucket=bucket.index())
         parameters = bucket.parameters() if self.error_feedback else []
-        self._last_index = bucket.index()
-        if bucket.is_last():
+        self._last_index, last = bucket.index(), bucket.is_last()
+        if last:
             self._next_step()
         on_device = buffer.device.type != "cpu"
         devices = [buffer.device] if on_device else None
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
         ready = torch.cuda.current_stream(buffer.device).record_event() if on_device else None
-        self._worker.submit(self._run, buffer, key, parameters, ready, done)
+        self._worker.submit(self._run, buffer, key, parameters, last, ready, done)
         # An exception set on a Python future reaches DDP only when a callback raises it again.
         return done.then(lambda finished: finished.value())
 
@@ -401,6 +405,7 @@ class RHTState:
         buffer: torch.Tensor,
         key: Key,
         parameters: list[torch.Tensor],
+        last: bool,
         ready: torch.cuda.Event | None,
         done: torch.futures.Future[torch.Tensor],
     ) -> None:
@@ -415,12 +420,17 @@ class RHTState:
             with self._after(buffer, ready), self._checks.deferring():
                 self._mean(buffer, key, parameters)
                 done.set_result(buffer)
+                # The next bucket shows that the others have this one, but a step may be the last.
+                if last and self._communicator is not None:
+                    with self._exchange(key):
+                        self._communicator.settle()
         except BaseException as failure:
             self._failure = self._failure or failure
             _clear_frames(failure)  # they hold what refers to the group
             if not isinstance(failure, Exception):  # futures take no others
                 failure = RuntimeError(f"rht_hook: {failure!r} on the worker thread")
-            done.set_exception(failure)  # type: ignore[arg-type]
+            if not done.done():
+                done.set_exception(failure)  # type: ignore[arg-type]
             # A rank may live on after its error. On Gloo nobody would tell the others, which wait.
             # (NCCL's watchdog does that, and destroying its group might block.)
             if self._communicator is not None:
@@ -483,7 +493,8 @@ class RHTState:
             rotations=rotations,
             check=False,
             residual=residual,
-            stopwatch=lambda part: self._stopwatch(part, key),
+            settle=False,
+            stopwatch=lambda part: _Stopwatch(self, part, key),
         )
         if wanted is not None:
             self._wanted[place] = wanted
@@ -521,39 +532,56 @@ class RHTState:
 
     @contextlib.contextmanager
     def _exchange(self, key: Key) -> Iterator[None]:
-        """Say in the hook's words what an error of the exchange means."""
-        communicator = self._communicator
-        assert communicator is not None
         try:
             yield
         except DisagreementError:
             raise
         except (RuntimeError, TimeoutError) as error:
-            text = str(error)
-            if re.search("timed? ?out|waited", text, re.IGNORECASE):
-                cause = (
-                    f"another rank did not answer within {self._patience}; it hangs, is stopped, "
-                    "or makes other calls than this one"
-                )
-            elif re.search("closed by|reset by|broken pipe|not connected", text, re.IGNORECASE):
-                cause = "another rank died, or failed and gave up"
-            else:
-                cause = "another rank may have made another call than this one"
-            if not self._checked:
-                cause += f", {_NO_HOOK}"
-            raise RuntimeError(
-                f"rht_hook: rank {communicator.rank} of {communicator.world_size} could not "
-                f"exchange bucket {key.bucket} of step {key.step}: {cause}. See what the other "
-                f"ranks printed first. The transport says: {text}"
-            ) from error
+            raise self.explained(error, key) from error
 
-    @contextlib.contextmanager
-    def _stopwatch(self, part: str, key: Key) -> Iterator[None]:
-        start = time.perf_counter()
-        exchange = self._exchange(key) if part == "exchange" else contextlib.nullcontext()
-        with torch.profiler.record_function(f"rhtcomm::{part}"), exchange:
-            yield
-        self._seconds[part] += time.perf_counter() - start
+    def explained(self, error: Exception, key: Key) -> RuntimeError:
+        """What an error of the exchange of a bucket means."""
+        communicator = self._communicator
+        assert communicator is not None
+        text = str(error)
+        if re.search("timed? ?out|waited", text, re.IGNORECASE):
+            cause = (
+                f"another rank did not answer within {self._patience}; it hangs, is stopped, "
+                "or makes other calls than this one"
+            )
+        elif re.search("closed by|reset by|broken pipe|not connected", text, re.IGNORECASE):
+            cause = "another rank died, or failed and gave up"
+        else:
+            cause = "another rank may have made another call than this one"
+        if not self._checked:
+            cause += f", {_NO_HOOK}"
+        return RuntimeError(
+            f"rht_hook: rank {communicator.rank} of {communicator.world_size} could not "
+            f"exchange bucket {key.bucket} of step {key.step}: {cause}. See what the other "
+            f"ranks printed first. The transport says: {text}"
+        )
+
+
+class _Stopwatch:
+    """Times a part of a bucket's way, names it in profiles, and explains errors of its exchange."""
+
+    def __init__(self, state: RHTState, part: str, key: Key) -> None:
+        self._state, self._part, self._key = state, part, key
+        self._range: torch.profiler.record_function | None = None
+
+    def __enter__(self) -> None:
+        # With no profiler to see it, to name a range would take longer than all the rest here.
+        if getattr(torch.autograd.profiler, "_is_profiler_enabled", True):
+            self._range = torch.profiler.record_function(f"rhtcomm::{self._part}")
+            self._range.__enter__()
+        self._start = time.perf_counter()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._state.seconds[self._part] += time.perf_counter() - self._start
+        if self._range is not None:
+            self._range.__exit__(kind, error, trace)
+        if self._part == "exchange" and isinstance(error, (RuntimeError, TimeoutError)):
+            raise self._state.explained(error, self._key) from error
 
 
 def _clear_frames(error: BaseException | None) -> None:

@@ -30,7 +30,6 @@ bfloat16 or float16 is the same on all ranks, and goes into the residual of each
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 from collections import deque
@@ -79,6 +78,7 @@ def all_reduce(
     rotations: int | None = None,
     check: bool = True,
     residual: torch.Tensor | None = None,
+    settle: bool = True,
     stopwatch: Stopwatch = lambda _: contextlib.nullcontext(),
 ) -> int | None:
     """Replace `tensor` by its mean over all ranks, in place; every rank gets the same bits.
@@ -101,6 +101,8 @@ def all_reduce(
             feedback. It is added to the tensor and replaced by what this rank leaves unsent. Where
             any number of the result is not finite, all of it stays as it was: a gradient scaler
             then skips the step. One bit needs a quantizer with biased=True.
+        settle: return only when the other ranks have what this one sent, so that it may leave. The
+            DDP hook uses the result first; see `Communicator.settle`.
         stopwatch: called with "encode", "exchange" and "decode"; gives a context for that part.
 
     Returns:
@@ -168,11 +170,11 @@ def all_reduce(
         _uncompressed(flat, communicator, stopwatch)
     elif isinstance(communicator, HierarchicalCommunicator):
         rotations = _hierarchical(
-            flat, codec, key, communicator, algorithm, rotations, stopwatch, left
+            flat, codec, key, communicator, algorithm, rotations, stopwatch, settle, left
         )
     else:
         rotations = _compressed(
-            flat, codec, key, communicator, algorithm, rotations, stopwatch, left=left
+            flat, codec, key, communicator, algorithm, rotations, stopwatch, settle, left=left
         )
     if flat.data_ptr() != tensor.data_ptr():
         tensor.detach().copy_(flat.view(tensor.shape))
@@ -299,6 +301,7 @@ def _hierarchical(
     algorithm: Algorithm,
     rotations: int | None,
     stopwatch: Stopwatch,
+    settle: bool,
     left: torch.Tensor | None,
 ) -> int | None:
     communicator.check_nodes(flat.device)
@@ -309,7 +312,7 @@ def _hierarchical(
         outgoing = flat.new_zeros(within.world_size, max(sizes))
         for row, shard, size in zip(outgoing, shards, sizes, strict=True):
             row[:size] = flat[shard]
-        incoming = within.all_to_all(outgoing.view(torch.uint8)).view(flat.dtype)
+        incoming = within.start_all_to_all(outgoing.view(torch.uint8))().view(flat.dtype)
     mine = torch.zeros(max(sizes), dtype=torch.float32, device=flat.device)
     for row in incoming:  # in the order of ranks
         mine += row
@@ -321,7 +324,7 @@ def _hierarchical(
         unsent = None if left is None else left[shard]
         try:
             wanted = _compressed(
-                *(mine[:size], codec, key, between, algorithm, rotations, stopwatch),
+                *(mine[:size], codec, key, between, algorithm, rotations, stopwatch, settle),
                 *(shard.start, unsent),
             )
         except PayloadError as error:  # the node's other ranks still wait for this shard
@@ -331,7 +334,8 @@ def _hierarchical(
     with stopwatch("exchange"):
         # Each place saw its own shard alone, so what it wants goes along behind the shard.
         row = torch.cat([mine, mine.new_tensor([wanted or 0])]).to(flat.dtype)
-        gathered = within.all_gather(row.view(torch.uint8)).view(flat.dtype)
+        gathered = within.start_all_gather(row.view(torch.uint8))().view(flat.dtype)
+        within.settle(wait=settle)
         for row, shard, size in zip(gathered, shards, sizes, strict=True):
             flat[shard] = row[:size]
     if failure is not None:
@@ -355,6 +359,7 @@ def _compressed(
     algorithm: Algorithm,
     rotations: int | None,
     stopwatch: Stopwatch,
+    settle: bool,
     first: int = 0,
     left: torch.Tensor | None = None,
 ) -> int | None:
@@ -370,11 +375,11 @@ def _compressed(
     whole = _Part(flat, codec, key, communicator, rotations, stopwatch, first, left)
     calls = communicator.world_size if chosen == "two_shot" else 1
     chunks = split_into_chunks(flat.numel(), codec.block, calls)
-    return _pipeline([course(whole[chunk]) for chunk in chunks], communicator, stopwatch)
+    return _pipeline([course(whole[chunk]) for chunk in chunks], communicator, stopwatch, settle)
 
 
 def _pipeline(
-    courses: list[_Course], communicator: Communicator, stopwatch: Stopwatch
+    courses: list[_Course], communicator: Communicator, stopwatch: Stopwatch, settle: bool
 ) -> int | None:
     """Take chunks through their courses, each in turn up to its next exchange.
 
@@ -401,7 +406,7 @@ def _pipeline(
         except PayloadError as error:  # the other ranks still wait for the other chunks
             failure = failure or error
     with stopwatch("exchange"):
-        communicator.settle()
+        communicator.settle(wait=settle)
     if failure is not None:
         raise failure
     return _most(wanted)
@@ -433,8 +438,8 @@ class _Part:
     def nbytes(self) -> int:
         return self.codec.nbytes(self.flat.numel())
 
-    def encode(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """This rank's payload; `left` becomes flat - what the payload says."""
+    def encode(self, shards: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """This rank's payload or payloads; `left` becomes flat - what they say."""
         rank, world_size = self.communicator.rank, self.communicator.world_size
         with self.stopwatch("encode"):
             payload = self.codec.encode(
@@ -444,16 +449,17 @@ class _Part:
                 world_size,
                 first=self.first,
                 rotations=self.rotations,
+                shards=shards,
                 out=out,
             )
             if self.left is not None:
-                self.codec.decode_mean(
-                    payload[None],
+                self.codec.decode_shards(
+                    payload.view(shards or 1, -1),
                     self.key,
                     self.flat.numel(),
                     first=self.first,
                     out=self.left,
-                    first_rank=rank,
+                    rank=rank,
                     world_size=world_size,
                 )
                 torch.sub(self.flat, self.left, out=self.left)
@@ -491,18 +497,25 @@ class _Part:
             )
         return mean
 
-    def decode_again(self, payload: torch.Tensor, owner: int) -> int | None:
-        """What `owner` encoded by `encode_mean` goes to `flat`."""
+    def decode_again(self, payloads: torch.Tensor, owner: int) -> int | None:
+        """What `owner` and those after it encoded by `encode_mean` goes to `flat`."""
         try:
-            return replace(self, key=self.key.next_hop()).decode(payload[None])
+            with self.stopwatch("decode"):
+                self.codec.decode_shards(
+                    *(payloads, self.key.next_hop(), self.flat.numel()),
+                    first=self.first,
+                    out=self.flat,
+                )
         except PayloadError:
-            if payload.any():
-                raise
-            raise PayloadError(
-                f"rhtcomm.all_reduce: rank {owner} could not decode what the ranks sent it for "
-                f"{self.key}: they are out of step or configured differently; its own error says "
-                "more"
-            ) from None
+            for rank, payload in enumerate(payloads, owner):
+                if not payload.any():
+                    raise PayloadError(
+                        f"rhtcomm.all_reduce: rank {rank} could not decode what the ranks sent it "
+                        f"for {self.key}: they are out of step or configured differently; its own "
+                        "error says more"
+                    ) from None
+            raise
+        return self.codec.wanted_rotations(payloads)
 
     def keep(self, mean: torch.Tensor) -> None:
         """What encoding the mean of n ranks again has lost, n times, goes to `left` too."""
@@ -522,7 +535,7 @@ def _gather(part: _Part) -> _Course:
     yield part.communicator.start_broadcast, payload
     if isinstance(mean, PayloadError):
         raise mean
-    wanted = part.decode_again(payload, owner=0)
+    wanted = part.decode_again(payload[None], owner=0)
     if mean is not None:
         part.keep(mean)
     return wanted
@@ -530,23 +543,32 @@ def _gather(part: _Part) -> _Course:
 
 def _two_shot(part: _Part) -> _Course:
     rank, world_size = part.communicator.rank, part.communicator.world_size
+    runs = split_into_shards(part.flat.numel(), part.codec.block, world_size)
+    mine, width = part[runs[rank]], part[runs[0]].nbytes
+    # The codec takes all shards that are as long as the first one in one call.
+    alike = sum(run.stop - run.start == runs[0].stop for run in runs)
+    calls = [slice(0, alike), *(slice(owner, owner + 1) for owner in range(alike, world_size))]
     shards = [
-        part[run] for run in split_into_shards(part.flat.numel(), part.codec.block, world_size)
+        (owners, part[runs[owners.start].start : runs[owners.stop - 1].stop]) for owners in calls
     ]
-    width = max(shard.nbytes for shard in shards)
+
+    def rows_of(payloads: torch.Tensor, owners: slice, shard: _Part) -> torch.Tensor:
+        each = shard.flat.numel() // (owners.stop - owners.start)
+        return payloads[owners, : part.codec.nbytes(each)]
+
     outgoing = part.flat.new_empty(world_size, width, dtype=torch.uint8)
-    for row, shard in zip(outgoing, shards, strict=True):
-        shard.encode(out=row[: shard.nbytes])
+    for owners, shard in shards:
+        rows = rows_of(outgoing, owners, shard)
+        shard.encode(shards=len(rows), out=rows)
     incoming = yield part.communicator.start_all_to_all, outgoing
-    mine = shards[rank]
     again = part.flat.new_empty(width, dtype=torch.uint8)
     mean = mine.encode_mean(incoming[:, : mine.nbytes], out=again[: mine.nbytes])
     gathered = yield part.communicator.start_all_gather, again
     if isinstance(mean, PayloadError):
         raise mean
     wanted = [
-        shard.decode_again(row[: shard.nbytes], owner)
-        for owner, (row, shard) in enumerate(zip(gathered, shards, strict=True))
+        shard.decode_again(rows_of(gathered, owners, shard), owners.start)
+        for owners, shard in shards
     ]
     mine.keep(mean)
     return _most(wanted)
@@ -602,13 +624,13 @@ def _lattice(
 
 def split_into_chunks(numel: int, block: int, calls: int) -> list[slice]:
     """Runs that travel one behind the other, of whole blocks for each of `calls` to the codec."""
-    coordinates = min(max(numel // (3 * calls), _FEWEST), _MOST)
-    step = -(-coordinates // block) * block * calls
+    count = max(min(numel // (calls * _FEWEST), 3), -(-numel // (calls * _MOST)), 1)
+    step = -(-numel // (count * calls * block)) * calls * block
     return [slice(start, min(numel, start + step)) for start in range(0, numel, step)]
 
 
 def split_into_shards(numel: int, block: int, world_size: int) -> list[slice]:
-    """One run of whole blocks for each rank, as even as blocks allow; the last may be short."""
-    blocks = -(-numel // block)
-    edges = [min(numel, block * (blocks * rank // world_size)) for rank in range(world_size + 1)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+    """One run of whole blocks for each rank, all equal but for the last ones: they get the rest."""
+    run = -(-numel // (block * world_size)) * block
+    full = [slice(start, min(numel, start + run)) for start in range(0, numel, run or 1)]
+    return full + [slice(0, 0)] * (world_size - len(full))

@@ -4,7 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ class Communicator(Protocol):
 
     A `start_...` returns at once, with a function that waits for the result and gives it. Several
     exchanges may be under way, to be finished in the order in which they were started; `settle`
-    follows the last of them. Until then what they send belongs to them.
+    follows the last of them. What they send belongs to them.
     """
 
     bytes_sent: int
@@ -67,8 +67,12 @@ class Communicator(Protocol):
         """Sum or maximum of contiguous tensors over ranks, in place, the same bits everywhere."""
         ...
 
-    def settle(self) -> None:
-        """Wait until the others have all that this rank sent; by default they have."""
+    def settle(self, wait: bool = True) -> None:
+        """All exchanges started so far are finished here.
+
+        With `wait`, return when the others have all that this rank sent to them. Else that may
+        come out later, but must before the rank leaves. By default it is so without waiting.
+        """
         return None
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -90,6 +94,14 @@ class Communicator(Protocol):
         others wait for their timeout.
         """
         return None
+
+
+class _Message(NamedTuple):
+    """To or from another rank of a group."""
+
+    rank: int
+    turn: int
+    work: dist.Work
 
 
 class TorchCommunicator(Communicator):
@@ -117,18 +129,21 @@ class TorchCommunicator(Communicator):
         # Each begins with its neighbour, so that no rank is the first to hear from all.
         self._others = [(self._rank + i) % self._world_size for i in range(1, self._world_size)]
         self._unsettled = False
-        self._sent: list[dist.Work | None] = []
-        self._receipts: list[dist.Work | None] = []
+        self._turn = 0  # how often `settle` was called
+        self._sent: list[_Message] = []  # of which the others have not yet said that they have it
+        self._heard = [0] * self._world_size  # by rank, the turn of its last message
 
     @property
-    def group(self) -> dist.ProcessGroup | None:
-        """None is the world."""
+    def group(self) -> dist.ProcessGroup:
+        """The one that it was made with."""
         if self._aborted:
             raise RuntimeError(
                 f"TorchCommunicator: rank {self.rank} of {self.world_size} gave up and left the "
                 "group; start the program again, or make new groups on all ranks"
             )
-        return self._group
+        group = dist.group.WORLD if self._group is None else self._group
+        assert group is not None
+        return group
 
     @property
     def rank(self) -> int:
@@ -143,11 +158,11 @@ class TorchCommunicator(Communicator):
         self.bytes_sent += (self.world_size - 1) * x.numel()
         if x.device.type == "cpu":
             gathered[self.rank] = x
-            works = self._receive(gathered, self._others)
-            self._sent += self._send([x] * self.world_size, self._others)
-        else:
-            works = [dist.all_gather(list(gathered), x, group=self.group, async_op=True)]
-        return _finish(works, gathered)
+            self._send([x] * self.world_size, self._others)
+            return self._finish(self._receive(gathered, self._others), gathered)
+        return _finish(
+            dist.all_gather(list(gathered), x, group=self.group, async_op=True), gathered
+        )
 
     def start_all_to_all(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         x = x.contiguous()
@@ -155,68 +170,92 @@ class TorchCommunicator(Communicator):
         self.bytes_sent += (self.world_size - 1) * x.shape[1]
         if x.device.type == "cpu":
             received[self.rank] = x[self.rank]
-            works = self._receive(received, self._others)
-            self._sent += self._send(x, self._others)
-        else:
-            works = [dist.all_to_all_single(received, x, group=self.group, async_op=True)]
-        return _finish(works, received)
+            self._send(x, self._others)
+            return self._finish(self._receive(received, self._others), received)
+        work = dist.all_to_all_single(received, x, group=self.group, async_op=True)
+        return _finish(work, received)
 
     def start_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor | None]:
         gathered = x.new_empty(self.world_size, x.numel()) if self.rank == 0 else None
         self.bytes_sent += 0 if self.rank == 0 else x.numel()
-        works: list[dist.Work | None] = []
         if x.device.type != "cpu":
             rows = None if gathered is None else list(gathered)
-            works = [dist.gather(x, rows, self._ranks[0], self.group, async_op=True)]
-        elif gathered is not None:
-            gathered[0] = x
-            works = self._receive(gathered, self._others)
-        else:
-            self._sent += self._send([x], [0])
-        return _finish(works, gathered)
+            work = dist.gather(x, rows, self._ranks[0], self.group, async_op=True)
+            return _finish(work, gathered)
+        if gathered is None:
+            self._send([x], [0])
+            return lambda: None
+        gathered[0] = x
+        return self._finish(self._receive(gathered, self._others), gathered)
 
     def start_broadcast(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         self.bytes_sent += (self.world_size - 1) * x.numel() if self.rank == 0 else 0
-        works: list[dist.Work | None] = []
         if x.device.type != "cpu":
-            works = [dist.broadcast(x, self._ranks[0], self.group, async_op=True)]
-        elif self.rank == 0:
-            self._sent += self._send([x] * self.world_size, self._others)
-        else:
-            works = self._receive([x], [0])
-        return _finish(works, x)
+            return _finish(dist.broadcast(x, self._ranks[0], self.group, async_op=True), x)
+        if self.rank == 0:
+            self._send([x] * self.world_size, self._others)
+            return lambda: x
+        return self._finish(self._receive([x], [0]), x)
 
     # Gloo's own collectives go through a pool of two threads, which costs hand-overs and lets two
-    # chunks share a link, so that both arrive late. Plain messages do neither.
+    # chunks share a link, so that both arrive late. Plain messages do neither. Sends go first: the
+    # data then mostly leaves on Gloo's thread. What left from ours, while data arrives from the
+    # same rank, would hold a lock for which Gloo's thread spins.
 
     # A message that finds its connection closed just as the other side asks for it is lost to Gloo,
     # which then never says whether it was sent, while those who receive hear of a closed connection
-    # at once. So a rank asks about what it sent only after the other has said that it came.
+    # at once. So a rank asks about what it sent only after the other has shown that it came: by a
+    # message of a later turn, which it begins with all of the one before in hand.
 
-    def settle(self) -> None:
-        if not self._unsettled:
-            return
-        receipts = torch.zeros(self.world_size, 1, dtype=torch.uint8)
-        arriving = self._receive(receipts, self._others)
-        leaving = self._send(receipts, self._others)
-        _finish([*arriving, *self._sent], None)()
-        # By now receipts are on their way, and those of the last time have come.
-        self._sent, self._receipts = [], leaving
-        self._unsettled = False
+    def settle(self, wait: bool = True) -> None:
+        self._turn += 1
+        if wait and self._unsettled:
+            receipts = torch.zeros(self.world_size, 1, dtype=torch.uint8)
+            # Receives first: what the other asks for comes ahead of what it sends, so whoever has
+            # its receipts has also sent its own, and may leave.
+            arriving = self._receive(receipts, self._others)
+            self._send(receipts, self._others)
+            self._finish(arriving, None)()
+            self._turn += 1
+            self._unsettled = False
+
+    # Neither may name the group: an error's traceback would keep it, and with it the connections.
 
     def _receive(
         self, rows: Sequence[torch.Tensor] | torch.Tensor, ranks: Sequence[int]
-    ) -> list[dist.Work | None]:
+    ) -> list["_Message"]:
         """Row i from rank i."""
         self._unsettled = True
-        return [dist.irecv(rows[rank], self._ranks[rank], self.group, _TAG) for rank in ranks]
+        return [
+            _Message(rank, self._turn, self.group.recv([rows[rank]], rank, _TAG)) for rank in ranks
+        ]
 
-    def _send(
-        self, rows: Sequence[torch.Tensor] | torch.Tensor, ranks: Sequence[int]
-    ) -> list[dist.Work | None]:
+    def _send(self, rows: Sequence[torch.Tensor] | torch.Tensor, ranks: Sequence[int]) -> None:
         """Row i to rank i."""
         self._unsettled = True
-        return [dist.isend(rows[rank], self._ranks[rank], self.group, _TAG) for rank in ranks]
+        for rank in ranks:
+            self._sent.append(_Message(rank, self._turn, self.group.send([rows[rank]], rank, _TAG)))
+
+    def _finish(self, arriving: list["_Message"], result: Result) -> Callable[[], Result]:
+        """What waits for messages."""
+
+        def finish() -> Result:
+            first_of_turn = False
+            try:
+                for rank, turn, work in arriving:
+                    work.wait()
+                    if turn > self._heard[rank]:
+                        self._heard[rank], first_of_turn = turn, True
+            finally:
+                arriving.clear()  # they keep connections, and an error's traceback this closure
+            if first_of_turn:
+                for rank, turn, work in self._sent:
+                    if turn < self._heard[rank]:
+                        work.wait()
+                self._sent = [sent for sent in self._sent if sent.turn >= self._heard[sent.rank]]
+            return result
+
+        return finish
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
@@ -232,7 +271,7 @@ class TorchCommunicator(Communicator):
         is for the backend to tell the others (NCCL's watchdog does).
         """
         group, self._group, self._aborted = self._group, None, True
-        self._sent, self._receipts = [], []  # they refer to its connections
+        self._sent.clear()  # they refer to its connections
         if group is None or group is dist.group.WORLD or group.name() != "gloo":
             return
         with contextlib.suppress(ValueError):  # it went with the world that it was made in
@@ -450,6 +489,11 @@ class HierarchicalCommunicator:
         gathered = gathered.view(self.within.world_size, self.between.world_size, -1)
         return gathered.transpose(0, 1).flatten(0, 1)
 
+    def settle(self, wait: bool = True) -> None:
+        """Both levels'; see `Communicator.settle`."""
+        self.between.settle(wait)
+        self.within.settle(wait)
+
     def abort(self) -> None:
         """Tell both levels that this rank gives up; see `TorchCommunicator.abort`.
 
@@ -473,16 +517,14 @@ class HierarchicalCommunicator:
         x.copy_(total.view_as(x))
 
 
-def _finish(works: list[dist.Work | None], result: Result) -> Callable[[], Result]:
-    """What waits for the works, which until then keep hold of their tensors."""
+def _finish(work: dist.Work | None, result: Result) -> Callable[[], Result]:
+    """What waits for a collective, which until then keeps hold of its tensors."""
+    works = [work]
 
     def finish() -> Result:
-        try:
-            for work in works:
-                assert work is not None  # it is where a rank is not of the group
-                work.wait()
-        finally:
-            works.clear()  # they keep connections open, and an error's traceback keeps this closure
+        work = works.pop()  # it keeps connections open, and an error's traceback this closure
+        assert work is not None  # it is where a rank is not of the group
+        work.wait()
         return result
 
     return finish

@@ -44,14 +44,15 @@ def all_gather_mean(inputs: list[torch.Tensor], codec: Codec, key: Key) -> torch
 
 
 def two_shot_mean(inputs: list[torch.Tensor], codec: Codec, key: Key) -> torch.Tensor:
-    """Rank r averages blocks B r / n .. B (r + 1) / n of all ranks, and encodes that again."""
+    """Rank r averages blocks w r .. w (r + 1) of all ranks, w = ceil(B / n), and encodes them."""
     world_size, numel = len(inputs), inputs[0].numel()
-    blocks = -(-numel // codec.block)
+    width = math.ceil(math.ceil(numel / codec.block) / world_size) * codec.block
     second_key = Key(key.seed, key.step, key.bucket, hop=1)
     result = torch.full((numel,), torch.nan)
     for owner in range(world_size):
-        start = blocks * owner // world_size * codec.block
-        stop = min(blocks * (owner + 1) // world_size * codec.block, numel)
+        start, stop = width * owner, min(width * (owner + 1), numel)
+        if start >= stop:
+            continue
         payloads = [
             codec.encode(x[start:stop], key, rank, world_size, first=start)
             for rank, x in enumerate(inputs)

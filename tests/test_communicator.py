@@ -69,10 +69,8 @@ def send_and_overwrite(rank: int, world_size: int) -> None:
         time.sleep(0.1 * rank)
         finish = ranks.start_all_to_all(rows)
         received = finish()
-        assert len(ranks._sent) == world_size - 1  # Gloo is not asked about them yet
         ranks.settle()
         rows.zero_()
-        assert not ranks._sent
         for sender in range(world_size):
             assert torch.equal(received[sender], row_of(sender, rank, 1_000_000))
     ranks.settle()  # nothing was sent since
@@ -80,6 +78,33 @@ def send_and_overwrite(rank: int, world_size: int) -> None:
 
 def test_after_settle_the_others_have_what_was_sent(ranks: Ranks) -> None:
     ranks.run(send_and_overwrite, 3)
+
+
+def send_and_forget(rank: int, world_size: int) -> list[int]:
+    """Exchanges that nobody waits to see arrive, of tensors that nobody else keeps."""
+    ranks, kept = TorchCommunicator(), []
+    for turn in range(6):
+        time.sleep(0.02 * ((rank + turn) % world_size))
+        finish = ranks.start_all_gather(row_of(rank, turn, 300_000))
+        torch.full((300_000,), 255, dtype=torch.uint8)  # would take memory that was given back
+        of_all = torch.stack([row_of(sender, turn, 300_000) for sender in range(world_size)])
+        assert torch.equal(finish(), of_all)
+        ranks.settle(wait=False)
+        x = row_of(rank, turn, 300_000)
+        collected = ranks.start_gather(x)()
+        assert collected is None or torch.equal(collected, of_all)
+        assert torch.equal(ranks.start_broadcast(x)(), of_all[0])
+        ranks.settle(wait=False)
+        kept.append(len(ranks._sent))
+    ranks.settle()
+    return kept
+
+
+def test_what_was_sent_is_kept_until_the_others_show_that_they_have_it(ranks: Ranks) -> None:
+    leader, *others = ranks.run(send_and_forget, 3)
+    # Of the gather and the broadcast. From each other, ranks 1 and 2 hear again in the next turn.
+    assert leader == [2] * 6
+    assert all(kept == [1 + 1] * 6 for kept in others)
 
 
 class LoggedWork:
@@ -91,28 +116,41 @@ class LoggedWork:
         self.work.wait()
 
 
-def log_messages(rank: int, world_size: int) -> list[str]:
-    log: list[str] = []
+class LoggedGroup:
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
 
-    def logged(post: Callable[..., Any], name: str) -> Callable[..., LoggedWork]:
-        def logged_post(*args: Any) -> LoggedWork:
-            log.append(name)
-            return LoggedWork(post(*args), name, log)
+    def __getattr__(self, name: str) -> Callable[..., LoggedWork]:
+        def post(*args: Any) -> LoggedWork:
+            self.log.append(name)
+            return LoggedWork(getattr(dist.group.WORLD, name)(*args), name, self.log)
 
-        return logged_post
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("irecv", "isend"):
-            patch.setattr(dist, name, logged(getattr(dist, name), name))
-        TorchCommunicator().all_gather(row_of(rank, 0, 9))
-    return log
+        return post
 
 
-def test_sends_are_waited_for_after_the_receipts_of_others(ranks: Ranks) -> None:
-    """And receives are posted first, so that those who fail are heard of."""
-    exchanged = ["irecv"] * 2 + ["isend"] * 2 + ["wait irecv"] * 2
-    for log in ranks.run(log_messages, 3):
-        assert log == [*exchanged, *exchanged, "wait isend", "wait isend"]
+def log_messages(rank: int, world_size: int) -> tuple[list[str], list[str]]:
+    settled: list[str] = []
+    ranks = TorchCommunicator()
+    ranks._group = LoggedGroup(settled)  # type: ignore[assignment]
+    ranks.all_gather(row_of(rank, 0, 9))
+    later: list[str] = []
+    ranks = TorchCommunicator()
+    ranks._group = LoggedGroup(later)  # type: ignore[assignment]
+    for _ in range(3):
+        ranks.start_all_gather(row_of(rank, 0, 9))()
+        ranks.settle(wait=False)
+    ranks.settle()
+    return settled, later
+
+
+def test_sends_are_waited_for_after_a_later_message_of_the_others(ranks: Ranks) -> None:
+    """And receipts are asked for before they are sent, so that all have left in the end."""
+    waits = ["wait recv"] * 2
+    exchanged = ["send"] * 2 + ["recv"] * 2 + waits
+    sent = ["wait send"] * 2
+    settled = ["recv"] * 2 + ["send"] * 2 + waits + sent
+    for logs in ranks.run(log_messages, 3):
+        assert logs == (exchanged + settled, exchanged + 2 * (exchanged + sent) + settled)
 
 
 def give_up(rank: int, world_size: int) -> None:

@@ -726,6 +726,59 @@ def test_a_rank_that_fails_wakes_the_others(
             assert "another rank died, or failed and gave up" in message
 
 
+def leave_after_the_last_step(rank: int, world_size: int, how: str) -> None:
+    """Rank 0 goes as soon as it has its mean; rank 1 asks for its own only later."""
+    receive = TorchCommunicator._receive
+
+    def late(*args: Any) -> Any:
+        time.sleep(0.5 * rank)
+        return receive(*args)
+
+    buffer = numbers(rank, shape=(2_000_000,))
+    with pytest.MonkeyPatch.context() as patch:
+        state = RHTState(**FINE)
+        submit(state, buffer.clone(), last=False).wait()
+        patch.setattr(TorchCommunicator, "_receive", late)
+        submit(state, buffer, index=1, last=how == "last").wait()
+        assert state._worker is not None
+        state._worker.shutdown(wait=True)  # as Python's exit does
+        if how == "close":
+            state.close()
+        state._leave_group()
+    mean = sum(numbers(r, shape=(2_000_000,)) for r in range(world_size)) / world_size
+    assert (buffer - mean).norm() < 0.01 * mean.norm()
+
+
+@pytest.mark.parametrize("how", ["last", "close"])
+def test_a_rank_that_leaves_after_its_last_step_fails_nobody(how: str, ranks: Ranks) -> None:
+    ranks.run(leave_after_the_last_step, 2, how)
+
+
+def settle_on_a_rank_that_is_gone(rank: int, world_size: int) -> str | None:
+    """What fails behind a result fails the next bucket."""
+    state = RHTState(**FINE)
+    x = numbers(rank, shape=(1000,))
+    submit(state, x.clone(), last=False).wait()
+    dist.barrier()  # both have it
+    if rank == 0:
+        assert isinstance(state._communicator, TorchCommunicator)
+        state._communicator.abort()
+        return None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "_mean", lambda *_: None)
+        submit(state, x, index=1).wait()
+        with pytest.raises(RuntimeError) as caught:
+            submit(state, x).wait()
+    state.close()
+    return str(caught.value)
+
+
+def test_a_failure_behind_a_result_fails_the_next_bucket(ranks: Ranks) -> None:
+    _, message = ranks.run(settle_on_a_rank_that_is_gone, 2)
+    assert "an earlier bucket failed: rht_hook: rank 1 of 2 could not exchange bucket 1" in message
+    assert "another rank died, or failed and gave up" in message
+
+
 def close_at_once(rank: int, world_size: int) -> list[torch.Tensor]:
     """Close with buckets under way, while the other rank has not even begun."""
     time.sleep(0.2 * rank)
