@@ -12,7 +12,7 @@ import math
 import re
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -41,6 +41,10 @@ __all__ = ["RHTState", "Stats", "rht_hook"]
 
 _EDEN: dict[str, type[Eden] | type[VectorQuantizer]] = {"eden": Eden, "vector": VectorQuantizer}
 _LATTICE = "lattice"
+# record_function takes longer than all else around a part, whether or not a profiler listens.
+_named_range: Any = getattr(
+    torch._C._profiler, "_RecordFunctionFast", torch.profiler.record_function
+)
 _NO_HOOK = "or registered no hook, or one with another process_group"
 
 
@@ -49,7 +53,8 @@ class Stats:
     """What the hook has done so far, on this rank.
 
     Seconds are wall-clock time of the worker thread. Chunks of a bucket travel while others are
-    encoded and decoded; `exchange_seconds` is what it waited for beside. On CUDA they are the time
+    encoded and decoded; `exchange_seconds` is what it waited for beside, without the receipts that
+    ranks exchange behind the last result of a step. On CUDA they are the time
     to launch the work, but for exchanges through host memory (Gloo), which wait for the device.
     `bytes_uncompressed` is what a ring all-reduce of the gradients in their own dtype would have
     sent. `nmse` is |mean - exact|^2 / |exact|^2 over the sampled buckets, None if none was.
@@ -186,6 +191,7 @@ class RHTState:
         self.nmse_every = nmse_every
         self.key = Key(seed)  # of the next bucket, but for its index
         self._last_index = -1
+        self._ends: set[int] = set()  # where steps ended, though not with DDP's last bucket
         self._process_group, self._timeout = process_group, timeout
         self._communicator = communicator
         self._group: dist.ProcessGroup | None = None  # the one made by _start
@@ -196,7 +202,7 @@ class RHTState:
         self._failure: BaseException | None = None
         self._closed = False
         self._steps = self._bytes_sent = self._bytes_uncompressed = 0
-        self.seconds = {"encode": 0.0, "exchange": 0.0, "decode": 0.0}
+        self._seconds = {"encode": 0.0, "exchange": 0.0, "decode": 0.0}
         self._squared_error = self._squared_norm = 0.0
         # "auto": what the ranks want for a bucket, by its index and length: they tell whether it is
         # the bucket of the step before.
@@ -209,9 +215,9 @@ class RHTState:
             steps=self._steps,
             bytes_sent=self._bytes_sent,
             bytes_uncompressed=self._bytes_uncompressed,
-            encode_seconds=self.seconds["encode"],
-            exchange_seconds=self.seconds["exchange"],
-            decode_seconds=self.seconds["decode"],
+            encode_seconds=self._seconds["encode"],
+            exchange_seconds=self._seconds["exchange"],
+            decode_seconds=self._seconds["decode"],
             nmse=self._squared_error / self._squared_norm if self._squared_norm else None,
             rotations=dict(self._taken),
         )
@@ -300,10 +306,6 @@ class RHTState:
         self._closed = True
         if self._worker is not None:
             self._worker.shutdown(wait=True)
-        if self._communicator is not None and self._failure is None:
-            # DDP may have left out the last bucket. Whoever is gone has no more use for it.
-            with contextlib.suppress(RuntimeError, TimeoutError):
-                self._communicator.settle()
         self._leave_group()
         self._worker = None
         if self._failure is None:
@@ -333,17 +335,19 @@ class RHTState:
         assert self._worker is not None
         # DDP may leave out a step's last buckets, if no gradient came; randomness must not repeat.
         if bucket.index() <= self._last_index:
+            self._ends.add(self._last_index)
             self._next_step()
         key = replace(self.key, bucket=bucket.index())
         parameters = bucket.parameters() if self.error_feedback else []
-        self._last_index, last = bucket.index(), bucket.is_last()
-        if last:
+        self._last_index = bucket.index()
+        ends = bucket.is_last() or bucket.index() in self._ends
+        if bucket.is_last():
             self._next_step()
         on_device = buffer.device.type != "cpu"
         devices = [buffer.device] if on_device else None
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
         ready = torch.cuda.current_stream(buffer.device).record_event() if on_device else None
-        self._worker.submit(self._run, buffer, key, parameters, last, ready, done)
+        self._worker.submit(self._run, buffer, key, parameters, ends, ready, done)
         # An exception set on a Python future reaches DDP only when a callback raises it again.
         return done.then(lambda finished: finished.value())
 
@@ -405,7 +409,7 @@ class RHTState:
         buffer: torch.Tensor,
         key: Key,
         parameters: list[torch.Tensor],
-        last: bool,
+        ends: bool,
         ready: torch.cuda.Event | None,
         done: torch.futures.Future[torch.Tensor],
     ) -> None:
@@ -419,11 +423,14 @@ class RHTState:
             self._checks.raise_failed()
             with self._after(buffer, ready), self._checks.deferring():
                 self._mean(buffer, key, parameters)
+                # The next bucket shows that the others have this one, but after a step a rank may
+                # leave. A communicator that was given may be used by others then.
+                own = self._group is not None
+                if ends and not own:
+                    self._settle(key)
                 done.set_result(buffer)
-                # The next bucket shows that the others have this one, but a step may be the last.
-                if last and self._communicator is not None:
-                    with self._exchange(key):
-                        self._communicator.settle()
+                if ends and own:
+                    self._settle(key)
         except BaseException as failure:
             self._failure = self._failure or failure
             _clear_frames(failure)  # they hold what refers to the group
@@ -494,7 +501,9 @@ class RHTState:
             check=False,
             residual=residual,
             settle=False,
-            stopwatch=lambda part: _Stopwatch(self, part, key),
+            stopwatch=lambda part: _Stopwatch(
+                part, self._seconds, lambda e: self._explained(e, key)
+            ),
         )
         if wanted is not None:
             self._wanted[place] = wanted
@@ -530,6 +539,11 @@ class RHTState:
             parts.append(part.to(buffer.device))
         return torch.cat(parts)
 
+    def _settle(self, key: Key) -> None:
+        assert self._communicator is not None
+        with self._exchange(key):
+            self._communicator.settle()
+
     @contextlib.contextmanager
     def _exchange(self, key: Key) -> Iterator[None]:
         try:
@@ -537,9 +551,9 @@ class RHTState:
         except DisagreementError:
             raise
         except (RuntimeError, TimeoutError) as error:
-            raise self.explained(error, key) from error
+            raise self._explained(error, key) from error
 
-    def explained(self, error: Exception, key: Key) -> RuntimeError:
+    def _explained(self, error: Exception, key: Key) -> RuntimeError:
         """What an error of the exchange of a bucket means."""
         communicator = self._communicator
         assert communicator is not None
@@ -565,23 +579,21 @@ class RHTState:
 class _Stopwatch:
     """Times a part of a bucket's way, names it in profiles, and explains errors of its exchange."""
 
-    def __init__(self, state: RHTState, part: str, key: Key) -> None:
-        self._state, self._part, self._key = state, part, key
-        self._range: torch.profiler.record_function | None = None
+    def __init__(
+        self, part: str, seconds: dict[str, float], explained: Callable[[Exception], Exception]
+    ) -> None:
+        self._part, self._seconds, self._explained = part, seconds, explained
+        self._range = _named_range(f"rhtcomm::{part}")
 
     def __enter__(self) -> None:
-        # With no profiler to see it, to name a range would take longer than all the rest here.
-        if getattr(torch.autograd.profiler, "_is_profiler_enabled", True):
-            self._range = torch.profiler.record_function(f"rhtcomm::{self._part}")
-            self._range.__enter__()
+        self._range.__enter__()
         self._start = time.perf_counter()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._state.seconds[self._part] += time.perf_counter() - self._start
-        if self._range is not None:
-            self._range.__exit__(kind, error, trace)
+        self._seconds[self._part] += time.perf_counter() - self._start
+        self._range.__exit__(kind, error, trace)
         if self._part == "exchange" and isinstance(error, (RuntimeError, TimeoutError)):
-            raise self._state.explained(error, self._key) from error
+            raise self._explained(error) from error
 
 
 def _clear_frames(error: BaseException | None) -> None:
@@ -598,7 +610,8 @@ def rht_hook(
     """Mean of a gradient bucket over ranks through compressed payloads.
 
     Register with ``model.register_comm_hook(RHTState(bits=4), rht_hook)``. Errors on this rank or
-    in the exchange come out of ``backward()``, as a RuntimeError whose text holds the original;
+    in the exchange come out of ``backward()``, as a RuntimeError whose text holds the original
+    (of the next one, if another rank fails after it sent the last of a step);
     after one, the state refuses further buckets. On CUDA, payloads of another step or configuration
     are found out one bucket or more later, as the check waits for nothing.
 

@@ -58,8 +58,8 @@ _Course = Generator[tuple[Callable[[torch.Tensor], _Finish], torch.Tensor], Any,
 # What a rank may send beside for one round trip rather than two. By measurement: at 1 Gbit/s, 2 ms.
 _EXTRA_BYTES = 1 << 18
 _FACTS_BYTES = 2048
-# Coordinates that a chunk gives the codec in one call: a third of the tensor, within these limits.
-# By measurement, see benchmarks/README.md: smaller ones cost more calls than they hide.
+# Coordinates of a chunk's shard (of the chunk, where all_gather has none): a third of the tensor's,
+# within these limits. By measurement, see benchmarks/README.md: more chunks cost more messages.
 _FEWEST, _MOST = 1 << 18, 3 << 18
 
 
@@ -166,16 +166,22 @@ def all_reduce(
     if residual is not None:
         flat = flat.float() + residual.reshape(-1)
         left = torch.zeros_like(flat)
-    if flat.numel() < min_numel or communicator.world_size == 1:
-        _uncompressed(flat, communicator, stopwatch)
-    elif isinstance(communicator, HierarchicalCommunicator):
-        rotations = _hierarchical(
-            flat, codec, key, communicator, algorithm, rotations, stopwatch, settle, left
-        )
-    else:
-        rotations = _compressed(
-            flat, codec, key, communicator, algorithm, rotations, stopwatch, settle, left=left
-        )
+    try:
+        if flat.numel() < min_numel or communicator.world_size == 1:
+            _uncompressed(flat, communicator, stopwatch)
+        elif isinstance(communicator, HierarchicalCommunicator):
+            rotations = _hierarchical(
+                flat, codec, key, communicator, algorithm, rotations, stopwatch, left
+            )
+        else:
+            rotations = _compressed(
+                flat, codec, key, communicator, algorithm, rotations, stopwatch, left=left
+            )
+    except PayloadError:  # which comes after all exchanges
+        communicator.settle(wait=settle)
+        raise
+    with stopwatch("exchange"):
+        communicator.settle(wait=settle)
     if flat.data_ptr() != tensor.data_ptr():
         tensor.detach().copy_(flat.view(tensor.shape))
     if residual is not None and left is not None:
@@ -301,7 +307,6 @@ def _hierarchical(
     algorithm: Algorithm,
     rotations: int | None,
     stopwatch: Stopwatch,
-    settle: bool,
     left: torch.Tensor | None,
 ) -> int | None:
     communicator.check_nodes(flat.device)
@@ -324,7 +329,7 @@ def _hierarchical(
         unsent = None if left is None else left[shard]
         try:
             wanted = _compressed(
-                *(mine[:size], codec, key, between, algorithm, rotations, stopwatch, settle),
+                *(mine[:size], codec, key, between, algorithm, rotations, stopwatch),
                 *(shard.start, unsent),
             )
         except PayloadError as error:  # the node's other ranks still wait for this shard
@@ -335,7 +340,6 @@ def _hierarchical(
         # Each place saw its own shard alone, so what it wants goes along behind the shard.
         row = torch.cat([mine, mine.new_tensor([wanted or 0])]).to(flat.dtype)
         gathered = within.start_all_gather(row.view(torch.uint8))().view(flat.dtype)
-        within.settle(wait=settle)
         for row, shard, size in zip(gathered, shards, sizes, strict=True):
             flat[shard] = row[:size]
     if failure is not None:
@@ -359,7 +363,6 @@ def _compressed(
     algorithm: Algorithm,
     rotations: int | None,
     stopwatch: Stopwatch,
-    settle: bool,
     first: int = 0,
     left: torch.Tensor | None = None,
 ) -> int | None:
@@ -373,14 +376,12 @@ def _compressed(
     chosen = choose_algorithm(algorithm, communicator.world_size, codec.nbytes(flat.numel()))
     course = {"all_gather": _all_gather, "two_shot": _two_shot, "gather": _gather}[chosen]
     whole = _Part(flat, codec, key, communicator, rotations, stopwatch, first, left)
-    calls = communicator.world_size if chosen == "two_shot" else 1
-    chunks = split_into_chunks(flat.numel(), codec.block, calls)
-    return _pipeline([course(whole[chunk]) for chunk in chunks], communicator, stopwatch, settle)
+    shards = communicator.world_size if chosen == "two_shot" else 1
+    chunks = split_into_chunks(flat.numel(), codec.block, shards)
+    return _pipeline([course(whole[chunk]) for chunk in chunks], stopwatch)
 
 
-def _pipeline(
-    courses: list[_Course], communicator: Communicator, stopwatch: Stopwatch, settle: bool
-) -> int | None:
+def _pipeline(courses: list[_Course], stopwatch: Stopwatch) -> int | None:
     """Take chunks through their courses, each in turn up to its next exchange.
 
     So a chunk travels while others are encoded or decoded. The turns depend on nothing but the
@@ -405,8 +406,6 @@ def _pipeline(
             wanted.append(end.value)
         except PayloadError as error:  # the other ranks still wait for the other chunks
             failure = failure or error
-    with stopwatch("exchange"):
-        communicator.settle(wait=settle)
     if failure is not None:
         raise failure
     return _most(wanted)
@@ -432,7 +431,7 @@ class _Part:
 
     def __getitem__(self, run: slice) -> "_Part":
         left = None if self.left is None else self.left[run]
-        return replace(self, flat=self.flat[run], first=self.first + run.start, left=left)
+        return replace(self, flat=self.flat[run], first=self.first + (run.start or 0), left=left)
 
     @property
     def nbytes(self) -> int:
@@ -545,21 +544,17 @@ def _two_shot(part: _Part) -> _Course:
     rank, world_size = part.communicator.rank, part.communicator.world_size
     runs = split_into_shards(part.flat.numel(), part.codec.block, world_size)
     mine, width = part[runs[rank]], part[runs[0]].nbytes
-    # The codec takes all shards that are as long as the first one in one call.
+    # The codec takes all shards that are as long as the first one in one call. Their owners, their
+    # coordinates, and the bytes of each of them:
     alike = sum(run.stop - run.start == runs[0].stop for run in runs)
-    calls = [slice(0, alike), *(slice(owner, owner + 1) for owner in range(alike, world_size))]
-    shards = [
-        (owners, part[runs[owners.start].start : runs[owners.stop - 1].stop]) for owners in calls
-    ]
-
-    def rows_of(payloads: torch.Tensor, owners: slice, shard: _Part) -> torch.Tensor:
-        each = shard.flat.numel() // (owners.stop - owners.start)
-        return payloads[owners, : part.codec.nbytes(each)]
+    calls = [(slice(0, alike), part[: runs[alike - 1].stop], width)]
+    for owner in range(alike, world_size):
+        shard = part[runs[owner]]
+        calls.append((slice(owner, owner + 1), shard, shard.nbytes))
 
     outgoing = part.flat.new_empty(world_size, width, dtype=torch.uint8)
-    for owners, shard in shards:
-        rows = rows_of(outgoing, owners, shard)
-        shard.encode(shards=len(rows), out=rows)
+    for owners, shards, nbytes in calls:
+        shards.encode(owners.stop - owners.start, out=outgoing[owners, :nbytes])
     incoming = yield part.communicator.start_all_to_all, outgoing
     again = part.flat.new_empty(width, dtype=torch.uint8)
     mean = mine.encode_mean(incoming[:, : mine.nbytes], out=again[: mine.nbytes])
@@ -567,8 +562,8 @@ def _two_shot(part: _Part) -> _Course:
     if isinstance(mean, PayloadError):
         raise mean
     wanted = [
-        shard.decode_again(rows_of(gathered, owners, shard), owners.start)
-        for owners, shard in shards
+        shards.decode_again(gathered[owners, :nbytes], owners.start)
+        for owners, shards, nbytes in calls
     ]
     mine.keep(mean)
     return _most(wanted)
@@ -622,10 +617,10 @@ def _lattice(
             target.copy_(mean[: target.numel()])
 
 
-def split_into_chunks(numel: int, block: int, calls: int) -> list[slice]:
-    """Runs that travel one behind the other, of whole blocks for each of `calls` to the codec."""
-    count = max(min(numel // (calls * _FEWEST), 3), -(-numel // (calls * _MOST)), 1)
-    step = -(-numel // (count * calls * block)) * calls * block
+def split_into_chunks(numel: int, block: int, shards: int) -> list[slice]:
+    """Runs that travel one behind the other, as even as whole blocks for each shard allow."""
+    count = max(min(numel // (shards * _FEWEST), 3), -(-numel // (shards * _MOST)), 1)
+    step = max(1, -(-numel // (count * shards * block))) * shards * block
     return [slice(start, min(numel, start + step)) for start in range(0, numel, step)]
 
 

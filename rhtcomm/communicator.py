@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["Communicator", "HierarchicalCommunicator", "MPICommunicator", "TorchCommunicator"]
 
 # Of our messages on a process group that others may use too; those with one tag stay in order.
-_TAG = 0x7268
+# Receipts have their own: in a longer message's place one would end the process.
+_TAG, _RECEIPT_TAG = 0x7268, 0x7269
 
 Result = TypeVar("Result")
 
@@ -31,7 +32,7 @@ class Communicator(Protocol):
 
     A `start_...` returns at once, with a function that waits for the result and gives it. Several
     exchanges may be under way, to be finished in the order in which they were started; `settle`
-    follows the last of them. What they send belongs to them.
+    follows the last of them. What they send belongs to them until `settle` has waited.
     """
 
     bytes_sent: int
@@ -68,10 +69,11 @@ class Communicator(Protocol):
         ...
 
     def settle(self, wait: bool = True) -> None:
-        """All exchanges started so far are finished here.
+        """Called on all ranks alike when all exchanges started so far are finished there.
 
-        With `wait`, return when the others have all that this rank sent to them. Else that may
-        come out later, but must before the rank leaves. By default it is so without waiting.
+        With `wait`, it returns when the others have all that this rank sent. Without, later
+        exchanges show that; but a rank must not leave before it has waited once more. By default
+        nothing needs to be done for that.
         """
         return None
 
@@ -142,7 +144,10 @@ class TorchCommunicator(Communicator):
                 "group; start the program again, or make new groups on all ranks"
             )
         group = dist.group.WORLD if self._group is None else self._group
-        assert group is not None
+        if group is None:
+            raise RuntimeError(
+                "TorchCommunicator: torch.distributed is not initialized any more; make a new one"
+            )
         return group
 
     @property
@@ -159,7 +164,7 @@ class TorchCommunicator(Communicator):
         if x.device.type == "cpu":
             gathered[self.rank] = x
             self._send([x] * self.world_size, self._others)
-            return self._finish(self._receive(gathered, self._others), gathered)
+            return self._arrival(self._receive(gathered, self._others), gathered)
         return _finish(
             dist.all_gather(list(gathered), x, group=self.group, async_op=True), gathered
         )
@@ -171,7 +176,7 @@ class TorchCommunicator(Communicator):
         if x.device.type == "cpu":
             received[self.rank] = x[self.rank]
             self._send(x, self._others)
-            return self._finish(self._receive(received, self._others), received)
+            return self._arrival(self._receive(received, self._others), received)
         work = dist.all_to_all_single(received, x, group=self.group, async_op=True)
         return _finish(work, received)
 
@@ -186,7 +191,7 @@ class TorchCommunicator(Communicator):
             self._send([x], [0])
             return lambda: None
         gathered[0] = x
-        return self._finish(self._receive(gathered, self._others), gathered)
+        return self._arrival(self._receive(gathered, self._others), gathered)
 
     def start_broadcast(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         self.bytes_sent += (self.world_size - 1) * x.numel() if self.rank == 0 else 0
@@ -195,7 +200,7 @@ class TorchCommunicator(Communicator):
         if self.rank == 0:
             self._send([x] * self.world_size, self._others)
             return lambda: x
-        return self._finish(self._receive([x], [0]), x)
+        return self._arrival(self._receive([x], [0]), x)
 
     # Gloo's own collectives go through a pool of two threads, which costs hand-overs and lets two
     # chunks share a link, so that both arrive late. Plain messages do neither. Sends go first: the
@@ -213,42 +218,44 @@ class TorchCommunicator(Communicator):
             receipts = torch.zeros(self.world_size, 1, dtype=torch.uint8)
             # Receives first: what the other asks for comes ahead of what it sends, so whoever has
             # its receipts has also sent its own, and may leave.
-            arriving = self._receive(receipts, self._others)
-            self._send(receipts, self._others)
-            self._finish(arriving, None)()
-            self._turn += 1
+            arriving = self._receive(receipts, self._others, _RECEIPT_TAG)
+            self._send(receipts, self._others, _RECEIPT_TAG)
+            self._arrival(arriving, None)()
+            self._turn += 1  # so that later messages show that the receipts came
             self._unsettled = False
 
     # Neither may name the group: an error's traceback would keep it, and with it the connections.
 
     def _receive(
-        self, rows: Sequence[torch.Tensor] | torch.Tensor, ranks: Sequence[int]
-    ) -> list["_Message"]:
+        self, rows: Sequence[torch.Tensor] | torch.Tensor, ranks: Sequence[int], tag: int = _TAG
+    ) -> list[_Message]:
         """Row i from rank i."""
         self._unsettled = True
         return [
-            _Message(rank, self._turn, self.group.recv([rows[rank]], rank, _TAG)) for rank in ranks
+            _Message(rank, self._turn, self.group.recv([rows[rank]], rank, tag)) for rank in ranks
         ]
 
-    def _send(self, rows: Sequence[torch.Tensor] | torch.Tensor, ranks: Sequence[int]) -> None:
+    def _send(
+        self, rows: Sequence[torch.Tensor] | torch.Tensor, ranks: Sequence[int], tag: int = _TAG
+    ) -> None:
         """Row i to rank i."""
         self._unsettled = True
         for rank in ranks:
-            self._sent.append(_Message(rank, self._turn, self.group.send([rows[rank]], rank, _TAG)))
+            self._sent.append(_Message(rank, self._turn, self.group.send([rows[rank]], rank, tag)))
 
-    def _finish(self, arriving: list["_Message"], result: Result) -> Callable[[], Result]:
+    def _arrival(self, arriving: list[_Message], result: Result) -> Callable[[], Result]:
         """What waits for messages."""
 
         def finish() -> Result:
-            first_of_turn = False
+            news = False
             try:
                 for rank, turn, work in arriving:
                     work.wait()
                     if turn > self._heard[rank]:
-                        self._heard[rank], first_of_turn = turn, True
+                        self._heard[rank], news = turn, True
             finally:
                 arriving.clear()  # they keep connections, and an error's traceback this closure
-            if first_of_turn:
+            if news:
                 for rank, turn, work in self._sent:
                     if turn < self._heard[rank]:
                         work.wait()

@@ -598,7 +598,9 @@ def test_an_error_on_one_rank_ends_all_of_them(ranks: Ranks) -> None:
     results = ranks.run(fail_on_rank_1, 3)
     for rank, result in enumerate(results):
         assert result["error"] is not None
-        assert result["calls"] == 2, "buckets after the failure were worked on"
+        # Others may lose the bucket before too, of which not all had left the rank that gave up.
+        fewest = 2 if rank == 1 else 1
+        assert fewest <= result["calls"] <= 2, "buckets after the failure were worked on"
         assert result["total"] == 3
         assert "earlier bucket failed" in result["again"]
         if rank == 1:
@@ -735,23 +737,77 @@ def leave_after_the_last_step(rank: int, world_size: int, how: str) -> None:
         return receive(*args)
 
     buffer = numbers(rank, shape=(2_000_000,))
+    shown = how == "last"
     with pytest.MonkeyPatch.context() as patch:
         state = RHTState(**FINE)
+        if not shown:  # DDP leaves out the last buckets of steps, which the second one shows
+            for index in (0, 1):
+                submit(state, buffer.clone(), index, last=False).wait()
         submit(state, buffer.clone(), last=False).wait()
         patch.setattr(TorchCommunicator, "_receive", late)
-        submit(state, buffer, index=1, last=how == "last").wait()
+        submit(state, buffer, index=1, last=shown).wait()
         assert state._worker is not None
         state._worker.shutdown(wait=True)  # as Python's exit does
-        if how == "close":
-            state.close()
         state._leave_group()
     mean = sum(numbers(r, shape=(2_000_000,)) for r in range(world_size)) / world_size
     assert (buffer - mean).norm() < 0.01 * mean.norm()
 
 
-@pytest.mark.parametrize("how", ["last", "close"])
+@pytest.mark.parametrize("how", ["last", "left out"])
 def test_a_rank_that_leaves_after_its_last_step_fails_nobody(how: str, ranks: Ranks) -> None:
     ranks.run(leave_after_the_last_step, 2, how)
+
+
+def close_in_the_middle_of_a_step(rank: int, world_size: int, min_numel: int) -> str | None:
+    """As where the backward pass of a rank raises between two buckets."""
+    state = RHTState(**FINE | {"min_numel": min_numel})
+    big, small = numbers(rank, shape=(3000,)), numbers(rank, shape=(1000,))
+    submit(state, big, last=False).wait()
+    dist.barrier()
+    if rank == 1:
+        state.close()
+        return None
+    with pytest.raises(RuntimeError) as caught:
+        submit(state, small, index=1).wait()
+    state.close()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("min_numel", [0, 2000])
+def test_a_rank_that_closes_within_a_step_wakes_the_others(min_numel: int, ranks: Ranks) -> None:
+    """The next bucket being compressed or not."""
+    first, _, third = ranks.run(close_in_the_middle_of_a_step, 3, min_numel, timeout=30)
+    for message in (first, third):
+        assert "another rank died, or failed and gave up" in message
+
+
+def share_a_communicator(rank: int, world_size: int) -> None:
+    """Two models by turns, whose workers are late to settle on one rank or the other."""
+    communicator, delays = TorchCommunicator(), random.Random(rank)
+    settle = TorchCommunicator.settle
+
+    def late(self: TorchCommunicator, wait: bool = True) -> None:
+        time.sleep(delays.choice([0, 0.02]))
+        settle(self, wait)
+
+    options = {name: value for name, value in FINE.items() if name != "timeout"}
+    x = numbers(rank, shape=(2000,))
+    mean = torch.stack([numbers(r, shape=(2000,)) for r in range(world_size)]).mean(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchCommunicator, "settle", late)
+        states = [RHTState(**options, communicator=communicator) for _ in range(2)]
+        for _ in range(10):
+            for state in states:
+                buffer = x.clone()
+                submit(state, buffer).wait()
+                assert (buffer - mean).norm() < 0.01 * mean.norm()
+            communicator.all_gather(torch.zeros(3, dtype=torch.uint8))
+        for state in states:
+            state.close()
+
+
+def test_states_may_share_a_communicator_between_steps(ranks: Ranks) -> None:
+    ranks.run(share_a_communicator, 3, timeout=40)
 
 
 def settle_on_a_rank_that_is_gone(rank: int, world_size: int) -> str | None:

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 import rhtcomm.codec
 from rhtcomm import Codec, Key, QuicFL, TorchCommunicator
 from rhtcomm.codec import DeferredChecks, PayloadError
+from rhtcomm.communicator import Communicator
 from rhtcomm.hooks import RHTState, rht_hook
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -195,7 +196,7 @@ def test_a_profile_has_named_ranges(ranks: Ranks) -> None:
 # On a GPU ----------------------------------------------------------------------------------------
 
 
-class Twin:
+class Twin(Communicator):
     """Two ranks, the other of which sends what this one does; nothing leaves the device."""
 
     rank, world_size, bytes_sent = 0, 2, 0

@@ -6,7 +6,7 @@ same in C, `gpu` in Triton, bit for bit. Which one runs is chosen here:
     RHTCOMM_KERNELS=reference | cpu | gpu    forces one; asking for what is missing raises
     RHTCOMM_CPU=avx512vbmi | avx512 | avx2 | baseline    forces an instruction set of the C kernels
 
-Both are read once, when the first tensor is compressed.
+Both are read once, when the first tensor of a kind of device and quantizer is compressed.
 
 Without them the C kernels run on CPU tensors where they were built, in the widest instruction set
 that the processor has, and the Triton kernels on CUDA (or ROCm) tensors where Triton is installed.

@@ -18,7 +18,7 @@ __all__ = [
 
 
 class Quantizer(Protocol):
-    """Maps rotated blocks to codes and one scale a block, and codes back to values.
+    """Maps rotated blocks to codes and one scale a block, and codes back to values; hashable.
 
     A code stands for `group` adjacent coordinates and has `bits` bits for each of them.
 
