@@ -18,6 +18,7 @@ __all__ = ["Communicator", "HierarchicalCommunicator", "MPICommunicator", "Torch
 # Of our messages on a process group that others may use too; those with one tag stay in order.
 # Receipts have their own: in a longer message's place one would end the process.
 _TAG, _RECEIPT_TAG = 0x7268, 0x7269
+_LONG = 1 << 18  # bytes, by measurement: see benchmarks/README.md
 
 Result = TypeVar("Result")
 
@@ -163,8 +164,7 @@ class TorchCommunicator(Communicator):
         self.bytes_sent += (self.world_size - 1) * x.numel()
         if x.device.type == "cpu":
             gathered[self.rank] = x
-            self._send([x] * self.world_size, self._others)
-            return self._arrival(self._receive(gathered, self._others), gathered)
+            return self._swap([x] * self.world_size, gathered)
         return _finish(
             dist.all_gather(list(gathered), x, group=self.group, async_op=True), gathered
         )
@@ -175,8 +175,7 @@ class TorchCommunicator(Communicator):
         self.bytes_sent += (self.world_size - 1) * x.shape[1]
         if x.device.type == "cpu":
             received[self.rank] = x[self.rank]
-            self._send(x, self._others)
-            return self._arrival(self._receive(received, self._others), received)
+            return self._swap(x, received)
         work = dist.all_to_all_single(received, x, group=self.group, async_op=True)
         return _finish(work, received)
 
@@ -203,9 +202,22 @@ class TorchCommunicator(Communicator):
         return self._arrival(self._receive([x], [0]), x)
 
     # Gloo's own collectives go through a pool of two threads, which costs hand-overs and lets two
-    # chunks share a link, so that both arrive late. Plain messages do neither. Sends go first: the
-    # data then mostly leaves on Gloo's thread. What left from ours, while data arrives from the
-    # same rank, would hold a lock for which Gloo's thread spins.
+    # chunks share a link, so that both arrive late. Plain messages do neither.
+
+    def _swap(
+        self, rows: Sequence[torch.Tensor] | torch.Tensor, received: torch.Tensor
+    ) -> Callable[[], torch.Tensor]:
+        """Send row i to rank i, for one of its own."""
+        # Data leaves at once, from this thread, where the other has asked for it. While data comes
+        # in, Gloo's thread then spins for the lock of the connection: up to 8 ms of a core in a
+        # training step. So short messages are better asked for later, and leave on Gloo's thread.
+        # Long ones would leave late where that has to wait for a core.
+        if received.shape[1] < _LONG:
+            self._send(rows, self._others)
+            return self._arrival(self._receive(received, self._others), received)
+        arriving = self._receive(received, self._others)
+        self._send(rows, self._others)
+        return self._arrival(arriving, received)
 
     # A message that finds its connection closed just as the other side asks for it is lost to Gloo,
     # which then never says whether it was sent, while those who receive hear of a closed connection

@@ -128,29 +128,26 @@ class LoggedGroup:
         return post
 
 
-def log_messages(rank: int, world_size: int) -> tuple[list[str], list[str]]:
-    settled: list[str] = []
+def log_messages(rank: int, world_size: int, lengths: list[int]) -> list[str]:
+    log: list[str] = []
     ranks = TorchCommunicator()
-    ranks._group = LoggedGroup(settled)  # type: ignore[assignment]
-    ranks.all_gather(row_of(rank, 0, 9))
-    later: list[str] = []
-    ranks = TorchCommunicator()
-    ranks._group = LoggedGroup(later)  # type: ignore[assignment]
-    for _ in range(3):
-        ranks.start_all_gather(row_of(rank, 0, 9))()
+    ranks._group = LoggedGroup(log)  # type: ignore[assignment]
+    for length in lengths:
+        ranks.start_all_gather(row_of(rank, 0, length))()
         ranks.settle(wait=False)
     ranks.settle()
-    return settled, later
+    return log
 
 
 def test_sends_are_waited_for_after_a_later_message_of_the_others(ranks: Ranks) -> None:
     """And receipts are asked for before they are sent, so that all have left in the end."""
-    waits = ["wait recv"] * 2
-    exchanged = ["send"] * 2 + ["recv"] * 2 + waits
-    sent = ["wait send"] * 2
-    settled = ["recv"] * 2 + ["send"] * 2 + waits + sent
-    for logs in ranks.run(log_messages, 3):
-        assert logs == (exchanged + settled, exchanged + 2 * (exchanged + sent) + settled)
+    send, recv, sent = ["send"] * 2, ["recv"] * 2, ["wait send"] * 2
+    short, long = (send + recv + ["wait recv"] * 2, recv + send + ["wait recv"] * 2)
+    receipts = long + sent
+    for log in ranks.run(log_messages, 3, [9]):
+        assert log == short + receipts
+    for log in ranks.run(log_messages, 3, [9, 9, 1 << 18]):
+        assert log == short + short + sent + long + sent + receipts
 
 
 def give_up(rank: int, world_size: int) -> None:
