@@ -18,7 +18,6 @@ __all__ = ["Communicator", "HierarchicalCommunicator", "MPICommunicator", "Torch
 # Of our messages on a process group that others may use too; those with one tag stay in order.
 # Receipts have their own: in a longer message's place one would end the process.
 _TAG, _RECEIPT_TAG = 0x7268, 0x7269
-_LONG = 1 << 18  # bytes, by measurement: see benchmarks/README.md
 
 Result = TypeVar("Result")
 
@@ -132,6 +131,7 @@ class TorchCommunicator(Communicator):
         # Each begins with its neighbour, so that no rank is the first to hear from all.
         self._others = [(self._rank + i) % self._world_size for i in range(1, self._world_size)]
         self._unsettled = False
+        self._under_way = 0  # exchanges of `_swap`
         self._turn = 0  # how often `settle` was called
         self._sent: list[_Message] = []  # of which the others have not yet said that they have it
         self._heard = [0] * self._world_size  # by rank, the turn of its last message
@@ -208,16 +208,25 @@ class TorchCommunicator(Communicator):
         self, rows: Sequence[torch.Tensor] | torch.Tensor, received: torch.Tensor
     ) -> Callable[[], torch.Tensor]:
         """Send row i to rank i, for one of its own."""
-        # Data leaves at once, from this thread, where the other has asked for it. While data comes
-        # in, Gloo's thread then spins for the lock of the connection: up to 8 ms of a core in a
-        # training step. So short messages are better asked for later, and leave on Gloo's thread.
-        # Long ones would leave late where that has to wait for a core.
-        if received.shape[1] < _LONG:
+        # Data leaves at once, from this thread, where the other has asked for it; and while data
+        # comes in, Gloo's thread spins for the lock of the connection. So an exchange that is alone
+        # asks later, and its data leaves on Gloo's thread. Where others are under way, that would
+        # be late: what asks for it would queue behind their data.
+        alone = self._under_way == 0
+        self._under_way += 1
+        if alone:
             self._send(rows, self._others)
-            return self._arrival(self._receive(received, self._others), received)
         arriving = self._receive(received, self._others)
-        self._send(rows, self._others)
-        return self._arrival(arriving, received)
+        if not alone:
+            self._send(rows, self._others)
+        finish = self._arrival(arriving, received)
+
+        def finish_swap() -> torch.Tensor:
+            result = finish()
+            self._under_way -= 1
+            return result
+
+        return finish_swap
 
     # A message that finds its connection closed just as the other side asks for it is lost to Gloo,
     # which then never says whether it was sent, while those who receive hear of a closed connection
