@@ -18,6 +18,7 @@ __all__ = ["Communicator", "HierarchicalCommunicator", "MPICommunicator", "Torch
 # Of our messages on a process group that others may use too; those with one tag stay in order.
 # Receipts have their own: in a longer message's place one would end the process.
 _TAG, _RECEIPT_TAG = 0x7268, 0x7269
+_LONG = 1 << 18  # bytes of a message, by measurement: see benchmarks/README.md
 
 Result = TypeVar("Result")
 
@@ -209,15 +210,15 @@ class TorchCommunicator(Communicator):
     ) -> Callable[[], torch.Tensor]:
         """Send row i to rank i, for one of its own."""
         # Data leaves at once, from this thread, where the other has asked for it; and while data
-        # comes in, Gloo's thread spins for the lock of the connection. So an exchange that is alone
-        # asks later, and its data leaves on Gloo's thread. Where others are under way, that would
-        # be late: what asks for it would queue behind their data.
-        alone = self._under_way == 0
+        # comes in, Gloo's thread spins for the lock of the connection. So a short exchange that is
+        # alone asks later, and its data leaves on Gloo's thread. Others would leave late: that
+        # thread has to wait for a core, and what asks for data queues behind other data.
+        ask_later = self._under_way == 0 and received.shape[1] < _LONG
         self._under_way += 1
-        if alone:
+        if ask_later:
             self._send(rows, self._others)
         arriving = self._receive(received, self._others)
-        if not alone:
+        if not ask_later:
             self._send(rows, self._others)
         finish = self._arrival(arriving, received)
 

@@ -128,13 +128,13 @@ class LoggedGroup:
         return post
 
 
-def log_messages(rank: int, world_size: int, turns: list[int]) -> list[str]:
+def log_messages(rank: int, world_size: int, turns: list[int], length: int) -> list[str]:
     """Turns of so many exchanges under way at once."""
     log: list[str] = []
     ranks = TorchCommunicator()
     ranks._group = LoggedGroup(log)  # type: ignore[assignment]
     for exchanges in turns:
-        under_way = [ranks.start_all_gather(row_of(rank, 0, 9)) for _ in range(exchanges)]
+        under_way = [ranks.start_all_gather(row_of(rank, 0, length)) for _ in range(exchanges)]
         for finish in under_way:
             finish()
         ranks.settle(wait=False)
@@ -145,9 +145,11 @@ def log_messages(rank: int, world_size: int, turns: list[int]) -> list[str]:
 def test_sends_are_waited_for_after_a_later_message_of_the_others(ranks: Ranks) -> None:
     """And receipts are asked for before they are sent, so that all have left in the end."""
     send, recv, waits, sent = ["send"] * 2, ["recv"] * 2, ["wait recv"] * 2, ["wait send"] * 2
-    for log in ranks.run(log_messages, 3, [1]):
+    for log in ranks.run(log_messages, 3, [1], 9):
         assert log == send + recv + waits + recv + send + waits + sent
-    for log in ranks.run(log_messages, 3, [1, 2, 1]):
+    for log in ranks.run(log_messages, 3, [1], 1 << 18):
+        assert log == recv + send + waits + recv + send + waits + sent
+    for log in ranks.run(log_messages, 3, [1, 2, 1], 9):
         expected = send + recv + waits
         expected += send + recv + recv + send + waits + sent + waits
         expected += send + recv + waits + sent + sent
