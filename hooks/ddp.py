@@ -54,8 +54,8 @@ class Stats:
 
     Seconds are wall-clock time of the worker thread. Chunks of a bucket travel while others are
     encoded and decoded; `exchange_seconds` is what it waited for beside, without the receipts that
-    ranks exchange behind the last result of a step. On CUDA they are the time
-    to launch the work, but for exchanges through host memory (Gloo), which wait for the device.
+    ranks exchange behind the last result of a step. On CUDA they are the time to launch the work,
+    but for exchanges through host memory (Gloo), which wait for the device.
     `bytes_uncompressed` is what a ring all-reduce of the gradients in their own dtype would have
     sent. `nmse` is |mean - exact|^2 / |exact|^2 over the sampled buckets, None if none was.
     `rotations` counts compressed buckets by the number of transforms that they took.
@@ -546,6 +546,7 @@ class RHTState:
 
     @contextlib.contextmanager
     def _exchange(self, key: Key) -> Iterator[None]:
+        """Explains errors, as the stopwatch does, of what is not timed."""
         try:
             yield
         except DisagreementError:

@@ -443,11 +443,6 @@ class Codec:
             for part, at, middle, stop in _layout(self, numel)
         ]
 
-    def row_bytes(self, size: int) -> int:
-        """Of the codes and the exact coordinates of one block."""
-        exact = self.quantizer.exact_bytes(size) if isinstance(self.quantizer, QuicFL) else 0
-        return size * self.quantizer.bits // 8 + exact
-
     def _header(
         self, count: int, key: Key, rank: int, world_size: int, first: int, numel: int
     ) -> bytes:
@@ -530,16 +525,17 @@ class Codec:
         return rank, world_size, first
 
 
-# A training step makes the same few calls again and again, and waits for each of them.
+# What a training step asks for again and again, as it waits for the answer.
 
 
 @lru_cache(maxsize=1024)
 def _layout(codec: Codec, numel: int) -> tuple[tuple[Blocks, int, int, int], ...]:
     """Blocks of a payload, and where their scales begin, their codes begin, and these end."""
-    sections, at = [], HEADER_BYTES
+    quantizer, sections, at = codec.quantizer, [], HEADER_BYTES
     for part in split_into_blocks(numel, codec.block):
+        exact = quantizer.exact_bytes(part.size) if isinstance(quantizer, QuicFL) else 0
         middle = at + 4 * part.count
-        stop = middle + part.count * codec.row_bytes(part.size)
+        stop = middle + part.count * (part.size * quantizer.bits // 8 + exact)
         sections.append((part, at, middle, stop))
         at = stop
     return tuple(sections)

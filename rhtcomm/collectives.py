@@ -431,7 +431,7 @@ class _Part:
 
     def __getitem__(self, run: slice) -> "_Part":
         left = None if self.left is None else self.left[run]
-        return replace(self, flat=self.flat[run], first=self.first + (run.start or 0), left=left)
+        return replace(self, flat=self.flat[run], first=self.first + run.start, left=left)
 
     @property
     def nbytes(self) -> int:
@@ -547,7 +547,7 @@ def _two_shot(part: _Part) -> _Course:
     # The codec takes all shards that are as long as the first one in one call. Their owners, their
     # coordinates, and the bytes of each of them:
     alike = sum(run.stop - run.start == runs[0].stop for run in runs)
-    calls = [(slice(0, alike), part[: runs[alike - 1].stop], width)]
+    calls = [(slice(0, alike), part[0 : runs[alike - 1].stop], width)]
     for owner in range(alike, world_size):
         shard = part[runs[owner]]
         calls.append((slice(owner, owner + 1), shard, shard.nbytes))

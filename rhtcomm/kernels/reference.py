@@ -38,43 +38,24 @@ def encode(
     codes: torch.Tensor,
     moments: torch.Tensor | None = None,
 ) -> None:
-    of_run = [None] * len(scales) if moments is None else moments.chunk(len(scales))
-    for i, run in enumerate(blocks.split(len(scales))):
-        coordinates = x[run.start - blocks.start : run.stop - blocks.start]
-        facts = (key, run, rank, world_size)
-        _encode(rotation, quantizer, coordinates, *facts, scales[i], codes[i], of_run[i])
-
-
-def _encode(
-    rotation: RandomizedHadamard,
-    quantizer: Quantizer,
-    x: torch.Tensor,
-    key: Key,
-    blocks: Blocks,
-    rank: int,
-    world_size: int,
-    scales: torch.Tensor,
-    codes: torch.Tensor,
-    moments: torch.Tensor | None,
-) -> None:
-    for rows, piece in _pieces(blocks, x.device):
+    for run, rows, piece in _pieces(blocks, len(scales), x.device):
         start = piece.start - blocks.start
         part = piece.rows(x[start : start + piece.count * piece.size].float())
         down, up, finite = _powers_of_two(part)
         part = torch.where(finite[:, None], part * down[:, None], 0.0)
         if moments is not None:
-            moments[rows] = block_moments(part, up)
+            moments.view(*scales.shape, -1)[run, rows] = block_moments(part, up)
         signs_of = rank if quantizer.rotation == "one_a_rank" else 0
         y = rotation.rotate(part, key, piece.start, signs_of)
         drawn, scale_of_y = quantizer.encode(y, key, piece.start, rank, world_size)
         scale = scale_of_y * piece.size ** (-rotation.rotations / 2) * up
         scale = scale.clamp(max=torch.finfo(torch.float32).max)  # Eden's can exceed it
-        scales[rows] = torch.where(finite, scale, torch.nan)
+        scales[run, rows] = torch.where(finite, scale, torch.nan)
         packed = pack(drawn, quantizer.bits * quantizer.group)
         if isinstance(quantizer, QuicFL) and quantizer.exact_fraction:
             exact = quantizer.encode_exact(y, scale_of_y, key, piece.start, rank, world_size)
             packed = torch.cat([packed, exact], dim=1)
-        codes[rows] = packed
+        codes[run, rows] = packed
 
 
 def decode(
@@ -89,37 +70,20 @@ def decode(
     world_size: int | None = None,
 ) -> None:
     world_size = len(scales) if world_size is None else world_size
-    for i, run in enumerate(blocks.split(scales.shape[1])):
-        target = out[run.start - blocks.start : run.stop - blocks.start]
-        facts = (key, run, target, first_rank, world_size)
-        _decode(rotation, quantizer, scales[:, i], codes[:, i], *facts)
-
-
-def _decode(
-    rotation: RandomizedHadamard,
-    quantizer: Quantizer,
-    scales: torch.Tensor,
-    codes: torch.Tensor,
-    key: Key,
-    blocks: Blocks,
-    out: torch.Tensor,
-    first_rank: int,
-    world_size: int,
-) -> None:
     shared = quantizer.rotation == "shared"
-    for rows, piece in _pieces(blocks, scales.device):
-        down, up, finite = _powers_of_two(scales[:, rows].t())
+    for run, rows, piece in _pieces(blocks, scales.shape[1], scales.device):
+        down, up, finite = _powers_of_two(scales[:, run, rows].t())
         total = None
         for row in range(len(scales)):
             rank = first_rank + row
-            packed = codes[row, rows]
+            packed = codes[row, run, rows]
             width, count = quantizer.bits * quantizer.group, piece.size // quantizer.group
             drawn = unpack(packed, width, count)
             values = quantizer.decode(drawn, key, piece.start, rank, world_size)
             if isinstance(quantizer, QuicFL) and quantizer.exact_fraction:
                 section = packed[:, piece.size * quantizer.bits // 8 :]
                 quantizer.decode_exact(values, section)
-            values = values * (scales[row, rows] * down)[:, None]
+            values = values * (scales[row, run, rows] * down)[:, None]
             if not shared:
                 values = rotation.unrotate(values, key, piece.start, rank)
             total = values if total is None else total + values
@@ -132,14 +96,14 @@ def _decode(
         target.copy_(mean.flatten()[: target.numel()])
 
 
-def _pieces(blocks: Blocks, device: torch.device) -> Iterator[tuple[slice, Blocks]]:
+def _pieces(blocks: Blocks, runs: int, device: torch.device) -> Iterator[tuple[int, slice, Blocks]]:
+    """Blocks to work on at once: which run they belong to, and where they are in it."""
     step = max(1, _PIECE.get(device.type, _LARGE_PIECE) // blocks.size)
-    for row in range(0, blocks.count, step):
-        count = min(step, blocks.count - row)
-        yield (
-            slice(row, row + count),
-            Blocks(blocks.start + row * blocks.size, count, blocks.size),
-        )
+    for number, run in enumerate(blocks.split(runs)):
+        for row in range(0, run.count, step):
+            count = min(step, run.count - row)
+            piece = Blocks(run.start + row * run.size, count, run.size)
+            yield number, slice(row, row + count), piece
 
 
 def _powers_of_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
