@@ -35,7 +35,8 @@ from report import table
 
 import rhtcomm
 import rhtcomm.codec
-from rhtcomm.codec import HEADER_BYTES
+from rhtcomm.codec import HEADER_BYTES, _layout
+from rhtcomm.kernels import Task
 
 try:
     import triton
@@ -132,22 +133,12 @@ class Case:
         copies = max(4, -(-CACHE // nbytes)) if nbytes < CACHE else 1
         xs = [x.clone() for _ in range(copies)]
         payloads = [payload.clone() for _ in range(copies)]
-        rotation = codec._rotation(None)
+        (section,) = _layout(codec, x.numel())
+        task = Task(codec._rotation(None), codec.quantizer, KEY, section, 0, 0, 1)
         encodes, decodes = [], []
         for tensor, target in zip(xs, payloads, strict=True):
-            ((blocks, scales, codes),) = codec._sections(target[None], x.numel())
-            encodes.append(
-                functools.partial(
-                    *(gpu.encode, rotation, codec.quantizer, tensor, KEY, blocks, 0, 1),
-                    *(scales, codes),
-                )
-            )
-            decodes.append(
-                functools.partial(
-                    *(gpu.decode, rotation, codec.quantizer),
-                    *(scales[None], codes[None], KEY, blocks, tensor),
-                )
-            )
+            encodes.append(functools.partial(gpu.encode, task, tensor, target[None]))
+            decodes.append(functools.partial(gpu.decode, task, target[None, None], tensor))
         moved = x.nbytes + payload.numel() - HEADER_BYTES
         return device_time(encodes), device_time(decodes), moved
 

@@ -30,14 +30,14 @@ from functools import cached_property, lru_cache, partial
 from hashlib import blake2b
 from typing import Literal
 
+import numpy as np
 import torch
 
-from rhtcomm.kernels import DTYPES, kernel_for
+from rhtcomm.kernels import DTYPES, Section, Task, kernel_for
 from rhtcomm.quantizers import Quantizer, QuicFL
 from rhtcomm.randomness import MAX_COORDINATES, MAX_RANKS, Key
 from rhtcomm.rotation import (
     MOMENTS,
-    Blocks,
     RandomizedHadamard,
     rotations_for,
     split_into_blocks,
@@ -168,8 +168,7 @@ class Codec:
 
     def nbytes(self, numel: int) -> int:
         """Length of the payload of `numel` coordinates, in bytes."""
-        layout = _layout(self, operator.index(numel))
-        return layout[-1][-1] if layout else HEADER_BYTES
+        return _length(_layout(self, operator.index(numel)))
 
     def encode(
         self,
@@ -228,39 +227,30 @@ class Codec:
                 f"whole blocks of {self.block}"
             )
         each = x.numel() // count
-        shape = (self.nbytes(each),) if shards is None else (count, self.nbytes(each))
+        layout = _layout(self, each)
+        nbytes = _length(layout)
+        shape = (nbytes,) if shards is None else (count, nbytes)
         payloads = self._check_out(out, x, shape).view(count, -1)
         kernel = kernel_for(x.device, self.quantizer)
         moments = []
-        for part, scales, codes in self._sections(payloads, each):
-            blocks = Blocks(part.start, count * part.count, part.size)
+        for section in layout:
             if self.rotations == AUTO:
-                moments.append(torch.empty(blocks.count, MOMENTS, device=x.device))
-            kernel.encode(
-                rotation,
-                self.quantizer,
-                x[blocks.start : blocks.stop],
-                key,
-                blocks.shifted(first),
-                rank,
-                world_size,
-                scales,
-                codes,
-                moments[-1] if moments else None,
-            )
+                blocks = count * section.blocks.count
+                moments.append(torch.empty(blocks, MOMENTS, device=x.device))
+            task = Task(rotation, self.quantizer, key, section, first, rank, world_size)
+            kernel.encode(task, x, payloads, moments[-1] if moments else None)
         if moments:
             quantizer = self.quantizer
             choice = rotations_for(torch.cat(moments), quantizer.group, quantizer.rotations)
             wanted = max(wanted or 1, choice)
         fourth = rotation.rotations + 16 * (wanted or 1 if self.rotations == AUTO else 0)
-        headers = bytearray().join(
-            self._header(fourth, key, rank, world_size, first + i * each, each)
-            for i in range(count)
+        _write_headers(
+            payloads,
+            [
+                self._header(fourth, key, rank, world_size, first + i * each, each)
+                for i in range(count)
+            ],
         )
-        rows = torch.frombuffer(headers, dtype=torch.uint8).view(count, -1)
-        if x.device.type == "cuda":  # from other memory a copy makes the host wait for the device
-            rows = rows.pin_memory()
-        payloads[:, :HEADER_BYTES].copy_(rows, non_blocking=True)
         return payloads.view(shape)
 
     def decode_mean(
@@ -355,12 +345,12 @@ class Codec:
             numel=each,
             world_size=world_size,
         )
-        headers, later = payloads[..., :HEADER_BYTES].flatten(0, 1), _deferred.get()
+        later = _deferred.get()
         if later and payloads.device.type in later.devices and self.rotations != AUTO:
-            later.add(headers.contiguous(), check)
+            later.add(payloads[..., :HEADER_BYTES].contiguous(), check)
             rotation = self._rotation(None)
         else:
-            rotation = check(headers)
+            rotation = check(payloads)
         # The scales are read as float32 where they lie.
         if (
             payloads.data_ptr() % 4
@@ -384,19 +374,9 @@ class Codec:
                 f"must be contiguous float32, bfloat16 or float16 of shape ({numel},)"
             )
         kernel = kernel_for(payloads.device, self.quantizer)
-        for part, scales, codes in self._sections(payloads, each):
-            blocks = Blocks(part.start, shards * part.count, part.size)
-            kernel.decode(
-                rotation,
-                self.quantizer,
-                scales,
-                codes,
-                key,
-                blocks.shifted(first),
-                out[blocks.start : blocks.stop],
-                first_rank,
-                world_size,
-            )
+        for section in _layout(self, each):
+            task = Task(rotation, self.quantizer, key, section, first, first_rank, world_size)
+            kernel.decode(task, payloads, out)
         return out
 
     def _check_payloads(self, payloads: torch.Tensor, numel: int) -> None:
@@ -430,19 +410,6 @@ class Codec:
         count = self.default_rotations if rotations is None else rotations
         return _transform(count, self.block)
 
-    def _sections(
-        self, payloads: torch.Tensor, numel: int
-    ) -> list[tuple[Blocks, torch.Tensor, torch.Tensor]]:
-        """Views of payloads (..., nbytes): B blocks, scales (..., B) and codes (..., B, row)."""
-        return [
-            (
-                part,
-                payloads[..., at:middle].view(torch.float32),
-                payloads[..., middle:stop].view(*payloads.shape[:-1], part.count, -1),
-            )
-            for part, at, middle, stop in _layout(self, numel)
-        ]
-
     def _header(
         self, count: int, key: Key, rank: int, world_size: int, first: int, numel: int
     ) -> bytes:
@@ -452,17 +419,17 @@ class Codec:
 
     def _check_headers(
         self,
-        rows: torch.Tensor,
+        payloads: torch.Tensor,
         key: Key,
         places: list[tuple[int, int]],
         numel: int,
         world_size: int,
     ) -> RandomizedHadamard:
-        """The transform that payloads with these headers, (n, 16) uint8, were made by.
+        """The transform that payloads, or their headers alone, (K, shards, ...), were made by.
 
-        The one in each row comes from one of `places`, (rank, first).
+        Each comes from one of `places`, (rank, first).
         """
-        headers = [bytes(row) for row in rows.tolist()]
+        headers = _read_headers(payloads)
         rotations = headers[0][3] % 16
         if self.rotations != AUTO or rotations not in (1, 2, 3):
             rotations = self.default_rotations
@@ -529,16 +496,37 @@ class Codec:
 
 
 @lru_cache(maxsize=1024)
-def _layout(codec: Codec, numel: int) -> tuple[tuple[Blocks, int, int, int], ...]:
-    """Blocks of a payload, and where their scales begin, their codes begin, and these end."""
+def _layout(codec: Codec, numel: int) -> tuple[Section, ...]:
     quantizer, sections, at = codec.quantizer, [], HEADER_BYTES
     for part in split_into_blocks(numel, codec.block):
         exact = quantizer.exact_bytes(part.size) if isinstance(quantizer, QuicFL) else 0
         middle = at + 4 * part.count
         stop = middle + part.count * (part.size * quantizer.bits // 8 + exact)
-        sections.append((part, at, middle, stop))
+        sections.append(Section(part, at, middle, stop))
         at = stop
     return tuple(sections)
 
 
+def _length(layout: tuple[Section, ...]) -> int:
+    return layout[-1].stop if layout else HEADER_BYTES
+
+
 _transform = lru_cache(maxsize=64, typed=True)(RandomizedHadamard)
+
+
+def _write_headers(payloads: torch.Tensor, headers: list[bytes]) -> None:
+    """Into payloads (n, nbytes), without waiting for their device."""
+    rows = np.frombuffer(b"".join(headers), np.uint8).reshape(len(headers), HEADER_BYTES)
+    if payloads.device.type == "cpu":  # where torch takes several times as long for so few bytes
+        payloads.numpy()[:, :HEADER_BYTES] = rows
+        return
+    pinned = torch.from_numpy(rows.copy()).pin_memory()
+    payloads[:, :HEADER_BYTES].copy_(pinned, non_blocking=True)
+
+
+def _read_headers(payloads: torch.Tensor) -> list[bytes]:
+    if payloads.device.type == "cpu":
+        joined = payloads.numpy()[..., :HEADER_BYTES].tobytes()
+    else:
+        joined = payloads[..., :HEADER_BYTES].cpu().numpy().tobytes()
+    return [joined[at : at + HEADER_BYTES] for at in range(0, len(joined), HEADER_BYTES)]

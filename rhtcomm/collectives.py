@@ -35,7 +35,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -416,7 +416,7 @@ def _most(wanted: list[int | None]) -> int | None:
     return max((count for count in wanted if count is not None), default=None)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Part:
     """Some coordinates of a bucket, and how they travel."""
 
@@ -430,8 +430,16 @@ class _Part:
     left: torch.Tensor | None
 
     def __getitem__(self, run: slice) -> "_Part":
-        left = None if self.left is None else self.left[run]
-        return replace(self, flat=self.flat[run], first=self.first + run.start, left=left)
+        return _Part(
+            self.flat[run],
+            self.codec,
+            self.key,
+            self.communicator,
+            self.rotations,
+            self.stopwatch,
+            self.first + run.start,
+            None if self.left is None else self.left[run],
+        )
 
     @property
     def nbytes(self) -> int:

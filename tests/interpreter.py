@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from rhtcomm import Codec, Key
-from rhtcomm.kernels import kernel_for
+from rhtcomm.codec import _layout
+from rhtcomm.kernels import Task, kernel_for
 
 __all__ = ["bits_of", "both_ways", "decode", "interpret", "moments_of"]
 
@@ -52,9 +53,9 @@ def in_shards(codec: Codec, x: torch.Tensor, key: Key) -> tuple[torch.Tensor, to
 def moments_of(codec: Codec, x: torch.Tensor, key: Key) -> torch.Tensor:
     """(B, 10), of tensors of whole blocks."""
     payload = codec.encode(x, key)
-    ((blocks, scales, codes),) = codec._sections(payload[None], x.numel())
-    moments = torch.full((blocks.count, 10), -1.0)
+    (section,) = _layout(codec, x.numel())
+    moments = torch.full((section.blocks.count, 10), -1.0)
     kernel: Any = kernel_for(x.device, codec.quantizer)
-    rotation = codec._rotation(None)
-    kernel.encode(rotation, codec.quantizer, x, key, blocks, 0, 1, scales, codes, moments)
+    task = Task(codec._rotation(None), codec.quantizer, key, section, 0, 0, 1)
+    kernel.encode(task, x, payload[None], moments)
     return moments

@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rhtcomm
 from rhtcomm import Codec, Eden, Key, PayloadError, QuicFL, VectorQuantizer, choose_rotations
+from rhtcomm.codec import _layout
 from rhtcomm.collectives import Algorithm
 from rhtcomm.hooks import RHTState, rht_hook
-from rhtcomm.kernels import cpu, reference
-from rhtcomm.rotation import split_into_blocks
+from rhtcomm.kernels import Task, cpu, reference
 
 KEY = Key(seed=3, step=1, bucket=4)
 NEEDS_TWO = torch.zeros(4096).index_copy_(0, torch.arange(3), torch.tensor([1.0, 0.6, 0.3]))
@@ -127,17 +127,13 @@ def test_the_kernels_find_the_moments_of_the_reference(quantizer: Any) -> None:
     x = lognormal(3 * 4096 + 300)
     x[4096 + 5] = torch.inf
     x[2 * 4096 : 3 * 4096] *= 1e35
-    rotation = rhtcomm.RandomizedHadamard(1, 4096)
-    for part in split_into_blocks(len(x), 4096):
-        found = []
+    codec = Codec(quantizer, 1)
+    payload = torch.empty(1, codec.nbytes(len(x)), dtype=torch.uint8)
+    for section in _layout(codec, len(x)):
+        task, found = Task(codec._rotation(None), quantizer, KEY, section, 0, 0, 1), []
         for kernel in (reference, *libraries):
-            scales = torch.empty(1, part.count)
-            codes = torch.empty(1, part.count, part.size * quantizer.bits // 8, dtype=torch.uint8)
-            moments = torch.full((part.count, 10), -1.0)
-            kernel.encode(  # type: ignore[attr-defined]
-                rotation, quantizer, x[part.start : part.stop], KEY, part, 0, 1, scales, codes,
-                moments,
-            )  # fmt: skip
+            moments = torch.full((section.blocks.count, 10), -1.0)
+            kernel.encode(task, x, payload, moments)  # type: ignore[attr-defined]
             found.append(moments)
         assert len(found) > 1
         for other in found[1:]:

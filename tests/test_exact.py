@@ -326,7 +326,8 @@ def test_mean_over_ranks_is_that_of_literal_receivers() -> None:
     payloads = torch.stack([codec.encode(data(r), KEY, r, world_size) for r in range(world_size)])
     mean = codec.decode_mean(payloads, KEY, 20_000)
     rotation = rhtcomm.RandomizedHadamard(codec.quantizer.rotations, codec.block)
-    for blocks, scales, rows in codec._sections(payloads, 20_000):
+    for section in rhtcomm.codec._layout(codec, 20_000):
+        blocks, (scales, rows) = section.blocks, section.views(payloads)
         total = torch.zeros(blocks.count, blocks.size, dtype=torch.float64)
         edge = blocks.size // 2
         for rank in range(world_size):

@@ -167,9 +167,10 @@ def test_random_payloads_decode_alike(interpreted: Interpreted, quantizer: Quant
     for rank, payload in enumerate(payloads):
         header = slice(rhtcomm.codec.HEADER_BYTES)
         payload[header] = codec.encode(torch.zeros(numel), key, rank, ranks)[header]
-    for blocks, scales, rows in codec._sections(payloads, numel):
-        if blocks.count == 1:
+    for section in rhtcomm.codec._layout(codec, numel):
+        if section.blocks.count == 1:
             continue  # scales of any bits there
+        scales, rows = section.views(payloads)
         scales.copy_(torch.rand(scales.shape, generator=generator))
         if isinstance(quantizer, QuicFL) and quantizer.exact_fraction:
             # Indices that count, and each kind that does not.

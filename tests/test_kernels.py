@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,7 +166,8 @@ def test_blocks_with_any_number_of_exact_coordinates(log_block: int, ties: bool)
             row *= 1 - 2 * torch.randint(0, 2, (block,), generator=generator)
         xs.append(RandomizedHadamard(1, block).unrotate(y, key, 0).flatten() / block)
     expected = both_ways(reference, codec, xs, key, 0, torch.float32)
-    ((_, _, rows),) = codec._sections(expected[0], xs[0].numel())
+    (section,) = rhtcomm.codec._layout(codec, xs[0].numel())
+    _, rows = section.views(expected[0])
     kind = torch.int16 if block <= 1 << 15 else torch.int32
     edge = block // 4
     indices = rows[..., edge : edge + capacity * kind.itemsize].contiguous().view(kind)
@@ -174,6 +176,22 @@ def test_blocks_with_any_number_of_exact_coordinates(log_block: int, ties: bool)
     for name, kernel in variants().items():
         found = both_ways(kernel, codec, xs, key, 0, torch.float32)
         assert all(map(torch.equal, found, expected)), name
+
+
+@needs_library
+def test_a_quantizer_is_decoded_by_its_own_table() -> None:
+    """A copy that came from another process equals the one here, but has tables of its own."""
+    codec, twice = Codec(QuicFL(4), block=256), Codec(QuicFL(4), block=256)
+    table = codec.quantizer.table
+    vars(twice.quantizer)["table"] = replace(table, levels=2 * table.levels)
+    vars(twice)["fingerprint"] = codec.fingerprint  # so that payloads pass for its own
+    assert twice == codec
+    payload = codec.encode(torch.linspace(-1, 2, 600), Key(1))[None]
+    for kernel in (reference, *variants().values()):
+        with run_on(kernel):
+            mean = codec.decode_mean(payload, Key(1), 600)
+            assert torch.equal(twice.decode_mean(payload, Key(1), 600), 2 * mean)
+            assert torch.equal(codec.decode_mean(payload, Key(1), 600), mean)
 
 
 def random_payloads(codec: Codec, numel: int, ranks: int, key: Key) -> torch.Tensor:
@@ -211,7 +229,8 @@ def test_random_exact_coordinates_decode_alike_and_in_bounds(log_block: int) -> 
     quantizer = QuicFL(4, FRACTION)
     codec, capacity = Codec(quantizer, block=block), quantizer.exact_capacity(block)
     payloads = random_payloads(codec, blocks * block, ranks, key)
-    ((_, scales, rows),) = codec._sections(payloads, blocks * block)
+    (section,) = rhtcomm.codec._layout(codec, blocks * block)
+    scales, rows = section.views(payloads)
     generator = torch.Generator().manual_seed(block)
     scales.copy_(torch.rand(scales.shape, generator=generator))
     # Many that count, among them the first and the last, and each kind that does not.

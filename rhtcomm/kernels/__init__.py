@@ -21,56 +21,32 @@ from typing import Protocol
 import torch
 
 from rhtcomm.kernels import cpu, reference
+from rhtcomm.kernels.task import Section, Task
 from rhtcomm.quantizers import Quantizer
-from rhtcomm.randomness import Key
-from rhtcomm.rotation import Blocks, RandomizedHadamard
 
-__all__ = ["DTYPES", "Kernel", "kernel_for"]
+__all__ = ["DTYPES", "Kernel", "Section", "Task", "kernel_for"]
 
 DTYPES = cpu.DTYPES
 
 
 class Kernel(Protocol):
-    """Works on adjacent blocks of one size d: R runs of B blocks, K ranks, b bits."""
+    """Works on the blocks of one size d, B of them in each of R adjacent parts of a tensor."""
 
     def encode(
         self,
-        rotation: RandomizedHadamard,
-        quantizer: Quantizer,
+        task: Task,
         x: torch.Tensor,
-        key: Key,
-        blocks: Blocks,
-        rank: int,
-        world_size: int,
-        scales: torch.Tensor,
-        codes: torch.Tensor,
+        payloads: torch.Tensor,
         moments: torch.Tensor | None = None,
     ) -> None:
-        """x (at most R B d,) -> scales (R, B) float32 and codes (R, B, row bytes) uint8.
+        """x (numel,) -> the scales and codes of `task.section` in payloads (R, nbytes) uint8.
 
-        A row is the d b / 8 bytes of packed codes and, of a QuicFL, its `exact_bytes(d)`. Both
-        tensors step by as many bytes from run to run.
         Where it is given, moments (R B, 10) float32 receives the blocks' `rotation.block_moments`,
         summed in an order that is the kernel's own.
         """
 
-    def decode(
-        self,
-        rotation: RandomizedHadamard,
-        quantizer: Quantizer,
-        scales: torch.Tensor,
-        codes: torch.Tensor,
-        key: Key,
-        blocks: Blocks,
-        out: torch.Tensor,
-        first_rank: int = 0,
-        world_size: int | None = None,
-    ) -> None:
-        """scales (K, R, B), codes (K, R, B, row bytes) -> their mean, out (at most R B d,).
-
-        What is i in the first dimension was encoded as rank `first_rank` + i of `world_size`, by
-        default K.
-        """
+    def decode(self, task: Task, payloads: torch.Tensor, out: torch.Tensor) -> None:
+        """payloads (K, R, nbytes) of K adjacent ranks -> the mean, in its place in out (numel,)."""
 
 
 def kernel_for(device: torch.device, quantizer: Quantizer) -> Kernel:

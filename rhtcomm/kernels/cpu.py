@@ -5,19 +5,20 @@ the GIL. It runs on as many threads as torch does (`torch.set_num_threads`).
 """
 
 import ctypes
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from rhtcomm.kernels.task import Task
 from rhtcomm.quantizers import Eden, Quantizer, QuicFL, VectorQuantizer
-from rhtcomm.randomness import Key
-from rhtcomm.rotation import Blocks, RandomizedHadamard
 
 __all__ = ["DTYPES", "QUANTIZERS", "Library", "library_path"]
 
 QUANTIZERS = (QuicFL, Eden, VectorQuantizer)  # in the order of cpu.c
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of cpu.c
+_NUMBER_OF = {dtype: number for number, dtype in enumerate(DTYPES)}
 _ABI = 3  # of cpu.c
 _NAME = "rhtcomm_cpu.*"
 
@@ -45,7 +46,8 @@ class _Plan(ctypes.Structure):
         ("run", ctypes.c_int64),
         ("run_stride", ctypes.c_int64),
         ("exact_capacity", ctypes.c_int64),
-        ("seed", ctypes.c_uint32 * 2),
+        ("seed_low", ctypes.c_uint32),
+        ("seed_high", ctypes.c_uint32),
         ("bucket", ctypes.c_uint32),
         ("step", ctypes.c_uint32),
         ("hop", ctypes.c_uint32),
@@ -114,105 +116,94 @@ class Library:
 
     def encode(
         self,
-        rotation: RandomizedHadamard,
-        quantizer: Quantizer,
+        task: Task,
         x: torch.Tensor,
-        key: Key,
-        blocks: Blocks,
-        rank: int,
-        world_size: int,
-        scales: torch.Tensor,
-        codes: torch.Tensor,
+        payloads: torch.Tensor,
         moments: torch.Tensor | None = None,
     ) -> None:
-        x = x.detach().contiguous()
-        normalization = blocks.size ** (-rotation.rotations / 2)
-        plan = _plan(rotation, quantizer, key, blocks, world_size, normalization)
-        plan.run, plan.run_stride = scales.shape[-1], codes.stride(-3)
+        x, section = x.contiguous(), task.section
+        parts, start = len(payloads), section.blocks.start
+        numel = parts * section.blocks.count * section.blocks.size
+        plan, at = _plan(task, 1), payloads.data_ptr()
+        plan.run_stride = payloads.stride(0)
         _check(
             self._encode(
-                ctypes.byref(plan),
-                blocks.count,
-                rank,
-                x.data_ptr(),
-                DTYPES.index(x.dtype),
-                x.numel(),
-                scales.data_ptr(),
-                codes.data_ptr(),
+                plan,
+                parts * section.blocks.count,
+                task.rank,
+                x.data_ptr() + start * x.element_size(),
+                _NUMBER_OF[x.dtype],
+                min(numel, x.numel() - start),
+                at + section.scales,
+                at + section.codes,
                 None if moments is None else moments.data_ptr(),
                 torch.get_num_threads(),
             )
         )
 
-    def decode(
-        self,
-        rotation: RandomizedHadamard,
-        quantizer: Quantizer,
-        scales: torch.Tensor,
-        codes: torch.Tensor,
-        key: Key,
-        blocks: Blocks,
-        out: torch.Tensor,
-        first_rank: int = 0,
-        world_size: int | None = None,
-    ) -> None:
-        rows = scales.shape[0]
-        world_size = rows if world_size is None else world_size
-        normalization = blocks.size ** (-rotation.rotations / 2) / rows
-        plan = _plan(rotation, quantizer, key, blocks, world_size, normalization)
-        plan.first_rank, plan.rows = first_rank, rows
-        plan.run, plan.run_stride = scales.shape[-1], codes.stride(-3)
+    def decode(self, task: Task, payloads: torch.Tensor, out: torch.Tensor) -> None:
+        ranks, parts, _ = payloads.shape
+        section = task.section
+        start = section.blocks.start
+        numel = parts * section.blocks.count * section.blocks.size
+        plan, at = _plan(task, ranks), payloads.data_ptr()
+        plan.first_rank, plan.rows, plan.run_stride = task.rank, ranks, payloads.stride(1)
         _check(
             self._decode(
-                ctypes.byref(plan),
-                blocks.count,
-                scales.data_ptr(),
-                codes.data_ptr(),
-                codes.stride(0),
-                out.data_ptr(),
-                DTYPES.index(out.dtype),
-                out.numel(),
+                plan,
+                parts * section.blocks.count,
+                at + section.scales,
+                at + section.codes,
+                payloads.stride(0),
+                out.data_ptr() + start * out.element_size(),
+                _NUMBER_OF[out.dtype],
+                min(numel, out.numel() - start),
                 torch.get_num_threads(),
             )
         )
 
 
-def _plan(
-    rotation: RandomizedHadamard,
-    quantizer: Quantizer,
-    key: Key,
-    blocks: Blocks,
-    world_size: int,
-    normalization: float,
-) -> _Plan:
-    plan = _Plan(
-        size=blocks.size,
-        first=blocks.start,
-        world_size=world_size,
-        seed=(key.seed & 0xFFFFFFFF, key.seed >> 32),
-        bucket=key.bucket,
-        step=key.step,
-        hop=key.hop,
-        rotations=rotation.rotations,
-        quantizer=QUANTIZERS.index(type(quantizer)),
-        bits=quantizer.bits,
-        group=quantizer.group,
-        normalization=normalization,
-    )
+def _plan(task: Task, ranks: int) -> _Plan:
+    """What both directions are told."""
+    key, blocks, quantizer = task.key, task.section.blocks, task.quantizer
+    rotations = task.rotation.rotations
+    plan = _Plan.from_buffer_copy(_constants(quantizer, rotations, blocks.size))
+    plan.first = task.first + blocks.start
+    plan.run = blocks.count
+    plan.world_size = task.world_size
+    plan.seed_low, plan.seed_high = key.seed & 0xFFFFFFFF, key.seed >> 32
+    plan.bucket, plan.step, plan.hop = key.bucket, key.step, key.hop
+    plan.normalization = blocks.size ** (-rotations / 2) / ranks
+    # Equal quantizers may have tables of their own, which go when they do.
     if isinstance(quantizer, QuicFL):
-        plan.exact_capacity = quantizer.exact_capacity(blocks.size)
         levels = quantizer.table
-        plan.shared_bits, plan.middle = levels.shared_bits, levels.middle
-        plan.nodes_per_sigma, plan.inverse_bound = levels.nodes_per_sigma, levels.inverse_bound
         plan.levels, plan.positions = levels.levels.data_ptr(), levels.positions.data_ptr()
     elif isinstance(quantizer, Eden):
-        plan.biased = quantizer.biased
         plan.levels = quantizer.table.centroids.data_ptr()
         plan.boundaries = quantizer.table.boundaries.data_ptr()
     elif isinstance(quantizer, VectorQuantizer):
-        plan.biased = quantizer.biased
         plan.levels = quantizer.table.codewords.data_ptr()
         plan.half_norms = quantizer.table.half_norms.data_ptr()
+    return plan
+
+
+@cache
+def _constants(quantizer: Quantizer, rotations: int, size: int) -> _Plan:
+    """Of the plan, what is the same in all calls."""
+    plan = _Plan(
+        size=size,
+        rotations=rotations,
+        quantizer=QUANTIZERS.index(type(quantizer)),
+        bits=quantizer.bits,
+        group=quantizer.group,
+    )
+    if isinstance(quantizer, QuicFL):
+        plan.exact_capacity = quantizer.exact_capacity(size)
+        levels = quantizer.table
+        plan.shared_bits, plan.middle = levels.shared_bits, levels.middle
+        plan.nodes_per_sigma, plan.inverse_bound = levels.nodes_per_sigma, levels.inverse_bound
+    elif isinstance(quantizer, (Eden, VectorQuantizer)):
+        plan.biased = quantizer.biased
     return plan
 
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from rhtcomm.kernels import reference
+from rhtcomm.kernels.task import Task
 from rhtcomm.quantizers import Eden, Quantizer, QuicFL, VectorQuantizer
 from rhtcomm.randomness import Key, Stream, stratum
 from rhtcomm.rotation import MOMENTS, Blocks, RandomizedHadamard
@@ -545,28 +546,23 @@ def _decode(
 
 
 def encode(
-    rotation: RandomizedHadamard,
-    quantizer: Quantizer,
+    task: Task,
     x: torch.Tensor,
-    key: Key,
-    blocks: Blocks,
-    rank: int,
-    world_size: int,
-    scales: torch.Tensor,
-    codes: torch.Tensor,
+    payloads: torch.Tensor,
     moments: torch.Tensor | None = None,
 ) -> None:
-    if blocks.size > MAX_BLOCK:
-        reference.encode(
-            rotation, quantizer, x, key, blocks, rank, world_size, scales, codes, moments
-        )
+    rotation, quantizer, key, section, _, rank, world_size = task
+    if section.blocks.size > MAX_BLOCK:
+        reference.encode(task, x, payloads, moments)
         return
     assert isinstance(quantizer, QUANTIZERS)
     table, thresholds = _tables(quantizer, x.device, encoding=True)
     levels = quantizer.table if isinstance(quantizer, QuicFL) else None
-    x = x.detach().contiguous()
+    blocks = task.blocks(len(payloads))
+    scales, codes = section.views(payloads)
+    x = section.coordinates(x.contiguous(), len(payloads))
     with torch.cuda.device_of(x):
-        for i, run in enumerate(blocks.split(len(scales))):
+        for i, run in enumerate(blocks.split(len(payloads))):
             coordinates = x[run.start - blocks.start : run.stop - blocks.start]
             _encode[(run.count,)](
                 coordinates,
@@ -588,27 +584,19 @@ def encode(
             )
 
 
-def decode(
-    rotation: RandomizedHadamard,
-    quantizer: Quantizer,
-    scales: torch.Tensor,
-    codes: torch.Tensor,
-    key: Key,
-    blocks: Blocks,
-    out: torch.Tensor,
-    first_rank: int = 0,
-    world_size: int | None = None,
-) -> None:
-    if blocks.size > MAX_BLOCK:
-        reference.decode(
-            rotation, quantizer, scales, codes, key, blocks, out, first_rank, world_size
-        )
+def decode(task: Task, payloads: torch.Tensor, out: torch.Tensor) -> None:
+    rotation, quantizer, key, section, _, first_rank, world_size = task
+    if section.blocks.size > MAX_BLOCK:
+        reference.decode(task, payloads, out)
         return
     assert isinstance(quantizer, QUANTIZERS)
-    rows = len(scales)
+    ranks, parts, _ = payloads.shape
     (table,) = _tables(quantizer, out.device, encoding=False)
+    blocks = task.blocks(parts)
+    scales, codes = section.views(payloads)
+    out = section.coordinates(out, parts)
     with torch.cuda.device_of(out):
-        for i, run in enumerate(blocks.split(scales.shape[1])):
+        for i, run in enumerate(blocks.split(parts)):
             target = out[run.start - blocks.start : run.stop - blocks.start]
             _decode[(run.count,)](
                 scales[:, i],
@@ -618,11 +606,11 @@ def decode(
                 target.numel(),
                 *_words_of(key, run),
                 first_rank,
-                rows,
+                ranks,
                 scales.stride(0),
                 codes.stride(0),
-                rows if world_size is None else world_size,
-                run.size ** (-rotation.rotations / 2) / rows,
+                world_size,
+                run.size ** (-rotation.rotations / 2) / ranks,
                 SHARED_BITS=quantizer.table.shared_bits if isinstance(quantizer, QuicFL) else 0,
                 **_shape(rotation, quantizer, run, target.numel()),
             )

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import torch
 
 from rhtcomm.bitpack import pack, unpack
-from rhtcomm.quantizers import Quantizer, QuicFL
-from rhtcomm.randomness import Key
-from rhtcomm.rotation import Blocks, RandomizedHadamard, block_moments
+from rhtcomm.kernels.task import Task
+from rhtcomm.quantizers import QuicFL
+from rhtcomm.rotation import Blocks, block_moments
 
 __all__ = ["decode", "encode"]
 
@@ -27,18 +27,16 @@ _LARGE_PIECE = 1 << 24
 
 
 def encode(
-    rotation: RandomizedHadamard,
-    quantizer: Quantizer,
+    task: Task,
     x: torch.Tensor,
-    key: Key,
-    blocks: Blocks,
-    rank: int,
-    world_size: int,
-    scales: torch.Tensor,
-    codes: torch.Tensor,
+    payloads: torch.Tensor,
     moments: torch.Tensor | None = None,
 ) -> None:
-    for run, rows, piece in _pieces(blocks, len(scales), x.device):
+    rotation, quantizer, key, section, _, rank, world_size = task
+    blocks = task.blocks(len(payloads))
+    scales, codes = section.views(payloads)
+    x = section.coordinates(x, len(payloads))
+    for run, rows, piece in _pieces(blocks, len(payloads), x.device):
         start = piece.start - blocks.start
         part = piece.rows(x[start : start + piece.count * piece.size].float())
         down, up, finite = _powers_of_two(part)
@@ -58,31 +56,25 @@ def encode(
         codes[run, rows] = packed
 
 
-def decode(
-    rotation: RandomizedHadamard,
-    quantizer: Quantizer,
-    scales: torch.Tensor,
-    codes: torch.Tensor,
-    key: Key,
-    blocks: Blocks,
-    out: torch.Tensor,
-    first_rank: int = 0,
-    world_size: int | None = None,
-) -> None:
-    world_size = len(scales) if world_size is None else world_size
+def decode(task: Task, payloads: torch.Tensor, out: torch.Tensor) -> None:
+    rotation, quantizer, key, section, _, first_rank, world_size = task
+    ranks, parts, _ = payloads.shape
+    blocks = task.blocks(parts)
+    scales, codes = section.views(payloads)
+    out = section.coordinates(out, parts)
     shared = quantizer.rotation == "shared"
-    for run, rows, piece in _pieces(blocks, scales.shape[1], scales.device):
+    for run, rows, piece in _pieces(blocks, parts, scales.device):
         down, up, finite = _powers_of_two(scales[:, run, rows].t())
         total = None
-        for row in range(len(scales)):
+        for row in range(ranks):
             rank = first_rank + row
             packed = codes[row, run, rows]
             width, count = quantizer.bits * quantizer.group, piece.size // quantizer.group
             drawn = unpack(packed, width, count)
             values = quantizer.decode(drawn, key, piece.start, rank, world_size)
             if isinstance(quantizer, QuicFL) and quantizer.exact_fraction:
-                section = packed[:, piece.size * quantizer.bits // 8 :]
-                quantizer.decode_exact(values, section)
+                exact = packed[:, piece.size * quantizer.bits // 8 :]
+                quantizer.decode_exact(values, exact)
             values = values * (scales[row, run, rows] * down)[:, None]
             if not shared:
                 values = rotation.unrotate(values, key, piece.start, rank)
@@ -90,7 +82,7 @@ def decode(
         assert total is not None
         if shared:
             total = rotation.unrotate(total, key, piece.start)
-        mean = total * (piece.size ** (-rotation.rotations / 2) / len(scales)) * up[:, None]
+        mean = total * (piece.size ** (-rotation.rotations / 2) / ranks) * up[:, None]
         mean = torch.where(finite[:, None], mean, torch.nan)
         target = out[piece.start - blocks.start :][: mean.numel()]
         target.copy_(mean.flatten()[: target.numel()])

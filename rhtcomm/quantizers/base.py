@@ -1,5 +1,6 @@
 """What a codec asks of a quantizer."""
 
+from collections.abc import Hashable
 from hashlib import blake2b
 from typing import ClassVar, Literal, Protocol
 
@@ -17,7 +18,7 @@ __all__ = [
 ]
 
 
-class Quantizer(Protocol):
+class Quantizer(Hashable, Protocol):
     """Maps rotated blocks to codes and one scale a block, and codes back to values; hashable.
 
     A code stands for `group` adjacent coordinates and has `bits` bits for each of them.
