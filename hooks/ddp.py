@@ -333,15 +333,16 @@ class RHTState:
         if self._worker is None:
             self._start()
         assert self._worker is not None
+        index, last = bucket.index(), bucket.is_last()
         # DDP may leave out a step's last buckets, if no gradient came; randomness must not repeat.
-        if bucket.index() <= self._last_index:
+        if index <= self._last_index:
             self._ends.add(self._last_index)
             self._next_step()
-        key = replace(self.key, bucket=bucket.index())
+        key = Key(self.key.seed, self.key.step, index)
         parameters = bucket.parameters() if self.error_feedback else []
-        self._last_index = bucket.index()
-        ends = bucket.is_last() or bucket.index() in self._ends
-        if bucket.is_last():
+        self._last_index = index
+        ends = last or index in self._ends
+        if last:
             self._next_step()
         on_device = buffer.device.type != "cpu"
         devices = [buffer.device] if on_device else None
