@@ -105,10 +105,11 @@ class Case:
     bits: int
     rotations: int
     dtype: torch.dtype
+    block: int = 4096
 
     @property
     def codec(self) -> rhtcomm.Codec:
-        return rhtcomm.Codec(rhtcomm.QuicFL(self.bits), self.rotations)
+        return rhtcomm.Codec(rhtcomm.QuicFL(self.bits), self.rotations, self.block)
 
     def check(self, nbytes: int) -> None:
         """Raise unless a payload and the mean of two have the bits that the CPU gives them."""
@@ -240,6 +241,23 @@ def warps_table(warps: list[int], rate: float) -> None:
     print(table(["dtype", "warps", "encode", "decode, K = 1"], rows))
 
 
+def blocks_table(rate: float) -> None:
+    """Other blocks than 4096, for which the first call looks for the best number of warps."""
+    rows = []
+    for block in (1024, 2048, 8192, 16384):
+        case = Case(4, 2, torch.float32, block)
+        case.check(SIZES["25 MiB"])
+        encode, decode, moved = case.times(SIZES["1 GiB"])
+        rows.append([str(block)])
+        rows[-1] += [f"{moved / rate / seconds:.0%}" for seconds in (encode, decode)]
+        sizes = {what: dict(what[3:])["SIZE"] for what in gpu._fastest}
+        rows[-1].append(
+            ", ".join(str(n) for what, n in gpu._fastest.items() if sizes[what] == block)
+        )
+    print("Share of the roofline, b = 4, k = 2, 1 GiB of float32, warps by measurement:\n")
+    print(table(["block", "encode", "decode, K = 1", "warps of each"], rows), flush=True)
+
+
 def training_table(steps: int) -> None:
     """Two ranks on this GPU over Gloo; a functional test, no measurement."""
     rows = []
@@ -309,6 +327,7 @@ def main() -> None:
             case.check(SIZES["1 GiB"])
     print(f"{len(cases)} codecs have the bits of the CPU at 25 MiB, b = 4 and k = 2 at 1 GiB.\n")
     summary = kernel_tables(cases, rate)
+    blocks_table(rate)
     hadamard_table(rate)
     call_table()
     training_table(arguments.steps)

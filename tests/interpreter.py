@@ -6,13 +6,14 @@ TRITON_INTERPRET must be set before Triton is imported, and then holds for the w
 import os
 from typing import Any
 
+import pytest
 import torch
 
 from rhtcomm import Codec, Key
 from rhtcomm.codec import _layout
 from rhtcomm.kernels import Task, kernel_for
 
-__all__ = ["bits_of", "both_ways", "decode", "interpret", "moments_of"]
+__all__ = ["bits_of", "both_ways", "decode", "interpret", "moments_of", "tuned"]
 
 
 def interpret() -> None:
@@ -59,3 +60,42 @@ def moments_of(codec: Codec, x: torch.Tensor, key: Key) -> torch.Tensor:
     task = Task(codec._rotation(None), codec.quantizer, key, section, 0, 0, 1)
     kernel.encode(task, x, payload[None], moments)
     return moments
+
+
+def tuned(codec: Codec, x: torch.Tensor, key: Key) -> tuple[torch.Tensor, list[int], list[int]]:
+    """What a payload decodes to, and the warps that were timed and those of each launch.
+
+    The clock says that two warps are fastest.
+    """
+    from rhtcomm.kernels import gpu
+
+    timed: list[int] = []
+    launched: list[int] = []
+
+    class Kernel:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            def launch(*args: Any, **options: Any) -> None:
+                launched.append(options["num_warps"])
+                self.kernel[grid](*args, **options)
+
+            return launch
+
+    def seconds(call: Any) -> float:
+        call()
+        timed.append(launched[-1])
+        return abs(launched[-1] - 2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "_encode", Kernel(gpu._encode))
+        patch.setattr(gpu, "_decode", Kernel(gpu._decode))
+        patch.setattr(gpu, "_seconds", seconds)
+        patch.setattr(gpu, "_can_time", lambda device: True)
+        patch.setattr(gpu, "_TUNED_FROM", 2)
+        patch.setattr(gpu, "_fastest", {})
+        for _ in range(2):
+            payload = codec.encode(x, key)
+            mean = codec.decode_mean(payload[None], key, x.numel())
+    return mean, timed, launched

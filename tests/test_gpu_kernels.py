@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import bits_of, both_ways, decode, in_shards, interpret, moments_of
+from interpreter import bits_of, both_ways, decode, in_shards, interpret, moments_of, tuned
 
 import rhtcomm.codec
 from rhtcomm import Codec, Eden, Key, QuicFL, RandomizedHadamard, VectorQuantizer
@@ -180,6 +180,23 @@ def test_random_payloads_decode_alike(interpreted: Interpreted, quantizer: Quant
             rows[..., at : at + 2 * capacity] = chosen.to(torch.int16).view(torch.uint8)
     expected = decode(codec, payloads, key, numel, 0, torch.float32)
     assert torch.equal(interpreted(decode, codec, payloads, key, numel, 0, torch.float32), expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("size", [1024, 4096])
+def test_other_blocks_than_4096_take_the_number_of_warps_that_is_fastest(
+    interpreted: Interpreted, size: int
+) -> None:
+    codec, key = Codec(QuicFL(4), block=size), Key(3)
+    (x,) = tensors(2 * size + 100, 1, 3, torch.float32)  # and a tail, which is not worth it
+    mean, timed, launched = interpreted(tuned, codec, x, key)
+    assert torch.equal(mean, codec.decode_mean(codec.encode(x, key)[None], key, x.numel()))
+    if size == 4096:
+        assert timed == []
+        assert launched == [1] * 8
+    else:  # once for each of the two kernels; then they are known
+        assert timed == [1, 2, 4] * 2
+        assert launched == [*([1, 2, 4, 2, 1] * 2), *([2, 1] * 2)]
 
 
 @needs_triton

@@ -1,7 +1,8 @@
 """The Triton kernels: one program a block, bit for bit the reference.
 
 A block is read once, stays in registers through scaling, transforms and quantization, and leaves as
-packed codes; decoding goes the other way. So a bucket crosses memory once a direction.
+packed codes; decoding goes the other way. So a bucket crosses memory once a direction. How many
+warps a program has is set for blocks of 4096, and measured on the device for others.
 
 The bits of the reference (rhtcomm/kernels/__init__.py) forbid what compilers like to do:
 multiplications are not fused with additions (`enable_fp_fusion=False`, which goes down to ptxas;
@@ -12,7 +13,10 @@ two leaves the order to the layout.
 With TRITON_INTERPRET=1, set before Triton is imported, the same code runs on CPU tensors in NumPy.
 """
 
+import functools
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -560,11 +564,14 @@ def encode(
     levels = quantizer.table if isinstance(quantizer, QuicFL) else None
     blocks = task.blocks(len(payloads))
     scales, codes = section.views(payloads)
-    x = section.coordinates(x.contiguous(), len(payloads))
+    x = section.coordinates(x, len(payloads))
     with torch.cuda.device_of(x):
         for i, run in enumerate(blocks.split(len(payloads))):
             coordinates = x[run.start - blocks.start : run.stop - blocks.start]
-            _encode[(run.count,)](
+            _launch(
+                _encode,
+                run.count,
+                _shape(rotation, quantizer, run, coordinates.numel()),
                 coordinates,
                 scales[i],
                 codes[i],
@@ -580,7 +587,6 @@ def encode(
                 INVERSE_BOUND=levels.inverse_bound if levels else 0.0,
                 NODES_PER_SIGMA=levels.nodes_per_sigma if levels else 0.0,
                 MIDDLE=levels.middle if levels else 0,
-                **_shape(rotation, quantizer, run, coordinates.numel()),
             )
 
 
@@ -598,7 +604,10 @@ def decode(task: Task, payloads: torch.Tensor, out: torch.Tensor) -> None:
     with torch.cuda.device_of(out):
         for i, run in enumerate(blocks.split(parts)):
             target = out[run.start - blocks.start : run.stop - blocks.start]
-            _decode[(run.count,)](
+            _launch(
+                _decode,
+                run.count,
+                _shape(rotation, quantizer, run, target.numel()),
                 scales[:, i],
                 codes[:, i],
                 target,
@@ -612,7 +621,6 @@ def decode(task: Task, payloads: torch.Tensor, out: torch.Tensor) -> None:
                 world_size,
                 run.size ** (-rotation.rotations / 2) / ranks,
                 SHARED_BITS=quantizer.table.shared_bits if isinstance(quantizer, QuicFL) else 0,
-                **_shape(rotation, quantizer, run, target.numel()),
             )
 
 
@@ -651,12 +659,63 @@ def warps_for(quantizer: Quantizer, size: int) -> int:
     """Warps of a program: 128 coordinates a thread, or 64 where those would not fit in registers.
 
     By the instructions that ptxas makes of the kernels, fewer threads with more registers are
-    better, since strides inside a thread need no shuffle. Not tuned at run time: that would
-    multiply what is compiled in a training run's first step, and stop the device there
-    (`python benchmarks/gpu.py --warps` compares).
+    better, since strides inside a thread need no shuffle. That holds for blocks of 4096, which are
+    not tuned at run time (`python benchmarks/gpu.py --warps` compares); for others it is where
+    tuning begins.
     """
     light = isinstance(quantizer, QuicFL) and not quantizer.exact_fraction
     return max(1, size // (4096 if light else 2048))
+
+
+_TUNED_FROM = 64  # programs: below, as for the one block of a tail, a launch takes no time
+_fastest: dict[tuple[object, ...], int] = {}  # warps, by what was tuned
+
+
+def _launch(
+    kernel: Any,
+    programs: int,
+    shape: dict[str, Any],
+    first: torch.Tensor,
+    *others: object,
+    **constants: object,
+) -> None:
+    """Run a kernel on so many blocks, with as many warps as are fastest on its tensors' device.
+
+    They change no bit, so the launches that are timed, once a process for each kernel and shape, do
+    the work too. They stop the host and compile the kernel several times, which blocks of 4096, the
+    default, are spared.
+    """
+
+    def launch(warps: int) -> None:
+        options = shape | constants | {"num_warps": warps}
+        kernel[(programs,)](first, *others, **options)
+
+    guess = shape["num_warps"]
+    if shape["SIZE"] == 4096 or programs < _TUNED_FROM:
+        launch(guess)
+        return
+    what = (kernel, first.device, first.dtype, *shape.items())
+    if what not in _fastest and _can_time(first.device):
+        candidates = sorted({max(1, guess // 2), guess, min(16, 2 * guess), min(16, 4 * guess)})
+        seconds = {warps: _seconds(functools.partial(launch, warps)) for warps in candidates}
+        _fastest[what] = min(candidates, key=seconds.__getitem__)
+    launch(_fastest.get(what, guess))
+
+
+def _can_time(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    """Of one of several calls on the current stream, the first of which compiles."""
+    call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(5):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 5e3
 
 
 @cache
