@@ -209,6 +209,12 @@ class RHTState:
         self._wanted: dict[tuple[int, int], int] = {}
         self._taken = {1: 0, 2: 0, 3: 0}
 
+    def __repr__(self) -> str:
+        return (
+            f"RHTState({self.codec}, algorithm={self.algorithm!r}, "
+            f"error_feedback={self.error_feedback}, seed={self.key.seed}, step={self.key.step})"
+        )
+
     def stats(self) -> Stats:
         """Totals since the state was made: steps begun, and the rest of buckets that came back."""
         return Stats(
@@ -263,8 +269,13 @@ class RHTState:
 
         Raises:
             ValueError: the model is missing or another one; or only one of this state and the saved
-                one has error_feedback.
+                one has error_feedback; or it is no saved state.
         """
+        if not {"seed", "step"} <= state.keys():
+            raise ValueError(
+                f"RHTState.load_state_dict: a state has seed and step, but this has {list(state)}; "
+                "give what state_dict() returned"
+            )
         residuals = state.get("residuals")
         if (residuals is not None) != self.error_feedback:
             raise ValueError(
@@ -536,7 +547,7 @@ class RHTState:
         for parameter in parameters:
             part = self._residuals.get(parameter)
             if part is None:
-                part = torch.zeros(parameter.numel(), device=buffer.device)
+                part = buffer.new_zeros(parameter.numel(), dtype=torch.float32)
             parts.append(part.to(buffer.device))
         return torch.cat(parts)
 

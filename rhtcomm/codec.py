@@ -143,6 +143,9 @@ class Codec:
             raise ValueError(f'Codec: rotations={self.rotations!r} must be 1, 2, 3 or "auto"')
         RandomizedHadamard(self.default_rotations, self.block)  # checks the arguments
 
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.quantizer, self.rotations, self.block)  # made anew, nothing kept
+
     @property
     def configuration(self) -> dict[str, object]:
         """What two ranks must have in common to understand each other, by name."""
@@ -219,7 +222,7 @@ class Codec:
         if x.dim() != 1:
             raise ValueError(f"Codec.encode: x has shape {tuple(x.shape)}; flatten it first")
         rank, world_size, first = self._check_place(rank, world_size, first)
-        x = x.detach()
+        x = x.detach().contiguous()
         count = 1 if shards is None else operator.index(shards)
         if count < 1 or (count > 1 and x.numel() % (count * self.block)):
             raise ValueError(
@@ -236,7 +239,7 @@ class Codec:
         for section in layout:
             if self.rotations == AUTO:
                 blocks = count * section.blocks.count
-                moments.append(torch.empty(blocks, MOMENTS, device=x.device))
+                moments.append(torch.empty(blocks, MOMENTS, dtype=torch.float32, device=x.device))
             task = Task(rotation, self.quantizer, key, section, first, rank, world_size)
             kernel.encode(task, x, payloads, moments[-1] if moments else None)
         if moments:
@@ -516,12 +519,14 @@ _transform = lru_cache(maxsize=64, typed=True)(RandomizedHadamard)
 
 def _write_headers(payloads: torch.Tensor, headers: list[bytes]) -> None:
     """Into payloads (n, nbytes), without waiting for their device."""
-    rows = np.frombuffer(b"".join(headers), np.uint8).reshape(len(headers), HEADER_BYTES)
+    rows = np.frombuffer(bytearray().join(headers), np.uint8).reshape(len(headers), HEADER_BYTES)
     if payloads.device.type == "cpu":  # where torch takes several times as long for so few bytes
         payloads.numpy()[:, :HEADER_BYTES] = rows
         return
-    pinned = torch.from_numpy(rows.copy()).pin_memory()
-    payloads[:, :HEADER_BYTES].copy_(pinned, non_blocking=True)
+    source = torch.from_numpy(rows)
+    if payloads.device.type == "cuda":  # from other memory a copy makes the host wait
+        source = source.pin_memory()
+    payloads[:, :HEADER_BYTES].copy_(source, non_blocking=True)
 
 
 def _read_headers(payloads: torch.Tensor) -> list[bytes]:

@@ -87,3 +87,11 @@ def test_one_rank_alone_compresses_no_bucket() -> None:
         rht_hook(state, Bucket(0, True)).wait()
         assert state.stats().steps == 1
         assert state.stats().rotations == {1: 0, 2: 0, 3: 0}
+
+
+def test_what_is_no_saved_state_is_refused_and_what_a_state_is_can_be_read() -> None:
+    state = RHTState(bits=3, seed=5)
+    with pytest.raises(ValueError, match=r"has \['model'\]; give what state_dict"):
+        state.load_state_dict({"model": {}})
+    assert "QuicFL(bits=3" in repr(state)
+    assert "seed=5, step=0" in repr(state)

@@ -39,7 +39,7 @@ class Kernel(Protocol):
         payloads: torch.Tensor,
         moments: torch.Tensor | None = None,
     ) -> None:
-        """x (numel,) -> the scales and codes of `task.section` in payloads (R, nbytes) uint8.
+        """Contiguous x (numel,) -> scales and codes of `task.section` in payloads (R, nbytes).
 
         Where it is given, moments (R B, 10) float32 receives the blocks' `rotation.block_moments`,
         summed in an order that is the kernel's own.

@@ -121,7 +121,7 @@ class Library:
         payloads: torch.Tensor,
         moments: torch.Tensor | None = None,
     ) -> None:
-        x, section = x.contiguous(), task.section
+        section = task.section
         parts, start = len(payloads), section.blocks.start
         numel = parts * section.blocks.count * section.blocks.size
         plan, at = _plan(task, 1), payloads.data_ptr()
@@ -165,31 +165,20 @@ class Library:
 
 def _plan(task: Task, ranks: int) -> _Plan:
     """What both directions are told."""
-    key, blocks, quantizer = task.key, task.section.blocks, task.quantizer
-    rotations = task.rotation.rotations
-    plan = _Plan.from_buffer_copy(_constants(quantizer, rotations, blocks.size))
+    key, blocks, rotations = task.key, task.section.blocks, task.rotation.rotations
+    plan = _Plan.from_buffer_copy(_constants(task.quantizer, rotations, blocks.size))
     plan.first = task.first + blocks.start
     plan.run = blocks.count
     plan.world_size = task.world_size
     plan.seed_low, plan.seed_high = key.seed & 0xFFFFFFFF, key.seed >> 32
     plan.bucket, plan.step, plan.hop = key.bucket, key.step, key.hop
     plan.normalization = blocks.size ** (-rotations / 2) / ranks
-    # Equal quantizers may have tables of their own, which go when they do.
-    if isinstance(quantizer, QuicFL):
-        levels = quantizer.table
-        plan.levels, plan.positions = levels.levels.data_ptr(), levels.positions.data_ptr()
-    elif isinstance(quantizer, Eden):
-        plan.levels = quantizer.table.centroids.data_ptr()
-        plan.boundaries = quantizer.table.boundaries.data_ptr()
-    elif isinstance(quantizer, VectorQuantizer):
-        plan.levels = quantizer.table.codewords.data_ptr()
-        plan.half_norms = quantizer.table.half_norms.data_ptr()
     return plan
 
 
 @cache
 def _constants(quantizer: Quantizer, rotations: int, size: int) -> _Plan:
-    """Of the plan, what is the same in all calls."""
+    """Of the plan, what is the same in all calls. Equal quantizers share a table, which stays."""
     plan = _Plan(
         size=size,
         rotations=rotations,
@@ -202,8 +191,15 @@ def _constants(quantizer: Quantizer, rotations: int, size: int) -> _Plan:
         levels = quantizer.table
         plan.shared_bits, plan.middle = levels.shared_bits, levels.middle
         plan.nodes_per_sigma, plan.inverse_bound = levels.nodes_per_sigma, levels.inverse_bound
-    elif isinstance(quantizer, (Eden, VectorQuantizer)):
+        plan.levels, plan.positions = levels.levels.data_ptr(), levels.positions.data_ptr()
+    elif isinstance(quantizer, Eden):
         plan.biased = quantizer.biased
+        plan.levels = quantizer.table.centroids.data_ptr()
+        plan.boundaries = quantizer.table.boundaries.data_ptr()
+    elif isinstance(quantizer, VectorQuantizer):
+        plan.biased = quantizer.biased
+        plan.levels = quantizer.table.codewords.data_ptr()
+        plan.half_norms = quantizer.table.half_norms.data_ptr()
     return plan
 
 

@@ -6,7 +6,7 @@ the rotation: its projection on y is y itself, and what is left has no preferred
 """
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -62,11 +62,11 @@ class Eden:
     ) -> torch.Tensor:
         return self.table.centroids.to(codes.device)[codes.int()]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         return fingerprint_of(self.table.centroids)
 
-    @cached_property
+    @property
     def table(self) -> "Table":
         return _table(self.bits)
 

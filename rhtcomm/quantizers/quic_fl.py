@@ -26,7 +26,7 @@ so at most C coordinates exceed T scales, whatever y is; the wide mode is the ca
 
 import math
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -176,11 +176,11 @@ class QuicFL:
         rows, entries = torch.where((indices > before) & (indices < size))
         values[rows, indices[rows, entries]] = exact[rows, entries]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         return fingerprint_of(self.table.levels)
 
-    @cached_property
+    @property
     def table(self) -> "Table":
         return _table(self.bits, "quic_fl_exact" if self.exact_fraction else "quic_fl")
 

@@ -10,7 +10,7 @@ diagonals (arXiv 2605.06014).
 """
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -88,11 +88,11 @@ class VectorQuantizer:
             best = torch.maximum(best, score)
         return codes
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         return fingerprint_of(self.table.codewords)
 
-    @cached_property
+    @property
     def table(self) -> "Table":
         return _table(self.bits)
 
