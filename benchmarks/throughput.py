@@ -1,16 +1,16 @@
 """Time of one gradient bucket's exchange, as DDP sees it, on loopback and on emulated links.
 
-    python benchmarks/throughput.py                                     all of it (root; 10 minutes)
+    python benchmarks/throughput.py                                     all of it (root; 25 minutes)
     python benchmarks/throughput.py --links 1gbit --ranks 2 --contestants float32 "rht4 *"
     python benchmarks/throughput.py --quick
 
 Time runs from the call of the communication hook until its future is done, on the slowest rank,
 after a barrier. All contestants take turns in the same processes, on the same data, of three
 exchanges each after one that is not timed: a connection that was idle while others had their turns
-begins slowly, which in training it never is. A time is taken only after the check of the same run:
-the hook's mean is as near to the exact one as its error allows. Each link and number of ranks is
-one run; its rows replace those of an earlier one in throughput.csv, from which throughput.md and
-throughput.png are made.
+begins slowly, which within a step of training it is not. A time is taken only after the check of
+the same run: the hook's mean is as near to the exact one as its error allows. Each link and number
+of ranks is one run; its rows replace those of an earlier one in throughput.csv, from which
+throughput.md and throughput.png are made.
 """
 
 import argparse
@@ -394,7 +394,9 @@ def main() -> None:
     parser.add_argument("--links", nargs="+", choices=links, default=list(links))
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--mebibytes", type=float, nargs="+", default=[1.0, 25.0])
-    parser.add_argument("--rounds", type=int, default=18, help="at 100mbit a third of them")
+    parser.add_argument(
+        "--rounds", type=int, default=18, help=f"whole turns of {TURN}; at 100mbit a third of them"
+    )
     parser.add_argument(
         "--contestants",
         nargs="+",
@@ -411,7 +413,7 @@ def main() -> None:
         return
     if arguments.quick:
         arguments.links, arguments.ranks, arguments.mebibytes = ["1gbit"], [2], [1]
-        arguments.contestants, arguments.rounds = ["float32", "bf16", "rht4 *"], 5
+        arguments.contestants, arguments.rounds = ["float32", "bf16", "rht4 *"], 2 * TURN
         if arguments.out == parser.get_default("out"):
             arguments.out = Path("demo-results")
     arguments.out.mkdir(parents=True, exist_ok=True)

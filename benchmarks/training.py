@@ -1,14 +1,14 @@
 """Time to a validation loss on emulated links, and what a training step's time is made of.
 
-    python benchmarks/training.py                      all of it (root; about 30 minutes)
+    python benchmarks/training.py                      all of it (root; about 35 minutes)
     python benchmarks/training.py --links 1gbit --contestants float32 rht4
     python benchmarks/training.py --quick
 
-Each contestant trains the model of `make demo` by launch/train_ddp.py, with the same seeds and
-data, on ranks that launch/network.sh joins. All of them run with one seed before the next one's
-turn, so what slows the machine for a while slows all. Time is the sum of the steps' times, without
-evaluations. Logs that lie in the folder are used again with --keep, so that a run can be gone on
-with.
+Each contestant trains the model of `make demo`, at half its learning rate, by launch/train_ddp.py,
+with the same seeds and data, on ranks that launch/network.sh joins. All of them run with one seed
+before the next one's turn, so what slows the machine for a while slows all. Time is the sum of the
+steps' times, without evaluations. Logs of the same settings that lie in the folder are used again
+with --keep, so that a run can be gone on with.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -86,20 +87,25 @@ class Run:
 
 
 def train(seed: int, link: str, contestant: str, arguments: argparse.Namespace) -> Run:
-    name = f"{link}-{contestant}-{seed}"
+    # PowerSGD hangs on Gloo with more than one bucket; the others hide what they can.
+    cap = "100" if contestant.startswith("powersgd") else str(arguments.bucket_cap_mb)
+    options = [
+        *CONTESTANTS[contestant].split(),
+        *MODEL.split(),
+        *("--seed", str(seed)),
+        *("--steps", str(arguments.steps), "--warmup", str(arguments.steps // 8)),
+        *("--eval-every", str(max(1, arguments.steps // 20)), "--threads", "1"),
+        *("--bucket-cap-mb", cap),
+    ]
+    settings = " ".join([str(arguments.ranks), *options])
+    digest = blake2b(settings.encode(), digest_size=3).hexdigest()
+    name = f"{link}-{contestant}-{seed}-{digest}"
     log, summary = (arguments.logs / f"{name}.{suffix}" for suffix in ("csv", "json"))
     if not (arguments.keep and summary.is_file()):
-        # PowerSGD hangs on Gloo with more than one bucket; the others hide what they can.
-        cap = "100" if contestant.startswith("powersgd") else str(arguments.bucket_cap_mb)
         command = [
             *(str(ROOT / "launch" / "network.sh"), str(arguments.ranks), link, "--"),
             *(sys.executable, str(ROOT / "launch" / "train_ddp.py"), "--backend", "gloo"),
-            *CONTESTANTS[contestant].split(),
-            *MODEL.split(),
-            *("--seed", str(seed)),
-            *("--steps", str(arguments.steps), "--warmup", str(arguments.steps // 8)),
-            *("--eval-every", str(max(1, arguments.steps // 20)), "--threads", "1"),
-            *("--bucket-cap-mb", cap, "--csv", str(log), "--summary", str(summary)),
+            *(*options, "--csv", str(log), "--summary", str(summary)),
         ]
         subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
     with log.open(newline="") as file:
