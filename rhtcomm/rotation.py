@@ -11,6 +11,7 @@ they run: butterflies are float32 additions and subtractions in ascending stride
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from rhtcomm.randomness import Key, Stream, signs
@@ -227,16 +228,17 @@ def rotations_for(
     moments: torch.Tensor, group: int, safe: int, tolerance: float = TOLERANCE
 ) -> int:
     """The choice of `choose_rotations`, from the `block_moments` of all."""
-    moments = moments.double()
-    q, cubes, unit = moments[:, :_PARTS], moments[:, _PARTS], moments[:, _PARTS + 1]
-    squares = q.sum(dim=1)
-    weight = squares * (unit / unit.amax().clamp(min=1e-300)).square()
-    weight = weight / weight.sum().clamp(min=1e-300)
-    inverse = torch.where(squares > 0, squares.reciprocal(), 0.0)
-    measures = [(BERRY_ESSEEN * cubes * inverse.pow(1.5), tolerance)]
+    # NumPy, since torch takes several times as long for so few numbers, in every step's buckets.
+    rows = moments.double().cpu().numpy()
+    q, cubes, unit = rows[:, :_PARTS], rows[:, _PARTS], rows[:, _PARTS + 1]
+    squares = q.sum(axis=1)
+    weight = squares * (unit / max(unit.max(), 1e-300)) ** 2
+    weight = weight / max(weight.sum(), 1e-300)
+    inverse = 1 / np.where(squares > 0, squares, np.inf)
+    measures = [(BERRY_ESSEEN * cubes * inverse**1.5, tolerance)]
     if group > 1:
-        spectrum = hadamard(q.view(len(q), -1, group).sum(dim=1))
-        measures.append((spectrum[:, 1:].abs().amax(dim=1) * inverse, 4 * tolerance))
+        spectrum = hadamard(torch.from_numpy(q.reshape(len(q), -1, group).sum(axis=1)))
+        measures.append((spectrum[:, 1:].abs().amax(dim=1).numpy() * inverse, 4 * tolerance))
     for measure, limit in measures:
         if weight @ measure > limit or (measure[weight > 1e-4] > 4 * limit).any():
             return safe
