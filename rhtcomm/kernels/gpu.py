@@ -14,6 +14,7 @@ With TRITON_INTERPRET=1, set before Triton is imported, the same code runs on CP
 """
 
 import functools
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from rhtcomm.kernels import reference
 from rhtcomm.kernels.task import Task
@@ -681,9 +683,9 @@ def _launch(
 ) -> None:
     """Run a kernel on so many blocks, with as many warps as are fastest on its tensors' device.
 
-    They change no bit, so the launches that are timed, once a process for each kernel and shape, do
-    the work too. They stop the host and compile the kernel several times, which blocks of 4096, the
-    default, are spared.
+    They change no bit of payloads and means, so the launches that are timed, once a process for
+    each kernel and shape, do the work too. They stop the host and compile the kernel several times,
+    which blocks of 4096, the default, are spared.
     """
 
     def launch(warps: int) -> None:
@@ -694,9 +696,12 @@ def _launch(
     if shape["SIZE"] == 4096 or programs < _TUNED_FROM:
         launch(guess)
         return
-    what = (kernel, first.device, first.dtype, *shape.items())
+    dtypes = tuple(x.dtype for x in (first, *others) if isinstance(x, torch.Tensor))
+    what = (kernel, first.device, dtypes, *shape.items())
     if what not in _fastest and _can_time(first.device):
-        candidates = sorted({max(1, guess // 2), guess, min(16, 2 * guess), min(16, 4 * guess)})
+        some = {max(1, guess // 2), guess, min(16, 2 * guess), min(16, 4 * guess)}
+        # A thread has 255 registers.
+        candidates = sorted(warps for warps in some if shape["SIZE"] // (32 * warps) <= 128)
         seconds = {warps: _seconds(functools.partial(launch, warps)) for warps in candidates}
         _fastest[what] = min(candidates, key=seconds.__getitem__)
     launch(_fastest.get(what, guess))
@@ -707,9 +712,13 @@ def _can_time(device: torch.device) -> bool:
 
 
 def _seconds(call: Callable[[], None]) -> float:
-    """Of one of several calls on the current stream, the first of which compiles."""
-    call()
+    """Of one of several calls on the current stream; infinity where the device has no room."""
+    try:
+        call()  # compiles
+    except (OutOfResources, PTXASError):
+        return math.inf
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(2_000_000)  # cycles, until all calls are queued: the host is the slower one
     start.record()
     for _ in range(5):
         call()
