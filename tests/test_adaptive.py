@@ -145,6 +145,18 @@ def test_the_kernels_find_the_moments_of_the_reference(quantizer: Any) -> None:
 # ---- Codec ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torch_s_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    codec = Codec(QuicFL(4), "auto")
+    expected = [codec.encode(x, KEY) for x in (gaussian(9000), NEEDS_TWO)]
+    inputs = [gaussian(9000), NEEDS_TWO]
+    torch.set_default_dtype(dtype)
+    try:
+        assert all(map(torch.equal, (codec.encode(x, KEY) for x in inputs), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("quantizer", [QuicFL(4), Eden(1), VectorQuantizer(1)])
 def test_payloads_say_what_they_took_and_what_they_want(quantizer: Any) -> None:
     codec = Codec(quantizer, "auto")
