@@ -430,7 +430,7 @@ class _Part:
     left: torch.Tensor | None
 
     def __getitem__(self, run: slice) -> "_Part":
-        return _Part(
+        return _Part(  # in every bucket, and `replace` is slow
             self.flat[run],
             self.codec,
             self.key,

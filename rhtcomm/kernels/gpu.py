@@ -13,10 +13,9 @@ two leaves the order to the layout.
 With TRITON_INTERPRET=1, set before Triton is imported, the same code runs on CPU tensors in NumPy.
 """
 
-import functools
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -702,7 +701,7 @@ def _launch(
         some = {max(1, guess // 2), guess, min(16, 2 * guess), min(16, 4 * guess)}
         # A thread has 255 registers.
         candidates = sorted(warps for warps in some if shape["SIZE"] // (32 * warps) <= 128)
-        seconds = {warps: _seconds(functools.partial(launch, warps)) for warps in candidates}
+        seconds = {warps: _seconds(partial(launch, warps)) for warps in candidates}
         _fastest[what] = min(candidates, key=seconds.__getitem__)
     launch(_fastest.get(what, guess))
 
