@@ -7,7 +7,7 @@ Wire format, version 1, little-endian:
     2       1                  version
     3       1                  number of rotations; above it, times 16, the number that the sender
                                wants for the next payload of the same bucket (0: it is fixed)
-    4       4                  check of key, rank, world size, first coordinate and numel
+    4       4                  check of key, rank, world size, first coordinate, numel and owner
     8       8                  fingerprint of the configuration
     16      4 n_1              scales of the n_1 full blocks, float32
             n_1 (d_1 b / 8     their packed codes, block by block (see bitpack), each followed by
@@ -416,8 +416,10 @@ class Codec:
     def _header(
         self, count: int, key: Key, rank: int, world_size: int, first: int, numel: int
     ) -> bytes:
-        place = (key.seed, key.step, key.bucket, key.hop, rank, world_size, first, numel)
-        check = blake2b(repr(place).encode(), digest_size=4).digest()
+        place = [key.seed, key.step, key.bucket, key.hop, rank, world_size, first, numel]
+        if key.owner:
+            place.append(key.owner)
+        check = blake2b(repr(tuple(place)).encode(), digest_size=4).digest()
         return b"RH" + bytes((VERSION, count)) + check + self.fingerprint
 
     def _check_headers(

@@ -2,22 +2,34 @@
 
 import contextlib
 import os
+import threading
 import time
+import uuid
+import weakref
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import default_pg_timeout, distributed_c10d
 
 if TYPE_CHECKING:
     from mpi4py import MPI
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Communicator", "HierarchicalCommunicator", "MPICommunicator", "TorchCommunicator"]
+__all__ = [
+    "Communicator",
+    "HierarchicalCommunicator",
+    "MPICommunicator",
+    "TorchCommunicator",
+    "backend_of",
+    "users",
+]
 
 # Of our messages on a process group that others may use too; those with one tag stay in order.
-# Receipts have their own: in a longer message's place one would end the process.
-_TAG, _RECEIPT_TAG = 0x7268, 0x7269
+# Receipts and names have their own: in a longer message's place one would end the process.
+_TAG, _RECEIPT_TAG, _NAME_TAG = 0x7268, 0x7269, 0x726A
 _LONG = 1 << 18  # bytes of a message, by measurement: see benchmarks/README.md
 
 Result = TypeVar("Result")
@@ -26,6 +38,63 @@ Result = TypeVar("Result")
 def ring_bytes(nbytes: int, world_size: int) -> int:
     """What each of `world_size` ranks sends in a ring all-reduce of so many bytes."""
     return round(2 * (world_size - 1) * nbytes / world_size)
+
+
+def backend_of(group: dist.ProcessGroup, device: str) -> str:
+    """The backend that carries a group's tensors on a kind of device, such as "gloo"."""
+    config = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
+    backends = dict(pair.split(":", 1) for pair in config.split(",") if ":" in pair)
+    return backends.get(device, config)
+
+
+class Users:
+    """Who may send by what carries messages: one user at a time, numbered alike on all ranks.
+
+    Two users of one process group whose exchanges are under way at once would get each other's
+    messages, and nothing in a message that is not compressed tells whose it is. So the second one
+    is refused; and payloads carry the number of their user (`Key.owner`), which ranks compare once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+        self._using: weakref.WeakKeyDictionary[object, weakref.ref[object]]
+        self._using = weakref.WeakKeyDictionary()
+
+    def number(self, carriers: list[object]) -> int:
+        """0 for the first user of what carries a communicator's messages, and so on."""
+        with self._lock:
+            number = max(self._numbers.get(carrier, 0) for carrier in carriers)
+            for carrier in carriers:
+                self._numbers[carrier] = number + 1
+        return number
+
+    def take(self, carriers: list[object], user: object) -> None:
+        """Let `user` send by them until `give_back`.
+
+        Raises:
+            RuntimeError: somebody else does.
+        """
+        with self._lock:
+            for carrier in carriers:
+                other = self._using[carrier]() if carrier in self._using else None
+                if other is not None and other is not user:
+                    raise RuntimeError(
+                        f"rhtcomm: {user} would send by {carrier}, by which {other} is sending "
+                        "now, and their messages would be taken for each other's; give each a "
+                        "communicator over a group of its own (torch.distributed.new_group()), or "
+                        "let one wait for the other"
+                    )
+            for carrier in carriers:
+                self._using[carrier] = weakref.ref(user)
+
+    def give_back(self, user: object) -> None:
+        with self._lock:
+            for carrier in [c for c, other in self._using.items() if other() is user]:
+                del self._using[carrier]
+
+
+users = Users()
 
 
 class Communicator(Protocol):
@@ -48,6 +117,29 @@ class Communicator(Protocol):
     def ring_bytes(self, nbytes: int) -> int:
         """What a rank sends in an uncompressed ring all-reduce of so many bytes."""
         return ring_bytes(nbytes, self.world_size)
+
+    private: bool = False
+    """Whether nobody else can send by what carries its messages."""
+
+    def apart(self, device: str) -> "Communicator":
+        """The same ranks by connections of its own, for tensors on a kind of device; all call it.
+
+        Where that cannot be had, itself: see `private`.
+        """
+        return self
+
+    def carriers(self) -> list[object]:
+        """What carries its messages, and may carry those of other communicators (see `Users`)."""
+        return [self]
+
+    def name_of(self, rank: int) -> str:
+        """A rank in words, by its number here and, where that differs, in the world."""
+        return f"rank {rank}"
+
+    @property
+    def patience(self) -> str:
+        """How long an exchange waits for other ranks, in words."""
+        return "its timeout"
 
     def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         """x (m,) uint8 -> (world_size, m) uint8, row i being the x of rank i."""
@@ -98,6 +190,10 @@ class Communicator(Protocol):
         """
         return None
 
+    def close(self) -> None:
+        """End what is its own alone (see `apart`); by default nothing is."""
+        return None
+
 
 class _Message(NamedTuple):
     """To or from another rank of a group."""
@@ -114,7 +210,8 @@ class TorchCommunicator(Communicator):
         group: the process group, by default the world. After `abort` it is destroyed on Gloo.
 
     Raises:
-        RuntimeError: torch.distributed is not initialized.
+        RuntimeError: torch.distributed is not initialized, or this rank is not in the group.
+        TypeError: the group is no process group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -123,12 +220,64 @@ class TorchCommunicator(Communicator):
                 "TorchCommunicator: torch.distributed is not initialized; call "
                 "torch.distributed.init_process_group first (and launch by torchrun)"
             )
+        outside: Any = dist.GroupMember.NON_GROUP_MEMBER
+        if group == outside:
+            raise RuntimeError("TorchCommunicator: this rank is not a member of the group")
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"TorchCommunicator: group={group!r} must be a process group, such as "
+                "torch.distributed.new_group() returns"
+            )
+        self._devices: set[str] = set()  # kinds, that exchanges came from
+        self.timeout = _timeout_of(group or dist.group.WORLD)
+        self._set_up(group, dist.get_process_group_ranks(group))
+
+    @classmethod
+    def of_its_own(
+        cls, parent: dist.ProcessGroup, device: str, timeout: timedelta | None = None
+    ) -> "TorchCommunicator":
+        """The ranks of `parent` over connections that nobody else uses; all of them call it.
+
+        Args:
+            parent: a process group; its backend for the device is taken.
+            device: kind of the device that exchanges come from.
+            timeout: of the exchanges, and of making it; by default torch's (Gloo: 30 minutes).
+
+        Raises:
+            RuntimeError: another rank did not call it in time, or ended.
+        """
+        ranks = dist.get_process_group_ranks(parent)
+        if backend_of(parent, device) == "gloo":
+            timeout = timeout or default_pg_timeout
+            made = cls.__new__(cls)
+            made._devices, made.private, made.timeout = set(), True, timeout
+            made._set_up(_gloo_group(parent, timeout), ranks)
+            return made
+        group = dist.new_group(
+            ranks,
+            timeout=timeout,
+            backend=dist.get_backend(parent),
+            use_local_synchronization=len(ranks) < dist.get_world_size(),
+        )
+        assert group is not None
+        made = cls(group)
+        made.private = True
+        return made
+
+    def apart(self, device: str) -> "Communicator":
+        # A class of the user's may do something else on the way.
+        if self.private or type(self) is not TorchCommunicator:
+            return self
+        if backend_of(self.group, device) != "gloo":
+            return self
+        return self.of_its_own(self.group, device, self.timeout)
+
+    def _set_up(self, group: Any, ranks: list[int]) -> None:
         self._group, self._aborted = group, False
         self.bytes_sent = 0
-        self._ranks = dist.get_process_group_ranks(group)
-        self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
-        if self._rank < 0:
-            raise RuntimeError("TorchCommunicator: this rank is not a member of the group")
+        self._ranks = ranks
+        group = self.group
+        self._rank, self._world_size = int(group.rank()), int(group.size())
         # Each begins with its neighbour, so that no rank is the first to hear from all.
         self._others = [(self._rank + i) % self._world_size for i in range(1, self._world_size)]
         self._unsettled = False
@@ -138,12 +287,12 @@ class TorchCommunicator(Communicator):
         self._heard = [0] * self._world_size  # by rank, the turn of its last message
 
     @property
-    def group(self) -> dist.ProcessGroup:
-        """The one that it was made with."""
+    def group(self) -> Any:
+        """The process group that it was made with, or its own."""
         if self._aborted:
             raise RuntimeError(
-                f"TorchCommunicator: rank {self.rank} of {self.world_size} gave up and left the "
-                "group; start the program again, or make new groups on all ranks"
+                f"TorchCommunicator: {self.name_of(self.rank)} of {self.world_size} gave up and "
+                "left the group; start the program again, or make new groups on all ranks"
             )
         group = dist.group.WORLD if self._group is None else self._group
         if group is None:
@@ -160,33 +309,52 @@ class TorchCommunicator(Communicator):
     def world_size(self) -> int:
         return self._world_size
 
+    @property
+    def ranks(self) -> list[int]:
+        """Of the world, in the order of the group."""
+        return list(self._ranks)
+
+    def carriers(self) -> list[object]:
+        return [self.group]
+
+    def name_of(self, rank: int) -> str:
+        return _name_of(rank, self._ranks)
+
+    @property
+    def patience(self) -> str:
+        if self.timeout is None:
+            return "its timeout"
+        return f"its timeout of {self.timeout.total_seconds():g} s"
+
+    def _on_cpu(self, x: torch.Tensor) -> bool:
+        self._devices.add(x.device.type)
+        return x.device.type == "cpu"
+
     def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         gathered = x.new_empty(self.world_size, x.numel())
         self.bytes_sent += (self.world_size - 1) * x.numel()
-        if x.device.type == "cpu":
+        if self._on_cpu(x):
             gathered[self.rank] = x
             return self._swap([x] * self.world_size, gathered)
-        return _finish(
-            dist.all_gather(list(gathered), x, group=self.group, async_op=True), gathered
-        )
+        return _finish(self.group.allgather([list(gathered)], [x]), gathered)
 
     def start_all_to_all(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         x = x.contiguous()
         received = torch.empty_like(x)
         self.bytes_sent += (self.world_size - 1) * x.shape[1]
-        if x.device.type == "cpu":
+        if self._on_cpu(x):
             received[self.rank] = x[self.rank]
             return self._swap(x, received)
-        work = dist.all_to_all_single(received, x, group=self.group, async_op=True)
-        return _finish(work, received)
+        return _finish(self.group.alltoall_base(received, x, [], []), received)
 
     def start_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor | None]:
         gathered = x.new_empty(self.world_size, x.numel()) if self.rank == 0 else None
         self.bytes_sent += 0 if self.rank == 0 else x.numel()
-        if x.device.type != "cpu":
-            rows = None if gathered is None else list(gathered)
-            work = dist.gather(x, rows, self._ranks[0], self.group, async_op=True)
-            return _finish(work, gathered)
+        if not self._on_cpu(x):
+            options = dist.GatherOptions()
+            options.rootRank = 0
+            rows = [] if gathered is None else [list(gathered)]
+            return _finish(self.group.gather(rows, [x], options), gathered)
         if gathered is None:
             self._send([x], [0])
             return lambda: None
@@ -195,8 +363,10 @@ class TorchCommunicator(Communicator):
 
     def start_broadcast(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         self.bytes_sent += (self.world_size - 1) * x.numel() if self.rank == 0 else 0
-        if x.device.type != "cpu":
-            return _finish(dist.broadcast(x, self._ranks[0], self.group, async_op=True), x)
+        if not self._on_cpu(x):
+            options = dist.BroadcastOptions()
+            options.rootRank = 0
+            return _finish(self.group.broadcast([x], options), x)
         if self.rank == 0:
             self._send([x] * self.world_size, self._others)
             return lambda: x
@@ -237,7 +407,7 @@ class TorchCommunicator(Communicator):
     def settle(self, wait: bool = True) -> None:
         self._turn += 1
         if wait and self._unsettled:
-            receipts = torch.zeros(self.world_size, 1, dtype=torch.uint8)
+            receipts = torch.zeros(self.world_size, 1, dtype=torch.uint8, device="cpu")
             # Receives first: what the other asks for comes ahead of what it sends, so whoever has
             # its receipts has also sent its own, and may leave.
             arriving = self._receive(receipts, self._others, _RECEIPT_TAG)
@@ -287,12 +457,14 @@ class TorchCommunicator(Communicator):
         return finish
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
-        kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
-        dist.all_reduce(x, kind, group=self.group)
+        self._on_cpu(x)
+        options: Any = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
+        _finish(self.group.allreduce([x], options), None)()
         self.bytes_sent += self.ring_bytes(x.nbytes)
 
     def abort(self) -> None:
-        """Destroy the group if it is on Gloo, whose connections then close and wake the others.
+        """Leave the group; on Gloo its connections then close and wake the others.
 
         They close when the last reference to the group goes, so keep none, nor the DeviceMesh that
         made it: otherwise the others wait for the timeout. So they do where the group is the world,
@@ -301,10 +473,68 @@ class TorchCommunicator(Communicator):
         """
         group, self._group, self._aborted = self._group, None, True
         self._sent.clear()  # they refer to its connections
-        if group is None or group is dist.group.WORLD or group.name() != "gloo":
+        if group is None or group is dist.group.WORLD:
             return
+        # A private one on Gloo is unknown to torch, and the reference was the last.
+        if isinstance(group, dist.ProcessGroup):
+            backends = {backend_of(group, device) for device in self._devices or {"cpu"}}
+            if backends == {"gloo"}:
+                _destroy(group)
+
+    def close(self) -> None:
+        """End connections of its own (see `of_its_own`); nothing for a group of the user's."""
+        if self.private:
+            group, self._group, self._aborted = self._group, None, True
+            self._sent.clear()
+            _destroy(group)
+
+
+_ProcessGroupGloo: Any = getattr(dist, "ProcessGroupGloo", object)  # which a build may lack
+
+
+class _GlooGroup(_ProcessGroupGloo):  # type: ignore[misc]
+    def __init__(self, name: str, *arguments: object) -> None:
+        super().__init__(*arguments)
+        self.group_name = name
+
+
+def _gloo_group(parent: dist.ProcessGroup, timeout: timedelta) -> _GlooGroup:
+    """A Gloo group of the ranks of another one, which torch does not know of.
+
+    torch names a group by a count that each rank keeps for itself. Ranks that are in other groups
+    besides then wait for each other under different names; and after a group is gone, its name
+    comes back, with the addresses of connections that are gone too. Here the first rank draws a
+    name that never was, and tells the others.
+    """
+    rank, world_size = parent.rank(), parent.size()
+    drawn = torch.tensor(list(uuid.uuid4().bytes), dtype=torch.uint8, device="cpu")
+    telling = []
+    if rank == 0:
+        telling = [parent.send([drawn], other, _NAME_TAG) for other in range(1, world_size)]
+    else:
+        parent.recv([drawn], 0, _NAME_TAG).wait(timeout)
+    name = f"rhtcomm/{bytes(drawn.tolist()).hex()}"
+    store = distributed_c10d.PrefixStore(name, distributed_c10d._get_default_store())
+    group = _GlooGroup(name, store, rank, world_size, timeout)
+    for told in telling:
+        told.wait()  # they have connected, so they know the name
+    return group
+
+
+def _destroy(group: Any) -> None:
+    """Make torch forget a group; its connections close when the last reference to it goes."""
+    if isinstance(group, dist.ProcessGroup) and dist.is_initialized():
         with contextlib.suppress(ValueError):  # it went with the world that it was made in
             dist.destroy_process_group(group)
+
+
+def _timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
+    """How long the group waits on Gloo, where torch tells."""
+    try:
+        found = group._get_backend(torch.device("cpu")).options._timeout  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):
+        return None
+    return found if isinstance(found, timedelta) else None
 
 
 class MPICommunicator(Communicator):
@@ -358,6 +588,7 @@ class MPICommunicator(Communicator):
         self.bytes_sent = 0
         self._under_way: list[MPI.Request] = []
         self._in_place: Any = MPI.IN_PLACE
+        self._ranks = MPI.Group.Translate_ranks(comm.Get_group(), None, MPI.COMM_WORLD.Get_group())
         self._operations: dict[str, Any] = {"sum": MPI.SUM, "max": MPI.MAX}
 
     @property
@@ -367,6 +598,13 @@ class MPICommunicator(Communicator):
     @property
     def world_size(self) -> int:
         return int(self.comm.size)
+
+    def name_of(self, rank: int) -> str:
+        return _name_of(rank, self._ranks)
+
+    @property
+    def patience(self) -> str:
+        return "its timeout" if self.timeout is None else f"its timeout of {self.timeout:g} s"
 
     def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         gathered = x.new_empty(self.world_size, x.numel())
@@ -419,7 +657,7 @@ class MPICommunicator(Communicator):
         while not request.Test():
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"MPICommunicator: rank {self.rank} of {self.world_size} waited "
+                    f"MPICommunicator: {self.name_of(self.rank)} of {self.world_size} waited "
                     f"{self.timeout:g} s for the others: one of them died, hangs, or makes other "
                     "calls than this one"
                 )
@@ -449,6 +687,14 @@ class HierarchicalCommunicator:
         within: "Communicator | dist.ProcessGroup",
         between: "Communicator | dist.ProcessGroup",
     ) -> None:
+        for name, level in (("within", within), ("between", between)):
+            if isinstance(level, (str, type)) or not (
+                isinstance(level, dist.ProcessGroup) or hasattr(level, "start_all_gather")
+            ):
+                raise TypeError(
+                    f"HierarchicalCommunicator: {name}={level!r} must be a communicator, such as "
+                    "rhtcomm.MPICommunicator(), or a process group"
+                )
         self.within, self.between = (
             TorchCommunicator(level) if isinstance(level, dist.ProcessGroup) else level
             for level in (within, between)
@@ -462,14 +708,51 @@ class HierarchicalCommunicator:
         ``HierarchicalCommunicator.from_mesh(init_device_mesh("cpu", (nodes, ranks_of_a_node)))``
 
         Raises:
-            ValueError: the mesh has another number of dimensions.
+            ValueError: the mesh has another number of dimensions, or its groups number their ranks
+                in another order than it lists them.
         """
         if mesh.ndim != 2:
             raise ValueError(
                 f"HierarchicalCommunicator: the mesh has {mesh.ndim} dimension(s), but takes two: "
                 "(nodes, ranks of a node)"
             )
+        # torch sorts the ranks of a group. Every rank looks at the whole mesh: all raise, or none.
+        rows: list[list[int]] = mesh.mesh.tolist()
+        if any(list(line) != sorted(line) for line in (*rows, *zip(*rows, strict=True))):
+            raise ValueError(
+                f"HierarchicalCommunicator: the mesh lists ranks as {rows}, but the groups that "
+                "torch makes of its rows and columns number them in ascending order, so a rank's "
+                "place in its node would not be the mesh's; list the ranks of every row and column "
+                "in ascending order"
+            )
         return cls(within=mesh.get_group(1), between=mesh.get_group(0))
+
+    @property
+    def private(self) -> bool:
+        return self.within.private and self.between.private
+
+    def apart(self, device: str) -> "HierarchicalCommunicator":
+        """Both levels'; see `Communicator.apart`."""
+        within, between = self.within.apart(device), self.between.apart(device)
+        if within is self.within and between is self.between:
+            return self
+        return HierarchicalCommunicator(within, between)
+
+    def carriers(self) -> list[object]:
+        return [*self.within.carriers(), *self.between.carriers()]
+
+    def name_of(self, rank: int) -> str:
+        own = f" (rank {dist.get_rank()} of the world)" if dist.is_initialized() else ""
+        return f"rank {rank}" + (own if rank == self.rank else "")
+
+    @property
+    def patience(self) -> str:
+        return self.between.patience
+
+    def close(self) -> None:
+        """Both levels' connections of their own; see `TorchCommunicator.close`."""
+        self.within.close()
+        self.between.close()
 
     @property
     def bytes_sent(self) -> int:
@@ -489,24 +772,43 @@ class HierarchicalCommunicator:
         return round(self.between.ring_bytes(nbytes) / self.within.world_size)
 
     def check_nodes(self, device: torch.device) -> None:
-        """Before the first exchange, see that all nodes have as many ranks.
+        """Before the first exchange, see that the ranks of both levels make a grid.
+
+        All nodes have as many ranks, all ranks of a node are of the same node for the others, and
+        all ranks that share a place have that place in their own nodes.
 
         Raises:
-            ValueError: on every rank, naming the sizes.
+            ValueError: on every rank, naming what differs.
         """
         if self._even:
             return
-        sizes = (self.within.world_size, self.between.world_size)
+        within, between = self.within, self.between
+
+        def differs(level: Communicator, number: int) -> bool:
+            """Whether the ranks of a level have other numbers than this one."""
+            ends = torch.tensor([number, -number], device=device)
+            level.all_reduce_(ends, "max")
+            highest, lowest = ends.tolist()
+            return bool(highest != -lowest)
+
+        sizes = (within.world_size, between.world_size)
+        crossed = differs(within, between.rank) | differs(between, within.rank)
         # The first place of a node sees all other nodes, and by the third step all places do.
-        most = torch.tensor([*sizes, *(-size for size in sizes)], device=device)
-        for level in (self.within, self.between, self.within):
+        most = torch.tensor([*sizes, *(-size for size in sizes), crossed], device=device)
+        for level in (within, between, within):
             level.all_reduce_(most, "max")
-        ranks, nodes, fewest_ranks, fewest_nodes = most.abs().tolist()
+        ranks, nodes, fewest_ranks, fewest_nodes, anywhere = most.abs().tolist()
         if (ranks, nodes) != (fewest_ranks, fewest_nodes):
             raise ValueError(
                 f"HierarchicalCommunicator: nodes have {fewest_ranks} to {ranks} ranks, and places "
                 f"in a node {fewest_nodes} to {nodes} nodes; give all nodes as many ranks, or use "
                 "one level"
+            )
+        if anywhere:
+            raise ValueError(
+                "HierarchicalCommunicator: the ranks of a node number the nodes differently, or "
+                "the ranks that share a place are not at the same place of their nodes; list the "
+                "ranks of all groups in one order"
             )
         self._even = True
 
@@ -544,6 +846,11 @@ class HierarchicalCommunicator:
         for row in rows[1:]:
             total = total + row if op == "sum" else total.maximum(row)
         x.copy_(total.view_as(x))
+
+
+def _name_of(rank: int, ranks: Sequence[int]) -> str:
+    """Of a rank of a group, whose ranks in the world are given."""
+    return f"rank {rank}" + (f" (rank {ranks[rank]} of the world)" if ranks[rank] != rank else "")
 
 
 def _finish(work: dist.Work | None, result: Result) -> Callable[[], Result]:

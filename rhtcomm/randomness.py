@@ -48,6 +48,8 @@ class Key:
         bucket: 0 <= bucket < 2^32, tells the tensors of one step apart.
         hop: 0 <= hop < 16, tells the encodings of one tensor apart where it travels in
             several hops; set by the collectives.
+        owner: 0 <= owner < 2^32, tells the users of one communicator apart. It changes no random
+            number, only the check in a payload's header; set by the DDP hook.
 
     Raises:
         TypeError: a field is no integer.
@@ -58,9 +60,11 @@ class Key:
     step: int = 0
     bucket: int = 0
     hop: int = 0
+    owner: int = 0
 
     def __post_init__(self) -> None:
-        for name, width in (("seed", 64), ("step", 32), ("bucket", 32), ("hop", 4)):
+        widths = {"seed": 64, "step": 32, "bucket": 32, "hop": 4, "owner": 32}
+        for name, width in widths.items():
             value = operator.index(getattr(self, name))
             object.__setattr__(self, name, value)  # a plain int, whatever integer was given
             if not 0 <= value < 1 << width:
