@@ -8,13 +8,19 @@ Gloo.)
 """
 
 import contextlib
+import gc
+import logging
 import math
+import operator
 import re
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -23,7 +29,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..codec import AUTO, Codec, DeferredChecks
+from ..codec import AUTO, DTYPES, Codec, DeferredChecks
 from ..collectives import (
     Algorithm,
     DisagreementError,
@@ -32,10 +38,11 @@ from ..collectives import (
     check_algorithm,
     check_error_feedback,
 )
-from ..communicator import Communicator, HierarchicalCommunicator, TorchCommunicator
+from ..communicator import Communicator, HierarchicalCommunicator, TorchCommunicator, users
 from ..lattice import Lattice
 from ..quantizers import Eden, QuicFL, VectorQuantizer
 from ..randomness import Key
+from .residuals import Residuals
 
 __all__ = ["RHTState", "Stats", "rht_hook"]
 
@@ -46,6 +53,7 @@ _named_range: Any = getattr(
     torch._C._profiler, "_RecordFunctionFast", torch.profiler.record_function
 )
 _NO_HOOK = "or registered no hook, or one with another process_group"
+_log = logging.getLogger("rhtcomm")
 
 
 @dataclass(frozen=True)
@@ -97,16 +105,16 @@ class RHTState:
         algorithm: "auto", "all_gather", "two_shot" or "gather", see `rhtcomm.all_reduce`.
         seed: of the random streams.
         min_numel: buckets with fewer coordinates go uncompressed.
-        process_group: the group that DDP was given, by default the world. Where DDP has a group,
-            it must be given here too, since a hook cannot see it: otherwise all ranks of the world
-            are averaged. The hook makes a group of its own with the same ranks.
-        timeout: of that group: how long a rank waits for the others before it raises. By default
-            what torch takes (30 minutes for Gloo), whatever the other group has.
-        communicator: takes the place of process_group and timeout: an `MPICommunicator`, or a
-            `HierarchicalCommunicator` (whose groups nothing else may use while the hook does).
-            Where a rank fails in the hook but lives on, the hook calls its `abort`: the others
-            raise at once if its groups are on Gloo, not the world, and nothing else refers to them;
-            else they wait for its timeout.
+        process_group: the group that DDP was given. By default that of the DDP model which the
+            state is registered on, found when its first bucket comes; the world, where none is
+            found. The hook makes connections of its own between the same ranks.
+        timeout: of those: how long a rank waits for the others before it raises. By default what
+            torch takes (30 minutes for Gloo), whatever the other group has.
+        communicator: takes the place of process_group and timeout: an `MPICommunicator`, a
+            `HierarchicalCommunicator`, or a `TorchCommunicator`. Of what is on Gloo the hook uses
+            the ranks and the timeout, and makes connections of its own. Any other communicator
+            (MPI, NCCL) serves one state at a time: a second one that needs it in the same backward
+            pass raises a RuntimeError.
         error_feedback: add to each gradient what this rank could not send of it before
             (see `rhtcomm.all_reduce`). It costs float32 memory of the gradients' size and a decode
             of the rank's own payload; "eden" and "vector" then take the biased scale of least
@@ -120,7 +128,7 @@ class RHTState:
 
     Raises:
         ValueError: an argument is out of its range.
-        TypeError: timeout or communicator is of another type.
+        TypeError: an argument is of another type.
     """
 
     def __init__(
@@ -153,11 +161,21 @@ class RHTState:
                 f"RHTState: timeout={timeout!r} must be a datetime.timedelta, such as "
                 "timedelta(minutes=5)"
             )
-        if isinstance(communicator, (str, dist.ProcessGroup)):
+        if communicator is not None and not callable(getattr(communicator, "all_reduce_", None)):
             raise TypeError(
                 f"RHTState: communicator={communicator!r} must be an object such as "
                 "rhtcomm.MPICommunicator(); a process group goes to process_group"
             )
+        if isinstance(communicator, type):
+            raise TypeError(
+                f"RHTState: communicator={communicator!r} is a class; make an object of it"
+            )
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(
+                f"RHTState: process_group={process_group!r} must be a process group, the one that "
+                "DistributedDataParallel was given"
+            )
+        min_numel, nmse_every = operator.index(min_numel), operator.index(nmse_every)
         if min_numel < 0 or nmse_every < 0:
             raise ValueError(
                 f"RHTState: min_numel={min_numel} and nmse_every={nmse_every} must not be negative"
@@ -182,10 +200,9 @@ class RHTState:
         check_algorithm(algorithm, self.codec)
         if error_feedback:
             check_error_feedback(self.codec)
-        self.error_feedback = error_feedback
-        # Flat float32, in the order of the gradient in its bucket. Keyed by parameter, since DDP
-        # puts them into other buckets after the first step.
-        self._residuals: dict[torch.Tensor, torch.Tensor] = {}
+        self.error_feedback = bool(error_feedback)
+        self._residuals = Residuals()
+        self._residuals_of: tuple[int, int] | None = None  # the rank and world size that loaded
         self.algorithm = algorithm
         self.min_numel = min_numel
         self.nmse_every = nmse_every
@@ -193,14 +210,8 @@ class RHTState:
         self._last_index = -1
         self._ends: set[int] = set()  # where steps ended, though not with DDP's last bucket
         self._process_group, self._timeout = process_group, timeout
-        self._communicator = communicator
-        self._group: dist.ProcessGroup | None = None  # the one made by _start
-        self._worker: ThreadPoolExecutor | None = None
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._checks = DeferredChecks()
-        self._checked = False
-        self._failure: BaseException | None = None
-        self._closed = False
+        self._given = communicator
+        self._number = self._count_states()
         self._steps = self._bytes_sent = self._bytes_uncompressed = 0
         self._seconds = {"encode": 0.0, "exchange": 0.0, "decode": 0.0}
         self._squared_error = self._squared_norm = 0.0
@@ -208,6 +219,65 @@ class RHTState:
         # the bucket of the step before.
         self._wanted: dict[tuple[int, int], int] = {}
         self._taken = {1: 0, 2: 0, 3: 0}
+        self._reset()
+
+    def _reset(self) -> None:
+        """As before the first bucket."""
+        self._running = _Running()
+        # Closes what runs, should the state go without close().
+        self._finalizer = weakref.finalize(self, _close_late, self._running)
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._checks = DeferredChecks()
+        self._checked = False
+        self._said: set[torch.dtype] = set()  # in the log
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+        self._unfinished = 0  # buckets
+        self._in_backward = False
+
+    _LEFT_BEHIND = (
+        *("_running", "_finalizer", "_streams", "_checks", "_checked", "_said", "_failure"),
+        *("_closed", "_lock", "_unfinished", "_in_backward", "_process_group", "_given", "_number"),
+        "_residuals",
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: a copy has no worker thread, process group or communicator."""
+        if self._given is not None:
+            _log.warning(
+                "a copy of an RHTState has no communicator: where it is registered, it exchanges "
+                "over the model's process group; make a new RHTState to give it another one"
+            )
+        state = {name: value for name, value in vars(self).items() if name not in self._LEFT_BEHIND}
+        return state | {"residuals": self._residuals.by_parameter()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        residuals = state.pop("residuals")
+        vars(self).update(state)
+        self._residuals = Residuals()
+        self._residuals.replace(residuals)
+        self._process_group = self._given = self._number = None
+        self._reset()
+
+    def _count_states(self) -> int | None:
+        """How many states were made before this one for what carries its messages."""
+        if self._given is not None:
+            return users.number(self._given.carriers())
+        group = self._process_group or (dist.group.WORLD if dist.is_initialized() else None)
+        return None if group is None else users.number([group])
+
+    @property
+    def _communicator(self) -> "Communicator | HierarchicalCommunicator | None":
+        """What buckets travel by, from the first one on."""
+        return self._running.communicator
+
+    @property
+    def _group(self) -> Any:
+        """The group whose connections are the hook's own, where it has one."""
+        communicator = self._communicator
+        own = isinstance(communicator, TorchCommunicator) and communicator.private
+        return communicator.group if own else None  # type: ignore[union-attr]
 
     def __repr__(self) -> str:
         return (
@@ -231,49 +301,52 @@ class RHTState:
     def state_dict(self, model: nn.Module | None = None) -> dict[str, Any]:
         """Plain values with which a resumed run goes on in the same random streams.
 
-        With error feedback also the residuals, flat float32 tensors by the names of the model's
-        parameters. They differ between ranks, so each must keep its own.
+        With error feedback also the residuals, float32 tensors in the parameters' shapes (of
+        complex ones as `torch.view_as_real` has them), by the names of the model's parameters, and
+        the rank and world size: residuals differ between ranks, so each must keep its own. Those
+        of parameters that the model has no more are left out.
 
         Args:
-            model: that the hook is registered on, DDP or what it wraps; for error feedback only.
+            model: that the hook is registered on, or what it wraps; for error feedback only.
 
         Raises:
-            ValueError: the model is missing, or lacks a parameter that the hook has seen.
+            ValueError: the model is missing.
             PayloadError: on CUDA: an earlier bucket did not hold what it should have.
         """
         self._checks.raise_failed(wait=True)
         wanted = [[*bucket, count] for bucket, count in sorted(self._wanted.items())]
         state: dict[str, Any] = {"seed": self.key.seed, "step": self.key.step, "rotations": wanted}
         if self.error_feedback:
-            named = self._named_parameters(model, "state_dict(model)")
-            residuals = {
-                name: self._residuals[parameter].clone()  # alone in its memory
-                for name, parameter in named.items()
-                if parameter in self._residuals
-            }
-            if len(residuals) < len(self._residuals):
-                raise ValueError(
-                    f"RHTState.state_dict: the model lacks {len(self._residuals) - len(residuals)} "
-                    "of the parameters whose gradients the hook has seen; give the model that it "
-                    "is registered on"
-                )
-            state["residuals"] = residuals
+            state["residuals"] = self._residuals.by_name(_given(model, "state_dict(model)"))
+            state["rank"], state["world_size"] = self._place() or (None, None)
         return state
 
     def load_state_dict(self, state: dict[str, Any], model: nn.Module | None = None) -> None:
         """Go on where `state_dict` was taken; call it on all ranks alike, between steps.
+
+        What it refuses changes nothing.
 
         Args:
             state: of the same rank, if it holds residuals.
             model: as for `state_dict`; for error feedback only.
 
         Raises:
-            ValueError: the model is missing or another one; or only one of this state and the saved
-                one has error_feedback; or it is no saved state.
+            ValueError: the model is missing or another one; or the residuals are another rank's; or
+                only one of this state and the saved one has error_feedback; or it is no saved
+                state.
         """
         if not {"seed", "step"} <= state.keys():
             raise ValueError(
                 f"RHTState.load_state_dict: a state has seed and step, but this has {list(state)}; "
+                "give what state_dict() returned"
+            )
+        key = Key(state["seed"], state["step"])
+        # What a run with "auto" saved means nothing to a fixed number.
+        wanted = state.get("rotations", []) if self.codec.rotations == AUTO else []
+        wanted = {(index, numel): count for index, numel, count in wanted}
+        if odd := {*wanted.values()} - {1, 2, 3}:
+            raise ValueError(
+                f"RHTState.load_state_dict: rotations must be 1, 2 or 3, but this has {odd}; "
                 "give what state_dict() returned"
             )
         residuals = state.get("residuals")
@@ -283,42 +356,42 @@ class RHTState:
                 f"saved has {'no ' * (residuals is None)}residuals; make the state as it was then"
             )
         if residuals is not None:
-            named = self._named_parameters(model, "load_state_dict(state, model)")
-            for name, residual in residuals.items():
-                if name not in named or residual.shape != (named[name].numel(),):
-                    raise ValueError(
-                        f"RHTState.load_state_dict: the saved residual of {name}, of shape "
-                        f"{tuple(residual.shape)}, belongs to no parameter of the model; "
-                        "give the model that it was saved for"
-                    )
-            self._residuals = {
-                named[name]: residual.float().cpu() for name, residual in residuals.items()
-            }
-        self.key, self._last_index = Key(state["seed"], state["step"]), -1
-        # What a run with "auto" saved means nothing to a fixed number.
-        wanted = state.get("rotations", []) if self.codec.rotations == AUTO else []
-        self._wanted = {(index, numel): count for index, numel, count in wanted}
+            model = _given(model, "load_state_dict(state, model)")
+            place: Any = (state.get("rank"), state.get("world_size")) if residuals else None
+            if place is not None:
+                self._check_residuals_of(place, self._place())
+            self._residuals.load(model, residuals)
+            self._residuals_of = place
+        self.key, self._last_index, self._wanted = key, -1, wanted
 
     @staticmethod
-    def _named_parameters(model: nn.Module | None, call: str) -> dict[str, torch.Tensor]:
-        if model is None:
+    def _check_residuals_of(saved: Any, own: tuple[int, int] | None) -> None:
+        if own is not None and saved != own:
             raise ValueError(
-                f"RHTState: with error_feedback residuals are saved by parameter; call {call}"
+                "RHTState.load_state_dict: residuals differ between ranks, and these are of rank "
+                f"{saved[0]} of {saved[1]}, but this is rank {own[0]} of {own[1]}; give each rank "
+                'what it saved, or begin without: state["residuals"] = {}'
             )
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        return dict(model.named_parameters())
+
+    def _place(self) -> tuple[int, int] | None:
+        """Rank and world size, where they are known."""
+        communicator = self._communicator or self._given
+        if communicator is not None:
+            return communicator.rank, communicator.world_size
+        if not dist.is_initialized():
+            return None
+        return dist.get_rank(self._process_group), dist.get_world_size(self._process_group)
 
     def close(self) -> None:
-        """Finish what is under way, end the worker thread and destroy the group it used.
+        """Finish what is under way, end the worker thread and the hook's own connections.
 
-        For the orderly end of a program: call it before `destroy_process_group`.
+        For the orderly end of a program: call it before `destroy_process_group`. A state that goes
+        with its model is closed as well.
         """
         self._closed = True
-        if self._worker is not None:
-            self._worker.shutdown(wait=True)
-        self._leave_group()
-        self._worker = None
+        self._finalizer.detach()
+        self._running.close()
+        users.give_back(self)
         if self._failure is None:
             self._checks.raise_failed(wait=True)
 
@@ -333,6 +406,16 @@ class RHTState:
         bucket: dist.GradBucket,  # type: ignore[name-defined]
     ) -> torch.futures.Future[torch.Tensor]:
         """Queue a bucket; the future completes with its mean over ranks, in the bucket's buffer."""
+        try:
+            return self._submit(bucket)
+        except BaseException as failure:
+            self._give_up_before(bucket, failure)
+            raise
+
+    def _submit(
+        self,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[torch.Tensor]:
         if self._closed:
             raise RuntimeError("rht_hook: its RHTState was closed; make a new one and register it")
         buffer = bucket.buffer()
@@ -341,15 +424,21 @@ class RHTState:
                 f"rht_hook: bucket {bucket.index()} is a sparse gradient ({buffer.layout}), which "
                 "cannot be rotated; make the layer dense (sparse=False for nn.Embedding)"
             )
-        if self._worker is None:
-            self._start()
-        assert self._worker is not None
+        if not buffer.is_floating_point():
+            raise TypeError(
+                f"rht_hook: bucket {bucket.index()} is {buffer.dtype}, and a mean of integers is "
+                "no integer; reduce it with torch.distributed"
+            )
+        if self._running.worker is None:
+            self._start(bucket)
+        assert self._running.worker is not None
+        self._take_communicator()
         index, last = bucket.index(), bucket.is_last()
         # DDP may leave out a step's last buckets, if no gradient came; randomness must not repeat.
         if index <= self._last_index:
             self._ends.add(self._last_index)
             self._next_step()
-        key = Key(self.key.seed, self.key.step, index)
+        key = Key(self.key.seed, self.key.step, index, owner=self._owner)
         parameters = bucket.parameters() if self.error_feedback else []
         self._last_index = index
         ends = last or index in self._ends
@@ -359,7 +448,9 @@ class RHTState:
         devices = [buffer.device] if on_device else None
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
         ready = torch.cuda.current_stream(buffer.device).record_event() if on_device else None
-        self._worker.submit(self._run, buffer, key, parameters, ends, ready, done)
+        with self._lock:
+            self._unfinished += 1
+        self._running.worker.submit(self._run, buffer, key, parameters, ends, ready, done)
         # An exception set on a Python future reaches DDP only when a callback raises it again.
         return done.then(lambda finished: finished.value())
 
@@ -367,54 +458,119 @@ class RHTState:
         self.key, self._last_index = replace(self.key, step=self.key.step + 1), -1
         self._steps += 1
 
-    def _start(self) -> None:
+    # What the state runs on ---------------------------------------------------------------------
+
+    def _start(self, bucket: Any) -> None:
+        """Make the worker thread and the connections; the ranks make their first buckets alike."""
         if self._failure is not None:
             raise RuntimeError(f"rht_hook: it failed before: {self._failure}")
-        if self._communicator is None:
+        device = bucket.buffer().device.type
+        try:
+            self._running.communicator = self._connect(device, bucket)
+        except RuntimeError as error:
             if not dist.is_initialized():
-                raise RuntimeError("rht_hook: torch.distributed is not initialized")
-            try:
-                self._group = self._make_group()
-            except RuntimeError as error:
-                self._failure = RuntimeError(
-                    f"rht_hook: rank {dist.get_rank()} of {dist.get_world_size()} could not make "
-                    f"the hook's process group within {self._patience}: another rank ended, hangs, "
-                    f"{_NO_HOOK}; see what it printed. Torch says: {error}"
-                )
-                raise self._failure from error
-            self._communicator = TorchCommunicator(self._group)
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rhtcomm")
-
-    def _make_group(self) -> dist.ProcessGroup:
-        parent = self._process_group
-        if parent is None or parent is dist.group.WORLD:
-            group = dist.new_group(timeout=self._timeout)
-        else:
-            group = dist.new_group(
-                dist.get_process_group_ranks(parent),
-                timeout=self._timeout,
-                backend=dist.get_backend(parent),
-                use_local_synchronization=True,
+                raise
+            self._failure = RuntimeError(
+                f"rht_hook: rank {dist.get_rank()} of {dist.get_world_size()} could not make "
+                f"the hook's process group within {self._patience}: another rank ended, hangs, "
+                f"{_NO_HOOK}; see what it printed. Torch says: {error}"
             )
-        assert isinstance(group, dist.ProcessGroup)
-        return group
+            raise self._failure from error
+        if self._number is None:
+            self._number = self._count_states() or 0
+        if self._residuals_of is not None:
+            self._check_residuals_of(self._residuals_of, self._place())
+        self._running.start()
 
-    def _leave_group(self) -> None:
-        """Destroy the group made by _start; once nothing refers to it, its connections close."""
-        if self._group is None:
+    def _connect(self, device: str, bucket: Any) -> "Communicator | HierarchicalCommunicator":
+        of_model = _group_of_model(self, getattr(bucket, "parameters", list)())
+        if self._given is not None:
+            if of_model is not None and self._given.world_size != of_model.size():
+                raise ValueError(
+                    f"RHTState: its communicator has {self._given.world_size} ranks, but the DDP "
+                    f"model that it is registered on averages over {of_model.size()}; give one of "
+                    "the same ranks"
+                )
+            return self._given.apart(device)
+        if not dist.is_initialized():
+            raise RuntimeError("rht_hook: torch.distributed is not initialized")
+        group = self._process_group or of_model or dist.group.WORLD
+        assert group is not None
+        if of_model is not None and _ranks(group) != _ranks(of_model):
+            raise ValueError(
+                f"RHTState: process_group has the ranks {_ranks(group)}, but the DDP model that it "
+                f"is registered on averages over {_ranks(of_model)}; leave process_group out, or "
+                "give DDP's"
+            )
+        return TorchCommunicator.of_its_own(group, device, self._timeout)
+
+    @property
+    def _owner(self) -> int:
+        """What payloads say of whose they are: nothing, where nobody else can send by the same."""
+        own = self._communicator is not None and self._communicator.private
+        return 0 if own else self._number or 0
+
+    def _take_communicator(self) -> None:
+        """Nobody else may send by it until the backward pass and its buckets are finished.
+
+        All ranks see alike who does it within one backward pass, and so raise alike.
+        """
+        communicator = self._communicator
+        if communicator is None or communicator.private or self._in_backward:
             return
-        if dist.is_initialized():
-            with contextlib.suppress(ValueError):  # it went with the world that it was made in
-                dist.destroy_process_group(self._group)
-        self._group = self._communicator = None
+        users.take(communicator.carriers(), self)
+        with contextlib.suppress(RuntimeError):  # it is none, as with DDP's join()
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+            self._in_backward = True
+
+    def _end_backward(self) -> None:
+        self._in_backward = False
+        self._give_communicator_back()
+
+    def _finish_bucket(self) -> None:
+        with self._lock:
+            self._unfinished -= 1
+        self._give_communicator_back()
+
+    def _give_communicator_back(self) -> None:
+        if not self._in_backward and not self._unfinished:
+            users.give_back(self)
+
+    # Failures -----------------------------------------------------------------------------------
+
+    def _give_up_before(self, bucket: Any, failure: BaseException) -> None:
+        """Tell the other ranks of a failure that comes before the worker has the bucket.
+
+        They wait for it, or in their first step for this rank to connect.
+        """
+        started = self._running.communicator is not None
+        if not started and self._failure is None and not self._running.ended:
+            with contextlib.suppress(Exception):
+                self._running.communicator = self._connect(bucket.buffer().device.type, bucket)
+        self._failure = self._failure or failure
+        if self._running.worker is None:
+            self._abort()
+            return
+        with contextlib.suppress(RuntimeError):  # the worker has ended
+            self._running.worker.submit(self._abort)  # behind the buckets before
+
+    def _abort(self) -> None:
+        # A rank may live on after its error. On Gloo nobody would tell the others, which wait.
+        # (NCCL's watchdog does that, and destroying its group might block.)
+        communicator = self._communicator
+        if communicator is not None:
+            communicator.abort()
+            if communicator.private:
+                self._running.communicator = None
+        users.give_back(self)
 
     @property
     def _patience(self) -> str:
         """How long exchanges wait, in words."""
-        timeout = self._timeout
-        if timeout is None:
-            timeout = getattr(self._communicator, "timeout", None)
-        return "the default timeout" if timeout is None else f"the timeout of {timeout}"
+        if self._communicator is None and self._timeout is not None:
+            return f"its timeout of {self._timeout.total_seconds():g} s"
+        communicator = self._communicator or self._given
+        return "its timeout" if communicator is None else communicator.patience
 
     def _run(
         self,
@@ -435,11 +591,13 @@ class RHTState:
             self._checks.raise_failed()
             with self._after(buffer, ready), self._checks.deferring():
                 self._mean(buffer, key, parameters)
+                assert self._communicator is not None
                 # The next bucket shows that the others have this one, but after a step a rank may
-                # leave. A communicator that was given may be used by others then.
-                own = self._group is not None
+                # leave. What is not the hook's alone may be used by others then.
+                own = self._communicator.private
                 if ends and not own:
                     self._settle(key)
+                self._finish_bucket()
                 done.set_result(buffer)
                 if ends and own:
                     self._settle(key)
@@ -448,14 +606,9 @@ class RHTState:
             _clear_frames(failure)  # they hold what refers to the group
             if not isinstance(failure, Exception):  # futures take no others
                 failure = RuntimeError(f"rht_hook: {failure!r} on the worker thread")
+            self._abort()
             if not done.done():
                 done.set_exception(failure)  # type: ignore[arg-type]
-            # A rank may live on after its error. On Gloo nobody would tell the others, which wait.
-            # (NCCL's watchdog does that, and destroying its group might block.)
-            if self._communicator is not None:
-                self._communicator.abort()
-            if self._group is not None and self._group.name() == "gloo":
-                self._group = self._communicator = None
 
     @contextlib.contextmanager
     def _after(self, buffer: torch.Tensor, ready: torch.cuda.Event | None) -> Iterator[None]:
@@ -487,11 +640,15 @@ class RHTState:
                 "seed": key.seed,
                 "step": key.step,
                 "rotations by bucket": sorted(self._wanted.items()),
+                "states made before it": self._number,
             }
             with self._exchange(key):
                 check_agreement(communicator, facts, buffer.device)
             self._checked = True
-        residual = self._gather_residual(parameters, buffer) if self.error_feedback else None
+        if buffer.dtype not in DTYPES:
+            self._mean_exactly(buffer, key)
+            return
+        residual = self._residuals.gather(parameters, buffer) if self.error_feedback else None
         exact = None
         if self.nmse_every and key.step % self.nmse_every == 0:
             exact = buffer.float() / communicator.world_size
@@ -528,8 +685,7 @@ class RHTState:
         if buffer.numel() >= self.min_numel and links.world_size > 1:
             self._taken[rotations or self.codec.default_rotations] += 1
         if residual is not None:
-            parts = residual.split([parameter.numel() for parameter in parameters])
-            self._residuals.update(zip(parameters, parts, strict=True))
+            self._residuals.keep(parameters, residual)
         self._bytes_sent += communicator.bytes_sent - before
         self._bytes_uncompressed += communicator.ring_bytes(buffer.nbytes)
         if exact is not None:
@@ -539,17 +695,23 @@ class RHTState:
                 self._squared_error += error
                 self._squared_norm += norm
 
-    def _gather_residual(
-        self, parameters: list[torch.Tensor], buffer: torch.Tensor
-    ) -> torch.Tensor:
-        """What is left of a bucket's gradients, (numel,) float32 in memory of its own."""
-        parts = []
-        for parameter in parameters:
-            part = self._residuals.get(parameter)
-            if part is None:
-                part = buffer.new_zeros(parameter.numel(), dtype=torch.float32)
-            parts.append(part.to(buffer.device))
-        return torch.cat(parts)
+    def _mean_exactly(self, buffer: torch.Tensor, key: Key) -> None:
+        """Of what is never rounded: float64, in its own dtype."""
+        communicator = self._communicator
+        assert communicator is not None
+        if buffer.dtype not in self._said:
+            self._said.add(buffer.dtype)
+            _log.warning(
+                "rht_hook: gradients of %s travel as they are, since only float32, bfloat16 and "
+                "float16 are compressed",
+                buffer.dtype,
+            )
+        before = communicator.bytes_sent
+        with self._exchange(key):
+            communicator.all_reduce_(buffer)
+        buffer /= communicator.world_size
+        self._bytes_sent += communicator.bytes_sent - before
+        self._bytes_uncompressed += communicator.ring_bytes(buffer.nbytes)
 
     def _settle(self, key: Key) -> None:
         assert self._communicator is not None
@@ -570,11 +732,11 @@ class RHTState:
         """What an error of the exchange of a bucket means."""
         communicator = self._communicator
         assert communicator is not None
-        text = str(error)
+        text, rank = str(error), communicator.name_of(communicator.rank)
         if re.search("timed? ?out|waited", text, re.IGNORECASE):
             cause = (
-                f"another rank did not answer within {self._patience}; it hangs, is stopped, "
-                "or makes other calls than this one"
+                f"another rank did not answer within {communicator.patience}; it hangs, is "
+                "stopped, or makes other calls than this one"
             )
         elif re.search("closed by|reset by|broken pipe|not connected", text, re.IGNORECASE):
             cause = "another rank died, or failed and gave up"
@@ -583,10 +745,85 @@ class RHTState:
         if not self._checked:
             cause += f", {_NO_HOOK}"
         return RuntimeError(
-            f"rht_hook: rank {communicator.rank} of {communicator.world_size} could not "
+            f"rht_hook: {rank} of {communicator.world_size} could not "
             f"exchange bucket {key.bucket} of step {key.step}: {cause}. See what the other "
             f"ranks printed first. The transport says: {text}"
         )
+
+
+@dataclass
+class _Running:
+    """What must be ended when a state goes. It refers to no state, which could not go then."""
+
+    worker: ThreadPoolExecutor | None = None
+    communicator: "Communicator | HierarchicalCommunicator | None" = None
+    ended: bool = False
+    """Whether there was a worker, and is none any more."""
+    _thread: list[int] = field(default_factory=list)
+
+    def start(self) -> None:
+        self.worker = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="rhtcomm",
+            initializer=lambda: self._thread.append(threading.get_ident()),
+        )
+
+    def close(self) -> None:
+        """Wait for the worker, and leave connections of the hook's own."""
+        worker, self.worker = self.worker, None
+        if worker is not None:
+            self.ended = True
+            # The garbage collector calls this on any thread, but a thread cannot wait for itself.
+            worker.shutdown(wait=threading.get_ident() not in self._thread)
+        communicator = self.communicator
+        if communicator is not None and communicator.private:
+            self.communicator = None
+            communicator.close()
+
+
+def _close_late(running: _Running) -> None:
+    """Of a state that nobody closed, when it goes or the program ends."""
+    late = running.communicator is not None and not dist.is_initialized()
+    running.close()
+    if late:
+        warnings.warn(
+            "an RHTState was still open when torch.distributed ended; call its close() before "
+            "torch.distributed.destroy_process_group()",
+            ResourceWarning,
+            stacklevel=1,
+        )
+
+
+def _group_of_model(
+    state: RHTState, parameters: Sequence[torch.Tensor]
+) -> dist.ProcessGroup | None:
+    """The process group of the DDP model that a state is registered on, where it can be found.
+
+    DDP tells its hook nothing of its group. So look for the model that has the state, or (if the
+    state is inside another one) the first parameter, once, when the first bucket comes.
+    """
+    models = [
+        thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)
+    ]
+    mine = [m for m in models if any(own is state for _, own in getattr(m, "_comm_hooks", ()))]
+    if not mine and parameters:
+        mine = [m for m in models if any(p is parameters[0] for p in m.parameters())]
+    groups: list[dist.ProcessGroup] = [model.process_group for model in mine]
+    if not groups or any(_ranks(group) != _ranks(groups[0]) for group in groups):
+        return None
+    return groups[0]
+
+
+def _ranks(group: dist.ProcessGroup | None) -> list[int]:
+    return dist.get_process_group_ranks(group)
+
+
+def _given(model: nn.Module | None, call: str) -> nn.Module:
+    if model is None:
+        raise ValueError(
+            f"RHTState: with error_feedback residuals are saved by parameter; call {call}"
+        )
+    return model
 
 
 class _Stopwatch:
@@ -619,6 +856,7 @@ def _clear_frames(error: BaseException | None) -> None:
 def rht_hook(
     state: RHTState,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
+    *others: Any,
 ) -> torch.futures.Future[torch.Tensor]:
     """Mean of a gradient bucket over ranks through compressed payloads.
 
@@ -630,10 +868,22 @@ def rht_hook(
 
     A profile has the ranges rhtcomm::encode, ::exchange and ::decode if it sees the worker thread:
     ``profile(experimental_config=_ExperimentalConfig(profile_all_threads=True))``.
+
+    Raises:
+        TypeError: the state is none, or the caller is not DistributedDataParallel.
     """
     if not isinstance(state, RHTState):
         raise TypeError(
             f"rht_hook: its state is {state!r}, not an RHTState; register it with "
             "model.register_comm_hook(RHTState(bits=4), rht_hook)"
         )
+    if others or not callable(getattr(bucket, "buffer", None)):
+        kind = type(bucket).__name__
+        failure = TypeError(
+            f"rht_hook: it was called with a {kind} in place of a GradBucket. It is for "
+            "DistributedDataParallel alone, not for FullyShardedDataParallel, nor for DDP under "
+            "compiled autograd's Python reducer: wrap the model in DistributedDataParallel, and "
+            'leave torch._dynamo.config.optimize_ddp at its default (not "python_reducer")'
+        )
+        raise failure
     return state.submit(bucket)

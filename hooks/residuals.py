@@ -1,0 +1,153 @@
+"""What error feedback keeps between steps: a residual for each parameter.
+
+In a step residuals are flat, in the order in which DDP lays a parameter's gradient into a bucket:
+that of the parameter's memory where it is dense (channels_last, transposed), else that of its
+indices; a complex number is a pair of floats. What is saved has the parameter's shape, so that a
+model whose parameters lie in memory in another order takes it up rightly.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["Residuals", "named_parameters", "numel_of"]
+
+# What wrappers put into the names of a module's parameters.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+def numel_of(parameter: torch.Tensor) -> int:
+    """Coordinates of its gradient in a bucket."""
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
+
+
+def named_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of a model under the names that they have without wrappers."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        inner = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+        assert isinstance(inner, nn.Module)
+        model = inner
+    named: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        named[name] = parameter
+    return named
+
+
+class _Layout(NamedTuple):
+    """How a bucket holds the gradient of a parameter."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parameter: torch.Tensor) -> "_Layout":
+        gradient = parameter.detach()
+        if gradient.is_complex():
+            gradient = torch.view_as_real(gradient)
+        shape, stride = gradient.shape, gradient.stride()
+        if not _is_dense(shape, stride):
+            stride = torch.empty(shape, device="meta").stride()
+        return cls(shape, stride)
+
+
+def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether the elements fill their memory, each with a place of its own."""
+    expected = 1
+    for step, length in sorted(zip(stride, shape, strict=True)):
+        if length == 1:
+            continue
+        if step != expected:
+            return False
+        expected *= length
+    return True
+
+
+class _Residual(NamedTuple):
+    flat: torch.Tensor
+    layout: _Layout
+
+    @classmethod
+    def from_shape(cls, value: torch.Tensor, layout: _Layout) -> "_Residual":
+        flat = value.new_empty(value.numel(), dtype=torch.float32)
+        flat.as_strided(*layout).copy_(value)
+        return cls(flat, layout)
+
+    def in_shape(self) -> torch.Tensor:
+        """In the shape of the parameter, contiguous, alone in its memory."""
+        return self.flat.as_strided(*self.layout).clone(memory_format=torch.contiguous_format)
+
+
+class Residuals:
+    """By parameter, not by bucket, since DDP puts parameters into other buckets after a step.
+
+    Those of parameters that are gone go with them.
+    """
+
+    def __init__(self) -> None:
+        self._of = WeakTensorKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def gather(self, parameters: Sequence[torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
+        """What is left of a bucket's gradients, (numel,) float32 in memory of its own."""
+        parts = []
+        for parameter in parameters:
+            kept = self._of.get(parameter)
+            if kept is None:
+                part = buffer.new_zeros(numel_of(parameter), dtype=torch.float32)
+            else:
+                part = kept.flat.to(buffer.device)
+            parts.append(part)
+        return torch.cat(parts)
+
+    def keep(self, parameters: Sequence[torch.Tensor], residual: torch.Tensor) -> None:
+        """The residual of a bucket, (numel,) float32."""
+        parts = residual.split([numel_of(parameter) for parameter in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            self._of[parameter] = _Residual(part, _Layout.of(parameter))
+
+    def by_parameter(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The parameters and their residuals, in the parameters' shapes."""
+        return [(parameter, kept.in_shape()) for parameter, kept in self._of.items()]
+
+    def by_name(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The residuals of a model's parameters, in their shapes."""
+        return {
+            name: self._of[parameter].in_shape()
+            for name, parameter in named_parameters(model).items()
+            if parameter in self._of
+        }
+
+    def replace(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Forget all, and take what `by_parameter` gave."""
+        found = WeakTensorKeyDictionary()
+        for parameter, value in pairs:
+            # They come from a file, and go to the parameter's device when they are needed.
+            found[parameter] = _Residual.from_shape(value.float().cpu(), _Layout.of(parameter))
+        self._of = found
+
+    def load(self, model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
+        """Forget all, and take what `by_name` gave.
+
+        Raises:
+            ValueError: the model lacks one of the parameters, or has it in another shape; nothing
+                has changed then.
+        """
+        named = named_parameters(model)
+        for name, value in saved.items():
+            shape = _Layout.of(named[name]).shape if name in named else None
+            if value.shape != shape:
+                fact = "has none" if shape is None else f"has it in shape {tuple(shape)}"
+                raise ValueError(
+                    f"RHTState.load_state_dict: a residual was saved for the parameter {name}, of "
+                    f"shape {tuple(value.shape)}, but the model {fact}; give the model that it was "
+                    'saved for, or drop that name from state["residuals"]'
+                )
+        self.replace([(named[name], value) for name, value in saved.items()])
