@@ -8,6 +8,7 @@ import copy
 import inspect
 import io
 import itertools
+import logging
 import math
 import random
 import re
@@ -544,16 +545,72 @@ def submit(state: RHTState, buffer: torch.Tensor, index: int = 0, last: bool = T
     return state.submit(bucket)
 
 
-def reduce_double(rank: int, world_size: int) -> str | None:
-    with RHTState(timeout=TIMEOUT) as state:
-        return probe_backward(state, numbers(rank, shape=(100,)).double())
+class Precise(nn.Module):
+    """A float64 scale in a model of float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 256)
+        self.scale = nn.Parameter(torch.ones(256, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.linear(x) * self.scale
+        return result
 
 
-def test_a_float64_model_is_refused(ranks: Ranks) -> None:
-    for error in ranks.run(reduce_double, 2):
-        assert error is not None
-        assert "TypeError" in error
-        assert "torch.float64, but only float32, bfloat16 and float16" in error
+def train_in_two_precisions(
+    rank: int, world_size: int, options: dict[str, Any]
+) -> tuple[list[float], bool, list[str]]:
+    """Errors of both gradients, whether the float64 one is exact to the bit, and the log."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("rhtcomm").addHandler(handler)
+    torch.manual_seed(0)
+    model = Precise()
+    with RHTState(8, block=BLOCK, min_numel=0, timeout=TIMEOUT, **options) as state:
+        ddp = wrapped(model, state)
+        for step in range(3):
+            plain = copy.deepcopy(model)
+            x = numbers(rank, step, shape=(16, 64))
+            for net in (plain, ddp):
+                net.zero_grad()
+                net(x).square().mean().backward()
+        errors = [
+            relative_error(mine.grad.float(), own.grad.float())
+            for mine, own in zip(model.parameters(), plain.parameters(), strict=True)
+        ]
+        total = plain.scale.grad.clone()
+        dist.all_reduce(total)
+        exact = torch.equal(model.scale.grad, total / world_size)
+        assert state.stats().nmse is None or state.stats().nmse < 1e-3
+    logging.getLogger("rhtcomm").removeHandler(handler)
+    return errors, exact, lines
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"quantizer": "eden", "error_feedback": True}, {"nmse_every": 1, "quantizer": "lattice"}],
+    ids=["plain", "error feedback", "lattice"],
+)
+def test_float64_travels_exactly(options: dict[str, Any], ranks: Ranks) -> None:
+    """And the log says so once."""
+    for errors, exact, lines in ranks.run(train_in_two_precisions, 3, options):
+        assert max(errors) < 1e-3
+        assert exact
+        assert len(lines) == 1
+        assert "float64 travel as they are" in lines[0]
+
+
+def reduce_integers(rank: int, world_size: int) -> str:
+    with RHTState(timeout=TIMEOUT) as state, pytest.raises(TypeError) as caught:
+        submit(state, torch.arange(10))
+    return str(caught.value)
+
+
+def test_integers_are_refused(ranks: Ranks) -> None:
+    for message in ranks.run(reduce_integers, 2):
+        assert "bucket 0 is torch.int64, and a mean of integers is no integer" in message
 
 
 def fail_on_rank_1(rank: int, world_size: int) -> dict[str, Any]:
@@ -667,9 +724,9 @@ def test_use_after_close(ranks: Ranks) -> None:
     ranks.run(use_after_close, 2)
 
 
-def started(state: RHTState) -> dist.ProcessGroup:
+def started(state: RHTState) -> Any:
     """The group that a state made for itself."""
-    state._start()
+    state._start(SimpleNamespace(buffer=lambda: torch.zeros(1)))
     assert state._group is not None
     return state._group
 
@@ -746,9 +803,7 @@ def leave_after_the_last_step(rank: int, world_size: int, how: str) -> None:
         submit(state, buffer.clone(), last=False).wait()
         patch.setattr(TorchCommunicator, "_receive", late)
         submit(state, buffer, index=1, last=shown).wait()
-        assert state._worker is not None
-        state._worker.shutdown(wait=True)  # as Python's exit does
-        state._leave_group()
+        state._running.close()  # as Python's exit does
     mean = sum(numbers(r, shape=(2_000_000,)) for r in range(world_size)) / world_size
     assert (buffer - mean).norm() < 0.01 * mean.norm()
 
@@ -1051,12 +1106,24 @@ DESTROY, CLOSE = "dist.destroy_process_group()", "state.close()"
 
 @pytest.mark.parametrize(
     "ending",
-    ["pass", DESTROY, f"{CLOSE}; {DESTROY}", f"{DESTROY}; {CLOSE}"],
+    [
+        "pass",
+        f"{CLOSE}; {DESTROY}",
+        f"{DESTROY}; {CLOSE}",
+        f"import gc; del model, state; gc.collect(); {DESTROY}",
+    ],
 )
 def test_programs_end_cleanly(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RHTCOMM_KERNELS", "reference")  # which says nothing about missing kernels
     for rank in run_program(PROGRAM.format(fails=False, ending=ending), world_size=2):
         assert (rank.returncode, rank.stdout, rank.stderr) == (0, "done\n", "")
+
+
+def test_a_state_that_was_closed_too_late_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RHTCOMM_KERNELS", "reference")
+    for rank in run_program(PROGRAM.format(fails=False, ending=DESTROY), world_size=2):
+        assert (rank.returncode, rank.stdout) == (0, "done\n")
+        assert "ResourceWarning: an RHTState was still open when torch.distr" in rank.stderr
 
 
 def test_programs_end_when_one_rank_does(monkeypatch: pytest.MonkeyPatch) -> None:
