@@ -66,6 +66,9 @@ class Bucket:
     def gradients(self) -> list[torch.Tensor]:
         return self.matrices
 
+    def parameters(self) -> list[torch.Tensor]:
+        return self.matrices
+
     def index(self) -> int:
         return 0
 

@@ -42,7 +42,7 @@ from ..communicator import Communicator, HierarchicalCommunicator, TorchCommunic
 from ..lattice import Lattice
 from ..quantizers import Eden, QuicFL, VectorQuantizer
 from ..randomness import Key
-from .residuals import Residuals
+from .residuals import Residuals, numel_of
 
 __all__ = ["RHTState", "Stats", "rht_hook"]
 
@@ -439,7 +439,7 @@ class RHTState:
             self._ends.add(self._last_index)
             self._next_step()
         key = Key(self.key.seed, self.key.step, index, owner=self._owner)
-        parameters = bucket.parameters() if self.error_feedback else []
+        parameters = bucket.parameters()
         self._last_index = index
         ends = last or index in self._ends
         if last:
@@ -483,7 +483,7 @@ class RHTState:
         self._running.start()
 
     def _connect(self, device: str, bucket: Any) -> "Communicator | HierarchicalCommunicator":
-        of_model = _group_of_model(self, getattr(bucket, "parameters", list)())
+        of_model = _group_of_model(self, bucket.parameters())
         if self._given is not None:
             if of_model is not None and self._given.world_size != of_model.size():
                 raise ValueError(
@@ -667,6 +667,7 @@ class RHTState:
             algorithm=self.algorithm,
             min_numel=self.min_numel,
             rotations=rotations,
+            segments=[numel_of(parameter) for parameter in parameters],
             check=False,
             residual=residual,
             settle=False,

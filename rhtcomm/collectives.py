@@ -26,6 +26,11 @@ so that over any number of steps the results and the mean residual add up to the
 an owner of a shard (two_shot; gather: rank 0) loses when it encodes the mean of n ranks again goes
 n times into its own residual, which counts as one n-th. What the mean loses as it is rounded to
 bfloat16 or float16 is the same on all ranks, and goes into the residual of each.
+
+Segments, that is whole parameters, that are zero on all ranks come back as zeros (see
+rhtcomm/segments.py): one bit for each goes along with the first chunk. With error feedback that
+counts what the ranks have at this step, and such a segment keeps its residual as it is: else what
+is left would go on moving a layer that is not used any more.
 """
 
 import contextlib
@@ -33,18 +38,20 @@ import hashlib
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 
-from rhtcomm.codec import AUTO, DTYPES, Codec, PayloadError
+from rhtcomm.codec import AUTO, DTYPES, Codec, PayloadError, _deferred
 from rhtcomm.communicator import Communicator, HierarchicalCommunicator
 from rhtcomm.lattice import Lattice
 from rhtcomm.randomness import Key
+from rhtcomm.segments import Segments, merge_, pack, unpack
 
 __all__ = ["Algorithm", "DisagreementError", "all_reduce", "check_agreement", "check_algorithm"]
 
@@ -61,6 +68,9 @@ _FACTS_BYTES = 2048
 # Coordinates of a chunk's shard (of the chunk, where all_gather has none): a third of the tensor's,
 # within these limits. By measurement, see benchmarks/README.md: more chunks cost more messages.
 _FEWEST, _MOST = 1 << 18, 3 << 18
+# Of two levels, in front of what a rank gives back to its node: this, plus _FAILED, plus how many
+# rotations it wants, as an int32.
+_SHARE, _SHARE_BYTES, _FAILED = 0x52480000, 4, 1 << 8
 
 
 class DisagreementError(RuntimeError):
@@ -76,6 +86,7 @@ def all_reduce(
     algorithm: Algorithm = "auto",
     min_numel: int = 1 << 14,
     rotations: int | None = None,
+    segments: Sequence[int] | None = None,
     check: bool = True,
     residual: torch.Tensor | None = None,
     settle: bool = True,
@@ -95,6 +106,11 @@ def all_reduce(
         min_numel: smaller tensors travel uncompressed, as float32.
         rotations: where the codec's are "auto", how many to take this time, the same on all ranks:
             what the last call for such a tensor returned, or None for the safe number.
+        segments: lengths of the parameters that make up the flattened tensor, the same on all
+            ranks; by default it is one. A segment that is zero on all ranks (0.0 or -0.0) comes
+            back as 0.0 throughout, even where its neighbours are not finite; with `residual`, what
+            is left of it stays as it is. A segment that is not zero on some rank makes no
+            difference to that: its zeros get their share of the noise.
         check: compare the configuration of all ranks first, at the price of one small exchange.
             The DDP hook does that once, not for each bucket.
         residual: float32 of the tensor's shape and device, zeros before the first step: error
@@ -114,10 +130,13 @@ def all_reduce(
         TypeError: the tensor has another dtype (float64 and integers are never rounded silently),
             the codec is a bare quantizer, or the communicator a process group.
         ValueError: the algorithm is unknown, or asked for with a `Lattice`; the rotations are not
-            those of a codec or `Lattice` that has a fixed number; or the residual has another
-            shape, dtype or device, or the codec cannot have one.
+            those of a codec or `Lattice` that has a fixed number; the segments are not as long as
+            the tensor; or the residual has another shape, dtype or device, or the codec cannot
+            have one.
         DisagreementError: on all ranks, naming the fields in which they differ.
-        PayloadError: a payload that arrived is not what was expected.
+        PayloadError: a payload that arrived is not what was expected. The ranks that got another
+            one may have the mean, so whoever gets this error must end the run, or tell the others.
+            On two levels all ranks of a node raise it if one does.
     """
     if not isinstance(codec, (Codec, Lattice)):
         raise TypeError(
@@ -138,6 +157,7 @@ def all_reduce(
             "shape": tuple(tensor.shape),
             "key": key,
             "rotations now": rotations,
+            "segments": segments if segments is None else list(segments),
             "residual": residual
             if residual is None
             else (residual.dtype, tuple(residual.shape), residual.device.type),
@@ -162,31 +182,44 @@ def all_reduce(
     if tensor.numel() == 0:
         return rotations
     flat = tensor.detach().contiguous().view(-1)
+    parts = Segments(segments, flat.numel())
+    exact = flat.numel() < min_numel or communicator.world_size == 1
+    # A tensor of zeros makes blocks of zeros, which need no telling; with a residual it may not.
+    told = residual is not None or (not exact and len(parts) > 1)
+    used = flat.new_empty(0, dtype=torch.uint8)
+    if told:
+        with stopwatch("encode"):
+            used = parts.used(flat)
     left = None
     if residual is not None:
         flat = flat.float() + residual.reshape(-1)
         left = torch.zeros_like(flat)
     try:
-        if flat.numel() < min_numel or communicator.world_size == 1:
-            _uncompressed(flat, communicator, stopwatch)
+        if exact:
+            _uncompressed(flat, used, communicator, stopwatch)
         elif isinstance(communicator, HierarchicalCommunicator):
             rotations = _hierarchical(
-                flat, codec, key, communicator, algorithm, rotations, stopwatch, left
+                flat, used, codec, key, communicator, algorithm, rotations, stopwatch, left
             )
         else:
             rotations = _compressed(
-                flat, codec, key, communicator, algorithm, rotations, stopwatch, left=left
+                flat, used, codec, key, communicator, algorithm, rotations, stopwatch, left=left
             )
     except PayloadError:  # which comes after all exchanges
         communicator.settle(wait=settle)
         raise
     with stopwatch("exchange"):
         communicator.settle(wait=settle)
+    if not exact and not told:
+        used = parts.used(flat)  # a block of zeros may decode to -0.0
+    if told or not exact:
+        parts.restore_(flat, used)
     if flat.data_ptr() != tensor.data_ptr():
         tensor.detach().copy_(flat.view(tensor.shape))
     if residual is not None and left is not None:
         # A gradient scaler skips a step that is not finite, so nothing of it may stay.
         left += flat - tensor.detach().float().reshape(-1)  # the rounding to the tensor's dtype
+        parts.restore_(left, used, residual.reshape(-1))
         usable = tensor.detach().isfinite().all()
         residual.copy_(torch.where(usable, left.view(tensor.shape), residual))
     return rotations
@@ -291,16 +324,24 @@ def _abridged(ranks: list[int]) -> str:
 
 
 def _uncompressed(
-    flat: torch.Tensor, communicator: Communicator | HierarchicalCommunicator, stopwatch: Stopwatch
+    flat: torch.Tensor,
+    used: torch.Tensor,
+    communicator: Communicator | HierarchicalCommunicator,
+    stopwatch: Stopwatch,
 ) -> None:
     with stopwatch("exchange"):
         total = flat.float() if flat.dtype != torch.float32 else flat
+        if used.numel():
+            total = torch.cat([total, unpack(used).float()])
         communicator.all_reduce_(total)
-        flat.copy_(total / communicator.world_size)
+        flat.copy_(total[: flat.numel()] / communicator.world_size)
+        if used.numel():
+            used.copy_(pack(total[flat.numel() :] != 0))
 
 
 def _hierarchical(
     flat: torch.Tensor,
+    used: torch.Tensor,
     codec: Codec | Lattice,
     key: Key,
     communicator: HierarchicalCommunicator,
@@ -313,50 +354,86 @@ def _hierarchical(
     within, between = communicator.within, communicator.between
     shards = split_into_shards(flat.numel(), codec.block, within.world_size)
     sizes = [shard.stop - shard.start for shard in shards]
+    # What is used of all segments goes along with each shard, in front of it.
+    beside, nbytes = used.numel(), max(sizes) * flat.element_size()
     with stopwatch("exchange"):
-        outgoing = flat.new_zeros(within.world_size, max(sizes))
-        for row, shard, size in zip(outgoing, shards, sizes, strict=True):
+        outgoing = flat.new_zeros(within.world_size, beside + nbytes, dtype=torch.uint8)
+        outgoing[:, :beside] = used
+        values = outgoing[:, beside:].view(flat.dtype)
+        for row, shard, size in zip(values, shards, sizes, strict=True):
             row[:size] = flat[shard]
-        incoming = within.start_all_to_all(outgoing.view(torch.uint8))().view(flat.dtype)
+        incoming = within.start_all_to_all(outgoing)()
+    merge_(used, incoming[:, :beside])
     mine = torch.zeros(max(sizes), dtype=torch.float32, device=flat.device)
-    for row in incoming:  # in the order of ranks
+    for row in incoming[:, beside:].view(flat.dtype):  # in the order of ranks
         mine += row
     mine /= within.world_size
     shard, size = shards[within.rank], sizes[within.rank]
-    wanted: float | None = None
-    failure = None
+    header, failure = _SHARE, None
     if between.world_size > 1 and size:
         unsent = None if left is None else left[shard]
         try:
             wanted = _compressed(
-                *(mine[:size], codec, key, between, algorithm, rotations, stopwatch),
+                *(mine[:size], used, codec, key, between, algorithm, rotations, stopwatch),
                 *(shard.start, unsent),
             )
+            header += wanted or 0
         except PayloadError as error:  # the node's other ranks still wait for this shard
-            failure, wanted = error, math.nan
+            failure, header = error, _SHARE + _FAILED
+            # Where they look at headers later, no number of it may pass for a mean until then.
+            mine.fill_(math.nan)
+            used.fill_(255)
         if unsent is not None:
             unsent *= within.world_size  # of the node's mean, in which this rank is one of many
     with stopwatch("exchange"):
-        # Each place saw its own shard alone, so what it wants goes along behind the shard.
-        row = torch.cat([mine, mine.new_tensor([wanted or 0])]).to(flat.dtype)
-        gathered = within.start_all_gather(row.view(torch.uint8))().view(flat.dtype)
-        for row, shard, size in zip(gathered, shards, sizes, strict=True):
+        start = _SHARE_BYTES + beside
+        row = flat.new_empty(start + nbytes, dtype=torch.uint8)
+        row[:_SHARE_BYTES].view(torch.int32).fill_(header)
+        row[_SHARE_BYTES:start] = used
+        row[start:].view(flat.dtype).copy_(mine)
+        gathered = within.start_all_gather(row)()
+        # Ranks without a shard have not heard of other nodes.
+        merge_(used, gathered[:, _SHARE_BYTES:start])
+        for row, shard, size in zip(
+            gathered[:, start:].view(flat.dtype), shards, sizes, strict=True
+        ):
             flat[shard] = row[:size]
     if failure is not None:
         raise failure
-    if codec.rotations != AUTO and flat.device.type != "cpu":  # to look would stop the host
+    headers = gathered[:, :_SHARE_BYTES].flatten()
+    later = _deferred.get()
+    if later and flat.device.type in later.devices and codec.rotations != AUTO:
+        later.add(headers, partial(_check_shares, key=key))
         return None
-    most = gathered[:, -1].max().item()
-    if math.isnan(most):
-        raise PayloadError(
-            f"rhtcomm.all_reduce: another rank of this node could not decode its share for {key}; "
-            "its own error says more"
-        )
-    return int(most) or None
+    # Each place saw its own shard alone.
+    return _check_shares(headers, key) or None
+
+
+def _check_shares(headers: torch.Tensor, key: Key) -> int:
+    """The most rotations that any rank of a node wants, headers (n _SHARE_BYTES,) uint8.
+
+    Raises:
+        PayloadError: naming a rank of the node that has no share to give.
+    """
+    most = 0
+    for rank, header in enumerate(headers.view(torch.int32).tolist()):
+        if header & ~0xFFFF != _SHARE:
+            raise PayloadError(
+                f"rhtcomm.all_reduce: what came from rank {rank} of this node for {key} does not "
+                "begin with the mark of a share: the ranks are out of step, or others use the group"
+            )
+        if header & _FAILED:
+            raise PayloadError(
+                "rhtcomm.all_reduce: another rank of this node could not decode its share for "
+                f"{key}: rank {rank} of the node; its own error says more"
+            )
+        most = max(most, header & 0xFF)
+    return most
 
 
 def _compressed(
     flat: torch.Tensor,
+    used: torch.Tensor,
     codec: Codec | Lattice,
     key: Key,
     communicator: Communicator,
@@ -369,16 +446,19 @@ def _compressed(
     """The mean of a flat tensor that begins at coordinate `first` of its bucket, in place.
 
     `left`, of the same length, becomes what error feedback has to send later; both are float32.
+    `used`, what this rank uses of the segments, becomes what any rank does. It may be empty.
     """
     if isinstance(codec, Lattice):
-        _lattice(flat, codec, key, communicator, stopwatch, first)
+        _lattice(flat, used, codec, key, communicator, stopwatch, first)
         return None
     chosen = choose_algorithm(algorithm, communicator.world_size, codec.nbytes(flat.numel()))
     course = {"all_gather": _all_gather, "two_shot": _two_shot, "gather": _gather}[chosen]
     whole = _Part(flat, codec, key, communicator, rotations, stopwatch, first, left)
     shards = communicator.world_size if chosen == "two_shot" else 1
     chunks = split_into_chunks(flat.numel(), codec.block, shards)
-    return _pipeline([course(whole[chunk]) for chunk in chunks], stopwatch)
+    nothing = used[:0]
+    courses = [course(whole[chunk], nothing if i else used) for i, chunk in enumerate(chunks)]
+    return _pipeline(courses, stopwatch)
 
 
 def _pipeline(courses: list[_Course], stopwatch: Stopwatch) -> int | None:
@@ -530,25 +610,41 @@ class _Part:
             self.left.add_(mean - self.flat, alpha=self.communicator.world_size)
 
 
-def _all_gather(part: _Part) -> _Course:
-    payloads = yield part.communicator.start_all_gather, part.encode()
-    return part.decode(payloads)
+# What the ranks use of the bucket's segments goes behind payloads of the first chunk, in messages
+# that come to all ranks.
 
 
-def _gather(part: _Part) -> _Course:
-    payload = part.encode()
-    payloads = yield part.communicator.start_gather, payload
-    mean = None if payloads is None else part.encode_mean(payloads, out=payload)
-    yield part.communicator.start_broadcast, payload
+def _all_gather(part: _Part, used: torch.Tensor) -> _Course:
+    nbytes = part.nbytes
+    message = part.flat.new_empty(nbytes + used.numel(), dtype=torch.uint8)
+    part.encode(out=message[:nbytes])
+    message[nbytes:] = used
+    messages = yield part.communicator.start_all_gather, message
+    merge_(used, messages[:, nbytes:])
+    return part.decode(messages[:, :nbytes])
+
+
+def _gather(part: _Part, used: torch.Tensor) -> _Course:
+    nbytes = part.nbytes
+    message = part.flat.new_empty(nbytes + used.numel(), dtype=torch.uint8)
+    part.encode(out=message[:nbytes])
+    message[nbytes:] = used
+    messages = yield part.communicator.start_gather, message
+    mean = None
+    if messages is not None:
+        mean = part.encode_mean(messages[:, :nbytes], out=message[:nbytes])
+        merge_(message[nbytes:], messages[:, nbytes:])
+    yield part.communicator.start_broadcast, message
     if isinstance(mean, PayloadError):
         raise mean
-    wanted = part.decode_again(payload[None], owner=0)
+    used.copy_(message[nbytes:])
+    wanted = part.decode_again(message[None, :nbytes], owner=0)
     if mean is not None:
         part.keep(mean)
     return wanted
 
 
-def _two_shot(part: _Part) -> _Course:
+def _two_shot(part: _Part, used: torch.Tensor) -> _Course:
     rank, world_size = part.communicator.rank, part.communicator.world_size
     runs = split_into_shards(part.flat.numel(), part.codec.block, world_size)
     mine, width = part[runs[rank]], part[runs[0]].nbytes
@@ -564,11 +660,13 @@ def _two_shot(part: _Part) -> _Course:
     for owners, shards, nbytes in calls:
         shards.encode(owners.stop - owners.start, out=outgoing[owners, :nbytes])
     incoming = yield part.communicator.start_all_to_all, outgoing
-    again = part.flat.new_empty(width, dtype=torch.uint8)
+    again = part.flat.new_empty(width + used.numel(), dtype=torch.uint8)
     mean = mine.encode_mean(incoming[:, : mine.nbytes], out=again[: mine.nbytes])
+    again[width:] = used
     gathered = yield part.communicator.start_all_gather, again
     if isinstance(mean, PayloadError):
         raise mean
+    merge_(used, gathered[:, width:])
     wanted = [
         shards.decode_again(gathered[owners, :nbytes], owners.start)
         for owners, shards, nbytes in calls
@@ -579,6 +677,7 @@ def _two_shot(part: _Part) -> _Course:
 
 def _lattice(
     flat: torch.Tensor,
+    used: torch.Tensor,
     lattice: Lattice,
     key: Key,
     communicator: Communicator,
@@ -598,15 +697,16 @@ def _lattice(
         digest = hashlib.blake2b(common, digest_size=6).digest()
         mark = int.from_bytes(digest, "little")  # below 2^53, so that float64 holds it
         ends = torch.tensor([mark, -mark], dtype=torch.float64, device=flat.device)
-        bound = torch.cat([*(y.abs().amax(dim=1) for y in rotated), ends])
+        bound = torch.cat([*(y.abs().amax(dim=1) for y in rotated), ends, unpack(used).double()])
     with stopwatch("exchange"):
         communicator.all_reduce_(bound, "max")
-    if bound[-2] != -bound[-1]:
+    *bounds, ends, flags = bound.split([*(part.count for part in parts), 2, 8 * used.numel()])
+    if ends[0] != -ends[1]:
         raise PayloadError(
             f"rhtcomm.all_reduce: another rank has codes that cannot be added to those for {key}: "
             "the ranks are out of step or configured differently"
         )
-    bounds = bound[:-2].split([part.count for part in parts])
+    used.copy_(pack(flags != 0))
     with stopwatch("encode"):
         codes = [
             lattice.codes(y, of_blocks, key, place.start, rank, world_size).flatten()

@@ -541,7 +541,12 @@ def probe_backward(state: RHTState, *gradients: torch.Tensor, **options: Any) ->
 
 def submit(state: RHTState, buffer: torch.Tensor, index: int = 0, last: bool = True) -> Any:
     """The future of a bucket that is handed over directly."""
-    bucket = SimpleNamespace(buffer=lambda: buffer, index=lambda: index, is_last=lambda: last)
+    bucket = SimpleNamespace(
+        buffer=lambda: buffer,
+        index=lambda: index,
+        is_last=lambda: last,
+        parameters=lambda: [buffer],
+    )
     return state.submit(bucket)
 
 
@@ -726,7 +731,7 @@ def test_use_after_close(ranks: Ranks) -> None:
 
 def started(state: RHTState) -> Any:
     """The group that a state made for itself."""
-    state._start(SimpleNamespace(buffer=lambda: torch.zeros(1)))
+    state._start(SimpleNamespace(buffer=lambda: torch.zeros(1), parameters=list))
     assert state._group is not None
     return state._group
 

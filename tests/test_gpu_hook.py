@@ -128,7 +128,12 @@ class Bucket(SimpleNamespace):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "Bucket":
-        return cls(buffer=lambda: tensor, index=lambda: 0, is_last=lambda: True)
+        return cls(
+            buffer=lambda: tensor,
+            index=lambda: 0,
+            is_last=lambda: True,
+            parameters=lambda: [tensor],
+        )
 
 
 def send(state: RHTState, x: torch.Tensor) -> Any:

@@ -25,6 +25,9 @@ class Bucket:
     def buffer(self) -> torch.Tensor:
         return self._buffer
 
+    def parameters(self) -> list[torch.Tensor]:
+        return [self._buffer]
+
 
 class Alone(Communicator):
     """A communicator of one rank."""

@@ -69,7 +69,12 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def submit(state: RHTState, buffer: torch.Tensor, index: int = 0, last: bool = True) -> Any:
-    bucket = SimpleNamespace(buffer=lambda: buffer, index=lambda: index, is_last=lambda: last)
+    bucket = SimpleNamespace(
+        buffer=lambda: buffer,
+        index=lambda: index,
+        is_last=lambda: last,
+        parameters=lambda: [buffer],
+    )
     return state.submit(bucket)
 
 

@@ -1,0 +1,154 @@
+"""Parameters of a bucket whose gradients are zeros on all ranks.
+
+The gradient of a layer that no rank used is zero, and so is its mean. But a block of a codec holds
+coordinates of several parameters, so the noise of one would come back in the zeros of the next, and
+Adam makes full steps of noise, however small. So ranks send one bit for each segment, that is for
+the coordinates of one parameter: whether anything in it is not zero. What is zero on all ranks is
+set to zero after decoding, whatever was decoded.
+
+A value counts as zero if no bit but its sign is set: -0.0 does, NaN and subnormal numbers do not.
+"""
+
+import math
+import operator
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+__all__ = ["Segments", "merge_", "pack", "unpack"]
+
+
+class Segments:
+    """Runs that follow each other and make up a flat tensor; empty ones are left out.
+
+    Args:
+        lengths: of the runs; None: the whole tensor is one.
+        numel: of the tensor.
+
+    Raises:
+        ValueError: a length is negative, or their sum is not numel.
+    """
+
+    def __init__(self, lengths: Sequence[int] | None, numel: int) -> None:
+        runs = [numel] if lengths is None else list(map(operator.index, lengths))
+        if sum(runs) != numel or min(runs, default=0) < 0:
+            raise ValueError(
+                f"rhtcomm.all_reduce: segments holds {len(runs)} lengths, the least "
+                f"{min(runs, default=0)}, with sum {sum(runs)}, but the tensor has {numel} "
+                "coordinates; give the length of each of its parts, in their order"
+            )
+        self.lengths = [length for length in runs if length]
+        self._edges = [0, *accumulate(self.lengths)]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def used(self, x: torch.Tensor) -> torch.Tensor:
+        """Which segments of contiguous x (numel,) are not zeros throughout.
+
+        Returns:
+            (4 ceil(n / 32),) uint8 on the device of x, bit i % 8 of byte i // 8 for segment i.
+        """
+        if x.device.type == "cpu":
+            return self._used_on_cpu(x)
+        return self._used_on_device(x)
+
+    def restore_(
+        self, x: torch.Tensor, used: torch.Tensor, value: torch.Tensor | None = None
+    ) -> None:
+        """Set the segments of contiguous x (numel,) that are not used to zero, or to `value`'s."""
+        if x.device.type == "cpu":
+            self._restore_on_cpu_(x, used, value)
+        else:
+            self._restore_on_device_(x, used, value)
+
+    def _used_on_cpu(self, x: torch.Tensor) -> torch.Tensor:
+        bits = _integers(x)
+        magnitude = np.iinfo(bits.dtype).max  # all bits but the sign
+        # The first coordinate of a gradient that is not zero seldom is.
+        used = bits[self._edges[:-1]] & magnitude != 0
+        for i in np.flatnonzero(~used):
+            used[i] = _any(bits[self._edges[i] + 1 : self._edges[i + 1]], magnitude)
+        octets = np.zeros(_nbytes(len(used)), np.uint8)
+        octets[: -(-len(used) // 8)] = np.packbits(used, bitorder="little")
+        return torch.from_numpy(octets)
+
+    def _restore_on_cpu_(
+        self, x: torch.Tensor, used: torch.Tensor, value: torch.Tensor | None
+    ) -> None:
+        flags = np.unpackbits(used.numpy(), count=len(self), bitorder="little")
+        if flags.all():
+            return
+        bits = _integers(x)
+        values = None if value is None else _integers(value)
+        for i in np.flatnonzero(flags == 0):
+            run = slice(self._edges[i], self._edges[i + 1])
+            bits[run] = 0 if values is None else values[run]
+
+    # On a device, where to look at a number would stop the host, all numbers are read.
+
+    def _used_on_device(self, x: torch.Tensor) -> torch.Tensor:
+        largest = torch.stack(torch._foreach_norm(x.split(self.lengths), math.inf))
+        used = largest != 0  # NaN is not
+        return pack(torch.nn.functional.pad(used, (0, 8 * _nbytes(len(self)) - len(self))))
+
+    def _restore_on_device_(
+        self, x: torch.Tensor, used: torch.Tensor, value: torch.Tensor | None
+    ) -> None:
+        starts = torch.tensor(self._edges[:-1])
+        if x.device.type == "cuda":  # from other memory a copy makes the host wait
+            starts = starts.pin_memory()
+        unused = 1 - unpack(used)[: len(self)].to(torch.int8)
+        steps = torch.diff(unused, prepend=unused.new_zeros(1))
+        mask = torch.zeros(x.numel(), dtype=torch.int8, device=x.device)
+        mask.scatter_(0, starts.to(x.device, non_blocking=True), steps)
+        mask = mask.cumsum(0, dtype=torch.int8).view(torch.bool)
+        if value is None:
+            x.masked_fill_(mask, 0)
+        else:
+            torch.where(mask, value, x, out=x)
+
+
+def merge_(used: torch.Tensor, rows: torch.Tensor) -> None:
+    """What any of the rows (n, m) says becomes used (m,), uint8."""
+    if used.numel():
+        used.copy_(rows[0])
+        for row in rows[1:]:
+            used |= row
+
+
+def pack(flags: torch.Tensor) -> torch.Tensor:
+    """(8 m,) bool -> (m,) uint8, the first one lowest."""
+    lanes = torch.arange(8, dtype=torch.uint8, device=flags.device)
+    return (flags.view(-1, 8).to(torch.uint8) << lanes).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack(octets: torch.Tensor) -> torch.Tensor:
+    """(m,) uint8 -> (8 m,) uint8 of 0 and 1, the inverse of `pack`."""
+    lanes = torch.arange(8, dtype=torch.uint8, device=octets.device)
+    return ((octets[:, None] >> lanes) & 1).view(-1)
+
+
+def _nbytes(count: int) -> int:
+    return 4 * -(-count // 32)  # so that rows of payloads keep their alignment
+
+
+def _integers(x: torch.Tensor) -> npt.NDArray[np.signedinteger]:
+    """The bits of x; NumPy lacks bfloat16, and comparisons of floats may flush subnormals."""
+    array: npt.NDArray[np.signedinteger] = x.view(
+        torch.int32 if x.element_size() == 4 else torch.int16
+    ).numpy()
+    return array
+
+
+def _any(bits: npt.NDArray[np.signedinteger], mask: int) -> bool:
+    """Whether any number has a bit of the mask; looks a little further each time."""
+    start, size = 0, 64
+    while start < len(bits):
+        if np.bitwise_or.reduce(bits[start : start + size]) & mask:
+            return True
+        start, size = start + size, 4 * size
+    return False
