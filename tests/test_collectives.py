@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -15,7 +16,15 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import rhtcomm
 from rhtcomm import Codec, DisagreementError, Eden, Key, Lattice, QuicFL, collectives
-from rhtcomm.collectives import Algorithm, check_agreement, choose_algorithm, split_into_chunks
+from rhtcomm.codec import DeferredChecks
+from rhtcomm.collectives import (
+    Algorithm,
+    check_agreement,
+    choose_algorithm,
+    split_into_chunks,
+    split_into_shards,
+)
+from rhtcomm.hooks import RHTState
 from rhtcomm.kernels import cpu, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -862,3 +871,157 @@ def reduce_by_uneven_nodes(rank: int, world_size: int) -> None:
 
 def test_uneven_nodes_are_refused_on_every_rank(ranks: Ranks) -> None:
     ranks.run(reduce_by_uneven_nodes, 3)
+
+
+def fail_while_nobody_looks(
+    rank: int, world_size: int, dtype: torch.dtype
+) -> tuple[str, torch.Tensor, torch.Tensor, str]:
+    """As on CUDA, where the host does not wait for headers; ranks 1 and 3 cannot decode."""
+    communicator, codec = two_levels(rank, 2, 2), Lattice(4, block=BLOCK)
+    options: Any = {"min_numel": 0, "check": False, "segments": [7, 4 * BLOCK, 6 * BLOCK + 70]}
+    expected, x = data(rank, 10 * BLOCK + 77, dtype), data(rank, 10 * BLOCK + 77, dtype)
+    rhtcomm.all_reduce(expected, codec, KEY, communicator, **options)
+    key = Key(KEY.seed, KEY.step, KEY.bucket + (rank == 1))
+    message, later, checks = "", "", DeferredChecks()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rhtcomm.codec, "_to_host", lambda headers: (Event(), headers.clone()))
+        patch.setattr(DeferredChecks, "devices", ("cpu",))
+        with checks.deferring():
+            try:
+                rhtcomm.all_reduce(x, codec, key, communicator, **options)
+            except rhtcomm.PayloadError as error:
+                message = str(error)
+        try:
+            checks.raise_failed(wait=True)
+        except rhtcomm.PayloadError as error:
+            later = str(error)
+    return message, x, expected, later
+
+
+class Event:
+    """Of CUDA, what deferred checks ask of it."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_failed_share_is_nan_where_headers_are_looked_at_later(
+    dtype: torch.dtype, ranks: Ranks
+) -> None:
+    shard = split_into_shards(10 * BLOCK + 77, BLOCK, 2)[1]
+    outcomes = ranks.run(fail_while_nobody_looks, 4, dtype)
+    for rank, (message, x, expected, later) in enumerate(outcomes):
+        assert bool(x[shard].isnan().all()), "finite numbers that are no mean"
+        assert same_bits(x[: shard.start], expected[: shard.start])
+        if rank % 2:
+            assert "another rank has codes that cannot be added" in message
+            assert not later
+        else:
+            assert not message
+            assert "could not decode its share" in later
+            assert "rank 1 of the node" in later
+
+
+def reduce_with_a_foreign_share(rank: int, world_size: int) -> str:
+    """What rank 2 gets from its node begins with something else."""
+    communicator = two_levels(rank, 2, 2)
+    start = communicator.within.start_all_gather
+
+    def foreign(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        finish = start(x)
+
+        def finish_foreign() -> torch.Tensor:
+            gathered = finish()
+            gathered[1, 3] ^= rank == 2
+            return gathered
+
+        return finish_foreign
+
+    communicator.within.start_all_gather = foreign  # type: ignore[method-assign]
+    x = data(rank, 10 * BLOCK)
+    try:
+        rhtcomm.all_reduce(x, CODEC, KEY, communicator, min_numel=0, check=False)
+    except rhtcomm.PayloadError as error:
+        return str(error)
+    return ""
+
+
+def test_a_share_has_a_mark(ranks: Ranks) -> None:
+    messages = ranks.run(reduce_with_a_foreign_share, 4)
+    assert "from rank 1 of this node" in messages.pop(2)
+    assert messages == [""] * 3
+
+
+def want_on_two_levels(rank: int, world_size: int, dtype: torch.dtype) -> list[int | None]:
+    """Only one shard of one rank is too spiky for a single transform."""
+    codec, communicator = Codec(QuicFL(4), "auto", 4 * BLOCK), two_levels(rank, 2, 2)
+    wanted = []
+    for spike in (0, 17 * codec.block, None):
+        x = torch.randn(20 * codec.block, generator=torch.Generator().manual_seed(rank)).to(dtype)
+        if spike is not None:
+            x[spike : spike + codec.block] = 0
+            if rank == 1:
+                x[spike] = 100
+        wanted.append(
+            rhtcomm.all_reduce(
+                *(x, codec, KEY, communicator),
+                min_numel=0,
+                check=False,
+                segments=[1000, 20 * codec.block - 1000],
+            )
+        )
+    return wanted
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wishes_of_all_shards_reach_all_ranks(dtype: torch.dtype, ranks: Ranks) -> None:
+    assert ranks.run(want_on_two_levels, 4, dtype) == [[2, 2, 1]] * 4
+
+
+def train_on_two_levels(rank: int, world_size: int) -> list[torch.Tensor | str]:
+    """Buckets 0 to 2; the payload that rank 1 receives in bucket 1 is damaged."""
+    communicator, step = two_levels(rank, 2, 2), 0
+    start = communicator.between.start_all_gather
+
+    def damaged(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        finish = start(x)
+
+        def finish_damaged() -> torch.Tensor:
+            payloads = finish()
+            payloads[1, 9] ^= rank == 1 and step == 1
+            return payloads
+
+        return finish_damaged
+
+    communicator.between.start_all_gather = damaged  # type: ignore[method-assign]
+    outcomes: list[torch.Tensor | str] = []
+    with RHTState(block=BLOCK, min_numel=0, communicator=communicator) as state:
+        for step in range(3):
+            x = data(rank, 10 * BLOCK + step)
+            bucket = SimpleNamespace(
+                **{"buffer": lambda x=x: x, "parameters": lambda x=x: [x]},
+                **{"index": lambda: 0, "is_last": lambda: True},
+            )
+            try:
+                outcomes.append(state.submit(bucket).wait())
+            except RuntimeError as error:
+                outcomes.append(str(error))
+    return outcomes
+
+
+def test_other_nodes_hear_of_a_failed_share(ranks: Ranks) -> None:
+    """They could decode, but the node of the failure will not go on."""
+    outcomes = ranks.run(train_on_two_levels, 4)
+    causes = [
+        "rank 1 of the node; its own error says more",
+        "the payload of rank 1 was made with a configuration",
+        *["another rank died, or failed and gave up"] * 2,
+    ]
+    for (first, second, third), cause in zip(outcomes, causes, strict=True):
+        assert same_bits(first, outcomes[0][0])
+        assert cause in second
+        assert "an earlier bucket failed" in third
