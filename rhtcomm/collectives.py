@@ -525,11 +525,11 @@ class _Part:
     def nbytes(self) -> int:
         return self.codec.nbytes(self.flat.numel())
 
-    def encode(self, shards: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
-        """This rank's payload or payloads; `left` becomes flat - what they say."""
+    def encode(self, out: torch.Tensor, shards: int | None = None) -> None:
+        """This rank's payload or payloads go to `out`; `left` becomes flat - what they say."""
         rank, world_size = self.communicator.rank, self.communicator.world_size
         with self.stopwatch("encode"):
-            payload = self.codec.encode(
+            self.codec.encode(
                 self.flat,
                 self.key,
                 rank,
@@ -541,7 +541,7 @@ class _Part:
             )
             if self.left is not None:
                 self.codec.decode_shards(
-                    payload.view(shards or 1, -1),
+                    out.view(shards or 1, -1),
                     self.key,
                     self.flat.numel(),
                     first=self.first,
@@ -550,7 +550,6 @@ class _Part:
                     world_size=world_size,
                 )
                 torch.sub(self.flat, self.left, out=self.left)
-        return payload
 
     def decode(self, payloads: torch.Tensor) -> int | None:
         """The mean of all ranks' payloads goes to `flat`."""
@@ -617,7 +616,7 @@ class _Part:
 def _all_gather(part: _Part, used: torch.Tensor) -> _Course:
     nbytes = part.nbytes
     message = part.flat.new_empty(nbytes + used.numel(), dtype=torch.uint8)
-    part.encode(out=message[:nbytes])
+    part.encode(message[:nbytes])
     message[nbytes:] = used
     messages = yield part.communicator.start_all_gather, message
     merge_(used, messages[:, nbytes:])
@@ -627,7 +626,7 @@ def _all_gather(part: _Part, used: torch.Tensor) -> _Course:
 def _gather(part: _Part, used: torch.Tensor) -> _Course:
     nbytes = part.nbytes
     message = part.flat.new_empty(nbytes + used.numel(), dtype=torch.uint8)
-    part.encode(out=message[:nbytes])
+    part.encode(message[:nbytes])
     message[nbytes:] = used
     messages = yield part.communicator.start_gather, message
     mean = None
@@ -658,7 +657,7 @@ def _two_shot(part: _Part, used: torch.Tensor) -> _Course:
 
     outgoing = part.flat.new_empty(world_size, width, dtype=torch.uint8)
     for owners, shards, nbytes in calls:
-        shards.encode(owners.stop - owners.start, out=outgoing[owners, :nbytes])
+        shards.encode(outgoing[owners, :nbytes], owners.stop - owners.start)
     incoming = yield part.communicator.start_all_to_all, outgoing
     again = part.flat.new_empty(width + used.numel(), dtype=torch.uint8)
     mean = mine.encode_mean(incoming[:, : mine.nbytes], out=again[: mine.nbytes])

@@ -98,14 +98,18 @@ class Segments:
     def _restore_on_device_(
         self, x: torch.Tensor, used: torch.Tensor, value: torch.Tensor | None
     ) -> None:
-        starts = torch.tensor(self._edges[:-1])
-        if x.device.type == "cuda":  # from other memory a copy makes the host wait
-            starts = starts.pin_memory()
-        unused = 1 - unpack(used)[: len(self)].to(torch.int8)
-        steps = torch.diff(unused, prepend=unused.new_zeros(1))
-        mask = torch.zeros(x.numel(), dtype=torch.int8, device=x.device)
-        mask.scatter_(0, starts.to(x.device, non_blocking=True), steps)
-        mask = mask.cumsum(0, dtype=torch.int8).view(torch.bool)
+        mask = unpack(used)[: len(self)] == 0
+        if len(self) > 1:
+            starts = torch.tensor(self._edges[:-1])
+            if x.device.type == "cuda":  # from other memory a copy makes the host wait
+                starts = starts.pin_memory()
+            # The sum up to a coordinate of these is 1 where its segment is unused, else 0.
+            steps = torch.diff(
+                mask.to(torch.int8), prepend=torch.zeros_like(mask[:1], dtype=torch.int8)
+            )
+            mask = torch.zeros(x.numel(), dtype=torch.int8, device=x.device)
+            mask.scatter_(0, starts.to(x.device, non_blocking=True), steps)
+            mask = mask.cumsum(0, dtype=torch.int8).view(torch.bool)
         if value is None:
             x.masked_fill_(mask, 0)
         else:

@@ -874,14 +874,16 @@ def test_uneven_nodes_are_refused_on_every_rank(ranks: Ranks) -> None:
 
 
 def fail_while_nobody_looks(
-    rank: int, world_size: int, dtype: torch.dtype
+    rank: int, world_size: int, dtype: torch.dtype, block: int, place: int
 ) -> tuple[str, torch.Tensor, torch.Tensor, str]:
-    """As on CUDA, where the host does not wait for headers; ranks 1 and 3 cannot decode."""
-    communicator, codec = two_levels(rank, 2, 2), Lattice(4, block=BLOCK)
-    options: Any = {"min_numel": 0, "check": False, "segments": [7, 4 * BLOCK, 6 * BLOCK + 70]}
-    expected, x = data(rank, 10 * BLOCK + 77, dtype), data(rank, 10 * BLOCK + 77, dtype)
+    """As on CUDA, where the host does not wait for headers; one place in a node cannot decode."""
+    communicator, codec = two_levels(rank, 2, 2), Lattice(4, block=block)
+    options: Any = {"min_numel": 0, "check": False, "segments": [7, 6 * BLOCK, 4 * BLOCK + 70]}
+    x = data(rank, 10 * BLOCK + 77, dtype)
+    x[7 : 6 * BLOCK + 7] *= rank == 3  # this node alone knows of it
+    expected = x.clone()
     rhtcomm.all_reduce(expected, codec, KEY, communicator, **options)
-    key = Key(KEY.seed, KEY.step, KEY.bucket + (rank == 1))
+    key = Key(KEY.seed, KEY.step, KEY.bucket + (rank == place))
     message, later, checks = "", "", DeferredChecks()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rhtcomm.codec, "_to_host", lambda headers: (Event(), headers.clone()))
@@ -908,22 +910,24 @@ class Event:
         pass
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "block", "place"),
+    [*((dtype, BLOCK, 1) for dtype in DTYPES), (torch.float32, 4096, 0)],  # one block: all of it
+)
 def test_a_failed_share_is_nan_where_headers_are_looked_at_later(
-    dtype: torch.dtype, ranks: Ranks
+    dtype: torch.dtype, block: int, place: int, ranks: Ranks
 ) -> None:
-    shard = split_into_shards(10 * BLOCK + 77, BLOCK, 2)[1]
-    outcomes = ranks.run(fail_while_nobody_looks, 4, dtype)
+    shard = split_into_shards(10 * BLOCK + 77, block, 2)[place]
+    outcomes = ranks.run(fail_while_nobody_looks, 4, dtype, block, place)
     for rank, (message, x, expected, later) in enumerate(outcomes):
         assert bool(x[shard].isnan().all()), "finite numbers that are no mean"
         assert same_bits(x[: shard.start], expected[: shard.start])
-        if rank % 2:
+        if rank % 2 == place:
             assert "another rank has codes that cannot be added" in message
             assert not later
         else:
             assert not message
-            assert "could not decode its share" in later
-            assert "rank 1 of the node" in later
+            assert f"could not decode its share for {KEY}: rank {place} of the node" in later
 
 
 def reduce_with_a_foreign_share(rank: int, world_size: int) -> str:

@@ -113,6 +113,7 @@ CASES: list[Case] = [
     *((Lattice(4, block=BLOCK), "auto", dtype, LENGTHS) for dtype in DTYPES),
     *((CODEC, algorithm, torch.float32, lengths_of(1000, NUMEL)) for algorithm in ALGORITHMS),
     (CODEC, "two_shot", torch.float32, [NUMEL - 1, 1]),
+    (Codec(QuicFL(4), block=8192), "auto", torch.float32, LENGTHS),  # one: there are empty shards
     (CODEC, "all_gather", torch.float32, [3, NUMEL - 3]),
 ]
 
@@ -123,7 +124,7 @@ def runs_of(lengths: Sequence[int]) -> list[slice]:
 
 
 def gradient(
-    rank: int, dtype: torch.dtype, lengths: Sequence[int]
+    rank: int, world_size: int, dtype: torch.dtype, lengths: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of every three segments one is zero on all ranks, one on all ranks but the last, one on none.
 
@@ -132,7 +133,7 @@ def gradient(
     """
     x, unused = data(rank, sum(lengths), dtype), torch.zeros(sum(lengths), dtype=torch.bool)
     for i, run in enumerate(runs_of(lengths)):
-        if i % 3 == 1 or (i % 3 == 2 and rank == 0):
+        if i % 3 == 1 or (i % 3 == 2 and rank < world_size - 1):
             x[run] = -0.0 if rank == 1 else 0.0
         if i % 3 == 1:
             unused[run] = True
@@ -150,7 +151,7 @@ def reduce_cases(
     communicator, outcomes = communicator_of(rank, world_size, nodes), []
     with chunks_of(2):
         for codec, algorithm, dtype, lengths in cases:
-            x, unused = gradient(rank, dtype, lengths)
+            x, unused = gradient(rank, world_size, dtype, lengths)
             if broken and rank == world_size - 1:  # in blocks that unused segments lie in too
                 x[~unused] = torch.where(x[~unused].abs() > 9, torch.nan, x[~unused])
             means, sent = [], [communicator.bytes_sent]
@@ -178,7 +179,7 @@ def test_zeros_on_all_ranks_come_back_and_nothing_else_changes(
         cases = CASES if not broken else CASES[::4]
         by_rank = ranks.run(reduce_cases, world_size, nodes, cases, broken, timeout=100)
         for number, case in enumerate(cases):
-            _, unused = gradient(0, *case[2:])
+            _, unused = gradient(0, world_size, *case[2:])
             assert unused.any()
             expected = by_rank[0][number][1].clone()
             # Otherwise the case shows nothing. A node's own mean is exact, and few coordinates
@@ -252,13 +253,15 @@ FEEDBACK: list[tuple[Codec, Algorithm, torch.dtype, int, list[int] | None]] = [
 ]
 
 
-def gradient_at(rank: int, step: int, dtype: torch.dtype, case: int) -> torch.Tensor:
+def gradient_at(
+    rank: int, world_size: int, step: int, dtype: torch.dtype, case: int
+) -> torch.Tensor:
     """Used throughout at step 0; later as `gradient` is, or, as one segment, at even steps."""
     x = (rank + 1) * numbers(rank, step, shape=(NUMEL,)).to(dtype)
     if FEEDBACK[case][4] is None:
         return x * (step % 2 == 0)
     if step:
-        x[gradient(rank, dtype, LENGTHS)[0] == 0] = 0
+        x[gradient(rank, world_size, dtype, LENGTHS)[0] == 0] = 0
     return x
 
 
@@ -269,7 +272,7 @@ def feed_back(rank: int, world_size: int, nodes: int) -> list[list[torch.Tensor]
         for case, (codec, algorithm, dtype, min_numel, segments) in enumerate(FEEDBACK):
             residual, seen = (rank - 1.5) * torch.ones(NUMEL), []
             for step in range(STEPS):
-                x = gradient_at(rank, step, dtype, case)
+                x = gradient_at(rank, world_size, step, dtype, case)
                 rhtcomm.all_reduce(
                     *(x, codec, Key(1, step), communicator),
                     algorithm=algorithm,
@@ -290,7 +293,7 @@ def test_what_is_left_of_an_unused_segment_stays(world_size: int, nodes: int, ra
         started = torch.stack([(rank - 1.5) * torch.ones(NUMEL) for rank in range(world_size)])
         put_in, sent = started.double().mean(0), torch.zeros(NUMEL, dtype=torch.float64)
         for step in range(STEPS):
-            xs = [gradient_at(rank, step, dtype, case) for rank in range(world_size)]
+            xs = [gradient_at(r, world_size, step, dtype, case) for r in range(world_size)]
             put_in += torch.stack(xs).double().mean(0)
             results = [outcomes[case][2 * step] for outcomes in by_rank]
             left = [outcomes[case][2 * step + 1] for outcomes in by_rank]
