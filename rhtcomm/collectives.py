@@ -27,10 +27,10 @@ an owner of a shard (two_shot; gather: rank 0) loses when it encodes the mean of
 n times into its own residual, which counts as one n-th. What the mean loses as it is rounded to
 bfloat16 or float16 is the same on all ranks, and goes into the residual of each.
 
-Segments, that is whole parameters, that are zero on all ranks come back as zeros (see
-rhtcomm/segments.py): one bit for each goes along with the first chunk. With error feedback that
-counts what the ranks have at this step, and such a segment keeps its residual as it is: else what
-is left would go on moving a layer that is not used any more.
+Segments (whole parameters) that are zero on all ranks come back as zeros, see
+rhtcomm/segments.py: a bit for each goes along with the first chunk. With error feedback this looks
+at x_t, and such a segment keeps its residual: otherwise a layer that is not used any more would be
+moved by what is left.
 """
 
 import contextlib
@@ -109,8 +109,7 @@ def all_reduce(
         segments: lengths of the parameters that make up the flattened tensor, the same on all
             ranks; by default it is one. A segment that is zero on all ranks (0.0 or -0.0) comes
             back as 0.0 throughout, even where its neighbours are not finite; with `residual`, what
-            is left of it stays as it is. A segment that is not zero on some rank makes no
-            difference to that: its zeros get their share of the noise.
+            is left of it stays as it is. Zeros of other segments are coded as other numbers are.
         check: compare the configuration of all ranks first, at the price of one small exchange.
             The DDP hook does that once, not for each bucket.
         residual: float32 of the tensor's shape and device, zeros before the first step: error
@@ -134,9 +133,9 @@ def all_reduce(
             the tensor; or the residual has another shape, dtype or device, or the codec cannot
             have one.
         DisagreementError: on all ranks, naming the fields in which they differ.
-        PayloadError: a payload that arrived is not what was expected. The ranks that got another
-            one may have the mean, so whoever gets this error must end the run, or tell the others.
-            On two levels all ranks of a node raise it if one does.
+        PayloadError: a payload that arrived is not what was expected. On two levels all ranks of
+            a node raise it if one does. Ranks that received others may return the mean, so the run
+            must not go on after this error; the DDP hook calls the communicator's `abort` then.
     """
     if not isinstance(codec, (Codec, Lattice)):
         raise TypeError(
@@ -184,7 +183,7 @@ def all_reduce(
     flat = tensor.detach().contiguous().view(-1)
     parts = Segments(segments, flat.numel())
     exact = flat.numel() < min_numel or communicator.world_size == 1
-    # A tensor of zeros makes blocks of zeros, which need no telling; with a residual it may not.
+    # A tensor that is one segment, of zeros, makes blocks of zeros, unless a residual is added.
     told = residual is not None or (not exact and len(parts) > 1)
     used = flat.new_empty(0, dtype=torch.uint8)
     if told:
@@ -208,12 +207,12 @@ def all_reduce(
     except PayloadError:  # which comes after all exchanges
         communicator.settle(wait=settle)
         raise
+    if told or not exact:
+        with stopwatch("decode"):
+            # Where nobody was told, the mean itself shows it; blocks of zeros may decode to -0.0.
+            parts.restore_(flat, used if told else parts.used(flat))
     with stopwatch("exchange"):
         communicator.settle(wait=settle)
-    if not exact and not told:
-        used = parts.used(flat)  # a block of zeros may decode to -0.0
-    if told or not exact:
-        parts.restore_(flat, used)
     if flat.data_ptr() != tensor.data_ptr():
         tensor.detach().copy_(flat.view(tensor.shape))
     if residual is not None and left is not None:
