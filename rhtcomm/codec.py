@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from rhtcomm.kernels import DTYPES, Section, Task, kernel_for
+from rhtcomm.memory import address_of, overlap, refuse_fake_mode
 from rhtcomm.quantizers import Quantizer, QuicFL
 from rhtcomm.randomness import MAX_COORDINATES, MAX_RANKS, Key
 from rhtcomm.rotation import (
@@ -107,7 +108,7 @@ _deferred: ContextVar[DeferredChecks | None] = ContextVar("rhtcomm deferred chec
 
 def _to_host(x: torch.Tensor) -> tuple[torch.cuda.Event, torch.Tensor]:
     """x on CUDA -> an event, and the tensor that holds x after it."""
-    copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    copy = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
     copy.copy_(x, non_blocking=True)
     return torch.cuda.current_stream(x.device).record_event(), copy
 
@@ -207,13 +208,14 @@ class Codec:
             or new.
 
         Raises:
-            TypeError: x has another dtype, or is no tensor.
-            ValueError: x is not flat or has no such parts, out is not as above, or an argument is
-                out of its range.
+            TypeError: x has another dtype, or x or out is no tensor or has no memory of its own
+                (see `rhtcomm.memory.address_of`).
+            ValueError: x is not flat or has no such parts, out is not as above or overlaps x, or an
+                argument is out of its range.
         """
         rotation = self._rotation(rotations)
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"Codec.encode: x is a {type(x).__name__}; make it a torch.Tensor")
+        address_of(x, "Codec.encode", "x")
+        refuse_fake_mode("Codec.encode")
         if x.dtype not in DTYPES:
             raise TypeError(
                 f"Codec.encode: x is {x.dtype}, but only float32, bfloat16 and float16 can be "
@@ -222,7 +224,7 @@ class Codec:
         if x.dim() != 1:
             raise ValueError(f"Codec.encode: x has shape {tuple(x.shape)}; flatten it first")
         rank, world_size, first = self._check_place(rank, world_size, first)
-        x = x.detach().contiguous()
+        x = _plain(x)
         count = 1 if shards is None else operator.index(shards)
         if count < 1 or (count > 1 and x.numel() % (count * self.block)):
             raise ValueError(
@@ -283,13 +285,17 @@ class Codec:
         Raises:
             PayloadError: a payload has the wrong length, version, configuration, key or place
                 (within `DeferredChecks.deferring` on CUDA only the length is looked at).
-            ValueError: out has another shape, dtype or layout.
+            TypeError: payloads or out is no tensor or has no memory of its own (see
+                `rhtcomm.memory.address_of`).
+            ValueError: out has another shape, dtype or layout, or overlaps the payloads.
         """
         numel = operator.index(numel)
+        address_of(payloads, "Codec.decode_mean", "payloads")
         self._check_payloads(payloads, numel)
         if world_size is None:
             world_size = len(payloads)
-        return self._decode(payloads[:, None], key, numel, first, out, first_rank, world_size)
+        place = (key, numel, first, out, first_rank, world_size)
+        return self._decode(payloads[:, None], *place, "Codec.decode_mean")
 
     def decode_shards(
         self,
@@ -313,16 +319,18 @@ class Codec:
             (numel,), `out` or a new float32 tensor.
 
         Raises:
-            PayloadError, ValueError: as `decode_mean` does.
+            PayloadError, TypeError, ValueError: as `decode_mean` does.
         """
         numel = operator.index(numel)
+        address_of(payloads, "Codec.decode_shards", "payloads")
         self._check_payloads(payloads, numel // max(1, len(payloads)))
         if len(payloads) > 1 and numel % (len(payloads) * self.block):
             raise ValueError(
                 f"Codec.decode_shards: {numel} coordinates are not {len(payloads)} equal parts of "
                 f"whole blocks of {self.block}"
             )
-        return self._decode(payloads[None], key, numel, first, out, rank, world_size)
+        place = (key, numel, first, out, rank, world_size)
+        return self._decode(payloads[None], *place, "Codec.decode_shards")
 
     def _decode(
         self,
@@ -333,12 +341,17 @@ class Codec:
         out: torch.Tensor | None,
         first_rank: int,
         world_size: int,
+        owner: str,
     ) -> torch.Tensor:
         """Mean of payloads (K, shards, nbytes), of K ranks, each in equal shards."""
         ranks, shards, _ = payloads.shape
         first_rank, world_size, first = self._check_place(first_rank, world_size, first)
         self._check_place(first_rank + ranks - 1, world_size, first)
         each = numel // shards
+        refuse_fake_mode(owner)
+        payloads = _plain(payloads, copy=False)
+        if out is not None:
+            self._check_mean(out, payloads, numel, owner)
         check = partial(
             self._check_headers,
             key=key,
@@ -365,22 +378,32 @@ class Codec:
             payloads = payloads.clone(memory_format=torch.contiguous_format)
         if out is None:
             out = torch.empty(numel, dtype=torch.float32, device=payloads.device)
-        elif out.device != payloads.device:
-            raise ValueError(
-                f"Codec.decode_mean: out lies on {out.device}, the payloads on {payloads.device}; "
-                "move one to the other"
-            )
-        elif out.shape != (numel,) or out.dtype not in DTYPES or not out.is_contiguous():
-            layout = "contiguous" if out.is_contiguous() else "strided"
-            raise ValueError(
-                f"Codec.decode_mean: out is {layout} {out.dtype} of shape {tuple(out.shape)}; it "
-                f"must be contiguous float32, bfloat16 or float16 of shape ({numel},)"
-            )
+        target = out.detach() if out.requires_grad else out
         kernel = kernel_for(payloads.device, self.quantizer)
         for section in _layout(self, each):
             task = Task(rotation, self.quantizer, key, section, first, first_rank, world_size)
-            kernel.decode(task, payloads, out)
+            kernel.decode(task, payloads, target)
         return out
+
+    @staticmethod
+    def _check_mean(out: torch.Tensor, payloads: torch.Tensor, numel: int, owner: str) -> None:
+        address_of(out, owner, "out")
+        if out.device != payloads.device:
+            raise ValueError(
+                f"{owner}: out lies on {out.device}, the payloads on {payloads.device}; "
+                "move one to the other"
+            )
+        whole = out.is_contiguous() and not out.is_neg()
+        if out.shape != (numel,) or out.dtype not in DTYPES or not whole:
+            layout = "contiguous" if whole else "negated" if out.is_neg() else "strided"
+            raise ValueError(
+                f"{owner}: out is {layout} {out.dtype} of shape {tuple(out.shape)}; it "
+                f"must be contiguous float32, bfloat16 or float16 of shape ({numel},)"
+            )
+        if overlap(out, payloads):
+            raise ValueError(
+                f"{owner}: out overlaps the payloads in memory; give it memory of its own"
+            )
 
     def _check_payloads(self, payloads: torch.Tensor, numel: int) -> None:
         length = self.nbytes(numel)
@@ -469,16 +492,20 @@ class Codec:
     ) -> torch.Tensor:
         if out is None:
             return torch.empty(shape, dtype=torch.uint8, device=x.device)
+        address_of(out, "Codec.encode", "out")
         if out.shape != shape or out.dtype != torch.uint8 or out.device != x.device:
             raise ValueError(
                 f"Codec.encode: out is {out.dtype} of shape {tuple(out.shape)} on {out.device}, "
                 f"but {x.numel()} coordinates take {shape} torch.uint8 on {x.device}"
             )
-        if not out.is_contiguous() or out.data_ptr() % 4 or out.storage_offset() % 4:
+        unaligned = out.data_ptr() % 4 or out.storage_offset() % 4
+        if not out.is_contiguous() or unaligned or out.is_neg():
             raise ValueError(
                 "Codec.encode: out must be contiguous and begin at an address that 4 divides; "
                 "leave it out, and copy the result"
             )
+        if overlap(out, x):
+            raise ValueError("Codec.encode: out overlaps x in memory; give it memory of its own")
         return out
 
     def _check_place(self, rank: int, world_size: int, first: int) -> tuple[int, int, int]:
@@ -495,6 +522,15 @@ class Codec:
                 f"Codec: first={first} must be a multiple of block={self.block} below 2^36"
             )
         return rank, world_size, first
+
+
+def _plain(x: torch.Tensor, copy: bool = True) -> torch.Tensor:
+    """x as kernels take it: without autograd's graph and the negative bit; contiguous if `copy`."""
+    if x.requires_grad:  # seldom, and to detach takes longer than all else here
+        x = x.detach()
+    if x.is_neg():  # the imaginary part of a conjugate
+        x = x.resolve_neg()
+    return x.contiguous() if copy else x
 
 
 # What a training step asks for again and again, as it waits for the answer.

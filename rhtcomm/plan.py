@@ -207,7 +207,8 @@ def measure_codec(bits: int, numel: int = 1 << 20, repeats: int = 7) -> CodecSpe
         repeats: calls of each part.
     """
     codec, key = Codec(QuicFL(bits)), Key(seed=0)
-    x = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(numel, generator=generator, dtype=torch.float32, device="cpu")
     one, three = (
         torch.stack([codec.encode(x, key, rank, count) for rank in range(count)])
         for count in (1, 3)

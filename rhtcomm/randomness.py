@@ -14,7 +14,6 @@ one bit a coordinate (a call serves 128), dither takes one byte (a call serves 1
 import operator
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from functools import cache
 
 import torch
 
@@ -118,14 +117,6 @@ def words(
     )
 
 
-@cache
-def _signs_of_a_byte(device: torch.device) -> torch.Tensor:
-    """(256, 8) float32: row v holds -1 where the bit of v is set, lowest bit first."""
-    byte = torch.arange(256)[:, None]
-    signs = 1.0 - 2.0 * ((byte >> torch.arange(8)) & 1).float()
-    return signs.to(device)  # has arrived on return, so any stream may read it
-
-
 def signs(
     key: Key, stream: Stream, first: int, count: int, rank: int, device: torch.device
 ) -> torch.Tensor:
@@ -138,7 +129,9 @@ def signs(
     drawn = words(key, stream, call, stop - call, rank, device)
     octets = drawn.to(torch.int32).view(torch.uint8).flatten()  # little-endian, as all we run on
     skip = first // 8 - call * 16
-    return _signs_of_a_byte(device)[octets[skip : skip + count // 8].int()].flatten()
+    place = torch.arange(8, dtype=torch.uint8, device=device)
+    minus = (octets[skip : skip + count // 8, None] >> place) & 1
+    return (1 - 2 * minus.view(torch.int8)).float().flatten()
 
 
 def stratum(rank: int, world_size: int) -> int:

@@ -136,7 +136,7 @@ def test_quic_fl_table_is_odd_and_within_reach(bits: int) -> None:
     """The last node must give the last code and no index may leave its table."""
     table, levels = QuicFL(bits).table, levels_of(bits)
     last = 65536 * ((1 << bits) - 1)
-    positions = table.positions
+    positions = torch.from_numpy(table.positions)
     assert positions[0] == 0
     assert positions[-1] == last
     assert torch.equal(positions.flip(0), last - positions)

@@ -67,7 +67,7 @@ def test_error_beats_eden_and_is_unbiased_after_three_transforms(bits: int) -> N
 @pytest.mark.parametrize("bits", BITS)
 def test_kernels_break_near_ties_alike(bits: int) -> None:
     """Groups half way between two codewords, where the order of additions decides."""
-    words = VectorQuantizer(bits).table.codewords.double()
+    words = torch.from_numpy(VectorQuantizer(bits).table.codewords).double()
     distances = torch.cdist(words, words).fill_diagonal_(torch.inf)
     halfway = ((words + words[distances.argmin(dim=1)]) / 2).flatten()
     # As the block's root mean square is 1, the quantizer sees them as they are.

@@ -15,13 +15,13 @@ With TRITON_INTERPRET=1, RHTCOMM_KERNELS=gpu runs them on CPU tensors, for tests
 
 import logging
 import os
-from functools import cache
 from typing import Protocol
 
 import torch
 
 from rhtcomm.kernels import cpu, reference
 from rhtcomm.kernels.task import Section, Task
+from rhtcomm.once import once
 from rhtcomm.quantizers import Quantizer
 
 __all__ = ["DTYPES", "Kernel", "Section", "Task", "kernel_for"]
@@ -59,7 +59,7 @@ def kernel_for(device: torch.device, quantizer: Quantizer) -> Kernel:
     return _kernel_for(device.type, type(quantizer))
 
 
-@cache
+@once
 def _kernel_for(device: str, quantizer: type[Quantizer]) -> Kernel:
     wanted = os.environ.get("RHTCOMM_KERNELS") or None
     if wanted not in (None, "reference", "cpu", "gpu"):
@@ -79,7 +79,7 @@ def _kernel_for(device: str, quantizer: type[Quantizer]) -> Kernel:
     return reference
 
 
-@cache
+@once
 def _for_cpu(wanted: str | None, variant: str | None) -> Kernel:
     path = cpu.library_path()
     fact, cause = "were not built", None
@@ -97,7 +97,7 @@ def _for_cpu(wanted: str | None, variant: str | None) -> Kernel:
     return reference
 
 
-@cache
+@once
 def _for_gpu(device: str, wanted: str | None) -> Kernel:
     try:
         from rhtcomm.kernels import gpu

@@ -5,13 +5,14 @@ the GIL. It runs on as many threads as torch does (`torch.set_num_threads`).
 """
 
 import ctypes
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from rhtcomm.kernels.task import Task
+from rhtcomm.memory import address_of
+from rhtcomm.once import once
 from rhtcomm.quantizers import Eden, Quantizer, QuicFL, VectorQuantizer
 
 __all__ = ["DTYPES", "QUANTIZERS", "Library", "library_path"]
@@ -66,6 +67,8 @@ class _Plan(ctypes.Structure):
         ("boundaries", ctypes.c_void_p),
         ("half_norms", ctypes.c_void_p),
     )
+    table: object = None
+    """Owns what the addresses point to."""
 
 
 class Library:
@@ -124,19 +127,19 @@ class Library:
         section = task.section
         parts, start = len(payloads), section.blocks.start
         numel = parts * section.blocks.count * section.blocks.size
-        plan, at = _plan(task, 1), payloads.data_ptr()
+        plan, at = _plan(task, 1), address_of(payloads)
         plan.run_stride = payloads.stride(0)
         _check(
             self._encode(
                 plan,
                 parts * section.blocks.count,
                 task.rank,
-                x.data_ptr() + start * x.element_size(),
+                address_of(x) + start * x.element_size(),
                 _NUMBER_OF[x.dtype],
                 min(numel, x.numel() - start),
                 at + section.scales,
                 at + section.codes,
-                None if moments is None else moments.data_ptr(),
+                None if moments is None else address_of(moments),
                 torch.get_num_threads(),
             )
         )
@@ -146,7 +149,7 @@ class Library:
         section = task.section
         start = section.blocks.start
         numel = parts * section.blocks.count * section.blocks.size
-        plan, at = _plan(task, ranks), payloads.data_ptr()
+        plan, at = _plan(task, ranks), address_of(payloads)
         plan.first_rank, plan.rows, plan.run_stride = task.rank, ranks, payloads.stride(1)
         _check(
             self._decode(
@@ -155,7 +158,7 @@ class Library:
                 at + section.scales,
                 at + section.codes,
                 payloads.stride(0),
-                out.data_ptr() + start * out.element_size(),
+                address_of(out) + start * out.element_size(),
                 _NUMBER_OF[out.dtype],
                 min(numel, out.numel() - start),
                 torch.get_num_threads(),
@@ -176,9 +179,9 @@ def _plan(task: Task, ranks: int) -> _Plan:
     return plan
 
 
-@cache
+@once
 def _constants(quantizer: Quantizer, rotations: int, size: int) -> _Plan:
-    """Of the plan, what is the same in all calls. Equal quantizers share a table, which stays."""
+    """Of the plan, what is the same in all calls; it owns the table that it points into."""
     plan = _Plan(
         size=size,
         rotations=rotations,
@@ -188,18 +191,20 @@ def _constants(quantizer: Quantizer, rotations: int, size: int) -> _Plan:
     )
     if isinstance(quantizer, QuicFL):
         plan.exact_capacity = quantizer.exact_capacity(size)
-        levels = quantizer.table
+        levels = plan.table = quantizer.table
         plan.shared_bits, plan.middle = levels.shared_bits, levels.middle
         plan.nodes_per_sigma, plan.inverse_bound = levels.nodes_per_sigma, levels.inverse_bound
-        plan.levels, plan.positions = levels.levels.data_ptr(), levels.positions.data_ptr()
+        plan.levels, plan.positions = levels.levels.ctypes.data, levels.positions.ctypes.data
     elif isinstance(quantizer, Eden):
         plan.biased = quantizer.biased
-        plan.levels = quantizer.table.centroids.data_ptr()
-        plan.boundaries = quantizer.table.boundaries.data_ptr()
+        centroids = plan.table = quantizer.table
+        plan.levels = centroids.centroids.ctypes.data
+        plan.boundaries = centroids.boundaries.ctypes.data
     elif isinstance(quantizer, VectorQuantizer):
         plan.biased = quantizer.biased
-        plan.levels = quantizer.table.codewords.data_ptr()
-        plan.half_norms = quantizer.table.half_norms.data_ptr()
+        codebook = plan.table = quantizer.table
+        plan.levels = codebook.codewords.ctypes.data
+        plan.half_norms = codebook.half_norms.ctypes.data
     return plan
 
 

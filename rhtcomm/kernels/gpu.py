@@ -15,9 +15,11 @@ With TRITON_INTERPRET=1, set before Triton is imported, the same code runs on CP
 
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
+from threading import Lock
 from typing import Any
 
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,9 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from rhtcomm.kernels import reference
 from rhtcomm.kernels.task import Task
+from rhtcomm.once import once
 from rhtcomm.quantizers import Eden, Quantizer, QuicFL, VectorQuantizer
+from rhtcomm.quantizers.base import tensor_of
 from rhtcomm.randomness import Key, Stream, stratum
 from rhtcomm.rotation import MOMENTS, Blocks, RandomizedHadamard
 
@@ -670,6 +674,7 @@ def warps_for(quantizer: Quantizer, size: int) -> int:
 
 _TUNED_FROM = 64  # programs: below, as for the one block of a tail, a launch takes no time
 _fastest: dict[tuple[object, ...], int] = {}  # warps, by what was tuned
+_tuning = Lock()
 
 
 def _launch(
@@ -684,7 +689,8 @@ def _launch(
 
     They change no bit of payloads and means, so the launches that are timed, once a process for
     each kernel and shape, do the work too. They stop the host and compile the kernel several times,
-    which blocks of 4096, the default, are spared.
+    which blocks of 4096, the default, are spared. One thread times at once; others do not wait for
+    it, since it waits for a device whose work may depend on them.
     """
 
     def launch(warps: int) -> None:
@@ -697,13 +703,21 @@ def _launch(
         return
     dtypes = tuple(x.dtype for x in (first, *others) if isinstance(x, torch.Tensor))
     what = (kernel, first.device, dtypes, *shape.items())
-    if what not in _fastest and _can_time(first.device):
-        some = {max(1, guess // 2), guess, min(16, 2 * guess), min(16, 4 * guess)}
-        # A thread has 255 registers.
-        candidates = sorted(warps for warps in some if shape["SIZE"] // (32 * warps) <= 128)
-        seconds = {warps: _seconds(partial(launch, warps)) for warps in candidates}
-        _fastest[what] = min(candidates, key=seconds.__getitem__)
+    if what not in _fastest and _can_time(first.device) and _tuning.acquire(blocking=False):
+        try:
+            if what not in _fastest:  # by now
+                _fastest[what] = _tuned(launch, guess, shape["SIZE"])
+        finally:
+            _tuning.release()
     launch(_fastest.get(what, guess))
+
+
+def _tuned(launch: Callable[[int], None], guess: int, size: int) -> int:
+    """The fastest number of warps."""
+    some = {max(1, guess // 2), guess, min(16, 2 * guess), min(16, 4 * guess)}
+    candidates = sorted(w for w in some if size // (32 * w) <= 128)  # a thread has 255 registers
+    seconds = {warps: _seconds(partial(launch, warps)) for warps in candidates}
+    return min(candidates, key=seconds.__getitem__)
 
 
 def _can_time(device: torch.device) -> bool:
@@ -726,12 +740,12 @@ def _seconds(call: Callable[[], None]) -> float:
     return float(start.elapsed_time(end)) / 5e3
 
 
-@cache
+@once
 def _tables(
     quantizer: QuicFL | Eden | VectorQuantizer, device: torch.device, encoding: bool
 ) -> tuple[torch.Tensor, ...]:
     """On the device; they have arrived on return, so any stream may read them."""
-    tables: tuple[torch.Tensor, ...]
+    tables: tuple[npt.NDArray[Any], ...]
     if isinstance(quantizer, QuicFL):
         positions = quantizer.table.positions
         tables = (positions, positions) if encoding else (quantizer.table.levels,)
@@ -739,4 +753,9 @@ def _tables(
         tables = (quantizer.table.centroids, quantizer.table.boundaries)
     else:
         tables = (quantizer.table.codewords, quantizer.table.half_norms)
-    return tuple(table.to(device) for table in tables[: 1 + encoding])
+    tables = tables[: 1 + encoding]
+    # No tensor that stays may be an inference tensor, and no copy may wait for what the current
+    # stream waits for, while `once` holds its lock.
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    with torch.inference_mode(False), torch.cuda.stream(stream):
+        return tuple(tensor_of(table, device) for table in tables)

@@ -2,8 +2,10 @@
 
 from collections.abc import Hashable
 from hashlib import blake2b
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from rhtcomm.randomness import Key
@@ -14,6 +16,7 @@ __all__ = [
     "eden_scale",
     "fingerprint_of",
     "root_mean_square",
+    "tensor_of",
     "tree_sum",
 ]
 
@@ -67,9 +70,18 @@ def check_bits(owner: str, bits: int) -> None:
         raise ValueError(f"{owner}: bits={bits!r} must be 1, 2, ..., 8 (an int)")
 
 
-def fingerprint_of(table: torch.Tensor) -> str:
+def fingerprint_of(table: npt.NDArray[np.float32]) -> str:
     """A hash of the values that codes decode to."""
-    return blake2b(table.numpy().tobytes(), digest_size=8).hexdigest()
+    return blake2b(table.tobytes(), digest_size=8).hexdigest()
+
+
+def tensor_of(table: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A table as a tensor on a device, made anew in each call.
+
+    Tables are kept as NumPy arrays, since a tensor stays for ever what the mode of its first use
+    (FakeTensorMode, inference_mode, a default device) made it.
+    """
+    return torch.from_numpy(table).to(device)
 
 
 def tree_sum(x: torch.Tensor) -> torch.Tensor:

@@ -6,14 +6,21 @@ the rotation: its projection on y is y itself, and what is left has no preferred
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from rhtcomm import codebooks
-from rhtcomm.quantizers.base import check_bits, eden_scale, fingerprint_of, root_mean_square
+from rhtcomm.once import once
+from rhtcomm.quantizers.base import (
+    check_bits,
+    eden_scale,
+    fingerprint_of,
+    root_mean_square,
+    tensor_of,
+)
 from rhtcomm.randomness import Key
 
 __all__ = ["Eden"]
@@ -53,14 +60,14 @@ class Eden:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rms = root_mean_square(y)
         z = y * torch.where(rms > 0, rms.reciprocal(), 0.0)[:, None]
-        codes = torch.bucketize(z, self.table.boundaries.to(y.device), right=True)
-        values = self.table.centroids.to(y.device)[codes]
+        codes = torch.bucketize(z, tensor_of(self.table.boundaries, y.device), right=True)
+        values = tensor_of(self.table.centroids, y.device)[codes]
         return codes.to(torch.uint8), eden_scale(rms, z, values, self.biased)
 
     def decode(
         self, codes: torch.Tensor, key: Key, first: int, rank: int, world_size: int
     ) -> torch.Tensor:
-        return self.table.centroids.to(codes.device)[codes.int()]
+        return tensor_of(self.table.centroids, codes.device)[codes.int()]
 
     @property
     def fingerprint(self) -> str:
@@ -75,15 +82,12 @@ class Eden:
 class Table:
     """centroids (2^b,) float32; boundaries (2^b - 1,) float32, code = #{boundaries <= z}."""
 
-    centroids: torch.Tensor
-    boundaries: torch.Tensor
+    centroids: npt.NDArray[np.float32]
+    boundaries: npt.NDArray[np.float32]
 
 
-@cache
+@once
 def _table(bits: int) -> Table:
     centroids = codebooks.load("lloyd_max")[f"b{bits}"]
     boundaries = (centroids[1:] + centroids[:-1]) / 2
-    return Table(
-        centroids=torch.from_numpy(centroids.astype(np.float32)),
-        boundaries=torch.from_numpy(boundaries.astype(np.float32)),
-    )
+    return Table(centroids.astype(np.float32), boundaries.astype(np.float32))

@@ -26,14 +26,15 @@ so at most C coordinates exceed T scales, whatever y is; the wide mode is the ca
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from rhtcomm import codebooks
-from rhtcomm.quantizers.base import check_bits, fingerprint_of, root_mean_square
+from rhtcomm.once import once
+from rhtcomm.quantizers.base import check_bits, fingerprint_of, root_mean_square, tensor_of
 from rhtcomm.randomness import Key, dither, stratum
 
 __all__ = ["QuicFL"]
@@ -196,14 +197,14 @@ class Table:
         bound: T.
     """
 
-    levels: torch.Tensor
-    positions: torch.Tensor
+    levels: npt.NDArray[np.float32]
+    positions: npt.NDArray[np.int32]
     shared_bits: int
     bound: float
 
     @property
     def nodes(self) -> int:
-        return self.positions.numel() - 1
+        return self.positions.size - 1
 
     @property
     def middle(self) -> int:
@@ -221,17 +222,17 @@ class Table:
         return (1 + 2**-20) / self.bound
 
     def level_of(self, index: torch.Tensor) -> torch.Tensor:
-        return self.levels.to(index.device)[index]
+        return tensor_of(self.levels, index.device)[index]
 
     def position_of(self, node: torch.Tensor) -> torch.Tensor:
-        return self.positions.to(node.device)[node]
+        return tensor_of(self.positions, node.device)[node]
 
 
 def _index_dtype(size: int) -> torch.dtype:
     return torch.int16 if size <= 1 << 15 else torch.int32
 
 
-@cache
+@once
 def _table(bits: int, name: str) -> Table:
     levels = codebooks.load(name)[f"b{bits}"].astype(np.float32)
     share = levels.size >> bits  # H
@@ -242,8 +243,8 @@ def _table(bits: int, name: str) -> Table:
     nodes = np.linspace(-bound, bound, max(1024, 64 << bits) + 1)
     position = np.interp(nodes, averages, np.arange(averages.size)) / share
     return Table(
-        levels=torch.from_numpy(levels.reshape(-1, share)[:, ::-1].flatten()),
-        positions=torch.from_numpy(np.rint(65536 * position).astype(np.int32)),
+        levels=levels.reshape(-1, share)[:, ::-1].flatten(),
+        positions=np.rint(65536 * position).astype(np.int32),
         shared_bits=share.bit_length() - 1,
         bound=bound,
     )

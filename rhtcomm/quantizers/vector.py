@@ -10,14 +10,15 @@ diagonals (arXiv 2605.06014).
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from rhtcomm import codebooks
-from rhtcomm.quantizers.base import eden_scale, fingerprint_of, root_mean_square
+from rhtcomm.once import once
+from rhtcomm.quantizers.base import eden_scale, fingerprint_of, root_mean_square, tensor_of
 from rhtcomm.randomness import Key
 
 __all__ = ["VectorQuantizer"]
@@ -67,7 +68,7 @@ class VectorQuantizer:
     def decode(
         self, codes: torch.Tensor, key: Key, first: int, rank: int, world_size: int
     ) -> torch.Tensor:
-        return self.table.codewords.to(codes.device)[codes.int()].flatten(1)
+        return tensor_of(self.table.codewords, codes.device)[codes.int()].flatten(1)
 
     def _nearest(self, z: torch.Tensor) -> torch.Tensor:
         """z (B, d) -> codes (B, d / g) uint8, 128 s + i: c(z) = (-1)^s c_i.
@@ -102,14 +103,14 @@ class Table:
     """codewords (256, g) float32, the upper half -1 times the lower; half_norms (128,) float32,
     |c_i|^2 / 2."""
 
-    codewords: torch.Tensor
-    half_norms: torch.Tensor
+    codewords: npt.NDArray[np.float32]
+    half_norms: npt.NDArray[np.float32]
 
 
-@cache
+@once
 def _table(bits: int) -> Table:
     half = codebooks.load("vector")[f"b{bits}"]
     return Table(
-        codewords=torch.from_numpy(np.concatenate([half, -half]).astype(np.float32)),
-        half_norms=torch.from_numpy(((half * half).sum(axis=1) / 2).astype(np.float32)),
+        codewords=np.concatenate([half, -half]).astype(np.float32),
+        half_norms=((half * half).sum(axis=1) / 2).astype(np.float32),
     )
