@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from rhtcomm.kernels import DTYPES, Section, Task, kernel_for
-from rhtcomm.memory import address_of, overlap, refuse_fake_mode
+from rhtcomm.memory import check_memory, overlap, refuse_fake_mode
 from rhtcomm.quantizers import Quantizer, QuicFL
 from rhtcomm.randomness import MAX_COORDINATES, MAX_RANKS, Key
 from rhtcomm.rotation import (
@@ -209,12 +209,12 @@ class Codec:
 
         Raises:
             TypeError: x has another dtype, or x or out is no tensor or has no memory of its own
-                (see `rhtcomm.memory.address_of`).
+                (see `rhtcomm.memory.check_memory`).
             ValueError: x is not flat or has no such parts, out is not as above or overlaps x, or an
                 argument is out of its range.
         """
         rotation = self._rotation(rotations)
-        address_of(x, "Codec.encode", "x")
+        check_memory(x, "Codec.encode", "x")
         refuse_fake_mode("Codec.encode")
         if x.dtype not in DTYPES:
             raise TypeError(
@@ -286,11 +286,11 @@ class Codec:
             PayloadError: a payload has the wrong length, version, configuration, key or place
                 (within `DeferredChecks.deferring` on CUDA only the length is looked at).
             TypeError: payloads or out is no tensor or has no memory of its own (see
-                `rhtcomm.memory.address_of`).
+                `rhtcomm.memory.check_memory`).
             ValueError: out has another shape, dtype or layout, or overlaps the payloads.
         """
         numel = operator.index(numel)
-        address_of(payloads, "Codec.decode_mean", "payloads")
+        self._check_memory(payloads, out, "Codec.decode_mean")
         self._check_payloads(payloads, numel)
         if world_size is None:
             world_size = len(payloads)
@@ -322,7 +322,7 @@ class Codec:
             PayloadError, TypeError, ValueError: as `decode_mean` does.
         """
         numel = operator.index(numel)
-        address_of(payloads, "Codec.decode_shards", "payloads")
+        self._check_memory(payloads, out, "Codec.decode_shards")
         self._check_payloads(payloads, numel // max(1, len(payloads)))
         if len(payloads) > 1 and numel % (len(payloads) * self.block):
             raise ValueError(
@@ -348,7 +348,6 @@ class Codec:
         first_rank, world_size, first = self._check_place(first_rank, world_size, first)
         self._check_place(first_rank + ranks - 1, world_size, first)
         each = numel // shards
-        refuse_fake_mode(owner)
         payloads = _plain(payloads, copy=False)
         if out is not None:
             self._check_mean(out, payloads, numel, owner)
@@ -386,8 +385,14 @@ class Codec:
         return out
 
     @staticmethod
+    def _check_memory(payloads: torch.Tensor, out: torch.Tensor | None, owner: str) -> None:
+        check_memory(payloads, owner, "payloads")
+        if out is not None:
+            check_memory(out, owner, "out")
+        refuse_fake_mode(owner)
+
+    @staticmethod
     def _check_mean(out: torch.Tensor, payloads: torch.Tensor, numel: int, owner: str) -> None:
-        address_of(out, owner, "out")
         if out.device != payloads.device:
             raise ValueError(
                 f"{owner}: out lies on {out.device}, the payloads on {payloads.device}; "
@@ -492,7 +497,7 @@ class Codec:
     ) -> torch.Tensor:
         if out is None:
             return torch.empty(shape, dtype=torch.uint8, device=x.device)
-        address_of(out, "Codec.encode", "out")
+        check_memory(out, "Codec.encode", "out")
         if out.shape != shape or out.dtype != torch.uint8 or out.device != x.device:
             raise ValueError(
                 f"Codec.encode: out is {out.dtype} of shape {tuple(out.shape)} on {out.device}, "
@@ -558,7 +563,7 @@ _transform = lru_cache(maxsize=64, typed=True)(RandomizedHadamard)
 def _write_headers(payloads: torch.Tensor, headers: list[bytes]) -> None:
     """Into payloads (n, nbytes), without waiting for their device."""
     rows = np.frombuffer(bytearray().join(headers), np.uint8).reshape(len(headers), HEADER_BYTES)
-    if payloads.device.type == "cpu":  # where torch takes several times as long for so few bytes
+    if payloads.is_cpu:  # where torch takes several times as long for so few bytes
         payloads.numpy()[:, :HEADER_BYTES] = rows
         return
     source = torch.from_numpy(rows)
@@ -568,7 +573,7 @@ def _write_headers(payloads: torch.Tensor, headers: list[bytes]) -> None:
 
 
 def _read_headers(payloads: torch.Tensor) -> list[bytes]:
-    if payloads.device.type == "cpu":
+    if payloads.is_cpu:
         joined = payloads.numpy()[..., :HEADER_BYTES].tobytes()
     else:
         joined = payloads[..., :HEADER_BYTES].cpu().numpy().tobytes()

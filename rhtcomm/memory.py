@@ -2,36 +2,43 @@
 
 import torch
 
-__all__ = ["address_of", "overlap", "refuse_fake_mode"]
+__all__ = ["address_of", "check_memory", "overlap", "refuse_fake_mode"]
 
 
-def address_of(x: torch.Tensor, owner: str = "rhtcomm", name: str = "a tensor") -> int:
-    """The address of the first element of x, all of whose elements lie in memory of its own.
+def check_memory(x: torch.Tensor, owner: str, name: str) -> None:
+    """Raise TypeError unless x is a tensor all of whose elements lie in memory of its own.
 
-    Args:
-        owner, name: the function that was given x, and as what; for the error.
-
-    Raises:
-        TypeError: x is no tensor, or has no memory of its own: it wraps other tensors (DTensor),
-            stands for one (FakeTensor, what torch.func's transforms pass), is not strided, lies on
-            the meta device, or its storage was freed or made smaller.
+    Those do not that wrap other tensors (DTensor) or stand for one (FakeTensor, what torch.func's
+    transforms pass), are not strided, lie on the meta device, or have a storage that was freed or
+    made smaller. `owner` is the function that was given x, `name` its argument.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{owner}: {name} is a {type(x).__name__}; make it a torch.Tensor")
-    address, inside = 0, False
     try:
-        # x.data_ptr() alone is not zero where there is no memory, but an offset into it.
         storage = x.untyped_storage()
         start, stop = storage.data_ptr(), storage.nbytes()
-        address = x.data_ptr()
-        span = x.nbytes if x.is_contiguous() else _span(x)
-        inside = start > 0 and address + span <= start + stop and not x.is_nested
+        if start and x.data_ptr() - start + span(x) <= stop and not x.is_nested:
+            return
     except RuntimeError:  # what wrappers and other layouts than strided have for a storage
         pass
-    if not inside:
-        fault = _fault(x, name)
-        if fault:
-            raise TypeError(f"{owner}: {name} {fault}")
+    fault = _fault(x, name)
+    if fault:
+        raise TypeError(f"{owner}: {name} {fault}")
+
+
+def address_of(x: torch.Tensor) -> int:
+    """The address of the first element of x, which is not 0 unless x is empty.
+
+    Raises:
+        TypeError: x has no memory of its own.
+    """
+    try:
+        address = x.data_ptr()
+    except RuntimeError:
+        address = 0
+    # Without a storage it is but an offset. Real ones are hardly ever this small.
+    if address < 1 << 40 and address <= x.storage_offset() * x.element_size():
+        check_memory(x, "rhtcomm", "a tensor")
     return address
 
 
@@ -39,18 +46,26 @@ def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Whether the stretches of memory from the first to the last element of both have a byte in
     common."""
     first, second = x.data_ptr(), y.data_ptr()
-    return first < second + _span(y) and second < first + _span(x)
+    return first < second + span(y) and second < first + span(x)
 
 
 def refuse_fake_mode(owner: str) -> None:
-    """Raise TypeError where new tensors have no memory: under FakeTensorMode, in functionalize."""
+    """Raise TypeError where new tensors have no memory: under FakeTensorMode, in torch.func."""
     modes = torch._C._len_torch_dispatch_stack()
     if modes or torch._C._functorch.peek_interpreter_stack():  # seldom, and most do no harm
-        address_of(torch.empty(1, device="cpu"), owner, "a tensor made here")
+        try:
+            check_memory(torch.empty(1, device="cpu"), owner, "a tensor made here")
+        except TypeError as fault:
+            raise TypeError(
+                f"{owner}: new tensors have no memory here, as under FakeTensorMode or in "
+                "torch.func's transforms; call it outside of them"
+            ) from fault
 
 
-def _span(x: torch.Tensor) -> int:
+def span(x: torch.Tensor) -> int:
     """Bytes from the beginning of the first element to the end of the last."""
+    if x.is_contiguous():
+        return x.nbytes
     if not x.numel():
         return 0
     steps = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -80,4 +95,4 @@ def _fault(x: torch.Tensor, name: str) -> str | None:
         return f"is a {kind}, which has no memory of its own; pass the tensor that it wraps"
     if not x.numel():
         return None
-    return "has no memory, since its storage was freed or made smaller; give it back first"
+    return "has no memory: its storage was freed, made smaller or never allocated; allocate it"

@@ -296,7 +296,7 @@ from rhtcomm.kernels import _kernel_for
 for wish in {wishes}:
     os.environ["RHTCOMM_KERNELS"] = wish
     try:  # without its cache, since it reads them once
-        print(inspect.unwrap(_kernel_for)("{device}", QuicFL).__name__.split(".")[-1])
+        print(inspect.unwrap(_kernel_for)(torch.device("{device}"), QuicFL).__name__.split(".")[-1])
     except RuntimeError as error:
         print(error)
 assert not torch.cuda.is_initialized()

@@ -56,11 +56,12 @@ def kernel_for(device: torch.device, quantizer: Quantizer) -> Kernel:
         ValueError: RHTCOMM_KERNELS or RHTCOMM_CPU has an unknown value.
         RuntimeError: the kernels that one of them asks for are missing.
     """
-    return _kernel_for(device.type, type(quantizer))
+    return _kernel_for(device, type(quantizer))
 
 
 @once
-def _kernel_for(device: str, quantizer: type[Quantizer]) -> Kernel:
+def _kernel_for(place: torch.device, quantizer: type[Quantizer]) -> Kernel:
+    device = place.type
     wanted = os.environ.get("RHTCOMM_KERNELS") or None
     if wanted not in (None, "reference", "cpu", "gpu"):
         raise ValueError(f"RHTCOMM_KERNELS={wanted!r} must be 'reference', 'cpu' or 'gpu'")
