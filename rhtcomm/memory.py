@@ -15,6 +15,8 @@ def check_memory(x: torch.Tensor, owner: str, name: str) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{owner}: {name} is a {type(x).__name__}; make it a torch.Tensor")
     try:
+        if type(x) is not torch.Tensor and isinstance(x, torch._subclasses.FakeTensor):
+            raise RuntimeError  # whose storage only warns
         storage = x.untyped_storage()
         start, stop = storage.data_ptr(), storage.nbytes()
         if start and x.data_ptr() - start + span(x) <= stop and not x.is_nested:

@@ -15,6 +15,7 @@ With TRITON_INTERPRET=1, set before Triton is imported, the same code runs on CP
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -675,6 +676,7 @@ def warps_for(quantizer: Quantizer, size: int) -> int:
 _TUNED_FROM = 64  # programs: below, as for the one block of a tail, a launch takes no time
 _fastest: dict[tuple[object, ...], int] = {}  # warps, by what was tuned
 _tuning = Lock()
+_one_at_a_time = Lock() if interpreted() else nullcontext()  # the interpreter knows no threads
 
 
 def _launch(
@@ -695,7 +697,8 @@ def _launch(
 
     def launch(warps: int) -> None:
         options = shape | constants | {"num_warps": warps}
-        kernel[(programs,)](first, *others, **options)
+        with _one_at_a_time:
+            kernel[(programs,)](first, *others, **options)
 
     guess = shape["num_warps"]
     if shape["SIZE"] == 4096 or programs < _TUNED_FROM:
