@@ -2,13 +2,15 @@
 # make test   runs all tests
 # make lint   runs the checks that CI and pre-commit run
 # make sanitize   runs the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc)
+# make slurm  runs launch/slurm.sbatch under a real Slurm of two nodes on this machine, as root; skips
+#             where slurm-wlm or munge is missing
 # make        lists these
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint sanitize clean
+.PHONY: help demo test lint sanitize slurm clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -36,6 +38,9 @@ sanitize: $(VENV)/.installed
 	RHTCOMM_TEST_LIBRARY=build/sanitize/rhtcomm_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest -s tests/test_kernels.py -k "not environment"
+
+slurm: $(VENV)/.installed
+	$(BIN)/python tests/slurm_local.py
 
 clean:
 	rm -rf $(VENV) demo-results dist build

@@ -23,8 +23,10 @@ Variables:
   NODE_RANK       number of this machine, from 0; needed where NNODES is above 1
   MASTER_ADDR     address of machine 0; needed where NNODES is above 1
   MASTER_PORT     free port on machine 0 (29500); unused on one machine
-  MAX_RESTARTS    how often all ranks are started again after one fails (0); they go on from the
-                  file that --checkpoint names, so give it and --checkpoint-every
+  MAX_RESTARTS    how often a machine starts its ranks again (0). When one rank fails, all ranks of
+                  all machines start again and go on from the file that --checkpoint names, so give
+                  it and --checkpoint-every; all machines must see the same file. Give all machines
+                  the same number.
   PYTHON          interpreter that has torch and rhtcomm (python3)
 
 Where a machine has several networks, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME picks the interface.

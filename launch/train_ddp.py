@@ -19,6 +19,7 @@ import csv
 import dataclasses
 import gc
 import hashlib
+import io
 import json
 import math
 import os
@@ -53,6 +54,9 @@ RESUME_FIELDS = (
     *("hook", "bits", "quantizer", "exact_fraction", "rotations", "algorithm"),
     *("error_feedback", "powersgd_rank", "bucket_cap_mb"),
 )
+
+# Where torchrun and Slurm (for a requeued job) tell a rank that it was started again.
+RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 # The first steps allocate memory and open connections.
 UNTIMED_STEPS = 3
@@ -122,9 +126,17 @@ def parse_args() -> argparse.Namespace:
     output = parser.add_argument_group("output")
     output.add_argument("--csv", type=Path, help="log with one row a step")
     output.add_argument("--summary", type=Path, help="JSON with the run's figures")
-    output.add_argument("--checkpoint", type=Path, help="file that all ranks can read")
+    output.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="file that all ranks can read; ranks started again by torchrun or Slurm go on from it",
+    )
     output.add_argument("--checkpoint-every", type=int, default=100, help="steps")
-    output.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    output.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the checkpoint; a new run renames what lies there to *.previous",
+    )
     output.add_argument("--stop-at", type=int, help="write the checkpoint and end after this step")
 
     machine = parser.add_argument_group("machine")
@@ -147,9 +159,6 @@ def parse_args() -> argparse.Namespace:
     for name in ("steps", "eval_every", "eval_batches", "checkpoint_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    # Ranks that torchrun starts again go on from what the ones before them left.
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and args.checkpoint:
-        args.resume = args.resume or args.checkpoint.is_file()
     if args.checkpoint and args.hook == "powersgd":
         parser.error(
             "--hook powersgd keeps an error for each parameter, which --checkpoint does not save: "
@@ -157,11 +166,8 @@ def parse_args() -> argparse.Namespace:
         )
     if args.error_feedback and args.hook != "rht":
         parser.error(f"--error-feedback is for --hook rht, not {args.hook}: leave one of them out")
-    if args.resume and (args.checkpoint is None or not args.checkpoint.is_file()):
-        parser.error(
-            f"--resume found no file at --checkpoint {args.checkpoint}: "
-            "name the checkpoint to go on from, or leave out --resume to start a new run"
-        )
+    if args.resume and args.checkpoint is None:
+        parser.error("--resume needs --checkpoint: name the file to go on from")
     if "RANK" not in os.environ:
         parser.error(
             "the environment has no RANK: start this script with torchrun --nproc-per-node=2 "
@@ -456,6 +462,13 @@ def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return mean
 
 
+def gather(value: Any) -> list[Any]:
+    """What each rank gave, by rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     # A run that is killed here must not lose the checkpoint before.
     partial = path.with_name(path.name + ".partial")
@@ -463,20 +476,67 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def load_checkpoint(path: Path, config: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    saved = content["config"]
+def load_checkpoint(
+    path: Path, config: dict[str, Any], device: torch.device
+) -> tuple[dict[str, Any] | None, str]:
+    """A rank's checkpoint, or None, and what the rank found at the path."""
+    if not path.is_file():
+        return None, "no file"
+    try:
+        data = path.read_bytes()
+        content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        saved, step = content["config"], content["step"]
+    except Exception as error:  # whatever unpickling raises; all ranks must hear of it
+        return None, f"no checkpoint that can be read ({type(error).__name__}: {error})"
     differing = [
         f"{name}={saved.get(name)} (now {value})"
         for name, value in config.items()
         if saved.get(name) != value
     ]
     if differing:
-        raise ValueError(
-            f"the checkpoint {path} belongs to another run, with {', '.join(differing)}: "
-            "resume with the settings that it was made with"
+        return None, f"a checkpoint that belongs to another run, with {', '.join(differing)}"
+    return content, f"step {step} in a file with SHA-256 {hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def agreed_checkpoint(
+    args: argparse.Namespace, config: dict[str, Any], device: torch.device
+) -> dict[str, Any] | None:
+    """What all ranks go on from, or None for a new run.
+
+    The ranks decide together, as they may know different things: torchrun counts a restart on the
+    node of the failure alone (torch 2.13), and a node may not see another's files.
+
+    Raises:
+        ValueError: on all ranks, if they do not all find the same checkpoint of this run.
+    """
+    restarted = any(int(os.environ.get(name, "0")) for name in RESTART_COUNTS)
+    asked, again = (any(given) for given in zip(*gather((args.resume, restarted)), strict=True))
+    path = args.checkpoint
+    if path is None:
+        return None
+    if not (asked or again):
+        # A restart before this run's first checkpoint must not take another run's.
+        if dist.get_rank() == 0 and path.is_file():
+            os.replace(path, path.with_name(path.name + ".previous"))
+        return None
+
+    checkpoint, found = load_checkpoint(path, config, device)
+    ranks_by_finding: dict[str, list[str]] = {}
+    for rank, finding in enumerate(gather(found)):
+        ranks_by_finding.setdefault(finding, []).append(str(rank))
+    if list(ranks_by_finding) == ["no file"] and not asked:
+        return None  # it failed before the first checkpoint
+    if checkpoint is None or len(ranks_by_finding) > 1:
+        findings = "; ".join(
+            f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} found {finding}"
+            for finding, ranks in ranks_by_finding.items()
         )
-    return content
+        raise ValueError(
+            f"the ranks cannot go on from --checkpoint {path}: {findings}. It must name one file "
+            "that all nodes see, made with the settings of this run; a run without --resume starts "
+            "anew"
+        )
+    return checkpoint
 
 
 def logged_rows(path: Path, last_step: int) -> Iterator[dict[str, str]]:
@@ -500,16 +560,21 @@ def train(args: argparse.Namespace) -> None:
     parameters = sum(parameter.numel() for parameter in gpt.parameters())
     optimizer = make_optimizer(gpt, args.lr)
 
+    for path in filter(None, (args.csv, args.summary, args.checkpoint)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     config = {name: getattr(args, name) for name in RESUME_FIELDS}
     config |= {"world_size": world_size, "corpus": corpus}
-    checkpoint = load_checkpoint(args.checkpoint, config, device) if args.resume else None
+    checkpoint = agreed_checkpoint(args, config, device)
     first_step = checkpoint["step"] if checkpoint else 0
     last_step = min(args.steps, args.stop_at or args.steps)
-    if first_step >= last_step:
-        raise ValueError(
-            f"the checkpoint {args.checkpoint} is at step {first_step} and the run ends at step "
-            f"{last_step}: nothing is left to train"
-        )
+    if checkpoint and first_step >= last_step:
+        if rank == 0:
+            print(
+                f"the checkpoint {args.checkpoint} is at step {first_step} and the run ends at "
+                f"step {last_step}: nothing is left to train"
+            )
+            report(args, checkpoint["summary"])
+        return
     if checkpoint:
         gpt.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -541,8 +606,6 @@ def train(args: argparse.Namespace) -> None:
             ]
         return statistics.fmean(losses)
 
-    for path in filter(None, (args.csv, args.summary, args.checkpoint)):
-        path.parent.mkdir(parents=True, exist_ok=True)
     log = None
     if rank == 0 and args.csv:
         kept = list(logged_rows(args.csv, first_step)) if checkpoint else []
@@ -557,6 +620,41 @@ def train(args: argparse.Namespace) -> None:
     bytes_sent = 0
     val_loss = math.nan
     name = f"rht, {args.bits} bits" if args.hook == "rht" else args.hook
+
+    def summarize(steps: int) -> str:
+        """The run's figures as JSON, after so many steps."""
+        step_seconds, comm_seconds, exposed_seconds = (
+            statistics.median(times[UNTIMED_STEPS:] or times)
+            for times in (step_times, comm_times, exposed_times)
+        )
+        summary = {
+            "args": vars(args),
+            "name": name,
+            "steps": steps,
+            "world_size": world_size,
+            "parameters": parameters,
+            "final_val_loss": val_loss,
+            "csv": args.csv,
+            "median_step_seconds": step_seconds,
+            "median_comm_seconds": comm_seconds,
+            "median_exposed_seconds": exposed_seconds,
+            "bytes_per_step": bytes_sent,
+            "rht": None,
+            "corpus": {
+                "train_bytes": len(train_data),
+                "validation_bytes": len(validation_data),
+                "sha256": corpus,
+            },
+            "torch": torch.__version__,
+            "hardware": hardware(device),
+        }
+        if args.hook == "rht":
+            stats = state.stats()
+            summary["rht"] = dataclasses.asdict(stats) | {
+                "compression_ratio": stats.compression_ratio
+            }
+        return json.dumps(summary, indent=2, default=str)
+
     progress = tqdm(
         range(first_step, last_step),
         desc=name,
@@ -625,48 +723,29 @@ def train(args: argparse.Namespace) -> None:
             if save:
                 content = {"config": config, "step": done}
                 content |= {"model": gpt.state_dict(), "optimizer": optimizer.state_dict()}
+                content["summary"] = summarize(done)  # for a restart that finds nothing left to do
                 if args.hook == "rht":
                     content["hook"] = hook_states
                 save_checkpoint(args.checkpoint, content)
 
-    step_seconds, comm_seconds, exposed_seconds = (
-        statistics.median(times[UNTIMED_STEPS:] or times)
-        for times in (step_times, comm_times, exposed_times)
-    )
     if rank == 0:
-        print(
-            f"{name}: {parameters:,} parameters, {world_size} ranks, {last_step} steps, "
-            f"validation loss {val_loss:.4f} nats a byte, {step_seconds:.3f} s a step (median), "
-            f"{comm_seconds:.3f} s of it communicating, {bytes_sent:,} bytes sent a step and rank"
-        )
-        if args.summary:
-            summary = {
-                "args": vars(args),
-                "world_size": world_size,
-                "parameters": parameters,
-                "final_val_loss": val_loss,
-                "csv": args.csv,
-                "median_step_seconds": step_seconds,
-                "median_comm_seconds": comm_seconds,
-                "median_exposed_seconds": exposed_seconds,
-                "bytes_per_step": bytes_sent,
-                "rht": None,
-                "corpus": {
-                    "train_bytes": len(train_data),
-                    "validation_bytes": len(validation_data),
-                    "sha256": corpus,
-                },
-                "torch": torch.__version__,
-                "hardware": hardware(device),
-            }
-            if args.hook == "rht":
-                stats = state.stats()
-                summary["rht"] = dataclasses.asdict(stats) | {
-                    "compression_ratio": stats.compression_ratio
-                }
-            args.summary.write_text(json.dumps(summary, indent=2, default=str) + "\n")
+        report(args, summarize(last_step))
     if args.hook == "rht":
         state.close()
+
+
+def report(args: argparse.Namespace, summary: str) -> None:
+    """Print a run's figures, and write them where --summary says."""
+    run = json.loads(summary)
+    print(
+        f"{run['name']}: {run['parameters']:,} parameters, {run['world_size']} ranks, "
+        f"{run['steps']} steps, validation loss {run['final_val_loss']:.4f} nats a byte, "
+        f"{run['median_step_seconds']:.3f} s a step (median), "
+        f"{run['median_comm_seconds']:.3f} s of it communicating, "
+        f"{run['bytes_per_step']:,} bytes sent a step and rank"
+    )
+    if args.summary:
+        args.summary.write_text(summary + "\n")
 
 
 def hardware(device: torch.device) -> str:
@@ -682,6 +761,7 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group(args.backend)
     train(args)
+    gather(None)  # a node whose ranks have ended cannot start again with one whose rank fails now
     # DDP, its hook and the futures of the last step may refer to one another and to the group,
     # whose threads must end before Python does: they would ask a dying interpreter for its lock.
     gc.collect()

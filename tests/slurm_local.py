@@ -1,0 +1,180 @@
+"""launch/slurm.sbatch under a real Slurm of two nodes on this machine: what `make slurm` runs.
+
+Debian: apt-get install slurm-wlm munge. The daemons run as root in a PID namespace, which ends them
+all with this program, and keep their files in a temporary folder; the nodes' names stand in an
+/etc/hosts that only this program's mount namespace sees.
+"""
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from harness import load_module
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 300  # seconds for a job
+NODES = ("n1", "n2")
+DAEMONS = ("munged", "slurmctld", "slurmd")
+PROGRAMS = (*DAEMONS, "sbatch", "srun", "scontrol", "sinfo", "unshare", "mount")
+NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+CONFIGURATION = """
+ClusterName=local
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+SlurmctldPort={ports[0]}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/linear
+MpiDefault=none
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1
+PartitionName=all Nodes=n1,n2 Default=YES
+"""
+
+
+def missing() -> str | None:
+    """Why Slurm cannot run here, if it cannot."""
+    if sys.platform != "linux":
+        return "namespaces of processes and mounts are Linux's"
+    if os.geteuid() != 0:
+        return "only root can start Slurm's daemons and make namespaces"
+    for program in PROGRAMS:
+        if shutil.which(program) is None:
+            return f"{program} was not found (Debian: apt-get install slurm-wlm munge)"
+    probe = subprocess.run([*NAMESPACES, "true"], capture_output=True, text=True)
+    if probe.returncode:
+        return f"this machine does not let root make namespaces: {probe.stderr.strip()}"
+    return None
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports: list[int] = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def start_slurm(folder: Path) -> None:
+    """Start the daemons, and name them in this process's environment; wait for the nodes."""
+    host = socket.gethostname()
+    hosts = folder / "hosts"
+    hosts.write_text(f"127.0.0.1 localhost {' '.join(NODES)} {host}\n")
+    subprocess.run(["mount", "--bind", str(hosts), "/etc/hosts"], check=True)
+
+    folder.chmod(0o711)  # munged wants a socket that everyone reaches
+    munge = folder / "munge"
+    munge.mkdir()
+    (munge / "key").write_bytes(os.urandom(1024))
+    (munge / "key").chmod(0o400)
+    files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log"}
+    files["seed-file"] = "seed"
+    options = [f"--{option}={munge / name}" for option, name in files.items()]
+    subprocess.run(["munged", *options], check=True)
+
+    (folder / "state").mkdir()
+    configuration = folder / "slurm.conf"
+    configuration.write_text(CONFIGURATION.format(host=host, folder=folder, ports=free_ports(3)))
+    os.environ["SLURM_CONF"] = str(configuration)
+    subprocess.run(["slurmctld"], check=True)
+    for node in NODES:
+        subprocess.run(["slurmd", "-N", node], check=True)
+    deadline = time.monotonic() + LIMIT
+    idle = ""
+    while idle.split() != ["2"]:
+        if time.monotonic() > deadline:
+            logs = "\n".join(log.read_text() for log in sorted(folder.glob("*.log")))
+            raise TimeoutError(f"Slurm's nodes did not become idle within {LIMIT} s:\n{logs}")
+        time.sleep(0.2)
+        command = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
+        idle = subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def submit(folder: Path, arguments: list[str], **variables: str) -> None:
+    """Run a job to its end.
+
+    Raises:
+        RuntimeError: it failed; with what it printed.
+    """
+    output = folder / "printed"
+    (port,) = free_ports(1)
+    done = subprocess.run(
+        [
+            *("sbatch", "--wait", "--nodes=2", "--cpus-per-task=1", f"--output={output}"),
+            *(str(ROOT / "launch" / "slurm.sbatch"), *arguments),
+        ],
+        cwd=ROOT,
+        env=os.environ
+        | {"PYTHON": sys.executable, "NPROC_PER_NODE": "1", "MASTER_PORT": str(port)}
+        | {"GLOO_SOCKET_IFNAME": "lo"}
+        | variables,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    if done.returncode:
+        printed = output.read_text() if output.exists() else ""
+        raise RuntimeError(f"the job failed: {done.stdout}{done.stderr}{printed}")
+
+
+def run_jobs(folder: Path) -> None:
+    restarts = load_module(str(ROOT / "tests" / "test_restarts.py"))
+    start_slurm(folder)
+    whole = restarts.Files(folder, "whole")
+
+    def job(name: str, **variables: str) -> None:
+        started = time.monotonic()
+        files = whole if name == "torchrun" else restarts.Files(folder, name)
+        submit(folder, files.arguments, **variables)
+        files.check_that_it_ended_as(whole)
+        print(
+            f"make slurm: {name}: ended well after {time.monotonic() - started:.0f} s", flush=True
+        )
+
+    job("torchrun")
+    if importlib.util.find_spec("mpi4py"):
+        job("MPI", LAUNCHER="mpi", SRUN_OPTIONS="--mpi=pmi2")
+    else:
+        print("make slurm: MPI: skipped, as mpi4py is not installed")
+    (folder / "sitecustomize.py").write_text(restarts.FAULT)
+    for rank in range(2):
+        done = folder / f"killed-{rank}"
+        job(
+            f"torchrun, rank {rank} killed",
+            **{"MAX_RESTARTS": "1", "FAULT": f"{rank} {restarts.STEP_8}", "FAULT_DONE": str(done)},
+            PYTHONPATH=f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        )
+        assert done.exists(), "no rank was killed"
+
+
+def main() -> None:
+    if sys.argv[1:]:
+        run_jobs(Path(sys.argv[1]))
+        return
+    if reason := missing():
+        print(f"make slurm: skipped: {reason}")
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the namespace, too
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(subprocess.run([*NAMESPACES, sys.executable, __file__, folder]).returncode)
+
+
+if __name__ == "__main__":
+    main()
