@@ -31,7 +31,8 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket
+# A requeued job waits until the credentials of its first start have expired.
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 SlurmctldPort={ports[0]}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -111,27 +112,28 @@ def submit(folder: Path, arguments: list[str], **variables: str) -> None:
     """Run a job to its end.
 
     Raises:
-        RuntimeError: it failed; with what it printed.
+        RuntimeError: it failed, or did not end within LIMIT; with what it printed.
     """
     output = folder / "printed"
     (port,) = free_ports(1)
-    done = subprocess.run(
-        [
-            *("sbatch", "--wait", "--nodes=2", "--cpus-per-task=1", f"--output={output}"),
-            *(str(ROOT / "launch" / "slurm.sbatch"), *arguments),
-        ],
-        cwd=ROOT,
-        env=os.environ
-        | {"PYTHON": sys.executable, "NPROC_PER_NODE": "1", "MASTER_PORT": str(port)}
-        | {"GLOO_SOCKET_IFNAME": "lo"}
-        | variables,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
+    variables |= {"PYTHON": sys.executable, "NPROC_PER_NODE": "1", "MASTER_PORT": str(port)}
+    variables["GLOO_SOCKET_IFNAME"] = "lo"
+    command = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", f"--output={output}"]
+    command += [str(ROOT / "launch" / "slurm.sbatch"), *arguments]
+    submitted = subprocess.run(
+        command, cwd=ROOT, env=os.environ | variables, stdout=subprocess.PIPE, text=True, check=True
     )
-    if done.returncode:
+    # sbatch --wait looks for the end only every half minute.
+    deadline = time.monotonic() + LIMIT
+    state = "PENDING"
+    while state in ("PENDING", "RUNNING", "COMPLETING") and time.monotonic() < deadline:
+        time.sleep(0.2)
+        command = ["scontrol", "--oneliner", "show", "job", submitted.stdout.strip()]
+        shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        state = shown.partition("JobState=")[2].split()[0]
+    if state != "COMPLETED":
         printed = output.read_text() if output.exists() else ""
-        raise RuntimeError(f"the job failed: {done.stdout}{done.stderr}{printed}")
+        raise RuntimeError(f"after at most {LIMIT} s the job was {state}: {shown}{printed}")
 
 
 def run_jobs(folder: Path) -> None:
@@ -154,14 +156,20 @@ def run_jobs(folder: Path) -> None:
     else:
         print("make slurm: MPI: skipped, as mpi4py is not installed")
     (folder / "sitecustomize.py").write_text(restarts.FAULT)
-    for rank in range(2):
-        done = folder / f"killed-{rank}"
+    requeue = f"scontrol requeue $SLURM_JOB_ID; {restarts.KILL}"
+    for name, rank, command, max_restarts in (
+        ("rank 0 killed", 0, restarts.KILL, "1"),
+        ("rank 1 killed", 1, restarts.KILL, "1"),
+        ("requeued", 1, requeue, "0"),
+    ):
+        done = folder / f"{name}, done"
         job(
-            f"torchrun, rank {rank} killed",
-            **{"MAX_RESTARTS": "1", "FAULT": f"{rank} {restarts.STEP_8}", "FAULT_DONE": str(done)},
+            name,
+            **{"FAULT": f"{rank} {restarts.STEP_8}", "FAULT_DONE": str(done)},
+            **{"FAULT_COMMAND": command, "MAX_RESTARTS": max_restarts},
             PYTHONPATH=f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         )
-        assert done.exists(), "no rank was killed"
+        assert done.exists(), f"{name}: the fault did not happen"
 
 
 def main() -> None:

@@ -204,9 +204,10 @@ def test_ranks_that_find_different_files_all_say_so(
 
 # ---- Two torchrun agents ------------------------------------------------------------------------
 
-# Python imports this module at its start. It kills a rank at the n-th call of a function, once.
+# Python imports this module at its start. Once, at a rank's n-th call of a function, it runs a
+# command of the shell, whose parent is the rank.
 FAULT = """
-import os, signal
+import os
 from pathlib import Path
 from pkgutil import resolve_name
 rank, function, count = os.environ["FAULT"].split()
@@ -220,11 +221,12 @@ if os.environ.get("RANK") == rank and not done.exists():
         left -= 1
         if left == 0:
             done.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.system(os.environ["FAULT_COMMAND"])
         return original(*args, **kwargs)
     setattr(owner, name, call)
 """
 STEP_8 = "torch.nn.utils:clip_grad_norm_ 8"
+KILL = "kill -9 $PPID"
 SUMMARY = "pathlib.Path:write_text 1"  # after the last checkpoint
 
 # Stand-ins for Slurm's commands.
@@ -277,6 +279,7 @@ def test_a_rank_killed_on_one_of_two_nodes(
         environment |= {
             **{"PYTHON": sys.executable, "NPROC_PER_NODE": "1", "MAX_RESTARTS": "1"},
             **{"MASTER_PORT": str(port), "FAULT": fault, "FAULT_DONE": str(tmp_path / "done")},
+            "FAULT_COMMAND": KILL,
             "PYTHONPATH": f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}",
         }
         for command in launcher(files, environment):
