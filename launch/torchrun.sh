@@ -20,7 +20,8 @@ Variables:
 
   NPROC_PER_NODE  ranks on each machine (2)
   NNODES          machines (1)
-  NODE_RANK       number of this machine, from 0; needed where NNODES is above 1
+  NODE_RANK       number of this machine, from 0; needed where NNODES is above 1. (Machine 0 is where
+                  the machines meet; rank 0 may be on another one.)
   MASTER_ADDR     address of machine 0; needed where NNODES is above 1
   MASTER_PORT     free port on machine 0 (29500); unused on one machine
   MAX_RESTARTS    how often a machine starts its ranks again (0). When one rank fails, all ranks of
@@ -41,16 +42,34 @@ case "${1:-}" in
     ;;
 esac
 
+python="${PYTHON:-python3}"
 nnodes="${NNODES:-1}"
 options=(--nproc-per-node="${NPROC_PER_NODE:-2}" --max-restarts="${MAX_RESTARTS:-0}")
 if [[ "$nnodes" == 1 ]]; then
   options+=(--standalone)
 else
+  : "${NODE_RANK:?must be the number of this machine, from 0, where NNODES is above 1}"
+  : "${MASTER_ADDR:?must be the address of machine 0 where NNODES is above 1}"
+  port="${MASTER_PORT:-29500}"
+  # Rank 0 may be on any machine, whose name the others need not know: give its address.
+  own_address="$MASTER_ADDR"
+  if [[ "$NODE_RANK" != 0 ]]; then
+    own_address="$("$python" -c '
+import socket, sys
+family, kind, *_, address = socket.getaddrinfo(*sys.argv[1:], type=socket.SOCK_DGRAM)[0]
+probe = socket.socket(family, kind)
+probe.connect(address)  # of UDP: sends nothing
+print(probe.getsockname()[0])' "$MASTER_ADDR" "$port")"
+  fi
+  # With --node-rank instead, restarted ranks find in their store the addresses of the ranks before
+  # them (torch 2.13).
   options+=(
     --nnodes="$nnodes"
-    --node-rank="${NODE_RANK:?must be the number of this machine, from 0, where NNODES is above 1}"
-    --master-addr="${MASTER_ADDR:?must be the address of machine 0 where NNODES is above 1}"
-    --master-port="${MASTER_PORT:-29500}"
+    --rdzv-backend=c10d
+    --rdzv-id=rhtcomm
+    --rdzv-endpoint="$MASTER_ADDR:$port"
+    --rdzv-conf="is_host=$((NODE_RANK == 0))"
+    --local-addr="$own_address"
   )
 fi
 
@@ -59,5 +78,5 @@ fi
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # The trainer sets its threads itself; torchrun would warn that it does.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "${PYTHON:-python3}" -m torch.distributed.run "${options[@]}" \
+exec "$python" -m torch.distributed.run "${options[@]}" \
   "$(dirname "${BASH_SOURCE[0]}")/train_ddp.py" "$@"

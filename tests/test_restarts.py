@@ -261,8 +261,12 @@ def slurm(files: Files, environment: dict[str, str]) -> list[list[str]]:
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 @pytest.mark.parametrize(
     ("launcher", "fault"),
-    [(slurm, f"0 {STEP_8}"), (slurm, f"1 {STEP_8}"), (torchrun_on_two_nodes, f"0 {SUMMARY}")],
-    ids=["Slurm, rank 0", "Slurm, rank 1", "torchrun.sh, rank 0 after the last checkpoint"],
+    [
+        (slurm, f"0 {STEP_8}"),
+        (torchrun_on_two_nodes, f"1 {STEP_8}"),
+        (torchrun_on_two_nodes, f"0 {SUMMARY}"),
+    ],
+    ids=["Slurm, rank 0", "torchrun.sh, rank 1", "torchrun.sh, rank 0 after the last checkpoint"],
 )
 def test_a_rank_killed_on_one_of_two_nodes(
     launcher: Any, fault: str, whole: Files, tmp_path: Path
