@@ -671,6 +671,7 @@ class RHTState:
             check=False,
             residual=residual,
             settle=False,
+            user=self,
             stopwatch=lambda part: _Stopwatch(
                 part, self._seconds, lambda e: self._explained(e, key)
             ),

@@ -37,6 +37,7 @@ import contextlib
 import hashlib
 import json
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
@@ -48,8 +49,9 @@ import torch
 import torch.distributed as dist
 
 from rhtcomm.codec import AUTO, DTYPES, Codec, PayloadError, _deferred
-from rhtcomm.communicator import Communicator, HierarchicalCommunicator
+from rhtcomm.communicator import Communicator, HierarchicalCommunicator, users
 from rhtcomm.lattice import Lattice
+from rhtcomm.memory import check_memory
 from rhtcomm.randomness import Key
 from rhtcomm.segments import Segments, merge_, pack, unpack
 
@@ -64,7 +66,8 @@ _Course = Generator[tuple[Callable[[torch.Tensor], _Finish], torch.Tensor], Any,
 
 # What a rank may send beside for one round trip rather than two. By measurement: at 1 Gbit/s, 2 ms.
 _EXTRA_BYTES = 1 << 18
-_FACTS_BYTES = 2048
+# Of what ranks tell each other of their configuration first of all, in every version.
+_FACTS_BYTES, _NAME = 4096, "name of the rank"
 # Coordinates of a chunk's shard (of the chunk, where all_gather has none): a third of the tensor's,
 # within these limits. By measurement, see benchmarks/README.md: more chunks cost more messages.
 _FEWEST, _MOST = 1 << 18, 3 << 18
@@ -90,6 +93,7 @@ def all_reduce(
     check: bool = True,
     residual: torch.Tensor | None = None,
     settle: bool = True,
+    user: object = None,
     stopwatch: Stopwatch = lambda _: contextlib.nullcontext(),
 ) -> int | None:
     """Replace `tensor` by its mean over all ranks, in place; every rank gets the same bits.
@@ -118,6 +122,8 @@ def all_reduce(
             then skips the step. One bit needs a quantizer with biased=True.
         settle: return only when the other ranks have what this one sent, so that it may leave. The
             DDP hook uses the result first; see `Communicator.settle`.
+        user: on whose behalf the communicator is used, by default the calling thread's. Two users
+            must not send by one process group at once.
         stopwatch: called with "encode", "exchange" and "decode"; gives a context for that part.
 
     Returns:
@@ -126,13 +132,15 @@ def all_reduce(
         `rotations` as given. Else None.
 
     Raises:
-        TypeError: the tensor has another dtype (float64 and integers are never rounded silently),
-            the codec is a bare quantizer, or the communicator a process group.
+        TypeError: the tensor has another dtype (float64 and integers are never rounded silently)
+            or no memory of its own (as a DTensor has none), the codec is a bare quantizer, or the
+            communicator a process group.
         ValueError: the algorithm is unknown, or asked for with a `Lattice`; the rotations are not
             those of a codec or `Lattice` that has a fixed number; the segments are not as long as
             the tensor; or the residual has another shape, dtype or device, or the codec cannot
             have one.
         DisagreementError: on all ranks, naming the fields in which they differ.
+        RuntimeError: another user is sending by the communicator's process group.
         PayloadError: a payload that arrived is not what was expected. On two levels all ranks of
             a node raise it if one does. Ranks that received others may return the mean, so the run
             must not go on after this error; the DDP hook calls the communicator's `abort` then.
@@ -147,6 +155,32 @@ def all_reduce(
             "rhtcomm.all_reduce: the communicator is a process group; give "
             "rhtcomm.TorchCommunicator(group)"
         )
+    check_memory(tensor, "rhtcomm.all_reduce", "tensor")
+    if residual is not None:
+        check_memory(residual, "rhtcomm.all_reduce", "residual")
+    user = threading.current_thread() if user is None else user
+    with users.using(communicator, user):
+        return _all_reduce(
+            *(tensor, codec, key, communicator, algorithm, min_numel, rotations, segments),
+            *(check, residual, settle, stopwatch),
+        )
+
+
+def _all_reduce(
+    tensor: torch.Tensor,
+    codec: Codec | Lattice,
+    key: Key,
+    communicator: Communicator | HierarchicalCommunicator,
+    algorithm: Algorithm,
+    min_numel: int,
+    rotations: int | None,
+    segments: Sequence[int] | None,
+    check: bool,
+    residual: torch.Tensor | None,
+    settle: bool,
+    stopwatch: Stopwatch,
+) -> int | None:
+    """`all_reduce` on behalf of a user who has the communicator."""
     if check:
         facts = {
             **codec.configuration,
@@ -180,7 +214,7 @@ def all_reduce(
         return rotations
     if tensor.numel() == 0:
         return rotations
-    flat = tensor.detach().contiguous().view(-1)
+    flat = tensor.detach().resolve_neg().contiguous().view(-1)
     parts = Segments(segments, flat.numel())
     exact = flat.numel() < min_numel or communicator.world_size == 1
     # A tensor that is one segment, of zeros, makes blocks of zeros, unless a residual is added.
@@ -204,8 +238,9 @@ def all_reduce(
             rotations = _compressed(
                 flat, used, codec, key, communicator, algorithm, rotations, stopwatch, left=left
             )
-    except PayloadError:  # which comes after all exchanges
+    except PayloadError as error:  # which comes after all exchanges
         communicator.settle(wait=settle)
+        error.args = (f"{error}{_ranks_in_world(communicator)}",)
         raise
     if told or not exact:
         with stopwatch("decode"):
@@ -285,12 +320,19 @@ def check_agreement(
     One exchange of a fixed length, so it works whatever the facts are.
 
     Raises:
-        DisagreementError: naming the fields that differ, and their values by rank.
+        DisagreementError: naming the fields that differ, and their values by rank; or a rank that
+            sent something else.
     """
-    text = json.dumps({name: _shown(value) for name, value in facts.items()}).encode()
+    greeting = {name: _shown(value) for name, value in facts.items()}
+    greeting[_NAME] = communicator.name_of(communicator.rank)
+    text = json.dumps(greeting).encode()
     assert len(text) <= _FACTS_BYTES
     row = torch.frombuffer(bytearray(text.ljust(_FACTS_BYTES)), dtype=torch.uint8).to(device)
-    by_rank = [json.loads(bytes(other)) for other in communicator.all_gather(row).tolist()]
+    by_rank = [
+        _read_greeting(bytes(other), communicator.name_of(rank))
+        for rank, other in enumerate(communicator.all_gather(row).tolist())
+    ]
+    names = [other.pop(_NAME) for other in by_rank]
     differing = []
     for name in dict.fromkeys(name for other in by_rank for name in other):
         ranks_of: dict[str, list[int]] = {}
@@ -298,7 +340,7 @@ def check_agreement(
             ranks_of.setdefault(other.get(name, "absent"), []).append(rank)
         if len(ranks_of) > 1:
             values = "; ".join(
-                f"{value} on rank{'s' * (len(ranks) > 1)} {_abridged(ranks)}"
+                f"{value} on {_abridged([names[rank] for rank in ranks])}"
                 for value, ranks in ranks_of.items()
             )
             differing.append(f"{name} ({values})")
@@ -317,9 +359,37 @@ def _shown(value: object) -> str:
     return f"{text[:67]}... {hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
-def _abridged(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8]))
-    return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
+def _read_greeting(row: bytes, name: str) -> dict[str, str]:
+    try:
+        greeting = json.loads(row)
+        if not isinstance(greeting, dict) or not isinstance(greeting.get(_NAME), str):
+            raise ValueError("it lacks a name")
+    except ValueError as error:
+        raise DisagreementError(
+            f"rhtcomm: {name} did not send its configuration ({error}): it runs another version of "
+            "rhtcomm, or something else sends by this process group; start all ranks with one "
+            "program and version"
+        ) from error
+    return greeting
+
+
+def _abridged(names: list[str]) -> str:
+    """Names such as "rank 1", or "rank 1 (rank 3 of the world)"."""
+    shown = names[:8]
+    if len(names) > 1 and all(name.removeprefix("rank ").isdigit() for name in shown):
+        text = "ranks " + ", ".join(name.removeprefix("rank ") for name in shown)
+    else:
+        text = ", ".join(shown)
+    return text if len(names) <= 8 else f"{text} and {len(names) - 8} more"
+
+
+def _ranks_in_world(communicator: Communicator | HierarchicalCommunicator) -> str:
+    """What errors that name the ranks of a group's payloads say of its ranks in the world."""
+    if isinstance(communicator, HierarchicalCommunicator):
+        communicator = communicator.between
+    names = [communicator.name_of(rank) for rank in range(min(64, communicator.world_size))]
+    differing = [name for name in names if "(" in name]
+    return f"; in this group {', '.join(differing)}" if differing else ""
 
 
 def _uncompressed(

@@ -6,7 +6,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -87,6 +87,21 @@ class Users:
                     )
             for carrier in carriers:
                 self._using[carrier] = weakref.ref(user)
+
+    @contextlib.contextmanager
+    def using(
+        self, communicator: "Communicator | HierarchicalCommunicator", user: object
+    ) -> Iterator[None]:
+        """Have a communicator for a while, unless `user` has it already."""
+        carriers = [] if communicator.private else communicator.carriers()
+        with self._lock:
+            had = all(carrier in self._using for carrier in carriers)
+        self.take(carriers, user)
+        try:
+            yield
+        finally:
+            if not had:
+                self.give_back(user)
 
     def give_back(self, user: object) -> None:
         with self._lock:
