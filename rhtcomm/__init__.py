@@ -8,8 +8,7 @@ from rhtcomm.plan import plan
 from rhtcomm.quantizers import Eden, QuicFL, VectorQuantizer
 from rhtcomm.randomness import Key
 from rhtcomm.rotation import RandomizedHadamard, choose_rotations
-
-__version__ = "0.1.0"
+from rhtcomm.versions import PACKAGE as __version__
 
 __all__ = [
     "Codec",

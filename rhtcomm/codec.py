@@ -43,10 +43,10 @@ from rhtcomm.rotation import (
     rotations_for,
     split_into_blocks,
 )
+from rhtcomm.versions import VERSIONS, WIRE
 
 __all__ = ["DTYPES", "Codec", "DeferredChecks", "PayloadError"]
 
-VERSION = 1
 HEADER_BYTES = 16
 AUTO: Literal["auto"] = "auto"
 
@@ -150,8 +150,11 @@ class Codec:
     @property
     def configuration(self) -> dict[str, object]:
         """What two ranks must have in common to understand each other, by name."""
+        return {**VERSIONS, **self._facts}
+
+    @property
+    def _facts(self) -> dict[str, object]:
         facts: dict[str, object] = {
-            "format": VERSION,
             "byteorder": sys.byteorder,
             "quantizer": type(self.quantizer).__name__,
             "bits": self.quantizer.bits,
@@ -167,7 +170,7 @@ class Codec:
     @cached_property
     def fingerprint(self) -> bytes:
         """8 bytes that differ between configurations, and between tables of levels."""
-        everything = repr((self.configuration, self.quantizer.fingerprint))
+        everything = repr(({"format": WIRE, **self._facts}, self.quantizer.fingerprint))
         return blake2b(everything.encode(), digest_size=8).digest()
 
     def nbytes(self, numel: int) -> int:
@@ -197,7 +200,7 @@ class Codec:
                 own place takes the randomness that it would take inside the whole bucket.
             rotations: with "auto" alone: how many transforms this payload takes, the same on all
                 ranks.
-            wanted: with "auto" alone: say that at least so many are wanted next.
+            wanted: with "auto" alone: say that at least so many, 1 to 3, are wanted next.
             shards: give a payload of each of so many equal parts, of whole blocks. It is what the
                 part encoded alone with its own `first` gives, but faster than one by one; with
                 "auto" all of them say what x needs.
@@ -214,6 +217,8 @@ class Codec:
                 argument is out of its range.
         """
         rotation = self._rotation(rotations)
+        if wanted is not None:
+            wanted = self._check_wanted(operator.index(wanted))
         check_memory(x, "Codec.encode", "x")
         refuse_fake_mode("Codec.encode")
         if x.dtype not in DTYPES:
@@ -448,7 +453,7 @@ class Codec:
         if key.owner:
             place.append(key.owner)
         check = blake2b(repr(tuple(place)).encode(), digest_size=4).digest()
-        return b"RH" + bytes((VERSION, count)) + check + self.fingerprint
+        return b"RH" + bytes((WIRE, count)) + check + self.fingerprint
 
     def _check_headers(
         self,
@@ -467,19 +472,25 @@ class Codec:
         if self.rotations != AUTO or rotations not in (1, 2, 3):
             rotations = self.default_rotations
         for (rank, first), found in zip(places, headers, strict=True):
-            count = rotations + (found[3] & 0xF0 if self.rotations == AUTO else 0)
+            wish = found[3] >> 4
+            # A wish that no sender has is replaced by one that differs from it.
+            count = rotations + (16 * min(max(wish, 1), 3) if self.rotations == AUTO else 0)
             wanted = self._header(count, key, rank, world_size, first, numel)
             if found == wanted:
                 continue
             if found[:2] != wanted[:2]:
                 fact = "does not begin with the mark of a payload"
             elif found[2] != wanted[2]:
-                fact = f"has format version {found[2]}, this is version {VERSION}; update the older"
+                fact = f"has format version {found[2]}, this is version {WIRE}; update the older"
             elif self.rotations == AUTO and found[3] != wanted[3] and found[8:] == wanted[8:]:
-                fact = (
-                    f"was rotated {found[3] % 16} times, another one {rotations} times: the ranks "
-                    "took different checkpoints, or are out of step"
-                )
+                fact = f"was rotated {found[3] % 16} times"
+                if found[3] % 16 not in (1, 2, 3) or wish not in (1, 2, 3):
+                    fact += f" and wants {wish} next, but only 1, 2 and 3 can be: it is damaged"
+                else:
+                    fact += (
+                        f", another one {rotations} times: the ranks took different checkpoints, "
+                        "or are out of step"
+                    )
             elif found[3] != wanted[3] or found[8:] != wanted[8:]:
                 fact = f"was made with a configuration other than {self.configuration} (or tables)"
             else:
@@ -512,6 +523,16 @@ class Codec:
         if overlap(out, x):
             raise ValueError("Codec.encode: out overlaps x in memory; give it memory of its own")
         return out
+
+    def _check_wanted(self, wanted: int) -> int:
+        if self.rotations != AUTO:
+            raise ValueError(
+                f"Codec.encode: wanted={wanted}, but this codec was made with "
+                f'rotations={self.rotations}; only rotations="auto" leaves a choice'
+            )
+        if wanted not in (1, 2, 3):
+            raise ValueError(f"Codec.encode: wanted={wanted} must be 1, 2 or 3")
+        return wanted
 
     def _check_place(self, rank: int, world_size: int, first: int) -> tuple[int, int, int]:
         """The same as plain ints, whatever integers were given: headers hold a hash of them."""

@@ -24,6 +24,7 @@ import torch
 from rhtcomm.quantizers.base import check_bits
 from rhtcomm.randomness import Key, dither
 from rhtcomm.rotation import Blocks, RandomizedHadamard, split_into_blocks
+from rhtcomm.versions import VERSIONS
 
 __all__ = ["Lattice"]
 
@@ -62,6 +63,7 @@ class Lattice:
     def configuration(self) -> dict[str, object]:
         """What the ranks must have in common, by name."""
         return {
+            **VERSIONS,
             "quantizer": "Lattice",
             "bits": self.bits,
             "rotations": self.rotations,

@@ -1,0 +1,15 @@
+"""The versions that ranks must have in common; docs/format.md says what raises which."""
+
+from collections.abc import Mapping
+
+__all__ = ["ARITHMETIC", "PACKAGE", "VERSIONS", "WIRE"]
+
+PACKAGE = "0.1.0"
+WIRE = 1  # of the bytes that tensors are encoded to
+ARITHMETIC = 1  # of the bits that equal bytes decode to
+
+VERSIONS: Mapping[str, object] = {
+    "package version": PACKAGE,
+    "wire version": WIRE,
+    "arithmetic version": ARITHMETIC,
+}
