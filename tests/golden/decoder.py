@@ -1,0 +1,313 @@
+"""A decoder by docs/format.md alone: NumPy and the standard library, no code of rhtcomm's.
+
+It reads rhtcomm's tables, rhtcomm/codebooks/*.npz, which are a part of the format.
+"""
+
+import math
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+CODEBOOKS = Path(__file__).parents[2] / "rhtcomm" / "codebooks"
+M32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Format:
+    quantizer: str  # "QuicFL", "Eden" or "VectorQuantizer"
+    bits: int
+    rotations: int | str
+    block: int
+    exact: bool = False
+    biased: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    seed: int
+    step: int
+    bucket: int
+    hop: int
+    world_size: int
+    first: int  # of the tensor in its bucket
+    numel: int
+
+
+class Refused(ValueError):
+    pass
+
+
+# Layout ------------------------------------------------------------------------------------------
+
+
+def blocks(numel: int, block: int) -> list[tuple[int, int, int]]:
+    """(start, count, d) of the full blocks and of the tail."""
+    full, rest = divmod(numel, block)
+    found = [(0, full, block)] if full else []
+    if rest:
+        size = 256
+        while size < rest:
+            size *= 2
+        found.append((full * block, 1, min(size, block)))
+    return found
+
+
+def capacity(form: Format, size: int) -> int:
+    return max(1, size // 512 + 2 * math.isqrt(size // 4096)) if form.exact else 0
+
+
+def row_bytes(form: Format, size: int) -> int:
+    return size * form.bits // 8 + capacity(form, size) * (4 if size <= 1 << 15 else 6)
+
+
+def nbytes(form: Format, numel: int) -> int:
+    return 16 + sum(n * (4 + row_bytes(form, size)) for _, n, size in blocks(numel, form.block))
+
+
+# Header ------------------------------------------------------------------------------------------
+
+
+def table(form: Format) -> Array:
+    """What codes stand for, float32, in the order that the fingerprint hashes."""
+    name = {"QuicFL": "quic_fl", "Eden": "lloyd_max", "VectorQuantizer": "vector"}[form.quantizer]
+    with np.load(CODEBOOKS / f"{name}{'_exact' * form.exact}.npz") as arrays:
+        entries = arrays[f"b{form.bits}"].astype(np.float64)
+    if form.quantizer == "VectorQuantizer":
+        entries = np.concatenate([entries, -entries])
+    if form.quantizer == "QuicFL":
+        entries = entries.reshape(1 << form.bits, -1)[:, ::-1]
+    return np.ascontiguousarray(entries.astype("<f4"))
+
+
+def fingerprint(form: Format) -> bytes:
+    facts: dict[str, object] = {
+        "format": 1,
+        "byteorder": "little",
+        "quantizer": form.quantizer,
+        "bits": form.bits,
+        "rotations": form.rotations,
+        "block": form.block,
+    }
+    if form.exact:
+        facts["exact_fraction"] = 1 / 512
+    if form.biased:
+        facts["biased"] = True
+    levels = blake2b(table(form).tobytes(), digest_size=8).hexdigest()
+    return blake2b(repr((facts, levels)).encode(), digest_size=8).digest()
+
+
+def check_header(form: Format, place: Place, rank: int, payload: bytes) -> int:
+    """The number of rotations."""
+    if len(payload) != nbytes(form, place.numel):
+        raise Refused("length")
+    if payload[:2] != b"RH" or payload[2] != 1 or payload[8:16] != fingerprint(form):
+        raise Refused("mark, version or fingerprint")
+    rotations, wish = payload[3] % 16, payload[3] // 16
+    if form.rotations == "auto":
+        if rotations not in (1, 2, 3) or wish not in (1, 2, 3):
+            raise Refused("rotations")
+    elif (rotations, wish) != (form.rotations, 0):
+        raise Refused("rotations")
+    p = place
+    whose = (p.seed, p.step, p.bucket, p.hop, rank, p.world_size, p.first, p.numel)
+    if payload[4:8] != blake2b(repr(whose).encode(), digest_size=4).digest():
+        raise Refused("check")
+    return rotations
+
+
+# Randomness --------------------------------------------------------------------------------------
+
+
+def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> Array:
+    """Philox4x32-10, counters uint64 (n,) -> (n, 4) uint32."""
+    c = list(np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter)))
+    k0, k1 = key
+    low, shift = np.uint64(M32), np.uint64(32)
+    for _ in range(10):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [
+            (b >> shift) ^ c[1] ^ np.uint64(k0),
+            b & low,
+            (a >> shift) ^ c[3] ^ np.uint64(k1),
+            a & low,
+        ]
+        k0, k1 = (k0 + 0x9E3779B9) & M32, (k1 + 0xBB67AE85) & M32
+    return np.stack(c, axis=-1).astype("<u4")
+
+
+def stream_bytes(place: Place, stream: int, rank: int, first: int, count: int) -> Array:
+    """Bytes first .. first + count - 1 of a stream."""
+    call, stop = first // 16, -(-(first + count) // 16)
+    words = philox(
+        (
+            np.arange(call, stop, dtype=np.uint64),
+            place.bucket,
+            place.step,
+            stream + 16 * place.hop + 256 * rank,
+        ),
+        (place.seed & M32, place.seed >> 32),
+    )
+    return words.reshape(-1).view(np.uint8)[first - 16 * call :][:count]
+
+
+def signs(place: Place, stream: int, rank: int, at: int, size: int) -> Array:
+    octets = stream_bytes(place, stream, rank, at // 8, size // 8)
+    return 1 - 2 * np.unpackbits(octets, bitorder="little").astype(np.float32)
+
+
+# Arithmetic --------------------------------------------------------------------------------------
+
+
+def hadamard(y: Array) -> Array:
+    stride = 1
+    while stride < y.size:
+        pairs = y.reshape(-1, 2, stride)
+        y = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1).reshape(-1)
+        stride *= 2
+    return y
+
+
+def unrotate(y: Array, rotations: int, place: Place, rank: int, at: int) -> Array:
+    for stream in reversed(range(rotations)):
+        y = hadamard(y) * signs(place, stream, rank, at, y.size)
+    return y
+
+
+def unpack(row: Array, bits: int, count: int) -> Array:
+    codes, at, shift = np.zeros(count, np.int64), 0, 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            run = count * width // 8
+            for lane in range(8 // width):
+                field = row[at : at + run].astype(np.int64) >> (lane * width) & ((1 << width) - 1)
+                codes[lane * run : (lane + 1) * run] |= field << shift
+            at, shift = at + run, shift + width
+    return codes
+
+
+def values(form: Format, place: Place, rank: int, row: Array, at: int, size: int) -> Array:
+    """What one rank's codes of one block stand for, in units of its scale."""
+    levels = table(form)
+    if form.quantizer == "VectorQuantizer":
+        return levels[row[: size * form.bits // 8]].reshape(-1)
+    codes = unpack(row, form.bits, size)
+    if form.quantizer == "Eden":
+        return levels[codes]
+    offset = 256 * rank // place.world_size
+    dither = (stream_bytes(place, 3, 0, at, size).astype(np.int64) + offset) & 255
+    found = levels[codes, dither * levels.shape[1] // 256]
+    entries, width = capacity(form, size), 2 if size <= 1 << 15 else 4
+    section = row[size * form.bits // 8 :]
+    indices = section[: entries * width].view(f"<i{width}")
+    exact = section[entries * width :].view("<f2").astype(np.float32)
+    last = -1
+    for index, value in zip(indices.tolist(), exact, strict=True):
+        if last < index < size:
+            found[index] = value
+        last = max(last, index)
+    return found
+
+
+def powers_of_two(magnitude: int) -> tuple[np.float32, np.float32]:
+    exponent = min(max(magnitude >> 23, 1), 253)
+    down, up = np.array([254 - exponent, exponent], np.uint32) << 23
+    return down.view(np.float32), up.view(np.float32)
+
+
+def decode(form: Format, place: Place, payloads: list[bytes], first_rank: int, dtype: str) -> Array:
+    """The bits of the mean, uint32 for "float32", uint16 for "bfloat16" and "float16"."""
+    ranks = range(first_rank, first_rank + len(payloads))
+    counts = {check_header(form, place, *pair) for pair in zip(ranks, payloads, strict=True)}
+    if len(counts) > 1:
+        raise Refused("rotations differ")
+    (rotations,) = counts
+    result, at = np.zeros(0, np.float32), 16
+    for start, count, size in blocks(place.numel, form.block):
+        width = row_bytes(form, size)
+        for i in range(count):
+            scale_at, row_at = at + 4 * i, at + 4 * count + width * i
+            scales = [np.frombuffer(p, "<f4", 1, scale_at) for p in payloads]
+            rows = [np.frombuffer(p, np.uint8, width, row_at) for p in payloads]
+            where = place.first + start + i * size
+            result = np.append(
+                result, decode_block(form, place, ranks, scales, rows, where, size, rotations)
+            )
+        at += count * (4 + width)
+    return narrow(result[: place.numel], dtype)
+
+
+def decode_block(
+    form: Format,
+    place: Place,
+    ranks: range,
+    scales: list[Array],
+    rows: list[Array],
+    at: int,
+    size: int,
+    rotations: int,
+) -> Array:
+    peak = max(int(scale.view("<u4")[0]) & 0x7FFFFFFF for scale in scales)
+    if peak >= 0x7F800000:
+        return np.full(size, np.nan, np.float32)
+    down, up = powers_of_two(peak)
+    shared, total = form.quantizer == "QuicFL", None
+    with np.errstate(all="ignore"):
+        for rank, scale, row in zip(ranks, scales, rows, strict=True):
+            y = values(form, place, rank, row, at, size) * (scale * down)
+            if not shared:
+                y = unrotate(y, rotations, place, rank, at)
+            total = y if total is None else total + y
+        assert total is not None
+        if shared:
+            total = unrotate(total, rotations, place, 0, at)
+        mean: Array = total * np.float32(size ** (-rotations / 2) / len(rows)) * up
+    assert mean.dtype == np.float32
+    return mean
+
+
+def narrow(x: Array, dtype: str) -> Array:
+    """Bits in a dtype, rounded to nearest, ties to even; NaN is the canonical one."""
+    nan = np.isnan(x)
+    if dtype == "float32":
+        return np.where(nan, 0x7FC00000, x.view(np.uint32)).astype(np.uint32)
+    if dtype == "float16":
+        with np.errstate(all="ignore"):
+            return np.where(nan, 0x7E00, x.astype(np.float16).view(np.uint16)).astype(np.uint16)
+    bits = x.view(np.uint32).astype(np.uint64)
+    return np.where(nan, 0x7FC0, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+# The lattice -------------------------------------------------------------------------------------
+
+
+def lattice_mean(
+    words: Array, bounds: Array, bits: int, rotations: int, block: int, place: Place
+) -> Array:
+    """Summed words int32 and the blocks' bounds M, float64 -> bits of the mean, uint32."""
+    n = place.world_size
+    width = bits + (n - 1).bit_length()
+    lanes = np.arange(32 // width, dtype=np.uint32) * np.uint32(width)
+    sums = (words.view(np.uint32)[:, None] >> lanes & np.uint32((1 << width) - 1)).reshape(-1)
+    result, done, block_number = np.zeros(0, np.float32), 0, 0
+    for start, count, size in blocks(place.numel, block):
+        for i in range(count):
+            at = place.first + start + i * size
+            x, bound = sums[done : done + size].astype(np.float64), bounds[block_number]
+            words16 = stream_bytes(place, 3, 0, at, size).view("<u4").astype(np.int64)
+            turn = np.array([8, 16, 24, 32])
+            turned = (words16[:, None] >> turn | words16[:, None] << (32 - turn)) & M32
+            v = ((turned >> 16).reshape(-1) + 0.5) / 65536
+            centred = x - (n * v - np.floor(n * v)) + 0.5
+            y = (centred * (2 / (2**bits - 1) / n) - 1).astype(np.float32)
+            y = unrotate(y, rotations, place, 0, at).astype(np.float64)
+            mean = y * (bound * size ** (-rotations / 2)) if bound > 0 else np.zeros(size)
+            if not np.isfinite(bound):
+                mean = np.full(size, np.nan)
+            result = np.append(result, mean.astype(np.float32))
+            done, block_number = done + size, block_number + 1
+    return narrow(result[: place.numel], "float32")
