@@ -1,5 +1,6 @@
 # make demo   trains a small model by DDP on 2 ranks, with and without compression, and compares
 # make test   runs all tests
+# make fuzz   looks for inputs that break a promised property, for minutes (FUZZ=20 SEED=1)
 # make lint   runs the checks that CI and pre-commit run
 # make sanitize   runs the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc)
 # make slurm  runs launch/slurm.sbatch under a real Slurm of two nodes on this machine, as root; skips
@@ -9,8 +10,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+FUZZ ?= 20
+SEED ?= $(shell date +%s)
 
-.PHONY: help demo test lint sanitize slurm clean
+.PHONY: help demo test fuzz lint sanitize slurm clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -25,6 +28,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/.installed
+	RHTCOMM_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-seed=$(SEED)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
