@@ -8,6 +8,7 @@ rhtcomm/versions.py, say so in docs/format.md and in the changelog, and write th
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,22 @@ def decoded(case: Case, payloads: torch.Tensor) -> np.ndarray[Any, Any]:
 @named
 def test_decoder_by_the_document(case: Case) -> None:
     check(decoded(case, stored(case)), case, "mean", "the decoder of tests/golden/decoder.py")
+
+
+def test_example_of_the_document() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
+    assert f"Wire version {WIRE}, arithmetic version {ARITHMETIC}." in text
+    example = "".join(
+        line for line in text.partition("## Example")[2].splitlines() if line.startswith("    ")
+    )
+    payload, mean = (
+        [int(word, 16) for word in example.split() if len(word) == digits] for digits in (2, 8)
+    )
+    case = Case("example", Codec(QuicFL(1), 1, 32), 32, Key(1))
+    found = case.codec.encode(torch.arange(1.0, 33), case.key)
+    assert found.tolist() == payload
+    assert decoded(case, found[None]).tolist() == mean
+    assert canonical(case.decode(found[None])).tolist() == mean
 
 
 @pytest.mark.parametrize("case", LATTICES, ids=lambda case: case.name)
