@@ -8,7 +8,9 @@ from rhtcomm.plan import plan
 from rhtcomm.quantizers import Eden, QuicFL, VectorQuantizer
 from rhtcomm.randomness import Key
 from rhtcomm.rotation import RandomizedHadamard, choose_rotations
-from rhtcomm.versions import PACKAGE as __version__
+from rhtcomm.versions import PACKAGE
+
+__version__ = PACKAGE
 
 __all__ = [
     "Codec",

@@ -1,6 +1,6 @@
 """Rotation, quantizer and packing <-> one uint8 payload whose length is known beforehand.
 
-Wire format, version 1, little-endian:
+Wire format, version 1, little-endian (docs/format.md has the rest, and the arithmetic):
 
     offset  bytes
     0       2                  "RH"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import decoder
+from golden import literal
 from golden.make import CASES, LATTICES, Case, LatticeCase, canonical, digest, read
 from harness import Ranks
 from test_gpu_kernels import interpreted, needs_triton
@@ -100,12 +100,12 @@ def test_triton_kernels(interpreted: Callable[..., Any], case: Case) -> None:
     check(mean, case, "mean", "Triton")
 
 
-# A decoder that was written by the document --------------------------------------------------- --
+# A codec that was written by the document --------------------------------------------------- --
 
 
-def form_of(codec: Codec) -> decoder.Format:
+def form_of(codec: Codec) -> literal.Format:
     quantizer = codec.quantizer
-    return decoder.Format(
+    return literal.Format(
         type(quantizer).__name__,
         quantizer.bits,
         codec.rotations or 0,
@@ -115,19 +115,40 @@ def form_of(codec: Codec) -> decoder.Format:
     )
 
 
-def place_of(key: Key, world_size: int, first: int, numel: int) -> decoder.Place:
-    return decoder.Place(key.seed, key.step, key.bucket, key.hop, world_size, first, numel)
+def place_of(key: Key, world_size: int, first: int, numel: int) -> literal.Place:
+    place = (key.seed, key.step, key.bucket, key.hop, world_size, first, numel)
+    return literal.Place(*place, key.owner)
 
 
 def decoded(case: Case, payloads: torch.Tensor) -> np.ndarray[Any, Any]:
     place = place_of(case.key, case.world_size, case.first, case.numel)
     rows = [row.numpy().tobytes() for row in payloads]
-    return decoder.decode(form_of(case.codec), place, rows, case.first_rank, case.out)
+    return literal.decode(form_of(case.codec), place, rows, case.first_rank, case.out)
 
 
 @named
 def test_decoder_by_the_document(case: Case) -> None:
-    check(decoded(case, stored(case)), case, "mean", "the decoder of tests/golden/decoder.py")
+    check(decoded(case, stored(case)), case, "mean", "the decoder of tests/golden/literal.py")
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.recipe != "any bytes"], ids=lambda case: case.name
+)
+def test_encoder_by_the_document(case: Case) -> None:
+    payloads = stored(case)
+    place = place_of(case.key, case.world_size, case.first, case.numel)
+    for rank, payload in enumerate(payloads, case.first_rank):
+        x, fourth = case.input(rank).float().numpy(), int(payload[3])
+        found = literal.encode(form_of(case.codec), place, x, rank, fourth)
+        assert found == payload.numpy().tobytes(), f"rank {rank}"
+
+
+def test_owner_is_in_the_check_alone() -> None:
+    case = replace(FIXED, key=replace(FIXED.key, owner=2**32 - 1))
+    payloads, plain = case.encode(), stored(FIXED)
+    assert (payloads != plain).any(dim=0).nonzero().flatten().tolist() == [4, 5, 6, 7]
+    assert decoded(case, payloads).tolist() == decoded(FIXED, plain).tolist()
+    refuses(case, plain, "rank 0 was made for another key")
 
 
 def test_example_of_the_document() -> None:
@@ -153,7 +174,7 @@ def test_lattice(case: LatticeCase) -> None:
         expected = VECTORS[f"{case.name}/{kind}"]
         assert np.array_equal(found, expected), f"{kind} of {case.name} {changed}"
     lattice = case.lattice
-    mean = decoder.lattice_mean(
+    mean = literal.lattice_mean(
         VECTORS[f"{case.name}/words"],
         VECTORS[f"{case.name}/bounds"],
         lattice.bits,
@@ -164,7 +185,7 @@ def test_lattice(case: LatticeCase) -> None:
     assert np.array_equal(mean, VECTORS[f"{case.name}/mean"])
 
 
-def test_philox_of_the_decoder_gives_the_published_answers() -> None:
+def test_philox_of_the_literal_codec_gives_the_published_answers() -> None:
     """kat_vectors of Random123."""
     for counter, key, answer in (
         ((0,) * 4, (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -175,7 +196,7 @@ def test_philox_of_the_decoder_gives_the_published_answers() -> None:
             "d16cfe09 94fdcceb 5001e420 24126ea1",
         ),
     ):
-        found = decoder.philox(([counter[0]], *counter[1:]), key)
+        found = literal.philox(([counter[0]], *counter[1:]), key)
         assert " ".join(f"{word:08x}" for word in found[0].tolist()) == answer
 
 
@@ -188,7 +209,7 @@ AUTO = next(case for case in CASES if case.name == "QuicFL4-kauto-d256-takes-2")
 def refuses(case: Case, payloads: torch.Tensor, fact: str) -> None:
     with pytest.raises(PayloadError, match=fact):
         case.decode(payloads)
-    with pytest.raises(decoder.Refused):
+    with pytest.raises(literal.Refused):
         decoded(case, payloads)
 
 
@@ -284,7 +305,7 @@ def test_ranks_compare_their_versions(ranks: Ranks) -> None:
 def test_versions_do_not_change_the_fingerprint() -> None:
     """The header has the wire version in a place of its own; the hash is the documented one."""
     for case in CASES:
-        assert case.codec.fingerprint == decoder.fingerprint(form_of(case.codec)), case.name
+        assert case.codec.fingerprint == literal.fingerprint(form_of(case.codec)), case.name
         assert VERSIONS.items() <= case.codec.configuration.items()
     assert VERSIONS.items() <= Lattice().configuration.items()
     assert VERSIONS["package version"] == rhtcomm.__version__

@@ -1,4 +1,4 @@
-"""A decoder by docs/format.md alone: NumPy and the standard library, no code of rhtcomm's.
+"""An encoder and a decoder by docs/format.md alone: NumPy and no code of rhtcomm's.
 
 It reads rhtcomm's tables, rhtcomm/codebooks/*.npz, which are a part of the format.
 """
@@ -36,6 +36,7 @@ class Place:
     world_size: int
     first: int  # of the tensor in its bucket
     numel: int
+    owner: int = 0
 
 
 class Refused(ValueError):
@@ -101,6 +102,12 @@ def fingerprint(form: Format) -> bytes:
     return blake2b(repr((facts, levels)).encode(), digest_size=8).digest()
 
 
+def check(p: Place, rank: int) -> bytes:
+    of_what = (p.seed, p.step, p.bucket, p.hop, rank, p.world_size, p.first, p.numel)
+    of_what += (p.owner,) if p.owner else ()
+    return blake2b(repr(of_what).encode(), digest_size=4).digest()
+
+
 def check_header(form: Format, place: Place, rank: int, payload: bytes) -> int:
     """The number of rotations."""
     if len(payload) != nbytes(form, place.numel):
@@ -113,9 +120,7 @@ def check_header(form: Format, place: Place, rank: int, payload: bytes) -> int:
             raise Refused("rotations")
     elif (rotations, wish) != (form.rotations, 0):
         raise Refused("rotations")
-    p = place
-    whose = (p.seed, p.step, p.bucket, p.hop, rank, p.world_size, p.first, p.numel)
-    if payload[4:8] != blake2b(repr(whose).encode(), digest_size=4).digest():
+    if payload[4:8] != check(place, rank):
         raise Refused("check")
     return rotations
 
@@ -280,6 +285,123 @@ def narrow(x: Array, dtype: str) -> Array:
             return np.where(nan, 0x7E00, x.astype(np.float16).view(np.uint16)).astype(np.uint16)
     bits = x.view(np.uint32).astype(np.uint64)
     return np.where(nan, 0x7FC0, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+# Encoding ----------------------------------------------------------------------------------------
+
+
+def encode(form: Format, place: Place, x: Array, rank: int, fourth: int) -> bytes:
+    """x (numel,) float32; `fourth` is byte 3 of the header."""
+    payload = b"RH" + bytes([1, fourth]) + check(place, rank) + fingerprint(form)
+    for start, count, size in blocks(place.numel, form.block):
+        part = np.zeros(count * size, np.float32)
+        known = x[start : start + part.size]
+        part[: known.size] = known
+        rows = [
+            encode_block(form, place, rank, row, place.first + start + i * size, fourth % 16)
+            for i, row in enumerate(part.reshape(count, size))
+        ]
+        payload += b"".join(scale for scale, _ in rows) + b"".join(row for _, row in rows)
+    return payload
+
+
+def encode_block(
+    form: Format, place: Place, rank: int, x: Array, at: int, rotations: int
+) -> tuple[bytes, bytes]:
+    finite = bool(np.isfinite(x).all())
+    down, up = powers_of_two(int((x.view(np.uint32) & 0x7FFFFFFF).max()))
+    y = x * down if finite else np.zeros_like(x)
+    whose = 0 if form.quantizer == "QuicFL" else rank
+    for stream in range(rotations):
+        y = hadamard(y * signs(place, stream, whose, at, y.size))
+    rms = np.sqrt(tree_sum(y * y) * np.float32(1 / y.size))
+    quantize = quic_fl if form.quantizer == "QuicFL" else eden
+    scale, codes, exact = quantize(form, place, rank, y, rms, at)
+    with np.errstate(over="ignore"):
+        scale = np.float32(scale) * np.float32(y.size ** (-rotations / 2)) * up
+    scale = min(scale, np.finfo(np.float32).max) if finite else np.float32(np.nan)
+    width = 8 if form.quantizer == "VectorQuantizer" else form.bits
+    return np.float32(scale).tobytes(), pack(codes, width) + exact
+
+
+def tree_sum(x: Array) -> Any:
+    while x.size > 1:
+        x = x[: x.size // 2] + x[x.size // 2 :]
+    return x[0]
+
+
+def pack(codes: Array, bits: int) -> bytes:
+    packed, shift = b"", 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            fields = (codes >> shift & ((1 << width) - 1)).reshape(8 // width, -1)
+            lanes = np.arange(8 // width)[:, None] * width
+            packed += (fields << lanes).sum(axis=0).astype(np.uint8).tobytes()
+            shift += width
+    return packed
+
+
+def quic_fl(
+    form: Format, place: Place, rank: int, y: Array, rms: Any, at: int
+) -> tuple[Any, Array, bytes]:
+    levels = table(form)[:, ::-1].reshape(-1).astype(np.float64)
+    share = levels.size >> form.bits
+    running = np.concatenate([[0.0], np.cumsum(levels)])
+    averages = (running[share:] - running[:-share]) / share
+    bound, nodes = averages[-1], max(1024, 64 << form.bits)
+    positions = np.interp(
+        np.linspace(-bound, bound, nodes + 1), averages, np.arange(averages.size) / share
+    )
+    positions = np.rint(65536 * positions).astype(np.int64)
+    room = capacity(form, y.size)
+    needed = np.abs(y) * np.float32((1 + 2**-20) / bound)
+    scale = max(rms, np.sort(needed)[-room - 1])
+    words = stream_bytes(place, 3, 0, at, y.size).view("<u4").astype(np.int64)
+    turn = np.array([8, 16, 24, 32])
+    turned = ((words[:, None] >> turn | words[:, None] << (32 - turn)) & M32).reshape(-1)
+    offset = 256 * (256 * rank // place.world_size)
+    u, v = (turned + offset) & 0xFFFF, ((turned >> 16) + offset) & 0xFFFF
+    index = np.flatnonzero(needed > scale) if room else np.zeros(0, np.int64)
+    kind = "<i2" if y.size <= 1 << 15 else "<i4"
+    indices, values = np.full(room, -1, kind), np.zeros(room, "<f2")
+    indices[: index.size] = index
+    bits = (y[index] / scale).view(np.uint32) + (u[index] >> 3).astype(np.uint32)
+    values[: index.size] = (bits & np.uint32(0xFFFFE000)).view(np.float32)
+    y = y.copy()
+    y[index] = 0
+    per_unit = np.float32(nodes * 65536 / (2 * bound))
+    unit = np.float32(1) / scale * per_unit if scale > 0 else np.float32(0)
+    node = (np.trunc(y * unit).astype(np.int64) + u + (nodes << 15)) >> 16
+    return scale, (positions[node] + v) >> 16, indices.tobytes() + values.tobytes()
+
+
+def eden(
+    form: Format, place: Place, rank: int, y: Array, rms: Any, at: int
+) -> tuple[Any, Array, bytes]:
+    """EDEN and vectors."""
+    levels = table(form)
+    z = y * (np.float32(1) / rms if rms > 0 else np.float32(0))
+    if form.quantizer == "Eden":
+        with np.load(CODEBOOKS / "lloyd_max.npz") as arrays:
+            c = arrays[f"b{form.bits}"].astype(np.float64)
+        codes = np.searchsorted(((c[1:] + c[:-1]) / 2).astype(np.float32), z, side="right")
+    else:
+        with np.load(CODEBOOKS / "vector.npz") as arrays:
+            c = arrays[f"b{form.bits}"].astype(np.float64)
+        groups = z.reshape(-1, levels.shape[1])
+        dots = groups[:, :1] * levels[None, :128, 0]
+        for k in range(1, groups.shape[1]):
+            dots = dots + groups[:, k : k + 1] * levels[None, :128, k]
+        scores = np.abs(dots) - ((c * c).sum(axis=1) / 2).astype(np.float32)
+        codes = scores.argmax(axis=1)
+        codes += 128 * (dots[np.arange(codes.size), codes] < 0)
+    if not rms > 0:
+        return np.float32(0), codes, b""
+    values = levels[codes].reshape(-1)
+    agreement = tree_sum(z * values)
+    if form.biased:
+        return rms * (agreement / tree_sum(values * values)), codes, b""
+    return rms * (tree_sum(z * z) / agreement), codes, b""
 
 
 # The lattice -------------------------------------------------------------------------------------
