@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from kernels import machine
 
-from rhtcomm.plan import CodecSpeed, Prediction, measure_codec, plan
+from rhtcomm.cost import CodecSpeed, Prediction, measure_codec, plan
 
 HERE = Path(__file__).parent
 NUMEL = 25 * 2**18
@@ -87,7 +87,7 @@ def main() -> None:
         "# The cost model, checked and extended",
         "",
         f"Written by `python benchmarks/scaling.py` on {where}.",
-        "The formula is at the top of `rhtcomm/plan.py`; `python -m rhtcomm plan` applies it.",
+        "The formula is at the top of `rhtcomm/cost.py`; `python -m rhtcomm plan` applies it.",
         "Codec at 4 bits, one thread, nanoseconds a coordinate: "
         f"encode {1e9 * at4.encode:.2f}, decode {1e9 * at4.decode:.2f}, each further payload "
         f"{1e9 * at4.decode_more:.2f}.",

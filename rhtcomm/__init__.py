@@ -3,8 +3,8 @@
 from rhtcomm.codec import Codec, PayloadError
 from rhtcomm.collectives import DisagreementError, all_reduce
 from rhtcomm.communicator import HierarchicalCommunicator, MPICommunicator, TorchCommunicator
+from rhtcomm.cost import plan
 from rhtcomm.lattice import Lattice
-from rhtcomm.plan import plan
 from rhtcomm.quantizers import Eden, QuicFL, VectorQuantizer
 from rhtcomm.randomness import Key
 from rhtcomm.rotation import RandomizedHadamard, choose_rotations

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from rhtcomm.plan import add_arguments, run
+from rhtcomm.cost import add_arguments, run
 
 
 def main() -> None:

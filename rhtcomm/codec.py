@@ -134,7 +134,7 @@ class Codec:
     block: int = 4096
 
     def __post_init__(self) -> None:
-        if not callable(getattr(self.quantizer, "encode", None)):
+        if isinstance(self.quantizer, type) or not hasattr(self.quantizer, "fingerprint"):
             raise TypeError(
                 f"Codec: quantizer={self.quantizer!r} must be an object such as QuicFL(bits=4)"
             )
@@ -296,7 +296,7 @@ class Codec:
         """
         numel = operator.index(numel)
         self._check_memory(payloads, out, "Codec.decode_mean")
-        self._check_payloads(payloads, numel)
+        self._check_payloads(payloads, numel, "Codec.decode_mean")
         if world_size is None:
             world_size = len(payloads)
         place = (key, numel, first, out, first_rank, world_size)
@@ -328,10 +328,11 @@ class Codec:
         """
         numel = operator.index(numel)
         self._check_memory(payloads, out, "Codec.decode_shards")
-        self._check_payloads(payloads, numel // max(1, len(payloads)))
-        if len(payloads) > 1 and numel % (len(payloads) * self.block):
+        count = payloads.shape[0] if payloads.dim() else 0
+        self._check_payloads(payloads, numel // max(1, count), "Codec.decode_shards")
+        if count > 1 and numel % (count * self.block):
             raise ValueError(
-                f"Codec.decode_shards: {numel} coordinates are not {len(payloads)} equal parts of "
+                f"Codec.decode_shards: {numel} coordinates are not {count} equal parts of "
                 f"whole blocks of {self.block}"
             )
         place = (key, numel, first, out, rank, world_size)
@@ -415,14 +416,14 @@ class Codec:
                 f"{owner}: out overlaps the payloads in memory; give it memory of its own"
             )
 
-    def _check_payloads(self, payloads: torch.Tensor, numel: int) -> None:
+    def _check_payloads(self, payloads: torch.Tensor, numel: int, owner: str) -> None:
         length = self.nbytes(numel)
         fits = payloads.dim() == 2 and payloads.shape[0] > 0 and payloads.shape[1] == length
         if payloads.dtype != torch.uint8 or not fits:
             raise PayloadError(
-                f"Codec.decode_mean: payloads is {payloads.dtype} of shape {tuple(payloads.shape)},"
-                f" but {numel} coordinates take (K, {length}) torch.uint8: a payload was cut short,"
-                " or made with another configuration or length"
+                f"{owner}: payloads is {payloads.dtype} of shape {tuple(payloads.shape)}, but "
+                f"{numel} coordinates take (K, {length}) torch.uint8: a payload was cut short, or "
+                "made with another configuration or length"
             )
 
     def wanted_rotations(self, payloads: torch.Tensor) -> int | None:
@@ -499,7 +500,7 @@ class Codec:
                     f"rank={rank}, world_size={world_size}, first={first}, numel={numel}: "
                     "the ranks are out of step"
                 )
-            raise PayloadError(f"Codec.decode_mean: the payload of rank {rank} {fact}")
+            raise PayloadError(f"rhtcomm.Codec: the payload of rank {rank} {fact}")
         return _transform(rotations, self.block)
 
     @staticmethod

@@ -11,7 +11,7 @@ from harness import Ranks
 import rhtcomm
 from rhtcomm import Codec, Key, QuicFL, TorchCommunicator
 from rhtcomm.__main__ import main
-from rhtcomm.plan import CodecSpeed, Plan, Prediction, measure_codec, plan
+from rhtcomm.cost import CodecSpeed, Plan, Prediction, measure_codec, plan
 
 SPEED = CodecSpeed(encode=2e-9, decode=3e-9, decode_more=5e-10, cast=1e-9)
 SPEEDS = dict.fromkeys(range(1, 9), SPEED)

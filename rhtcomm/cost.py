@@ -123,7 +123,7 @@ def plan(
 ) -> Plan:
     """Predict the exchange of a bucket by each configuration, and recommend one.
 
-    The formula is at the top of `rhtcomm/plan.py`.
+    The formula is at the top of `rhtcomm/cost.py`.
 
     Args:
         numel: N, coordinates of the bucket, float32.

@@ -1,0 +1,125 @@
+"""What errors say, and what is refused at construction: sentences that were once not so."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Ranks
+
+import rhtcomm
+from rhtcomm import Codec, Eden, Key, Lattice, PayloadError, QuicFL, VectorQuantizer
+from rhtcomm.collectives import DisagreementError, check_agreement
+
+
+def test_plan_is_a_function_and_no_module() -> None:
+    assert callable(rhtcomm.plan)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("rhtcomm.plan")
+    assert callable(rhtcomm.plan)
+
+
+@pytest.mark.parametrize("quantizer", [QuicFL, Eden, VectorQuantizer, None, 4, "quic_fl"])
+def test_a_codec_takes_an_object_for_a_quantizer(quantizer: Any) -> None:
+    with pytest.raises(TypeError, match=r"must be an object such as QuicFL\(bits=4\)"):
+        Codec(quantizer)
+
+
+@pytest.mark.parametrize("codec", [Codec, Lattice, QuicFL(4), "quic_fl"])
+def test_all_reduce_takes_an_object_for_a_codec(codec: Any) -> None:
+    with pytest.raises(TypeError, match="must be a Codec"):
+        rhtcomm.all_reduce(torch.ones(3), codec, Key(0), None)  # type: ignore[arg-type]
+
+
+def test_errors_of_decoding_name_the_function_that_was_called() -> None:
+    codec, short = Codec(QuicFL(4)), torch.zeros(2, 5, dtype=torch.uint8)
+    with pytest.raises(PayloadError, match=r"^Codec\.decode_shards: payloads is"):
+        codec.decode_shards(short, Key(0), 8192)
+    with pytest.raises(PayloadError, match=r"^Codec\.decode_mean: payloads is"):
+        codec.decode_mean(short, Key(0), 8192)
+    with pytest.raises(PayloadError, match=r"^Codec\.decode_shards: payloads is"):
+        codec.decode_shards(short[0, 0], Key(0), 8192)
+
+
+def greet_a_stranger(rank: int, world_size: int, row: bytes) -> str:
+    """Rank 1 sends something else than a configuration."""
+    communicator = rhtcomm.TorchCommunicator()
+    if rank == 1:
+        greeting = torch.frombuffer(bytearray(row.ljust(4096)), dtype=torch.uint8)
+        communicator.all_gather(greeting)
+        return ""
+    with pytest.raises(DisagreementError) as caught:
+        check_agreement(communicator, {"bits": 4}, torch.device("cpu"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("row", [b"hello", b"\xff\xfe", b"[1, 2]", b"{}", b'{"bits": "4"}'])
+def test_a_peer_that_is_no_rhtcomm_is_named(row: bytes, ranks: Ranks) -> None:
+    for message in ranks.run(greet_a_stranger, 3, row)[::2]:
+        assert "rank 1 did not send its configuration" in message
+
+
+def swap_payloads(rank: int, world_size: int) -> str:
+    """In a group of ranks 1 and 3, whose keys differ."""
+    group = dist.new_group([1, 3])
+    if rank not in (1, 3):
+        return ""
+    x = torch.ones(5000)
+    with pytest.raises(PayloadError) as caught:
+        rhtcomm.all_reduce(
+            *(x, Codec(QuicFL(4)), Key(rank), rhtcomm.TorchCommunicator(group)),
+            check=False,
+            min_numel=0,
+        )
+    return str(caught.value)
+
+
+def test_payload_errors_of_a_group_name_its_ranks_in_the_world(ranks: Ranks) -> None:
+    for message in ranks.run(swap_payloads, 4)[1::2]:
+        assert "in this group rank 0 (rank 1 of the world), rank 1 (rank 3 of the world)" in message
+
+
+def two_threads_at_once(rank: int, world_size: int) -> list[str]:
+    """One waits in an exchange that rank 1 joins late; the other's is refused meanwhile."""
+    import threading
+
+    communicator, codec, found = rhtcomm.TorchCommunicator(), Codec(QuicFL(8)), []
+    begun = threading.Event()
+
+    class Watched:
+        """A codec's exchange that says when it began."""
+
+        def __enter__(self) -> None:
+            begun.set()
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    def reduce() -> None:
+        x = torch.full((5000,), float(rank))
+        rhtcomm.all_reduce(
+            x, codec, Key(0), communicator, min_numel=0, check=False, stopwatch=lambda _: Watched()
+        )
+        found.append(x[0].item())
+
+    if rank == 1:
+        dist.barrier()
+        reduce()
+    else:
+        thread = threading.Thread(target=reduce)
+        thread.start()
+        begun.wait()
+        other = rhtcomm.TorchCommunicator()  # over the same group
+        with pytest.raises(RuntimeError, match="would be taken for each other's"):
+            rhtcomm.all_reduce(torch.ones(5000), codec, Key(1), other)
+        dist.barrier()
+        thread.join()
+    assert abs(found[0] - 0.5) < 0.05
+    y = torch.full((5000,), float(rank))
+    rhtcomm.all_reduce(y, codec, Key(2), communicator)  # afterwards, it is free again
+    return [str(y[0].item())]
+
+
+def test_two_threads_over_one_group_are_refused(ranks: Ranks) -> None:
+    ranks.run(two_threads_at_once, 2)
