@@ -34,6 +34,8 @@ def address_of(x: torch.Tensor) -> int:
     Raises:
         TypeError: x has no memory of its own.
     """
+    if type(x) is not torch.Tensor:
+        check_memory(x, "rhtcomm", "a tensor")
     try:
         address = x.data_ptr()
     except RuntimeError:
