@@ -95,7 +95,7 @@ class Lattice:
         # Powers of two keep the transform's growth inside the range of float32.
         _, exponent = torch.frexp(torch.where(finite, peak, 1.0))
         half = exponent // 2
-        small = torch.ldexp(torch.ldexp(rows, -half.float()), (half - exponent).float())
+        small = torch.ldexp(torch.ldexp(rows, -half), half - exponent)
         y = self.rotation.rotate(torch.where(finite, small, 0.0), key, blocks.start).double()
         y = torch.ldexp(y, exponent.double()) * blocks.size ** (-self.rotations / 2)
         return torch.where(finite, y, torch.inf)
