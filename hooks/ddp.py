@@ -304,13 +304,14 @@ class RHTState:
         With error feedback also the residuals, float32 tensors in the parameters' shapes (of
         complex ones as `torch.view_as_real` has them), by the names of the model's parameters, and
         the rank and world size: residuals differ between ranks, so each must keep its own. Those
-        of parameters that the model has no more are left out.
+        of parameters that the model has no longer are left out.
 
         Args:
             model: that the hook is registered on, or what it wraps; for error feedback only.
 
         Raises:
-            ValueError: the model is missing.
+            ValueError: the model is missing, or the hook has seen none of its parameters, but
+                others.
             PayloadError: on CUDA: an earlier bucket did not hold what it should have.
         """
         self._checks.raise_failed(wait=True)
@@ -366,11 +367,12 @@ class RHTState:
 
     @staticmethod
     def _check_residuals_of(saved: Any, own: tuple[int, int] | None) -> None:
-        if own is not None and saved != own:
+        if None in saved or (own is not None and saved != own):
+            this = "" if own is None else f", but this is rank {own[0]} of {own[1]}"
             raise ValueError(
                 "RHTState.load_state_dict: residuals differ between ranks, and these are of rank "
-                f"{saved[0]} of {saved[1]}, but this is rank {own[0]} of {own[1]}; give each rank "
-                'what it saved, or begin without: state["residuals"] = {}'
+                f"{saved[0]} of {saved[1]}{this}; give each rank what it saved, or begin without: "
+                'state["residuals"] = {}'
             )
 
     def _place(self) -> tuple[int, int] | None:
@@ -516,7 +518,7 @@ class RHTState:
         All ranks see alike who does it within one backward pass, and so raise alike.
         """
         communicator = self._communicator
-        if communicator is None or communicator.private or self._in_backward:
+        if communicator is None or communicator.private or self._in_backward or self._failure:
             return
         users.take(communicator.carriers(), self)
         with contextlib.suppress(RuntimeError):  # it is none, as with DDP's join()

@@ -118,12 +118,22 @@ class Residuals:
         return [(parameter, kept.in_shape()) for parameter, kept in self._of.items()]
 
     def by_name(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """The residuals of a model's parameters, in their shapes."""
-        return {
+        """The residuals of a model's parameters, in their shapes.
+
+        Raises:
+            ValueError: there are residuals, but none of this model.
+        """
+        found = {
             name: self._of[parameter].in_shape()
             for name, parameter in named_parameters(model).items()
             if parameter in self._of
         }
+        if len(self) and not found:
+            raise ValueError(
+                f"RHTState.state_dict: the model has none of the {len(self)} parameters whose "
+                "gradients the hook has seen; give the model that it is registered on"
+            )
+        return found
 
     def replace(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Forget all, and take what `by_parameter` gave."""

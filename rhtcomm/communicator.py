@@ -6,7 +6,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -757,8 +757,8 @@ class HierarchicalCommunicator:
         return [*self.within.carriers(), *self.between.carriers()]
 
     def name_of(self, rank: int) -> str:
-        own = f" (rank {dist.get_rank()} of the world)" if dist.is_initialized() else ""
-        return f"rank {rank}" + (own if rank == self.rank else "")
+        known = rank == self.rank and dist.is_initialized()
+        return _name_of(rank, {rank: dist.get_rank() if known else rank})
 
     @property
     def patience(self) -> str:
@@ -863,7 +863,7 @@ class HierarchicalCommunicator:
         x.copy_(total.view_as(x))
 
 
-def _name_of(rank: int, ranks: Sequence[int]) -> str:
+def _name_of(rank: int, ranks: Sequence[int] | Mapping[int, int]) -> str:
     """Of a rank of a group, whose ranks in the world are given."""
     return f"rank {rank}" + (f" (rank {ranks[rank]} of the world)" if ranks[rank] != rank else "")
 
