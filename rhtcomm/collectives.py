@@ -454,19 +454,20 @@ def _hierarchical(
             used.fill_(255)
         if unsent is not None:
             unsent *= within.world_size  # of the node's mean, in which this rank is one of many
-    with stopwatch("exchange"):
-        start = _SHARE_BYTES + beside
-        row = flat.new_empty(start + nbytes, dtype=torch.uint8)
-        row[:_SHARE_BYTES].view(torch.int32).fill_(header)
-        row[_SHARE_BYTES:start] = used
-        row[start:].view(flat.dtype).copy_(mine)
-        gathered = within.start_all_gather(row)()
-        # Ranks without a shard have not heard of other nodes.
-        merge_(used, gathered[:, _SHARE_BYTES:start])
-        for row, shard, size in zip(
-            gathered[:, start:].view(flat.dtype), shards, sizes, strict=True
-        ):
-            flat[shard] = row[:size]
+    start = _SHARE_BYTES + beside
+    row = flat.new_empty(start + nbytes, dtype=torch.uint8)
+    row[:_SHARE_BYTES].view(torch.int32).fill_(header)
+    row[_SHARE_BYTES:start] = used
+    row[start:].view(flat.dtype).copy_(mine)
+    try:
+        with stopwatch("exchange"):
+            gathered = within.start_all_gather(row)()
+    except RuntimeError as lost:  # who heard of the failure may have left by now
+        raise failure or lost from None
+    # Ranks without a shard have not heard of other nodes.
+    merge_(used, gathered[:, _SHARE_BYTES:start])
+    for row, shard, size in zip(gathered[:, start:].view(flat.dtype), shards, sizes, strict=True):
+        flat[shard] = row[:size]
     if failure is not None:
         raise failure
     headers = gathered[:, :_SHARE_BYTES].flatten()
