@@ -382,7 +382,8 @@ class RHTState:
             return communicator.rank, communicator.world_size
         if not dist.is_initialized():
             return None
-        return dist.get_rank(self._process_group), dist.get_world_size(self._process_group)
+        group = self._process_group or _group_of_model(self)
+        return dist.get_rank(group), dist.get_world_size(group)
 
     def close(self) -> None:
         """Finish what is under way, end the worker thread and the hook's own connections.
@@ -799,7 +800,7 @@ def _close_late(running: _Running) -> None:
 
 
 def _group_of_model(
-    state: RHTState, parameters: Sequence[torch.Tensor]
+    state: RHTState, parameters: Sequence[torch.Tensor] = ()
 ) -> dist.ProcessGroup | None:
     """The process group of the DDP model that a state is registered on, where it can be found.
 
@@ -812,10 +813,11 @@ def _group_of_model(
     mine = [m for m in models if any(own is state for _, own in getattr(m, "_comm_hooks", ()))]
     if not mine and parameters:
         mine = [m for m in models if any(p is parameters[0] for p in m.parameters())]
-    groups: list[dist.ProcessGroup] = [model.process_group for model in mine]
+    groups = [group for model in mine if (group := getattr(model, "process_group", None))]
     if not groups or any(_ranks(group) != _ranks(groups[0]) for group in groups):
         return None
-    return groups[0]
+    found: dist.ProcessGroup = groups[0]
+    return found
 
 
 def _ranks(group: dist.ProcessGroup | None) -> list[int]:

@@ -34,10 +34,10 @@ faults = load_module(str(ROOT / "benchmarks" / "faults.py"))
     [
         # In the middle of a payload either another survivor or the failed rank is seen first.
         ("killed", r"could not exchange bucket 0 of step 1: another rank died, or failed"),
-        ("stopped", r"another rank did not answer within the timeout of 0:00:05|another rank died"),
+        ("stopped", r"another rank did not answer within its timeout of 5 s|another rank died"),
         ("raises", r"could not exchange bucket 0 of step 1: another rank died, or failed"),
         ("raises, two levels", r"could not exchange bucket 0 of step 1: another rank died"),
-        ("no hook", r"process group within the timeout of 0:00:05: .* registered no hook"),
+        ("no hook", r"process group within its timeout of 5 s: .* registered no hook"),
     ],
 )
 def test_the_other_ranks_end_and_name_the_cause(name: str, cause: str) -> None:
