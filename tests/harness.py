@@ -30,9 +30,32 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-__all__ = ["Failure", "Ranks", "load_module", "run_program"]
+__all__ = ["Failure", "Ranks", "limit", "load_module", "run_program"]
 
 _HOST = "127.0.0.1"
+_STRETCH = "RHTCOMM_TEST_STRETCH"  # the factor, for the processes that a test starts
+_INHERITED = _STRETCH in os.environ
+
+
+def limit(seconds: float) -> float:
+    """`seconds`, stretched by how busy the machine is: the time after which a test gives up.
+
+    Every time limit that guards against a hang comes from here. A test that asserts that something
+    ends at its own timeout does not. The factor is twice the load for each processor (the load
+    average lags behind), at least 1, times RHTCOMM_TEST_PATIENCE (default 1), for machines whose
+    load does not tell. It never falls within a test run, and processes keep the one that they were
+    started with, so a limit inside another one stays below it.
+    """
+    if not _INHERITED:
+        before = float(os.environ.get(_STRETCH, 0))
+        os.environ[_STRETCH] = repr(max(before, _stretch()))
+    return seconds * float(os.environ[_STRETCH])
+
+
+def _stretch() -> float:
+    patience = os.environ.get("RHTCOMM_TEST_PATIENCE") or "1"
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return float(patience) * max(1.0, 2 * load / (os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)
@@ -90,7 +113,7 @@ class Ranks:
     def run(
         self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60
     ) -> list[Any]:
-        """What each rank returned; fails the test if one raised."""
+        """What each rank returned; fails the test if one raised, or after `limit(timeout)`."""
         outcomes = self.outcomes(function, world_size, *args, timeout=timeout)
         failed = {rank: o.traceback for rank, o in enumerate(outcomes) if isinstance(o, Failure)}
         if failed:
@@ -102,6 +125,7 @@ class Ranks:
         self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60
     ) -> list[Any]:
         """What each rank returned, or the `Failure` that it ended with."""
+        timeout = limit(timeout)
         while len(self._workers) < world_size:
             self._workers.append(self._spawn())
         self._cases += 1
@@ -116,7 +140,7 @@ class Ranks:
                 worker.connection.send_bytes(pickle.dumps(task))
             for rank, worker in enumerate(workers):
                 if not worker.connection.poll(max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError(f"rank {rank} did not end within {timeout} s")
+                    raise TimeoutError(f"rank {rank} did not end within {timeout:.0f} s")
                 outcomes.append(pickle.loads(worker.connection.recv_bytes()))
         except BaseException as error:
             self._kill()  # what the ranks still do would be taken for the outcome of the next case
@@ -215,7 +239,11 @@ def load_module(file: str) -> ModuleType:
 def run_program(
     source: str, world_size: int, timeout: float = 60
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run a program as the ranks that torchrun would start; for what happens as processes end."""
+    """Run a program as the ranks that torchrun would start; for what happens as processes end.
+
+    Fails the test after `limit(timeout)`.
+    """
+    timeout = limit(timeout)
     store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     environment = {
         # The programs must find the rhtcomm that the tests import, be it installed or a checkout.
@@ -253,5 +281,5 @@ def run_program(
             output = process.communicate()
         finished.append(subprocess.CompletedProcess(command, process.returncode, *output))
     if late:
-        pytest.fail(f"the program did not end within {timeout} s: {finished}")
+        pytest.fail(f"the program did not end within {timeout:.0f} s: {finished}")
     return finished

@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from harness import limit
 from mpi4py import MPI
 
 import rhtcomm
@@ -30,7 +31,7 @@ def same_everywhere(x: torch.Tensor) -> bool:
 
 
 def exchanges() -> None:
-    communicator = MPICommunicator(timeout=30)
+    communicator = MPICommunicator(timeout=limit(30))
     rank, n = communicator.rank, communicator.world_size
     for length in (1, 1000, 3_000_001):
         mine = torch.full((length,), rank + 1, dtype=torch.uint8)
@@ -54,7 +55,7 @@ def exchanges() -> None:
 
 
 def means() -> None:
-    communicator = MPICommunicator(timeout=30)
+    communicator = MPICommunicator(timeout=limit(30))
     rank, n = communicator.rank, communicator.world_size
     numel, key = 3 * 4096 + 1234, Key(1, step=2, bucket=3)
     xs = [torch.randn(numel, generator=torch.Generator().manual_seed(r)) for r in range(n)]
@@ -85,7 +86,7 @@ def means() -> None:
 
 
 def disagreement() -> None:
-    communicator = MPICommunicator(timeout=30)
+    communicator = MPICommunicator(timeout=limit(30))
     codec = Codec(QuicFL(4 if communicator.rank else 3))
     with pytest.raises(DisagreementError, match=r"bits \(3 on rank 0; 4 on rank"):
         rhtcomm.all_reduce(torch.randn(50_000), codec, Key(0), communicator)

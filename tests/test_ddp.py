@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Ranks, run_program
+from harness import Ranks, limit, run_program
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,7 +32,7 @@ from rhtcomm.hooks import RHTState, rht_hook
 
 BLOCK = 256
 SEED = 3
-TIMEOUT = timedelta(seconds=50)  # in case of a failure, before the 60 s of the test
+TIMEOUT = timedelta(seconds=limit(50))  # in case of a failure, before the 60 s of the test
 
 # Compresses every bucket, finely enough to compare gradients.
 FINE: dict[str, Any] = {

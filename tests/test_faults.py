@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Ranks, load_module
+from harness import Ranks, limit, load_module
 from torch.nn.parallel import DistributedDataParallel
 
 from rhtcomm import QuicFL
@@ -27,6 +27,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are f
 
 
 faults = load_module(str(ROOT / "benchmarks" / "faults.py"))
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "LIMIT", limit(faults.LIMIT))
 
 
 @pytest.mark.parametrize(

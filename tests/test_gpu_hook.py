@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Ranks
+from harness import Ranks, limit
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
@@ -24,7 +24,7 @@ from rhtcomm.hooks import RHTState, rht_hook
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 NUMEL, KEY = 1000, Key(3, step=4)
-TIMEOUT = timedelta(seconds=50)
+TIMEOUT = timedelta(seconds=limit(50))
 
 
 class Arrival:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import limit
 from interpreter import bits_of, both_ways, decode, in_shards, interpret, moments_of, tuned
 
 import rhtcomm.codec
@@ -47,7 +48,7 @@ def interpreted() -> Iterator[Interpreted]:
     """Calls a function of tests/interpreter.py where the Triton kernels run."""
     spawn = mp.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=interpret) as pool:
-        yield lambda function, *args: pool.submit(function, *args).result(timeout=120)
+        yield lambda function, *args: pool.submit(function, *args).result(timeout=limit(120))
 
 
 @pytest.fixture
@@ -308,7 +309,7 @@ assert not torch.cuda.is_initialized()
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=limit(120),
     )
     assert done.returncode == 0, done.stdout
     return done.stdout.splitlines()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import limit
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -297,7 +298,7 @@ print(getattr(kernel, "variant", "reference"))
         env={**kept, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=limit(120),
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import limit
 
 pytest.importorskip("mpi4py", reason="the extra 'mpi' is not installed")
 
@@ -21,7 +22,7 @@ def mpiexec(ranks: int, *program: str, timeout: float = 120) -> subprocess.Compl
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=limit(timeout),
     )
 
 
@@ -43,7 +44,7 @@ def test_processes_of_torchrun_alone_are_told_to_use_mpiexec() -> None:
         env=os.environ | {"WORLD_SIZE": "2"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=limit(120),
     )
     assert done.returncode != 0
     assert "MPI has 1 rank(s) but torch has 2; start the program with mpiexec -n 2" in done.stderr
@@ -67,7 +68,7 @@ def test_training_through_mpi_equals_training_through_gloo(tmp_path: Path) -> No
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=limit(300),
         )
         assert done.returncode == 0, done.stderr
         weights.append(torch.load(checkpoint)["model"])

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from harness import limit
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "network.sh"
 
@@ -23,7 +24,7 @@ def missing() -> str | None:
         if shutil.which(tool) is None:
             return f"{tool} was not found"
     probe = subprocess.run(
-        [str(SCRIPT), "1", "1gbit", "--", "true"], capture_output=True, text=True, timeout=20
+        [str(SCRIPT), "1", "1gbit", "--", "true"], capture_output=True, text=True, timeout=limit(20)
     )
     if "peration not permitted" in probe.stderr or "nknown device type" in probe.stderr:
         return f"this machine does not let root make them: {probe.stderr.strip()}"
@@ -104,7 +105,7 @@ def test_a_transfer_takes_what_the_rate_says_in_both_directions() -> None:
     least = (frames - 3 * 16_000) * 8 / 100e6
     for _ in range(3):
         run = network(3, "100mbit", sys.executable, "-c", TRANSFER)
-        output, errors = run.communicate(timeout=30)
+        output, errors = run.communicate(timeout=limit(30))
         assert run.returncode == 0, errors
         seconds = [float(line) for line in output.split()]
         assert len(seconds) == 2
@@ -118,7 +119,7 @@ def test_a_transfer_takes_what_the_rate_says_in_both_directions() -> None:
 def test_ranks_find_their_place_and_see_only_their_link() -> None:
     program = "echo $RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $GLOO_SOCKET_IFNAME; "
     program += "ls /sys/class/net | tr '\\n' ' '"
-    output, errors = network(2, "1gbit", "sh", "-c", program).communicate(timeout=30)
+    output, errors = network(2, "1gbit", "sh", "-c", program).communicate(timeout=limit(30))
     assert errors == ""
     for rank in range(2):
         assert f"{rank} 2 0 10.0.0.1 veth0" in output
@@ -146,11 +147,11 @@ def test_nothing_stays_behind(end: str) -> None:
             assert run.stdout.readline() == "up\n"
         if end.startswith("SIG"):
             run.send_signal(signal.Signals[end])
-        status = run.wait(timeout=15)
+        status = run.wait(timeout=limit(15))
     expected = {"success": 0, "failure": 7, "SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
     assert status == expected[end]
     # After SIGKILL the kernel needs a moment; in all other cases the script has waited for it.
-    deadline = time.monotonic() + (10 if end == "SIGKILL" else 0)
+    deadline = time.monotonic() + (limit(10) if end == "SIGKILL" else 0)
     while (left := processes_with(marker)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == []
@@ -161,7 +162,7 @@ def test_nothing_stays_behind(end: str) -> None:
 def test_two_networks_at_once_do_not_meet() -> None:
     runs = [network(3, "100mbit", sys.executable, "-c", TRANSFER) for _ in range(2)]
     for run in runs:
-        output, errors = run.communicate(timeout=30)
+        output, errors = run.communicate(timeout=limit(30))
         assert run.returncode == 0, errors
         assert len(output.split()) == 2
 
@@ -177,7 +178,9 @@ def test_two_networks_at_once_do_not_meet() -> None:
     ],
 )
 def test_wrong_arguments_are_named(arguments: tuple[str, ...], message: str) -> None:
-    done = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        [str(SCRIPT), *arguments], capture_output=True, text=True, timeout=limit(20)
+    )
     assert done.returncode == 2
     assert message in done.stderr
 
@@ -191,7 +194,7 @@ def test_without_root_or_iproute2_it_says_so(tmp_path: Path) -> None:
         env={"PATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=limit(20),
     )
     assert done.returncode == 2
     assert "ip was not found: install iproute2" in done.stderr
@@ -201,7 +204,7 @@ def test_without_root_or_iproute2_it_says_so(tmp_path: Path) -> None:
             input=SCRIPT.read_text(),
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=limit(20),
         )
         assert done.returncode == 2
         assert "only root can make network namespaces" in done.stderr

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from harness import Ranks
+from harness import Ranks, limit
 
 import rhtcomm
 from rhtcomm import Codec, Key, QuicFL, TorchCommunicator
@@ -139,7 +139,7 @@ def test_the_command_prints_a_verdict() -> None:
         [sys.executable, "-m", "rhtcomm", *arguments.split()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=limit(120),
     )
     assert done.returncode == 0, done.stderr
     assert "100,000 coordinates, 2 ranks, 0.001 Gbit/s" in done.stdout
@@ -152,7 +152,7 @@ def test_the_command_prints_a_verdict() -> None:
         [sys.executable, "-m", "rhtcomm", *arguments.split()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=limit(120),
     )
     assert done.returncode == 1
     assert "world_size=1 at least 2" in done.stderr

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import load_module
+from harness import limit, load_module
 
 TRAINER = Path(__file__).parents[1] / "launch" / "train_ddp.py"
 TINY = {
@@ -39,10 +39,10 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         text=True,
     )
     try:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=limit(120))
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun then ends its ranks, which a kill would leave behind
-        pytest.fail(f"the trainer did not end within 120 s: {process.communicate()[0]}")
+        pytest.fail(f"the trainer did not end in time: {process.communicate()[0]}")
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
