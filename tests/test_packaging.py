@@ -185,12 +185,17 @@ def test_every_source_gives_the_same_wheel(checkout: Path, tmp_path: Path) -> No
 def test_an_editable_install_needs_no_symbolic_link(checkout: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     shutil.unpack_archive(build("editable", checkout, tmp_path), site, format="zip")
+    (checkout / "hooks" / "made_later.py").write_text("from . import ddp")
     program = f"""
 import site, sys
 sys.meta_path[:] = [f for f in sys.meta_path if "Redirect" not in type(f).__name__]
+sys.modules.pop("_editable_skbc_rhtcomm", None)
+sys.path.insert(0, {str(site)!r})
+before = set(sys.path)
 site.addsitedir({str(site)!r})
-import rhtcomm.hooks.ddp
-print(rhtcomm.hooks.ddp.__file__)"""
+print(*set(sys.path) - before)
+from rhtcomm.hooks import made_later
+print(made_later.ddp.__file__)"""
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
@@ -199,4 +204,5 @@ print(rhtcomm.hooks.ddp.__file__)"""
         timeout=limit(120),
     )
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()) == checkout / "hooks" / "ddp.py"
+    # Nothing beside the checkout can be imported.
+    assert done.stdout.split() == [str(checkout), str(checkout / "hooks" / "ddp.py")]
