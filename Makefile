@@ -5,6 +5,7 @@
 # make sanitize   runs the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc)
 # make slurm  runs launch/slurm.sbatch under a real Slurm of two nodes on this machine, as root; skips
 #             where slurm-wlm or munge is missing
+# make matrix   runs the core tests on the oldest and the newest versions (downloads up to 12 GB)
 # make        lists these
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 FUZZ ?= 20
 SEED ?= $(shell date +%s)
 
-.PHONY: help demo test fuzz lint sanitize slurm clean
+.PHONY: help demo test fuzz lint sanitize matrix slurm clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -47,6 +48,9 @@ sanitize: $(VENV)/.installed
 
 slurm: $(VENV)/.installed
 	$(BIN)/python tests/slurm_local.py
+
+matrix: $(VENV)/.installed
+	$(BIN)/python tests/matrix.py
 
 clean:
 	rm -rf $(VENV) demo-results dist build
