@@ -1,9 +1,9 @@
 """The core tests on the oldest supported, the pinned and the newest versions: `make matrix`.
 
 Each pair of Python and torch has an environment of its own in build/matrix, into which the wheel is
-installed. It prints a Markdown table, and fails if a test did or none was run. A pair whose Python
-or torch cannot be had is skipped, with the reason. A torch from PyPI is a CUDA build on Linux, which
-takes 5 to 6 GB. The environment may say:
+installed. It prints a Markdown table, and fails if a test did or none was run. A pair whose
+Python or torch cannot be had is skipped, with the reason. A torch from PyPI is a CUDA build on
+Linux, which takes 5 to 6 GB. The environment may say:
 
     MATRIX="3.10:2.6.0 3.13:2.15.0"    pairs to run instead
     MATRIX_PYTHONS="/opt/python3.10 python3.13"    interpreters, in place of those found
