@@ -6,6 +6,7 @@
 # make slurm  runs launch/slurm.sbatch under a real Slurm of two nodes on this machine, as root; skips
 #             where slurm-wlm or munge is missing
 # make matrix   runs the core tests on the oldest and the newest versions (downloads up to 12 GB)
+# make cross   checks the C kernels under qemu on aarch64 and riscv64, and by clang, where installed
 # make        lists these
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 FUZZ ?= 20
 SEED ?= $(shell date +%s)
 
-.PHONY: help demo test fuzz lint sanitize matrix slurm clean
+.PHONY: help demo test fuzz lint sanitize cross matrix slurm clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -51,6 +52,9 @@ slurm: $(VENV)/.installed
 
 matrix: $(VENV)/.installed
 	$(BIN)/python tests/matrix.py
+
+cross: $(VENV)/.installed
+	$(BIN)/python tests/cross/run.py
 
 clean:
 	rm -rf $(VENV) demo-results dist build

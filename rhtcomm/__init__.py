@@ -1,5 +1,13 @@
 """Gradient compression by randomized Hadamard transforms and unbiased quantization."""
 
+import sys
+
+if sys.byteorder != "little":
+    raise ImportError(
+        "rhtcomm: this processor is big-endian, where payloads would be decoded wrongly; "
+        "only little-endian ones (x86-64, aarch64, riscv64, ppc64le) can be used"
+    )
+
 from rhtcomm.codec import Codec, PayloadError
 from rhtcomm.collectives import DisagreementError, all_reduce
 from rhtcomm.communicator import HierarchicalCommunicator, MPICommunicator, TorchCommunicator

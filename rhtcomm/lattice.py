@@ -21,6 +21,7 @@ from functools import cached_property
 
 import torch
 
+from rhtcomm.floating_point import default_mode
 from rhtcomm.quantizers.base import check_bits
 from rhtcomm.randomness import Key, dither
 from rhtcomm.rotation import Blocks, RandomizedHadamard, split_into_blocks
@@ -87,6 +88,7 @@ class Lattice:
     def blocks(self, numel: int) -> tuple[Blocks, ...]:
         return split_into_blocks(numel, self.block)
 
+    @default_mode(pool=True)
     def rotate(self, x: torch.Tensor, key: Key, blocks: Blocks) -> torch.Tensor:
         """Rotated coordinates of blocks: x (at most B d,) -> (B, d) float64; inf if not finite."""
         rows = blocks.rows(x.float())
@@ -100,6 +102,7 @@ class Lattice:
         y = torch.ldexp(y, exponent.double()) * blocks.size ** (-self.rotations / 2)
         return torch.where(finite, y, torch.inf)
 
+    @default_mode(pool=True)
     def codes(
         self, y: torch.Tensor, bound: torch.Tensor, key: Key, first: int, rank: int, world_size: int
     ) -> torch.Tensor:
@@ -111,6 +114,7 @@ class Lattice:
         position = torch.where(usable[:, None], position, 0.0)
         return (position + v).floor().long().clamp(0, 2**self.bits - 1)
 
+    @default_mode(pool=True)
     def mean(
         self, total: torch.Tensor, bound: torch.Tensor, key: Key, blocks: Blocks, world_size: int
     ) -> torch.Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rhtcomm.floating_point import default_mode
 from rhtcomm.randomness import Key, Stream, signs
 
 __all__ = ["Blocks", "RandomizedHadamard", "choose_rotations", "split_into_blocks"]
@@ -117,6 +118,7 @@ class RandomizedHadamard:
                 "(an int)"
             )
 
+    @default_mode(pool=True)
     def forward(self, x: torch.Tensor, key: Key, rank: int = 0) -> torch.Tensor:
         """R x: (numel,) floating -> (padded numel,) float32, |R x| = |x|."""
         y = []
@@ -125,6 +127,7 @@ class RandomizedHadamard:
             y.append(self.rotate(rows, key, part.start, rank) * part.size ** (-self.rotations / 2))
         return torch.cat([rows.flatten() for rows in y]) if y else x.float()
 
+    @default_mode(pool=True)
     def inverse(self, y: torch.Tensor, key: Key, numel: int, rank: int = 0) -> torch.Tensor:
         """The x of `forward`: (padded numel,) float32 -> (numel,) float32."""
         x = []

@@ -13,8 +13,13 @@ that the processor has, and the Triton kernels on CUDA (or ROCm) tensors where T
 With TRITON_INTERPRET=1, RHTCOMM_KERNELS=gpu runs them on CPU tensors, for tests.
 """
 
+import json
 import logging
 import os
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -83,19 +88,55 @@ def _kernel_for(place: torch.device, quantizer: type[Quantizer]) -> Kernel:
 @once
 def _for_cpu(wanted: str | None, variant: str | None) -> Kernel:
     path = cpu.library_path()
-    fact, cause = "were not built", None
+    fact, cause = "were not built: there was no C compiler, or it failed", None
     if path is not None:
         try:
             return cpu.Library(path, variant)
         except OSError as failure:
             fact, cause = f"could not be loaded ({failure})", failure
-    remedy = "see why with RHTCOMM_REQUIRE_KERNELS=1 pip install -v (a C compiler is needed)"
+    remedy = (
+        "To build them, or to see why that fails, install a C compiler (gcc or clang) and run\n\n"
+        f"    {_build_command()}\n"
+    )
     if wanted or variant:
-        raise RuntimeError(f"the C kernels were asked for, but they {fact}: {remedy}") from cause
+        raise RuntimeError(f"the C kernels were asked for, but they {fact}. {remedy}") from cause
     logging.getLogger("rhtcomm").warning(
-        "the C kernels %s, so the much slower torch reference is in use: %s", fact, remedy
+        "the C kernels %s; the torch reference takes their place, at a thirtieth of their speed. "
+        "%s",
+        fact,
+        remedy,
     )
     return reference
+
+
+def _build_command() -> str:
+    """Installs the package again from where it came from, with C kernels or an error.
+
+    pip keeps the wheels that it built, those without kernels too, and would take one of them again.
+    """
+    pip = f"{shlex.quote(sys.executable)} -m pip"
+    return (
+        f"{pip} cache remove rhtcomm; RHTCOMM_REQUIRE_KERNELS=1 "
+        f"{pip} install --no-cache-dir --force-reinstall --no-deps -v {_source()}"
+    )
+
+
+def _source() -> str:
+    """What to tell pip to install, by what it noted when it did so last."""
+    try:
+        distribution = metadata.distribution("rhtcomm")
+    except (
+        metadata.PackageNotFoundError
+    ):  # a checkout on the path, with this file in rhtcomm/kernels
+        return shlex.quote(str(Path(__file__).parents[2]))
+    facts = json.loads(distribution.read_text("direct_url.json") or "{}")
+    if not facts:
+        return f"--no-binary rhtcomm rhtcomm=={distribution.version}"
+    url = facts["url"]
+    if "vcs_info" in facts:
+        url = f"{facts['vcs_info']['vcs']}+{url}@{facts['vcs_info']['commit_id']}"
+    editable = facts.get("dir_info", {}).get("editable", False)
+    return f"{'--editable ' if editable else ''}{shlex.quote(url)}"
 
 
 @once

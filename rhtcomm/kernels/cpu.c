@@ -10,8 +10,24 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__x86_64__)
+#if defined(__SSE2__)
 #include <immintrin.h>
+#elif !defined(__aarch64__)
+#include <fenv.h>
+#endif
+
+#if defined(__FAST_MATH__) || defined(__RECIPROCAL_MATH__) || defined(__ASSOCIATIVE_MATH__) || \
+    (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "rhtcomm: -ffast-math and its parts (-Ofast too) change payloads; take them out of CFLAGS"
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "rhtcomm: payloads are little-endian, so a big-endian processor cannot be used"
+#endif
+#if defined(__arm__)
+#error "rhtcomm: 32-bit ARM flushes subnormal numbers in NEON, so its results would differ"
+#endif
+#if defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0 && __FLT_EVAL_METHOD__ != 16
+#error "rhtcomm: floats are computed in a wider format here; on x86 add -msse2 -mfpmath=sse"
 #endif
 
 #if defined(__AVX512F__)
@@ -71,6 +87,37 @@ typedef struct {
 } Plan;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* ---- Floating-point mode ------------------------------------------------------------------- */
+
+/* Rounding to nearest, subnormals kept, no traps. Each thread has a mode of its own, which it takes
+ * over from the one that starts it; torch.set_flush_denormal changes it, fesetround does, and so does
+ * loading a library that was linked with -ffast-math. The compiler may move arithmetic across a change,
+ * so what computes in another mode is a function that is not inlined. */
+#if defined(__SSE2__)
+enum { DEFAULT_MODE = 0x1f80 };
+INLINE uint64_t get_mode(void) { return _mm_getcsr(); }
+INLINE void set_mode(uint64_t mode) { _mm_setcsr((uint32_t)mode); }
+#elif defined(__aarch64__)
+enum { DEFAULT_MODE = 0 };
+INLINE uint64_t get_mode(void) {
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode) : : "memory");
+    return mode;
+}
+INLINE void set_mode(uint64_t mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode) : "memory"); }
+#else /* where, as on RISC-V and POWER, nothing but the rounding can change */
+enum { DEFAULT_MODE = FE_TONEAREST };
+INLINE uint64_t get_mode(void) { return (uint64_t)fegetround(); }
+INLINE void set_mode(uint64_t mode) { fesetround((int)mode); }
+#endif
+
+/* Sets the default mode; returns the one before. */
+INLINE uint64_t set_default_mode(void) {
+    uint64_t before = get_mode();
+    set_mode(DEFAULT_MODE);
+    return before;
+}
 
 /* ---- Philox4x32-10 ------------------------------------------------------------------------- */
 
@@ -402,7 +449,7 @@ INLINE float from_half(uint16_t half) {
 
 INLINE uint16_t to_half(float value) {
     uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);  /* NaN */
+    if (magnitude > 0x7f800000) return 0x7e00;                     /* NaN */
     if (magnitude >= 0x47800000) return (uint16_t)(sign | 0x7c00); /* 2^16 and more */
     if (magnitude < 0x38800000) /* below 2^-14: adding 1/2 rounds at the subnormals' last bit */
         return (uint16_t)(sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000));
@@ -527,6 +574,8 @@ INLINE vi to_integers(vf v) {
     return (vi)_mm512_cvttps_epi32((__m512)v);
 #elif defined(__AVX2__)
     return (vi)_mm256_cvttps_epi32((__m256)v);
+#elif defined(__SSE2__)
+    return (vi)_mm_cvttps_epi32((__m128)v);
 #else
     return __builtin_convertvector(v, vi);
 #endif
@@ -609,9 +658,9 @@ static float take_exact(const Plan *plan, float *y, float rms, const uint8_t *di
 }
 
 /* What y will hold, with this rank's added, at the exact coordinates of a section of any bytes;
- * returns how many these are. */
+ * returns how many these are, and clears `finite` where one of them is not. */
 static int64_t exact_sums(const Plan *plan, const uint8_t *section, float scale, int initial,
-                          const float *y, i32 *indices, float *sums) {
+                          const float *y, i32 *indices, float *sums, int *finite) {
     const int64_t capacity = plan->exact_capacity, width = index_bytes(plan);
     int64_t count = 0;
     int32_t before = -1;
@@ -622,6 +671,7 @@ static int64_t exact_sums(const Plan *plan, const uint8_t *section, float scale,
         before = index;
         uint16_t half;
         memcpy(&half, section + capacity * width + i * 2, 2);
+        if ((half & 0x7c00) == 0x7c00) *finite = 0;
         float value = from_half(half) * scale;
         indices[count] = index;
         sums[count++] = initial ? value : y[index] + value;
@@ -1029,6 +1079,7 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
     }
     const uint8_t *dither =
         plan->quantizer == QUIC_FL ? draw_dither(plan, first, s.dither) : NULL;
+    int finite = 1; /* which no encoder leaves, but a payload of any bytes may */
     for (int64_t row = 0; row < plan->rows; row++) {
         const int64_t rank = plan->first_rank + row;
         float scale;
@@ -1041,7 +1092,8 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
             const uint8_t *section =
                 (const uint8_t *)packed + row * stride + size * plan->bits / 8;
             i32 *indices = (i32 *)s.sum;
-            int64_t count = exact_sums(plan, section, scale, row == 0, s.y, indices, s.room);
+            int64_t count =
+                exact_sums(plan, section, scale, row == 0, s.y, indices, s.room, &finite);
             quic_fl_add(plan, s.codes, dither, offset, scale, row == 0, s.y);
             for (int64_t i = 0; i < count; i++) s.y[indices[i]] = s.room[i];
         } else {
@@ -1066,7 +1118,49 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
         for (int64_t j = 0; j < size; j += LANES)
             store(to + j, load(s.sum + j) * plan->normalization * up);
     }
+    if (!finite) /* processors differ in the NaN that they make */
+        for (int64_t j = 0; j < size; j++)
+            if (to[j] != to[j]) to[j] = NAN;
     if (to != out) write_block(to, dtype, count, out);
+}
+
+/* One thread's share of the blocks of rhtcomm_encode. */
+static __attribute__((noinline)) int encode_share(const Plan *plan, int64_t blocks, uint32_t rank,
+                                                  const char *x, int dtype, int64_t numel,
+                                                  char *scales, uint8_t *packed, float *moments) {
+    const int64_t size = plan->size, packed_bytes = row_bytes(plan);
+    char *memory = aligned_alloc(64, scratch_bytes(size));
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; block++) {
+        if (!memory) continue;
+        int64_t at = block * size;
+        encode_block(plan, scratch_of(memory, size), plan->first + at, rank,
+                     x + at * bytes_of(dtype), dtype, least(size, numel - at),
+                     (float *)(scales + place_of(plan, block, 4)),
+                     packed + place_of(plan, block, packed_bytes),
+                     moments ? moments + block * MOMENTS : NULL);
+    }
+    free(memory);
+    return memory ? 0 : -1;
+}
+
+static __attribute__((noinline)) int decode_share(const Plan *plan, int64_t blocks,
+                                                  const char *scales, const char *packed,
+                                                  int64_t stride, char *out, int dtype,
+                                                  int64_t numel) {
+    const int64_t size = plan->size, packed_bytes = row_bytes(plan);
+    char *memory = aligned_alloc(64, scratch_bytes(size));
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; block++) {
+        if (!memory) continue;
+        int64_t at = block * size;
+        decode_block(plan, scratch_of(memory, size), plan->first + at,
+                     scales + place_of(plan, block, 4),
+                     packed + place_of(plan, block, packed_bytes), stride,
+                     out + at * bytes_of(dtype), dtype, least(size, numel - at));
+    }
+    free(memory);
+    return memory ? 0 : -1;
 }
 
 /* x: `numel` coordinates of `blocks` blocks, the rest of the last one being zeros. `moments` has room
@@ -1074,78 +1168,57 @@ static void decode_block(const Plan *plan, Scratch s, int64_t first, const char 
 int EXPORT(rhtcomm_encode)(const Plan *plan, int64_t blocks, int64_t rank, const void *x, int dtype,
                            int64_t numel, char *scales, uint8_t *packed, float *moments,
                            int threads) {
-    const int64_t size = plan->size, packed_bytes = row_bytes(plan);
     int failed = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) reduction(| : failed) if (threads > 1)
     {
-        char *memory = aligned_alloc(64, scratch_bytes(size));
-        if (!memory) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; block++) {
-            if (!memory) continue;
-            int64_t at = block * size;
-            encode_block(plan, scratch_of(memory, size), plan->first + at, (uint32_t)rank,
-                         (const char *)x + at * bytes_of(dtype), dtype, least(size, numel - at),
-                         (float *)(scales + place_of(plan, block, 4)),
-                         packed + place_of(plan, block, packed_bytes),
-                         moments ? moments + block * MOMENTS : NULL);
-        }
-        free(memory);
+        uint64_t mode = set_default_mode();
+        failed = encode_share(plan, blocks, (uint32_t)rank, x, dtype, numel, scales, packed, moments);
+        set_mode(mode);
     }
-    return -failed;
+    return failed;
 }
 
 /* Payload rows lie `stride` bytes apart. */
 int EXPORT(rhtcomm_decode)(const Plan *plan, int64_t blocks, const char *scales, const char *packed,
                            int64_t stride, void *out, int dtype, int64_t numel, int threads) {
-    const int64_t size = plan->size, packed_bytes = row_bytes(plan);
     int failed = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) reduction(| : failed) if (threads > 1)
     {
-        char *memory = aligned_alloc(64, scratch_bytes(size));
-        if (!memory) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; block++) {
-            if (!memory) continue;
-            int64_t at = block * size;
-            decode_block(plan, scratch_of(memory, size), plan->first + at,
-                         scales + place_of(plan, block, 4),
-                         packed + place_of(plan, block, packed_bytes), stride,
-                         (char *)out + at * bytes_of(dtype), dtype, least(size, numel - at));
-        }
-        free(memory);
+        uint64_t mode = set_default_mode();
+        failed = decode_share(plan, blocks, scales, packed, stride, out, dtype, numel);
+        set_mode(mode);
     }
-    return -failed;
+    return failed;
 }
 
 #ifdef DISPATCH
 /* Tells a library that does not fit the Python code beside it; raise it when a function changes. */
-enum { ABI = 3 };
+enum { ABI = 4 };
 __attribute__((visibility("default"))) int rhtcomm_abi(void) {
     return (ABI << 16) + (int)sizeof(Plan);
 }
 
-/* Whether this processor can run a variant. */
+/* Of the calling thread; see floating_point.py. */
+__attribute__((visibility("default"))) uint64_t rhtcomm_set_default_mode(void) {
+    return set_default_mode();
+}
+
+__attribute__((visibility("default"))) void rhtcomm_set_mode(uint64_t mode) { set_mode(mode); }
+
+/* Whether this processor can run a variant: has what CMakeLists.txt compiles it for. */
 __attribute__((visibility("default"))) int rhtcomm_supports(const char *variant) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (!strcmp(variant, "avx512vbmi"))
         return rhtcomm_supports("avx512") && __builtin_cpu_supports("avx512vbmi");
     if (!strcmp(variant, "avx512"))
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
-               __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
+        return rhtcomm_supports("avx2") && __builtin_cpu_supports("avx512f") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (!strcmp(variant, "avx2"))
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
                __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma") &&
-               __builtin_cpu_supports("f16c");
+               __builtin_cpu_supports("popcnt");
 #endif
     return !strcmp(variant, "baseline");
 }

@@ -5,22 +5,24 @@ the GIL. It runs on as many threads as torch does (`torch.set_num_threads`).
 """
 
 import ctypes
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from rhtcomm.floating_point import default_mode
 from rhtcomm.kernels.task import Task
 from rhtcomm.memory import address_of
 from rhtcomm.once import once
 from rhtcomm.quantizers import Eden, Quantizer, QuicFL, VectorQuantizer
 
-__all__ = ["DTYPES", "QUANTIZERS", "Library", "library_path"]
+__all__ = ["DTYPES", "QUANTIZERS", "Library", "library_path", "mode_functions"]
 
 QUANTIZERS = (QuicFL, Eden, VectorQuantizer)  # in the order of cpu.c
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of cpu.c
 _NUMBER_OF = {dtype: number for number, dtype in enumerate(DTYPES)}
-_ABI = 3  # of cpu.c
+_ABI = 4  # of cpu.c
 _NAME = "rhtcomm_cpu.*"
 
 
@@ -86,12 +88,7 @@ class Library:
 
     def __init__(self, path: Path, variant: str | None = None) -> None:
         library = ctypes.CDLL(str(path))
-        found = library.rhtcomm_abi() if hasattr(library, "rhtcomm_abi") else 0
-        if found != (_ABI << 16) + ctypes.sizeof(_Plan):
-            raise RuntimeError(
-                f"the C kernels in {path} were built from another version of this package; "
-                "install it again"
-            )
+        _check_abi(library, path)
         variants = {
             name: hasattr(library, f"rhtcomm_encode_{name}")
             and bool(library.rhtcomm_supports(name.encode()))
@@ -166,6 +163,30 @@ class Library:
         )
 
 
+def mode_functions(path: Path) -> tuple[Callable[[], int], Callable[[int], object]]:
+    """What `floating_point` needs of the library.
+
+    Raises:
+        OSError: it cannot be loaded.
+        RuntimeError: it is another version's.
+    """
+    library = ctypes.PyDLL(str(path))  # so short a call had better keep the GIL
+    _check_abi(library, path)
+    set_default, give_back = library.rhtcomm_set_default_mode, library.rhtcomm_set_mode
+    set_default.argtypes, set_default.restype = (), ctypes.c_uint64
+    give_back.argtypes, give_back.restype = (ctypes.c_uint64,), None
+    return set_default, give_back
+
+
+def _check_abi(library: ctypes.CDLL, path: Path) -> None:
+    found = library.rhtcomm_abi() if hasattr(library, "rhtcomm_abi") else 0
+    if found != (_ABI << 16) + ctypes.sizeof(_Plan):
+        raise RuntimeError(
+            f"the C kernels in {path} were built from another version of this package; "
+            "install it again"
+        )
+
+
 def _plan(task: Task, ranks: int) -> _Plan:
     """What both directions are told."""
     key, blocks, rotations = task.key, task.section.blocks, task.rotation.rotations
@@ -175,11 +196,18 @@ def _plan(task: Task, ranks: int) -> _Plan:
     plan.world_size = task.world_size
     plan.seed_low, plan.seed_high = key.seed & 0xFFFFFFFF, key.seed >> 32
     plan.bucket, plan.step, plan.hop = key.bucket, key.step, key.hop
-    plan.normalization = blocks.size ** (-rotations / 2) / ranks
+    plan.normalization = _normalization(blocks.size, rotations, ranks)
     return plan
 
 
 @once
+@default_mode()
+def _normalization(size: int, rotations: int, ranks: int) -> float:
+    return ctypes.c_float(size ** (-rotations / 2) / ranks).value
+
+
+@once
+@default_mode()
 def _constants(quantizer: Quantizer, rotations: int, size: int) -> _Plan:
     """Of the plan, what is the same in all calls; it owns the table that it points into."""
     plan = _Plan(

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from rhtcomm.bitpack import pack, unpack
+from rhtcomm.floating_point import assign_, default_mode
 from rhtcomm.kernels.task import Task
 from rhtcomm.quantizers import QuicFL
 from rhtcomm.rotation import Blocks, block_moments
@@ -26,6 +27,7 @@ _PIECE = {"cpu": 1 << 17}
 _LARGE_PIECE = 1 << 24
 
 
+@default_mode(pool=True)
 def encode(
     task: Task,
     x: torch.Tensor,
@@ -56,6 +58,7 @@ def encode(
         codes[run, rows] = packed
 
 
+@default_mode(pool=True)
 def decode(task: Task, payloads: torch.Tensor, out: torch.Tensor) -> None:
     rotation, quantizer, key, section, _, first_rank, world_size = task
     ranks, parts, _ = payloads.shape
@@ -85,7 +88,7 @@ def decode(task: Task, payloads: torch.Tensor, out: torch.Tensor) -> None:
         mean = total * (piece.size ** (-rotation.rotations / 2) / ranks) * up[:, None]
         mean = torch.where(finite[:, None], mean, torch.nan)
         target = out[piece.start - blocks.start :][: mean.numel()]
-        target.copy_(mean.flatten()[: target.numel()])
+        assign_(target, mean.flatten()[: target.numel()])
 
 
 def _pieces(blocks: Blocks, runs: int, device: torch.device) -> Iterator[tuple[int, slice, Blocks]]:

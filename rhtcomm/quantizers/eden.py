@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from rhtcomm import codebooks
+from rhtcomm.floating_point import default_mode
 from rhtcomm.once import once
 from rhtcomm.quantizers.base import (
     check_bits,
@@ -87,6 +88,7 @@ class Table:
 
 
 @once
+@default_mode()
 def _table(bits: int) -> Table:
     centroids = codebooks.load("lloyd_max")[f"b{bits}"]
     boundaries = (centroids[1:] + centroids[:-1]) / 2

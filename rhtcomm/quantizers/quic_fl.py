@@ -33,6 +33,7 @@ import numpy.typing as npt
 import torch
 
 from rhtcomm import codebooks
+from rhtcomm.floating_point import default_mode
 from rhtcomm.once import once
 from rhtcomm.quantizers.base import check_bits, fingerprint_of, root_mean_square, tensor_of
 from rhtcomm.randomness import Key, dither, stratum
@@ -233,6 +234,7 @@ def _index_dtype(size: int) -> torch.dtype:
 
 
 @once
+@default_mode()
 def _table(bits: int, name: str) -> Table:
     levels = codebooks.load(name)[f"b{bits}"].astype(np.float32)
     share = levels.size >> bits  # H

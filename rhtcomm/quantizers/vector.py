@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from rhtcomm import codebooks
+from rhtcomm.floating_point import default_mode
 from rhtcomm.once import once
 from rhtcomm.quantizers.base import eden_scale, fingerprint_of, root_mean_square, tensor_of
 from rhtcomm.randomness import Key
@@ -108,6 +109,7 @@ class Table:
 
 
 @once
+@default_mode()
 def _table(bits: int) -> Table:
     half = codebooks.load("vector")[f"b{bits}"]
     return Table(

@@ -1,0 +1,114 @@
+"""The floating-point mode that results must not depend on.
+
+A thread rounds in some direction, and may flush subnormal numbers to zero. It takes its mode over
+from the thread that starts it; `torch.set_flush_denormal` and C's `fesetround` change it, and so
+does loading a library that was linked with -ffast-math. Replicas hold the same bits only if what
+reaches a payload or a result is computed in the same mode on all ranks: rounding to nearest,
+subnormals kept. The C kernels see to that on each of their threads; what torch, NumPy or MPI
+computes on the CPU runs within `default_mode`. It says nothing about GPUs.
+
+NaNs differ too, by processor, dtype and even by place in a tensor; `assign_` writes one.
+"""
+
+from collections.abc import Callable
+from contextlib import ContextDecorator
+from functools import cache
+
+import torch
+
+__all__ = ["assign_", "default_mode"]
+
+_NAN = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
+_INTEGER = {4: torch.int32, 2: torch.int16}
+# Elements that torch gives to one thread at least.
+_GRAIN = 1 << 15
+
+
+class default_mode(ContextDecorator):
+    """Set the calling thread's floating-point mode to C's default one, and give it back.
+
+    A context manager and a decorator; takes about a microsecond.
+
+    Args:
+        pool: look after the threads among which torch splits large operations too. They keep the
+            mode they were started in, and no call changes it. Where it is another one, torch works
+            on one thread until the context ends (`torch.set_num_threads`).
+
+    Raises:
+        RuntimeError: the thread does not round to nearest, and the C kernels, which alone could
+            change that, were not built.
+    """
+
+    def __init__(self, *, pool: bool = False) -> None:
+        self._pool = pool
+
+    def _recreate_cm(self) -> "default_mode":  # calls may overlap
+        return default_mode(pool=self._pool)
+
+    def __enter__(self) -> None:
+        self._before, self._threads = _functions()[0](), 0
+        if self._pool:
+            threads = torch.get_num_threads()
+            if threads > 1 and not _pool_has_default_mode(threads):
+                self._threads = threads
+                torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        _functions()[1](self._before)
+
+
+def assign_(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """out <- x, rounded to the dtype of out; every NaN becomes the canonical one, and so alike.
+
+    That is 0x7fc00000 in float32, 0x7fc0 in bfloat16 and 0x7e00 in float16.
+    """
+    out.copy_(x)
+    bits = out.view(_INTEGER[out.element_size()])
+    bits.masked_fill_(out.isnan(), _NAN[out.dtype])
+    return out
+
+
+@cache
+def _functions() -> tuple[Callable[[], int], Callable[[int], object]]:
+    """Set the default mode, returning what there was; and give that back."""
+    from rhtcomm.kernels import cpu  # which needs quantizers, and these this module
+
+    path = cpu.library_path()
+    try:
+        return cpu.mode_functions(path) if path else (_set_default_by_torch, _give_back_by_torch)
+    except (OSError, RuntimeError):  # whoever asks for the C kernels is told
+        return _set_default_by_torch, _give_back_by_torch
+
+
+_ONE, _TINY = 1.0, 5e-324  # variables, since the interpreter computes with constants beforehand
+
+
+def _set_default_by_torch() -> int:
+    """Returns whether subnormals were flushed; torch can switch that, but not tell."""
+    flushed = _TINY * _ONE == 0
+    if flushed:
+        torch.set_flush_denormal(False)
+    if _ONE + _TINY - _TINY != _ONE:
+        if flushed:
+            torch.set_flush_denormal(True)
+        raise RuntimeError(
+            "rhtcomm: this thread does not round to nearest (fesetround), and without its C "
+            "kernels rhtcomm cannot change that; set FE_TONEAREST, or install the C kernels"
+        )
+    return int(flushed)
+
+
+def _give_back_by_torch(flushed: int) -> None:
+    if flushed:
+        torch.set_flush_denormal(True)
+
+
+def _pool_has_default_mode(threads: int) -> bool:
+    """Whether 1 + x - x - 1 + x is x, a subnormal, in all threads: not where they round otherwise
+    than to nearest or flush."""
+    tiny = torch.ones(1, dtype=torch.int32).view(torch.float32)
+    x = tiny.expand(threads * _GRAIN) + 1.0
+    x.sub_(tiny).sub_(1.0).add_(tiny)
+    return bool((x.view(torch.int32) == 1).all())

@@ -1,0 +1,136 @@
+"""Write the cases that driver.c checks: what the torch reference makes of some tensors."""
+
+import argparse
+import ctypes
+import math
+from collections.abc import Iterator
+from itertools import count, product
+from pathlib import Path
+
+import torch
+
+import rhtcomm.codec
+from rhtcomm import Codec, Eden, Key, QuicFL, VectorQuantizer
+from rhtcomm.kernels import cpu, reference
+from rhtcomm.quantizers import Quantizer
+
+FRACTION = 1 / 512
+QUANTIZERS: tuple[Quantizer, ...] = (
+    *(QuicFL(bits) for bits in range(1, 9)),
+    *(QuicFL(bits, exact_fraction=FRACTION) for bits in range(1, 9)),
+    *(Eden(bits) for bits in range(1, 9)),
+    *(Eden(bits, biased=True) for bits in (1, 4)),
+    *(VectorQuantizer(bits) for bits in (1, 2, 4)),
+)
+# Whole numbers, subnormal ones in float32 and in float16, ones near the largest, no finite ones.
+MAGNITUDES = (1.0, 1e-38, 1e-41, 3e-8, 3e38, math.inf)
+BLOCKS = (32, 256, 512, 4096)
+RANKS = 2
+
+
+class Case(ctypes.Structure):
+    """`Case` of driver.c, but for its pointers, which stay empty."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("blocks", "rank", "numel", "in_dtype", "out_dtype")),
+        *((name, ctypes.c_int64) for name in ("nbytes", "scales", "codes")),
+        ("tables", ctypes.c_int64 * 4),
+        ("encoding", cpu._Plan),
+        ("decoding", cpu._Plan),
+    )
+
+
+def cases() -> Iterator[tuple[Quantizer, int, int, float, torch.dtype, torch.dtype]]:
+    """Each quantizer with each magnitude, and the rest in turn."""
+    for i, (quantizer, magnitude) in zip(count(), product(QUANTIZERS, MAGNITUDES), strict=False):
+        in_dtype, out_dtype = cpu.DTYPES[i // 3 % 3], cpu.DTYPES[i % 3]
+        yield quantizer, 1 + i % 3, BLOCKS[i // 2 % 4], magnitude, in_dtype, out_dtype
+
+
+def case(
+    number: int,
+    quantizer: Quantizer,
+    rotations: int,
+    block: int,
+    magnitude: float,
+    in_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> Iterator[bytes]:
+    codec, key = Codec(quantizer, rotations, block), Key(number, step=7, bucket=11)
+    rank, numel = number % RANKS, block - 5 if number % 4 == 1 else 2 * block
+    generator = torch.Generator().manual_seed(number)
+    xs = torch.randn(RANKS, numel, generator=generator)
+    xs[:, : block // 2] *= 2.0**-12  # some far smaller than their block's largest
+    if math.isinf(magnitude):
+        xs[1, 3] = math.nan
+    else:
+        xs = (xs.double() * magnitude).clamp(-3e38, 3e38)
+    xs = xs.to(in_dtype)
+    if number % 5 == 0:
+        xs[0, numel // 2 :] = 0
+    payloads = torch.stack([codec.encode(x, key, r, RANKS) for r, x in enumerate(xs)])
+    (section,) = rhtcomm.codec._layout(codec, numel)
+    if number % 7 == 0:  # codes of any bytes, exact coordinates among them
+        shape = payloads[:, section.codes :].shape
+        octets = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        payloads[1 - rank, section.codes :] = octets[rank]
+    out = codec.decode_mean(payloads, key, numel, out=torch.empty(numel, dtype=out_dtype))
+    yield _header(codec, key, section, payloads, numel, rank, xs.dtype, out.dtype)
+    yield from _tables(quantizer)
+    for tensor in (xs[rank], payloads, out):
+        yield tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _tables(quantizer: Quantizer) -> list[bytes]:
+    """In the order of `Plan`: levels, positions, boundaries, half_norms."""
+    table = quantizer.table  # type: ignore[attr-defined]
+    names = (("levels", "centroids", "codewords"), ("positions",), ("boundaries",), ("half_norms",))
+    return [
+        next((getattr(table, name).numpy().tobytes() for name in of if hasattr(table, name)), b"")
+        for of in names
+    ]
+
+
+def _header(
+    codec: Codec,
+    key: Key,
+    section: rhtcomm.codec.Section,
+    payloads: torch.Tensor,
+    numel: int,
+    rank: int,
+    in_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> bytes:
+    rotation = codec._rotation(None)
+    task = rhtcomm.codec.Task(rotation, codec.quantizer, key, section, 0, rank, RANKS)
+    plans = [cpu._plan(task, 1), cpu._plan(task, RANKS)]
+    plans[1].rows = RANKS
+    for plan in plans:
+        plan.run_stride = payloads.stride(0)
+        plan.levels = plan.positions = plan.boundaries = plan.half_norms = None
+    sizes = [len(table) for table in _tables(codec.quantizer)]
+    return bytes(
+        Case(
+            *(section.blocks.count, rank, numel),
+            *(cpu.DTYPES.index(in_dtype), cpu.DTYPES.index(out_dtype)),
+            *(payloads.shape[1], section.scales, section.codes),
+            (ctypes.c_int64 * 4)(*sizes),
+            *plans,
+        )
+    )
+
+
+def write(path: Path) -> None:
+    torch.set_num_threads(1)
+    rhtcomm.codec.kernel_for = lambda device, quantizer: reference  # type: ignore[assignment]
+    with path.open("wb") as file:
+        file.write(bytes((ctypes.c_int64 * 2)(cpu._ABI, ctypes.sizeof(Case))))
+        for number, facts in enumerate(cases()):
+            for part in case(number, *facts):
+                file.write(part)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path)
+    write(parser.parse_args().path)
