@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -280,3 +281,35 @@ def test_the_library_tells_the_default_mode_of_this_processor() -> None:
         give_back(flushing)
         assert mode_now() == (0, True)
     assert flushing != usual
+
+
+INTERPRETED = """
+import torch
+from rhtcomm import Codec, Eden, Key, QuicFL
+torch.set_num_threads(1)
+for quantizer in (QuicFL(2, 1 / 512), Eden(2)):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        codec, key = Codec(quantizer, 1, 64), Key(0)
+        x = torch.ones(100)
+        x[3] = torch.nan
+        payload = codec.encode(x, key)
+        if isinstance(quantizer, QuicFL):  # an exact coordinate of the tail that is a negative NaN
+            payload[-2:] = torch.tensor([1, 0xFC], dtype=torch.uint8)
+            payload[-4:-2] = 0
+        out = codec.decode_mean(payload[None], key, 100, out=torch.empty(100, dtype=dtype))
+        bits = out.view({4: torch.int32, 2: torch.int16}[dtype.itemsize])
+        print(hex(payload[16:20].view(torch.int32).item()), *bits[out.isnan()].unique().tolist())
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_writes_the_canonical_nan() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env={**os.environ, "TRITON_INTERPRET": "1", "RHTCOMM_KERNELS": "gpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"0x7fc00000 {nan}" for nan in CANONICAL.values()] * 2

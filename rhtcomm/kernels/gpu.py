@@ -127,8 +127,12 @@ def _round_to(x, DTYPE: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         bits = tl.where(x == x, bits, 0x7FC0)
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    elif tl.float16 == DTYPE:
+        bits = tl.where(x == x, x.to(tl.float16).to(tl.uint16, bitcast=True), 0x7E00)
+        return bits.to(tl.uint16).to(tl.float16, bitcast=True)
     else:
-        return x.to(DTYPE)
+        bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
+        return bits.to(tl.uint32).to(tl.float32, bitcast=True)
 
 
 # Transforms and sums -----------------------------------------------------------------------------
