@@ -39,6 +39,7 @@ from ..collectives import (
     check_error_feedback,
 )
 from ..communicator import Communicator, HierarchicalCommunicator, TorchCommunicator, users
+from ..floating_point import GRAIN, default_mode
 from ..lattice import Lattice
 from ..quantizers import Eden, QuicFL, VectorQuantizer
 from ..randomness import Key
@@ -712,9 +713,9 @@ class RHTState:
                 buffer.dtype,
             )
         before = communicator.bytes_sent
-        with self._exchange(key):
+        with self._exchange(key), default_mode(pool=buffer.numel() > GRAIN):
             communicator.all_reduce_(buffer)
-        buffer /= communicator.world_size
+            buffer /= communicator.world_size
         self._bytes_sent += communicator.bytes_sent - before
         self._bytes_uncompressed += communicator.ring_bytes(buffer.nbytes)
 

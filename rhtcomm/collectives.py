@@ -50,6 +50,7 @@ import torch.distributed as dist
 
 from rhtcomm.codec import AUTO, DTYPES, Codec, PayloadError, _deferred
 from rhtcomm.communicator import Communicator, HierarchicalCommunicator, users
+from rhtcomm.floating_point import GRAIN, assign_, default_mode
 from rhtcomm.lattice import Lattice
 from rhtcomm.memory import check_memory
 from rhtcomm.randomness import Key
@@ -166,6 +167,7 @@ def all_reduce(
         )
 
 
+@default_mode()
 def _all_reduce(
     tensor: torch.Tensor,
     codec: Codec | Lattice,
@@ -249,7 +251,7 @@ def _all_reduce(
     with stopwatch("exchange"):
         communicator.settle(wait=settle)
     if flat.data_ptr() != tensor.data_ptr():
-        tensor.detach().copy_(flat.view(tensor.shape))
+        assign_(tensor.detach(), flat.view(tensor.shape))
     if residual is not None and left is not None:
         # A gradient scaler skips a step that is not finite, so nothing of it may stay.
         left += flat - tensor.detach().float().reshape(-1)  # the rounding to the tensor's dtype
@@ -398,12 +400,12 @@ def _uncompressed(
     communicator: Communicator | HierarchicalCommunicator,
     stopwatch: Stopwatch,
 ) -> None:
-    with stopwatch("exchange"):
+    with stopwatch("exchange"), default_mode(pool=flat.numel() > GRAIN):
         total = flat.float() if flat.dtype != torch.float32 else flat
         if used.numel():
             total = torch.cat([total, unpack(used).float()])
         communicator.all_reduce_(total)
-        flat.copy_(total[: flat.numel()] / communicator.world_size)
+        assign_(flat, total[: flat.numel()] / communicator.world_size)
         if used.numel():
             used.copy_(pack(total[flat.numel() :] != 0))
 
@@ -791,7 +793,7 @@ def _lattice(
             rows = total.view(part.count, part.size)
             mean = lattice.mean(rows, of_blocks, key, place, world_size).flatten()
             target = flat[part.start : part.stop]
-            target.copy_(mean[: target.numel()])
+            assign_(target, mean[: target.numel()])
 
 
 def split_into_chunks(numel: int, block: int, shards: int) -> list[slice]:

@@ -16,12 +16,12 @@ from functools import cache
 
 import torch
 
-__all__ = ["assign_", "default_mode"]
+__all__ = ["GRAIN", "assign_", "default_mode"]
 
 _NAN = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
 _INTEGER = {4: torch.int32, 2: torch.int16}
-# Elements that torch gives to one thread at least.
-_GRAIN = 1 << 15
+# Elements that torch gives to one thread at least: smaller tensors stay on the calling thread.
+GRAIN = 1 << 15
 
 
 class default_mode(ContextDecorator):
@@ -108,7 +108,7 @@ def _give_back_by_torch(flushed: int) -> None:
 def _pool_has_default_mode(threads: int) -> bool:
     """Whether 1 + x - x - 1 + x is x, a subnormal, in all threads: not where they round otherwise
     than to nearest or flush."""
-    tiny = torch.ones(1, dtype=torch.int32).view(torch.float32)
-    x = tiny.expand(threads * _GRAIN) + 1.0
+    tiny = torch.ones(1, dtype=torch.int32, device="cpu").view(torch.float32)
+    x = tiny.expand(threads * GRAIN) + 1.0
     x.sub_(tiny).sub_(1.0).add_(tiny)
     return bool((x.view(torch.int32) == 1).all())

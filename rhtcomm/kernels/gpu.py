@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from rhtcomm.floating_point import default_mode
 from rhtcomm.kernels import reference
 from rhtcomm.kernels.task import Task
 from rhtcomm.once import once
@@ -559,6 +560,7 @@ def _decode(
 # Calls -------------------------------------------------------------------------------------------
 
 
+@default_mode()  # of what the host computes
 def encode(
     task: Task,
     x: torch.Tensor,
@@ -600,6 +602,7 @@ def encode(
             )
 
 
+@default_mode()
 def decode(task: Task, payloads: torch.Tensor, out: torch.Tensor) -> None:
     rotation, quantizer, key, section, _, first_rank, world_size = task
     if section.blocks.size > MAX_BLOCK:
