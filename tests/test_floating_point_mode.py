@@ -10,13 +10,18 @@ import sys
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from harness import Ranks
 from test_kernels import PATH, both_ways, needs_library, run_on, variants
 
+import rhtcomm
 from rhtcomm import Codec, Eden, Key, Lattice, QuicFL, RandomizedHadamard, VectorQuantizer
 from rhtcomm.floating_point import assign_, default_mode
+from rhtcomm.hooks import RHTState
 from rhtcomm.kernels import reference
 from rhtcomm.quantizers import Quantizer
 
@@ -313,3 +318,77 @@ def test_triton_writes_the_canonical_nan() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"0x7fc00000 {nan}" for nan in CANONICAL.values()] * 2
+
+
+# ---- Exchanges ----------------------------------------------------------------------------------
+
+EXCHANGES: dict[str, dict[str, Any]] = {
+    "compressed": {"codec": Codec(QuicFL(4), block=256)},
+    "two_shot": {"codec": Codec(QuicFL(4), block=256), "algorithm": "two_shot"},
+    "lattice": {"codec": Lattice(4, block=256)},
+    "uncompressed": {"codec": Codec(QuicFL(4)), "min_numel": 1 << 20},
+    "feedback": {"codec": Codec(Eden(4, biased=True), block=256), "feedback": True},
+}
+
+
+def exchange_subnormals(
+    rank: int, world_size: int, how: str, dtype: torch.dtype, numel: int, threads: int
+) -> torch.Tensor:
+    """Rank 1 flushes subnormal numbers to zero, from before its threads were started."""
+    options = {"min_numel": 0, **EXCHANGES[how]}
+    codec, feedback = options.pop("codec"), options.pop("feedback", False)
+    scale = 1e-6 if dtype == torch.float16 else 1e-38
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(rank)) * scale
+    x = x.to(dtype)
+    residual = torch.zeros(numel) if feedback else None
+    torch.set_flush_denormal(rank == 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for step in range(2):
+            mean = x.clone()
+            rhtcomm.all_reduce(
+                *(mean, codec, Key(0, step), rhtcomm.TorchCommunicator()),
+                residual=residual,
+                **options,
+            )
+        assert bool(torch.tensor([1e-40]) * 1.0 == 0) == (rank == 1), "the mode was not given back"
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+    return mean
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", EXCHANGES)
+def test_a_rank_that_flushes_subnormals_gets_the_same_bits(
+    how: str, dtype: torch.dtype, threads: int, ranks: Ranks
+) -> None:
+    numel = 100_000 if threads > 1 else 3000
+    means = ranks.run(exchange_subnormals, 2, how, dtype, numel, threads)
+    assert means[0].any()
+    assert torch.equal(*(mean.view(torch.int16) for mean in means))
+
+
+def exchange_float64_subnormals(rank: int, world_size: int) -> torch.Tensor:
+    x = torch.randn(3000, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    buffer = x * 1e-308
+    torch.set_flush_denormal(rank == 1)  # which the hook's thread takes over
+    try:
+        with RHTState() as state:
+            bucket = SimpleNamespace(
+                buffer=lambda: buffer,
+                index=lambda: 0,
+                is_last=lambda: True,
+                parameters=lambda: [buffer],
+            )
+            state.submit(bucket).wait()
+    finally:
+        torch.set_flush_denormal(False)
+    return buffer
+
+
+def test_float64_that_is_not_compressed_keeps_its_subnormals(ranks: Ranks) -> None:
+    first, second = ranks.run(exchange_float64_subnormals, 2)
+    assert torch.equal(first.view(torch.int64), second.view(torch.int64))
