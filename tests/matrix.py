@@ -5,7 +5,7 @@ installed. It prints a Markdown table, and fails if a test did or none was run. 
 Python or torch cannot be had is skipped, with the reason. A torch from PyPI is a CUDA build on
 Linux, which takes 5 to 6 GB. The environment may say:
 
-    MATRIX="3.10:2.6.0 3.13:2.15.0"    pairs to run instead
+    MATRIX="3.10:2.9.1 3.13:2.15.0"    pairs to run instead
     MATRIX_PYTHONS="/opt/python3.10 python3.13"    interpreters, in place of those found
     MATRIX_TESTS="tests/test_ddp.py -x"    arguments for pytest in place of the core tests
 """
