@@ -468,9 +468,10 @@ class RHTState:
         """Make the worker thread and the connections; the ranks make their first buckets alike."""
         if self._failure is not None:
             raise RuntimeError(f"rht_hook: it failed before: {self._failure}")
-        device = bucket.buffer().device.type
+        of_model = _group_of_model(self, bucket.parameters())
+        self._check_ranks(of_model)
         try:
-            self._running.communicator = self._connect(device, bucket)
+            self._running.communicator = self._connect(bucket.buffer().device.type, of_model)
         except RuntimeError as error:
             if not dist.is_initialized():
                 raise
@@ -486,27 +487,32 @@ class RHTState:
             self._check_residuals_of(self._residuals_of, self._place())
         self._running.start()
 
-    def _connect(self, device: str, bucket: Any) -> "Communicator | HierarchicalCommunicator":
-        of_model = _group_of_model(self, bucket.parameters())
+    def _connect(
+        self, device: str, of_model: dist.ProcessGroup | None
+    ) -> "Communicator | HierarchicalCommunicator":
         if self._given is not None:
-            if of_model is not None and self._given.world_size != of_model.size():
-                raise ValueError(
-                    f"RHTState: its communicator has {self._given.world_size} ranks, but the DDP "
-                    f"model that it is registered on averages over {of_model.size()}; give one of "
-                    "the same ranks"
-                )
             return self._given.apart(device)
-        if not dist.is_initialized():
+        group = of_model or self._process_group or dist.group.WORLD
+        if group is None:
             raise RuntimeError("rht_hook: torch.distributed is not initialized")
-        group = self._process_group or of_model or dist.group.WORLD
-        assert group is not None
-        if of_model is not None and _ranks(group) != _ranks(of_model):
-            raise ValueError(
-                f"RHTState: process_group has the ranks {_ranks(group)}, but the DDP model that it "
-                f"is registered on averages over {_ranks(of_model)}; leave process_group out, or "
-                "give DDP's"
-            )
         return TorchCommunicator.of_its_own(group, device, self._timeout)
+
+    def _check_ranks(self, of_model: dist.ProcessGroup | None) -> None:
+        """Raise ValueError if the state was told of other ranks than its model averages over."""
+        if of_model is None:
+            return
+        if self._given is not None and self._given.world_size != of_model.size():
+            raise ValueError(
+                f"RHTState: its communicator has {self._given.world_size} ranks, but the DDP model "
+                f"that it is registered on averages over {of_model.size()}; give one of the same "
+                "ranks"
+            )
+        if self._process_group is not None and _ranks(self._process_group) != _ranks(of_model):
+            raise ValueError(
+                f"RHTState: process_group has the ranks {_ranks(self._process_group)}, but the DDP "
+                f"model that it is registered on averages over {_ranks(of_model)}; leave "
+                "process_group out, or give DDP's"
+            )
 
     @property
     def _owner(self) -> int:
@@ -550,7 +556,8 @@ class RHTState:
         started = self._running.communicator is not None
         if not started and self._failure is None and not self._running.ended:
             with contextlib.suppress(Exception):
-                self._running.communicator = self._connect(bucket.buffer().device.type, bucket)
+                of_model = _group_of_model(self, bucket.parameters())
+                self._running.communicator = self._connect(bucket.buffer().device.type, of_model)
         self._failure = self._failure or failure
         if self._running.worker is None:
             self._abort()

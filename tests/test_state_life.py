@@ -136,6 +136,24 @@ def test_a_group_that_is_not_the_models_is_refused(ranks: Ranks) -> None:
         )
 
 
+def contradict_ddp_on_rank_1(rank: int, world_size: int) -> tuple[str, float]:
+    options = {"process_group": dist.new_group([1, 2])} if rank == 1 else {}
+    dist.new_group([1, 2]) if rank == 2 else None
+    state = RHTState(**FINE, **options, timeout=SOON)
+    begin = time.monotonic()
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        backward(registered(net(), state), rank)
+    return str(caught.value), time.monotonic() - begin
+
+
+def test_a_group_that_one_rank_mistakes_wakes_the_others(ranks: Ranks) -> None:
+    (first, waited), (second, _), (third, _) = ranks.run(contradict_ddp_on_rank_1, 3)
+    assert "averages over [0, 1, 2]; leave process_group out" in second
+    for message in (first, third):
+        assert "another rank died, or failed and gave up" in message
+    assert waited < SOON.total_seconds() / 2, "it was the timeout that woke them"
+
+
 # ---- By what ----------------------------------------------------------------------------------
 
 
