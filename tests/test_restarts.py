@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
-from harness import Ranks, load_module
+from harness import Ranks, limit, load_module
 
 ROOT = Path(__file__).parents[1]
 TRAINER = ROOT / "launch" / "train_ddp.py"
@@ -288,7 +288,7 @@ def test_a_rank_killed_on_one_of_two_nodes(
         }
         for command in launcher(files, environment):
             started.append(faults.start(command, environment, output))
-        deadline = time.monotonic() + LIMIT
+        deadline = time.monotonic() + limit(LIMIT)
         for process in started:
             faults.wait(process, deadline, launcher.__name__)
         output.seek(0)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Ranks
+from harness import Ranks, limit, run_program
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -28,12 +28,12 @@ from rhtcomm import HierarchicalCommunicator, TorchCommunicator
 from rhtcomm.communicator import Communicator
 from rhtcomm.hooks import RHTState, rht_hook
 
-TIMEOUT = timedelta(seconds=40)
+TIMEOUT = timedelta(seconds=limit(50))
 FINE: dict[str, Any] = {"bits": 8, "block": 256, "min_numel": 0}
 # At 8 bits the error of the mean is 4.4e-5; the mean of other ranks would be off by about 1.
 TOLERANCE = 1e-3
 # For what ends long before it unless somebody is left waiting.
-SOON = timedelta(seconds=30)
+SOON = timedelta(seconds=limit(30))
 
 
 def numbers(rank: int, *place: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -359,7 +359,7 @@ import rhtcomm.hooks.ddp as ddp
 from datetime import timedelta
 from torch.nn.parallel import DistributedDataParallel
 
-dist.init_process_group({backend!r}, timeout=timedelta(seconds=40))
+dist.init_process_group({backend!r}, timeout=timedelta(seconds={seconds}))
 rank = dist.get_rank()
 model = DistributedDataParallel(torch.nn.Linear(64, 64))
 state = ddp.RHTState(min_numel=0, block=256)
@@ -383,10 +383,8 @@ dist.barrier()  # rank 1 lives on until rank 0 has heard of it
 def test_a_failing_rank_wakes_the_others_however_gloo_was_named(
     backend: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from harness import run_program
-
     monkeypatch.setenv("RHTCOMM_KERNELS", "reference")
-    first, second = run_program(CPU_GLOO.format(backend=backend), world_size=2, timeout=100)
+    first, second = run_program(CPU_GLOO.format(backend=backend, seconds=limit(40)), world_size=2)
     assert "another rank died, or failed and gave up" in first.stdout, (first, second)
     assert "no memory left on this rank" in second.stdout
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import limit
 
 from rhtcomm import Codec, Eden, Key, QuicFL, VectorQuantizer, codebooks
 from rhtcomm.kernels import cpu
@@ -98,7 +99,7 @@ def in_fresh_process(program: str, **environment: str) -> list[str]:
         env={**kept, **environment},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=limit(180),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
