@@ -796,7 +796,8 @@ class _Running:
 
 def _close_late(running: _Running) -> None:
     """Of a state that nobody closed, when it goes or the program ends."""
-    late = running.communicator is not None and not dist.is_initialized()
+    at_exit = not threading.main_thread().is_alive()
+    late = at_exit and running.communicator is not None and not dist.is_initialized()
     running.close()
     if late:
         warnings.warn(

@@ -45,12 +45,16 @@ FINE_CODEC = Codec(QuicFL(8), block=BLOCK)
 # ---- Buckets as the hook sees them ------------------------------------------------------------
 
 
+PlainRecord = tuple[int, int, torch.Tensor, torch.Tensor, list[int]]
+
+
 @dataclass
 class Record:
     step: int
     index: int
     sent: torch.Tensor
     received: torch.Tensor
+    segments: list[int]
 
 
 @dataclass
@@ -66,34 +70,40 @@ class Recorder:
         bucket: dist.GradBucket,  # type: ignore[name-defined]
     ) -> torch.futures.Future[torch.Tensor]:
         step, index, sent = self.step, bucket.index(), bucket.buffer().clone()
+        segments = [parameter.numel() for parameter in bucket.parameters()]
         self.step += bucket.is_last()
 
         def keep(future: torch.futures.Future[torch.Tensor]) -> torch.Tensor:
             received = future.value()
-            self.records.append(Record(step, index, sent, received.clone()))
+            self.records.append(Record(step, index, sent, received.clone(), segments))
             return received
 
         return rht_hook(state, bucket).then(keep)
 
-    def plain(self) -> list[tuple[int, int, torch.Tensor, torch.Tensor]]:
-        return [(r.step, r.index, r.sent, r.received) for r in self.records]
+    def plain(self) -> list[PlainRecord]:
+        return [(r.step, r.index, r.sent, r.received, r.segments) for r in self.records]
 
 
-def check_records(by_rank: list[list[tuple[int, int, torch.Tensor, torch.Tensor]]]) -> list[int]:
+def check_records(by_rank: list[list[PlainRecord]]) -> list[int]:
     """Every bucket holds what FINE_CODEC makes of all ranks' buckets; returns buckets by step."""
     world_size = len(by_rank)
     buckets: list[int] = []
     for records in zip(*by_rank, strict=True):
-        ((step, index),) = {(step, index) for step, index, _, _ in records}
+        ((step, index),) = {(step, index) for step, index, *_ in records}
         buckets[step:] = [index + 1]
         key = Key(SEED, step, index)
         payloads = [
             FINE_CODEC.encode(sent, key, rank, world_size)
-            for rank, (_, _, sent, _) in enumerate(records)
+            for rank, (_, _, sent, *_) in enumerate(records)
         ]
         numel, dtype = records[0][2].numel(), records[0][2].dtype
         expected = FINE_CODEC.decode_mean(torch.stack(payloads), key, numel).to(dtype)
-        for rank, (_, _, _, received) in enumerate(records):
+        # What no rank used is zero.
+        parts = [sent.split(segments) for _, _, sent, _, segments in records]
+        for part, *of_ranks in zip(expected.split(records[0][4]), *parts, strict=True):
+            if not any(own.any() for own in of_ranks):
+                part.zero_()
+        for rank, (_, _, _, received, _) in enumerate(records):
             assert torch.equal(received, expected), f"step {step}, bucket {index}, rank {rank}"
     return buckets
 
@@ -439,7 +449,7 @@ def test_join_with_uneven_inputs(batches: tuple[int, ...], ranks: Ranks) -> None
     assert [steps for _, _, steps in results] == [max(batches)] * len(batches)
     # A rank that is through takes part with zeros.
     for count, (records, _, _) in zip(batches, results, strict=True):
-        assert all((step < count) == bool(sent.any()) for step, _, sent, _ in records)
+        assert all((step < count) == bool(sent.any()) for step, _, sent, *_ in records)
 
 
 def train_in_subgroup(rank: int, world_size: int) -> tuple[float, torch.Tensor]:

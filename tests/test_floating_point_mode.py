@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Ranks
+from harness import Ranks, limit
 from test_kernels import PATH, both_ways, needs_library, run_on, variants
 
 import rhtcomm
@@ -155,7 +155,7 @@ def digests(mode: object, how: str, kernels: str) -> str:
         env={**os.environ, "RHTCOMM_KERNELS": kernels, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=limit(300),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -314,7 +314,7 @@ def test_triton_writes_the_canonical_nan() -> None:
         env={**os.environ, "TRITON_INTERPRET": "1", "RHTCOMM_KERNELS": "gpu"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=limit(300),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"0x7fc00000 {nan}" for nan in CANONICAL.values()] * 2

@@ -9,6 +9,7 @@ import os
 import pickle
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from types import SimpleNamespace
@@ -435,13 +436,18 @@ def test_copies_have_no_group_and_go_on(quantizer: str, ranks: Ranks) -> None:
 def leave_states_open(rank: int, world_size: int) -> list[tuple[int, int, int]]:
     """File descriptors, threads of Python and groups, after each of some forgotten models."""
 
-    def one() -> None:
-        backward(registered(net(), RHTState(**FINE)), rank)
+    def one() -> "weakref.ref[RHTState]":
+        state = RHTState(**FINE)
+        backward(registered(net(), state), rank)
+        return weakref.ref(state)
 
     seen = []
     for _ in range(5):
-        one()
-        gc.collect()
+        forgotten = one()
+        deadline = time.monotonic() + limit(30)
+        while forgotten() is not None:  # its worker may still settle the step
+            gc.collect()
+            assert time.monotonic() < deadline, "something keeps the state"
         dist.barrier()
         seen.append(
             (
