@@ -92,7 +92,7 @@ def _tables(quantizer: Quantizer) -> list[bytes]:
     table = quantizer.table  # type: ignore[attr-defined]
     names = (("levels", "centroids", "codewords"), ("positions",), ("boundaries",), ("half_norms",))
     return [
-        next((getattr(table, name).numpy().tobytes() for name in of if hasattr(table, name)), b"")
+        next((getattr(table, name).tobytes() for name in of if hasattr(table, name)), b"")
         for of in names
     ]
 
