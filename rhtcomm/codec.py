@@ -134,7 +134,7 @@ class Codec:
     block: int = 4096
 
     def __post_init__(self) -> None:
-        if isinstance(self.quantizer, type) or not hasattr(self.quantizer, "fingerprint"):
+        if isinstance(self.quantizer, type) or not hasattr(self.quantizer, "group"):
             raise TypeError(
                 f"Codec: quantizer={self.quantizer!r} must be an object such as QuicFL(bits=4)"
             )
@@ -174,8 +174,16 @@ class Codec:
         return blake2b(everything.encode(), digest_size=8).digest()
 
     def nbytes(self, numel: int) -> int:
-        """Length of the payload of `numel` coordinates, in bytes."""
-        return _length(_layout(self, operator.index(numel)))
+        """Length of the payload of `numel` coordinates, in bytes.
+
+        Raises:
+            TypeError: numel is no integer.
+            ValueError: numel is negative.
+        """
+        numel = operator.index(numel)
+        if numel < 0:
+            raise ValueError(f"Codec: numel={numel} must not be negative")
+        return _length(_layout(self, numel))
 
     def encode(
         self,
@@ -212,13 +220,14 @@ class Codec:
 
         Raises:
             TypeError: x has another dtype, or x or out is no tensor or has no memory of its own
-                (see `rhtcomm.memory.check_memory`).
+                (see `rhtcomm.memory.check_memory`), or key is no Key.
             ValueError: x is not flat or has no such parts, out is not as above or overlaps x, or an
                 argument is out of its range.
         """
         rotation = self._rotation(rotations)
         if wanted is not None:
             wanted = self._check_wanted(operator.index(wanted))
+        _check_key(key, "Codec.encode")
         check_memory(x, "Codec.encode", "x")
         refuse_fake_mode("Codec.encode")
         if x.dtype not in DTYPES:
@@ -291,7 +300,7 @@ class Codec:
             PayloadError: a payload has the wrong length, version, configuration, key or place
                 (within `DeferredChecks.deferring` on CUDA only the length is looked at).
             TypeError: payloads or out is no tensor or has no memory of its own (see
-                `rhtcomm.memory.check_memory`).
+                `rhtcomm.memory.check_memory`), or key is no Key.
             ValueError: out has another shape, dtype or layout, or overlaps the payloads.
         """
         numel = operator.index(numel)
@@ -351,6 +360,7 @@ class Codec:
     ) -> torch.Tensor:
         """Mean of payloads (K, shards, nbytes), of K ranks, each in equal shards."""
         ranks, shards, _ = payloads.shape
+        _check_key(key, owner)
         first_rank, world_size, first = self._check_place(first_rank, world_size, first)
         self._check_place(first_rank + ranks - 1, world_size, first)
         each = numel // shards
@@ -549,6 +559,11 @@ class Codec:
                 f"Codec: first={first} must be a multiple of block={self.block} below 2^36"
             )
         return rank, world_size, first
+
+
+def _check_key(key: Key, owner: str) -> None:
+    if not isinstance(key, Key):
+        raise TypeError(f"{owner}: key={key!r} must be a Key such as Key(seed=0, step=1)")
 
 
 def _plain(x: torch.Tensor, copy: bool = True) -> torch.Tensor:

@@ -108,11 +108,11 @@ class RandomizedHadamard:
     block: int = 4096
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rotations, int) or not 1 <= self.rotations <= 3:
+        if type(self.rotations) is not int or not 1 <= self.rotations <= 3:  # True is an int too
             raise ValueError(
                 f"RandomizedHadamard: rotations={self.rotations!r} must be 1, 2 or 3 (an int)"
             )
-        if not isinstance(self.block, int) or self.block not in _BLOCKS:
+        if type(self.block) is not int or self.block not in _BLOCKS:
             raise ValueError(
                 f"RandomizedHadamard: block={self.block!r} must be a power of two from 32 to 2^24 "
                 "(an int)"

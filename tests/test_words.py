@@ -1,8 +1,11 @@
 """What errors say, and what is refused at construction: sentences that were once not so."""
 
 import importlib
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -123,3 +126,50 @@ def two_threads_at_once(rank: int, world_size: int) -> list[str]:
 
 def test_two_threads_over_one_group_are_refused(ranks: Ranks) -> None:
     ranks.run(two_threads_at_once, 2)
+
+
+@pytest.mark.parametrize("make", [Codec(QuicFL(4)), Lattice(4)])
+@pytest.mark.parametrize("field", ["rotations", "block"])
+def test_numbers_of_a_configuration_are_plain_ints(make: Codec | Lattice, field: str) -> None:
+    class Int(int):
+        def __repr__(self) -> str:
+            return f"Int({int(self)})"
+
+    value: Any = Int(getattr(make, field))
+    with pytest.raises(ValueError, match=rf"{field}=Int\(\d+\) must be .* \(an int\)"):
+        replace(make, **{field: value})
+    with pytest.raises(ValueError, match="rotations=True must be"):
+        replace(make, rotations=True)
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, Fraction, torch.tensor])
+def test_equal_fractions_make_equal_configurations(number: Any) -> None:
+    codec, other = Codec(QuicFL(4, 1 / 512)), Codec(QuicFL(4, number(1 / 512)))
+    assert other.fingerprint == codec.fingerprint
+    assert repr(other) == repr(codec)
+    assert hash(other) == hash(codec)
+
+
+@pytest.mark.parametrize("quantizer", [Codec(QuicFL(4)), Lattice(4)])
+def test_a_codec_of_a_codec_is_refused(quantizer: Any) -> None:
+    with pytest.raises(TypeError, match=r"must be an object such as QuicFL\(bits=4\)"):
+        Codec(quantizer)
+
+
+@pytest.mark.parametrize("key", [0, (0, 1), None, Key])
+def test_a_key_is_a_key(key: Any) -> None:
+    codec, x = Codec(QuicFL(4)), torch.ones(40)
+    payload = codec.encode(x, Key(0))
+    with pytest.raises(TypeError, match=r"Codec.encode: key=.* must be a Key"):
+        codec.encode(x, key)
+    for decode in (codec.decode_mean, codec.decode_shards):
+        with pytest.raises(TypeError, match=rf"{decode.__name__}: key=.* must be a Key"):
+            decode(payload[None], key, 40)
+
+
+def test_lengths_are_not_negative() -> None:
+    codec = Codec(QuicFL(4))
+    with pytest.raises(ValueError, match="numel=-1 must not be negative"):
+        codec.nbytes(-1)
+    with pytest.raises(ValueError, match="numel=-5000 must not be negative"):
+        codec.decode_mean(codec.encode(torch.ones(0), Key(0))[None], Key(0), -5000)

@@ -76,6 +76,8 @@ class QuicFL:
                 f"QuicFL: exact_fraction={self.exact_fraction!r} must be 0 or 1/512 = "
                 f"{EXACT_FRACTION}, for which there are tables"
             )
+        # A plain float, whatever number was given: fingerprints hash how it is written.
+        object.__setattr__(self, "exact_fraction", float(self.exact_fraction))
 
     def exact_capacity(self, size: int) -> int:
         """C, entries that a block of `size` coordinates has room for.
