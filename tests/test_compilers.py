@@ -158,6 +158,14 @@ cpu.library_path = lambda: None
             "git+https://host/x.git@0f",
         ),
         ('{"url": "https://host/x.tar.gz?a&b", "archive_info": {}}', "'https://host/x.tar.gz?a&b'"),
+        (
+            '{"url": "file:///a/rhtcomm-0.1.0-py3-none-any.whl", "archive_info": {}}',
+            "--no-binary rhtcomm rhtcomm==0.1.0",
+        ),
+        (
+            '{"url": "https://host/x-none-any.whl?a#sha256=0f", "archive_info": {}}',
+            "--no-binary rhtcomm rhtcomm==0.1.0",
+        ),
         ("absent", str(ROOT)),
     ],
 )
@@ -172,3 +180,12 @@ def test_the_first_use_prints_the_command_that_builds_them(facts: str | None, so
     forced = choose({"RHTCOMM_KERNELS": "cpu"}, MISSING.format(facts=facts))
     assert forced.returncode != 0
     assert f"-v {source}\n" in forced.stderr
+
+
+def test_where_pip_is_missing_the_command_brings_it() -> None:
+    without_pip = (
+        MISSING.format(facts=None)
+        + "import rhtcomm.kernels; rhtcomm.kernels.find_spec = lambda name: None\n"
+    )
+    found = choose({}, without_pip)
+    assert f"\n    {sys.executable} -m ensurepip; {sys.executable} -m pip cache" in found.stderr

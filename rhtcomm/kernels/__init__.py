@@ -19,8 +19,10 @@ import os
 import shlex
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import torch
 
@@ -113,10 +115,13 @@ def _build_command() -> str:
     """Installs the package again from where it came from, with C kernels or an error.
 
     pip keeps the wheels that it built, those without kernels too, and would take one of them again.
+    Environments made by uv have no pip.
     """
-    pip = f"{shlex.quote(sys.executable)} -m pip"
+    python = shlex.quote(sys.executable)
+    pip = f"{python} -m pip"
+    before = "" if find_spec("pip") else f"{python} -m ensurepip; "
     return (
-        f"{pip} cache remove rhtcomm; RHTCOMM_REQUIRE_KERNELS=1 "
+        f"{before}{pip} cache remove rhtcomm; RHTCOMM_REQUIRE_KERNELS=1 "
         f"{pip} install --no-cache-dir --force-reinstall --no-deps -v {_source()}"
     )
 
@@ -130,7 +135,7 @@ def _source() -> str:
     ):  # a checkout on the path, with this file in rhtcomm/kernels
         return shlex.quote(str(Path(__file__).parents[2]))
     facts = json.loads(distribution.read_text("direct_url.json") or "{}")
-    if not facts:
+    if not facts or urlsplit(facts["url"]).path.endswith(".whl"):  # which nothing is built from
         return f"--no-binary rhtcomm rhtcomm=={distribution.version}"
     url = facts["url"]
     if "vcs_info" in facts:
