@@ -249,7 +249,8 @@ class Codec:
         layout = _layout(self, each)
         nbytes = _length(layout)
         shape = (nbytes,) if shards is None else (count, nbytes)
-        payloads = self._check_out(out, x, shape).view(count, -1)
+        out = self._check_out(out, x, shape)
+        payloads = out.unsqueeze(0) if shards is None else out
         kernel = kernel_for(x.device, self.quantizer)
         moments = []
         for section in layout:
@@ -270,7 +271,7 @@ class Codec:
                 for i in range(count)
             ],
         )
-        return payloads.view(shape)
+        return out
 
     def decode_mean(
         self,
@@ -309,7 +310,7 @@ class Codec:
         if world_size is None:
             world_size = len(payloads)
         place = (key, numel, first, out, first_rank, world_size)
-        return self._decode(payloads[:, None], *place, "Codec.decode_mean")
+        return self._decode(payloads.unsqueeze(1), *place, "Codec.decode_mean")
 
     def decode_shards(
         self,
@@ -345,7 +346,7 @@ class Codec:
                 f"whole blocks of {self.block}"
             )
         place = (key, numel, first, out, rank, world_size)
-        return self._decode(payloads[None], *place, "Codec.decode_shards")
+        return self._decode(payloads.unsqueeze(0), *place, "Codec.decode_shards")
 
     def _decode(
         self,
@@ -362,7 +363,8 @@ class Codec:
         ranks, shards, _ = payloads.shape
         _check_key(key, owner)
         first_rank, world_size, first = self._check_place(first_rank, world_size, first)
-        self._check_place(first_rank + ranks - 1, world_size, first)
+        if ranks > 1:
+            self._check_place(first_rank + ranks - 1, world_size, first)
         each = numel // shards
         payloads = _plain(payloads, copy=False)
         if out is not None:
@@ -383,12 +385,9 @@ class Codec:
         else:
             rotation = check(payloads)
         # The scales are read as float32 where they lie.
-        if (
-            payloads.data_ptr() % 4
-            or payloads.storage_offset() % 4
-            or payloads.stride(2) != 1
-            or payloads.stride(0) % 4
-            or payloads.stride(1) % 4
+        *steps, step = payloads.stride()
+        if step != 1 or any(
+            n % 4 for n in (*steps, payloads.data_ptr(), payloads.storage_offset())
         ):
             payloads = payloads.clone(memory_format=torch.contiguous_format)
         if out is None:
