@@ -9,6 +9,7 @@ Gloo.)
 
 import contextlib
 import gc
+import itertools
 import logging
 import math
 import operator
@@ -212,7 +213,8 @@ class RHTState:
         self._ends: set[int] = set()  # where steps ended, though not with DDP's last bucket
         self._process_group, self._timeout = process_group, timeout
         self._given = communicator
-        self._number = self._count_states()
+        self._number = None if communicator is None else users.number(communicator.carriers())
+        self._made = _order.made(self) if communicator is None else 0
         self._steps = self._bytes_sent = self._bytes_uncompressed = 0
         self._seconds = {"encode": 0.0, "exchange": 0.0, "decode": 0.0}
         self._squared_error = self._squared_norm = 0.0
@@ -259,14 +261,8 @@ class RHTState:
         self._residuals = Residuals()
         self._residuals.replace(residuals)
         self._process_group = self._given = self._number = None
+        self._made = _order.made(None)
         self._reset()
-
-    def _count_states(self) -> int | None:
-        """How many states were made before this one for what carries its messages."""
-        if self._given is not None:
-            return users.number(self._given.carriers())
-        group = self._process_group or (dist.group.WORLD if dist.is_initialized() else None)
-        return None if group is None else users.number([group])
 
     @property
     def _communicator(self) -> "Communicator | HierarchicalCommunicator | None":
@@ -480,8 +476,6 @@ class RHTState:
                 f"{_NO_HOOK}; see what it printed. Torch says: {error}"
             )
             raise self._failure from error
-        if self._number is None:
-            self._number = self._count_states() or 0
         if self._residuals_of is not None:
             self._check_residuals_of(self._residuals_of, self._place())
         self._running.start()
@@ -506,6 +500,8 @@ class RHTState:
                 f"is registered on averages over {_ranks(of_model)}; leave process_group out, or "
                 "give DDP's"
             )
+        if self._number is None:
+            self._number = _order.number(self, group)
         return TorchCommunicator.of_its_own(group, device, self._timeout)
 
     @property
@@ -800,6 +796,42 @@ def _close_late(running: _Running) -> None:
         )
 
 
+class _Order:
+    """In which order the states of a process group were made, alike on all of its ranks.
+
+    A rank may also have states of groups that other ranks are not in, so what counts is the group
+    of the model, which is known once the state is registered. A copy counts from its first bucket.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = itertools.count()
+        self._waiting: weakref.WeakSet[RHTState] = weakref.WeakSet()  # for their first bucket
+        self._begun: weakref.WeakKeyDictionary[dist.ProcessGroup, list[int]]
+        self._begun = weakref.WeakKeyDictionary()  # when they were made
+
+    def made(self, state: RHTState | None) -> int:
+        with self._lock:
+            if state is not None:
+                self._waiting.add(state)
+            return next(self._count)
+
+    def number(self, state: RHTState, group: dist.ProcessGroup) -> int:
+        """How many states of the group were made before this one, which begins now."""
+        with self._lock:
+            self._waiting.discard(state)
+            begun = self._begun.setdefault(group, [])
+            number = sum(made < state._made for made in begun)
+            for other in self._waiting:
+                earlier = other._made < state._made
+                number += earlier and (other._process_group or _group_of_model(other)) is group
+            begun.append(state._made)
+        return number
+
+
+_order = _Order()
+
+
 def _group_of_model(
     state: RHTState, parameters: Sequence[torch.Tensor] = ()
 ) -> dist.ProcessGroup | None:
@@ -815,10 +847,12 @@ def _group_of_model(
     if not mine and parameters:
         mine = [m for m in models if any(p is parameters[0] for p in m.parameters())]
     groups = [group for model in mine if (group := getattr(model, "process_group", None))]
-    if not groups or any(_ranks(group) != _ranks(groups[0]) for group in groups):
-        return None
-    found: dist.ProcessGroup = groups[0]
-    return found
+    if any(group is not groups[0] and _ranks(group) != _ranks(groups[0]) for group in groups):
+        raise ValueError(
+            f"RHTState: it is registered on models that average over {_ranks(groups[0])} and over "
+            "other ranks; give each model a state of its own"
+        )
+    return groups[0] if groups else None
 
 
 def _ranks(group: dist.ProcessGroup | None) -> list[int]:

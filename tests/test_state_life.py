@@ -230,9 +230,9 @@ def test_payloads_say_whose_they_are(ranks: Ranks) -> None:
 
 def begin_in_another_order(rank: int, world_size: int) -> str:
     """As two threads may; the groups that the states make would pair the wrong ones for good."""
-    states = [RHTState(**FINE, timeout=TIMEOUT) for _ in range(2)]
+    models = [registered(net(), RHTState(**FINE, timeout=TIMEOUT)) for _ in range(2)]
     with pytest.raises(RuntimeError) as caught:
-        submit(states[rank], numbers(rank, shape=(1000,))).wait()
+        backward(models[rank], rank)
     return str(caught.value)
 
 
@@ -668,3 +668,31 @@ def test_a_protocol_has_harmless_defaults() -> None:
     assert alone.apart("cpu") is alone
     assert not alone.private
     assert alone.name_of(0) == "rank 0"
+
+
+# ---- States that some ranks do not have -------------------------------------------------------
+
+
+def train_on_more_groups_than_others(rank: int, world_size: int) -> list[float]:
+    """Ranks 0 and 1 had one more model, with a group of its own; rank 0 had a look at a state."""
+    pair = dist.new_group([0, 1])
+    model = net()
+    states = []
+    if rank < 2:
+        states.append(RHTState(**FINE, timeout=SOON))
+        backward(registered(model, states[0], process_group=pair), rank)
+        unused = RHTState(**FINE, timeout=SOON)
+        kept = registered(model, unused, process_group=pair)
+    if rank == 0:
+        repr(RHTState())
+    states.append(RHTState(**FINE, timeout=SOON))
+    found = backward(registered(model, states[-1]), rank)
+    for state in states:
+        state.close()
+    if rank < 2:
+        del kept
+    return [error(found, exact_mean(model, [0, 1, 2]))]
+
+
+def test_states_of_other_groups_do_not_count(ranks: Ranks) -> None:
+    assert max(max(errors) for errors in ranks.run(train_on_more_groups_than_others, 3)) < TOLERANCE
