@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -237,11 +238,11 @@ class RHTState:
         self._closed = False
         self._lock = threading.Lock()
         self._unfinished = 0  # buckets
-        self._in_backward = False
+        self._backward: weakref.ref[object] | None = None  # pass that buckets come from
 
     _LEFT_BEHIND = (
         *("_running", "_finalizer", "_streams", "_checks", "_checked", "_said", "_failure"),
-        *("_closed", "_lock", "_unfinished", "_in_backward", "_process_group", "_given", "_number"),
+        *("_closed", "_lock", "_unfinished", "_backward", "_process_group", "_given", "_number"),
         "_residuals",
     )
 
@@ -516,16 +517,19 @@ class RHTState:
         All ranks see alike who does it within one backward pass, and so raise alike.
         """
         communicator = self._communicator
-        if communicator is None or communicator.private or self._in_backward or self._failure:
+        if communicator is None or communicator.private or self._backward or self._failure:
             return
         users.take(communicator.carriers(), self)
         with contextlib.suppress(RuntimeError):  # it is none, as with DDP's join()
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
-            self._in_backward = True
+            end = partial(self._end_backward)
+            torch.autograd.Variable._execution_engine.queue_callback(end)
+            # A pass that fails calls nothing, but it drops its callbacks.
+            self._backward = weakref.ref(end, self._end_backward)
 
-    def _end_backward(self) -> None:
-        self._in_backward = False
-        self._give_communicator_back()
+    def _end_backward(self, of: weakref.ref[object] | None = None) -> None:
+        if of is None or of is self._backward:
+            self._backward = None
+            self._give_communicator_back()
 
     def _finish_bucket(self) -> None:
         with self._lock:
@@ -533,7 +537,7 @@ class RHTState:
         self._give_communicator_back()
 
     def _give_communicator_back(self) -> None:
-        if not self._in_backward and not self._unfinished:
+        if not self._backward and not self._unfinished:
             users.give_back(self)
 
     # Failures -----------------------------------------------------------------------------------
@@ -778,7 +782,8 @@ class _Running:
             # The garbage collector calls this on any thread, but a thread cannot wait for itself.
             worker.shutdown(wait=threading.get_ident() not in self._thread)
         communicator = self.communicator
-        if communicator is not None and communicator.private:
+        levels = isinstance(communicator, HierarchicalCommunicator)  # which may differ in it
+        if communicator is not None and (levels or communicator.private):
             self.communicator = None
             communicator.close()
 

@@ -95,7 +95,8 @@ class Users:
         """Have a communicator for a while, unless `user` has it already."""
         carriers = [] if communicator.private else communicator.carriers()
         with self._lock:
-            had = all(carrier in self._using for carrier in carriers)
+            users = [self._using[carrier]() for carrier in carriers if carrier in self._using]
+        had = len(users) == len(carriers) and all(other is user for other in users)
         self.take(carriers, user)
         try:
             yield
@@ -765,9 +766,10 @@ class HierarchicalCommunicator:
         return self.between.patience
 
     def close(self) -> None:
-        """Both levels' connections of their own; see `TorchCommunicator.close`."""
-        self.within.close()
-        self.between.close()
+        """End what either level has of its own (see `Communicator.apart`); the rest is its maker's."""
+        for level in (self.within, self.between):
+            if level.private:
+                level.close()
 
     @property
     def bytes_sent(self) -> int:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import rhtcomm
 from rhtcomm import HierarchicalCommunicator, TorchCommunicator
-from rhtcomm.communicator import Communicator
+from rhtcomm.communicator import Communicator, Users
 from rhtcomm.hooks import RHTState, rht_hook
 
 TIMEOUT = timedelta(seconds=40)
@@ -339,6 +340,7 @@ CPU_GLOO = """
 import torch, torch.distributed as dist
 import rhtcomm.hooks.ddp as ddp
 from datetime import timedelta
+from functools import partial
 from torch.nn.parallel import DistributedDataParallel
 
 dist.init_process_group({backend!r}, timeout=timedelta(seconds=40))
@@ -696,3 +698,75 @@ def train_on_more_groups_than_others(rank: int, world_size: int) -> list[float]:
 
 def test_states_of_other_groups_do_not_count(ranks: Ranks) -> None:
     assert max(max(errors) for errors in ranks.run(train_on_more_groups_than_others, 3)) < TOLERANCE
+
+
+# ---- Communicators that states share, after a backward pass that fails ------------------------
+
+
+class Faulty(torch.autograd.Function):
+    """The identity, whose backward pass fails when it is told to."""
+
+    fails = False
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        if Faulty.fails:
+            raise ValueError("the user's")
+        return gradient
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([net(), nn.Linear(8, 8)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.net[1](Faulty.apply(self.net[0](x)))
+        return y
+
+
+def fail_within_backward(rank: int, world_size: int) -> float:
+    communicator = OfTheUser(dist.new_group(timeout=SOON))
+    state = RHTState(**FINE, communicator=communicator)
+    faulty = registered(Wrapped(), state, bucket_cap_mb=1e-4)
+    for step in range(2):  # then the buckets are small ones
+        backward(faulty, rank, step)
+    Faulty.fails = True
+    with pytest.raises(ValueError, match="the user's"):
+        backward(faulty, rank)
+    Faulty.fails = False
+    model = net(1)
+    with RHTState(**FINE, communicator=communicator) as another:
+        return error(backward(registered(model, another), rank), exact_mean(model, [0, 1]))
+
+
+def test_a_backward_pass_that_fails_keeps_no_communicator(ranks: Ranks) -> None:
+    assert max(ranks.run(fail_within_backward, 2)) < TOLERANCE
+
+
+def test_a_user_that_is_gone_leaves_nothing_behind() -> None:
+    class User:
+        pass
+
+    communicator: Any = SimpleNamespace(private=False, carriers=lambda: [carrier])
+    carrier, gone, next_one, last = (User() for _ in range(4))
+    users = Users()
+    users.take([carrier], gone)
+    del gone
+    with users.using(communicator, next_one):
+        pass
+    users.take([carrier], last)
+
+
+def test_only_a_level_of_its_own_is_closed() -> None:
+    closed = []
+    levels: list[Any] = [
+        SimpleNamespace(private=private, close=partial(closed.append, private), start_all_gather=0)
+        for private in (False, True)
+    ]
+    HierarchicalCommunicator(*levels).close()
+    assert closed == [True]
