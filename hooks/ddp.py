@@ -19,7 +19,7 @@ import time
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -253,7 +253,11 @@ class RHTState:
                 "a copy of an RHTState has no communicator: where it is registered, it exchanges "
                 "over the model's process group; make a new RHTState to give it another one"
             )
-        state = {name: value for name, value in vars(self).items() if name not in self._LEFT_BEHIND}
+        state = {
+            name: value.copy() if isinstance(value, (dict, set)) else value  # for copy.copy
+            for name, value in vars(self).items()
+            if name not in self._LEFT_BEHIND
+        }
         return state | {"residuals": self._residuals.by_parameter()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -334,15 +338,23 @@ class RHTState:
                 only one of this state and the saved one has error_feedback; or it is no saved
                 state.
         """
-        if not {"seed", "step"} <= state.keys():
+        if not isinstance(state, Mapping) or not {"seed", "step"} <= state.keys():
+            this = f"has {list(state)}" if isinstance(state, Mapping) else f"is {state!r:.80}"
             raise ValueError(
-                f"RHTState.load_state_dict: a state has seed and step, but this has {list(state)}; "
+                f"RHTState.load_state_dict: a state has seed and step, but this {this}; "
                 "give what state_dict() returned"
             )
         key = Key(state["seed"], state["step"])
         # What a run with "auto" saved means nothing to a fixed number.
         wanted = state.get("rotations", []) if self.codec.rotations == AUTO else []
-        wanted = {(index, numel): count for index, numel, count in wanted}
+        try:
+            rows = [[operator.index(number) for number in row] for row in wanted]
+            wanted = {(index, numel): count for index, numel, count in rows}
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "RHTState.load_state_dict: rotations must hold a bucket's index, its length and a "
+                f"count in each row, but this has {wanted!r:.80}; give what state_dict() returned"
+            ) from error
         if odd := {*wanted.values()} - {1, 2, 3}:
             raise ValueError(
                 f"RHTState.load_state_dict: rotations must be 1, 2 or 3, but this has {odd}; "
@@ -430,9 +442,7 @@ class RHTState:
                 f"rht_hook: bucket {bucket.index()} is {buffer.dtype}, and a mean of integers is "
                 "no integer; reduce it with torch.distributed"
             )
-        if self._running.worker is None:
-            self._start(bucket)
-        assert self._running.worker is not None
+        worker = self._running.worker or self._start(bucket)
         self._take_communicator()
         index, last = bucket.index(), bucket.is_last()
         # DDP may leave out a step's last buckets, if no gradient came; randomness must not repeat.
@@ -451,7 +461,7 @@ class RHTState:
         ready = torch.cuda.current_stream(buffer.device).record_event() if on_device else None
         with self._lock:
             self._unfinished += 1
-        self._running.worker.submit(self._run, buffer, key, parameters, ends, ready, done)
+        worker.submit(self._run, buffer, key, parameters, ends, ready, done)
         # An exception set on a Python future reaches DDP only when a callback raises it again.
         return done.then(lambda finished: finished.value())
 
@@ -461,15 +471,16 @@ class RHTState:
 
     # What the state runs on ---------------------------------------------------------------------
 
-    def _start(self, bucket: Any) -> None:
+    def _start(self, bucket: Any) -> ThreadPoolExecutor:
         """Make the worker thread and the connections; the ranks make their first buckets alike."""
         if self._failure is not None:
             raise RuntimeError(f"rht_hook: it failed before: {self._failure}")
         device = bucket.buffer().device.type
         try:
             self._running.communicator = self._connect(device, bucket)
-        except RuntimeError as error:
-            if not dist.is_initialized():
+        except BaseException as error:
+            self._failure = error  # what began together cannot begin again on one rank
+            if not isinstance(error, RuntimeError) or not dist.is_initialized():
                 raise
             self._failure = RuntimeError(
                 f"rht_hook: rank {dist.get_rank()} of {dist.get_world_size()} could not make "
@@ -479,7 +490,7 @@ class RHTState:
             raise self._failure from error
         if self._residuals_of is not None:
             self._check_residuals_of(self._residuals_of, self._place())
-        self._running.start()
+        return self._running.start()
 
     def _connect(self, device: str, bucket: Any) -> "Communicator | HierarchicalCommunicator":
         of_model = _group_of_model(self, bucket.parameters())
@@ -552,11 +563,12 @@ class RHTState:
             with contextlib.suppress(Exception):
                 self._running.communicator = self._connect(bucket.buffer().device.type, bucket)
         self._failure = self._failure or failure
-        if self._running.worker is None:
+        worker = self._running.worker
+        if worker is None:
             self._abort()
             return
         with contextlib.suppress(RuntimeError):  # the worker has ended
-            self._running.worker.submit(self._abort)  # behind the buckets before
+            worker.submit(self._abort)  # behind the buckets before
 
     def _abort(self) -> None:
         # A rank may live on after its error. On Gloo nobody would tell the others, which wait.
@@ -767,12 +779,13 @@ class _Running:
     """Whether there was a worker, and is none any more."""
     _thread: list[int] = field(default_factory=list)
 
-    def start(self) -> None:
-        self.worker = ThreadPoolExecutor(
+    def start(self) -> ThreadPoolExecutor:
+        self.worker = worker = ThreadPoolExecutor(
             max_workers=1,
             thread_name_prefix="rhtcomm",
             initializer=lambda: self._thread.append(threading.get_ident()),
         )
+        return worker
 
     def close(self) -> None:
         """Wait for the worker, and leave connections of the hook's own."""
@@ -828,8 +841,9 @@ class _Order:
             begun = self._begun.setdefault(group, [])
             number = sum(made < state._made for made in begun)
             for other in self._waiting:
-                earlier = other._made < state._made
-                number += earlier and (other._process_group or _group_of_model(other)) is group
+                if other._made < state._made:
+                    with contextlib.suppress(ValueError):  # that is for its own first bucket to say
+                        number += (other._process_group or _group_of_model(other)) is group
             begun.append(state._made)
         return number
 
@@ -845,12 +859,21 @@ def _group_of_model(
     DDP tells its hook nothing of its group. So look for the model that has the state, or (if the
     state is inside another one) the first parameter, once, when the first bucket comes.
     """
-    models = [
-        thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)
-    ]
-    mine = [m for m in models if any(own is state for _, own in getattr(m, "_comm_hooks", ()))]
-    if not mine and parameters:
-        mine = [m for m in models if any(p is parameters[0] for p in m.parameters())]
+
+    def find() -> list[DistributedDataParallel]:
+        models = [
+            thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)
+        ]
+        mine = [m for m in models if any(own is state for _, own in getattr(m, "_comm_hooks", ()))]
+        if not mine and parameters:
+            mine = [m for m in models if any(p is parameters[0] for p in m.parameters())]
+        return mine
+
+    mine = find()
+    if not mine and gc.get_freeze_count():  # after gc.freeze() they are hidden
+        gc.unfreeze()
+        mine = find()
+        gc.freeze()
     groups = [group for model in mine if (group := getattr(model, "process_group", None))]
     if any(group is not groups[0] and _ranks(group) != _ranks(groups[0]) for group in groups):
         raise ValueError(

@@ -766,7 +766,7 @@ class HierarchicalCommunicator:
         return self.between.patience
 
     def close(self) -> None:
-        """End what either level has of its own (see `Communicator.apart`); the rest is its maker's."""
+        """End what either level has of its own (see `apart`), and nothing of the user's."""
         for level in (self.within, self.between):
             if level.private:
                 level.close()

@@ -86,7 +86,7 @@ def average_over_ddps_group(rank: int, world_size: int, how: str) -> float:
     """DDP has a group, the state was told nothing; the third model's state is inside another."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     own = groups[rank % 2]
-    options = {"process_group": own} if how == "group" else {}
+    options = {"process_group": own} if how in ("group", "frozen") else {}
     if how == "mesh":
         mesh = DeviceMesh("cpu", torch.tensor([[0, 2], [1, 3]]))
         options = {"device_mesh": DeviceMesh.from_group(mesh.get_group(1), "cpu")}
@@ -102,11 +102,14 @@ def average_over_ddps_group(rank: int, world_size: int, how: str) -> float:
             ddp.register_comm_hook(holder, hook)
         else:
             ddp = registered(model, state, **options)
+        if how == "frozen":
+            gc.freeze()
         found = backward(ddp, rank)
+        gc.unfreeze()
     return error(found, exact_mean(model, [rank % 2, rank % 2 + 2]))
 
 
-@pytest.mark.parametrize("how", ["group", "mesh", "inside"])
+@pytest.mark.parametrize("how", ["group", "mesh", "inside", "frozen"])
 def test_a_state_averages_over_the_group_of_its_model(how: str, ranks: Ranks) -> None:
     assert max(ranks.run(average_over_ddps_group, 4, how)) < TOLERANCE
 
@@ -770,3 +773,61 @@ def test_only_a_level_of_its_own_is_closed() -> None:
     ]
     HierarchicalCommunicator(*levels).close()
     assert closed == [True]
+
+
+# ---- What else a state may be given -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("junk", "message"),
+    [
+        (None, "is None"),
+        ([1, 2], r"is \[1, 2\]"),
+        ({"seed": 0, "step": 1, "residuals": {}, "rotations": 3}, "rotations must hold"),
+        ({"seed": 0, "step": 1, "residuals": {}, "rotations": [[1, 2]]}, "rotations must hold"),
+        ({"seed": 0, "step": 1, "residuals": {}, "rotations": [["a", 1, 2]]}, "rotations must"),
+        (
+            {"seed": 0, "step": 1, "rank": 0, "world_size": 1, "residuals": {"0.bias": [0.0] * 64}},
+            "residuals must be tensors",
+        ),
+    ],
+)
+def test_junk_is_no_saved_state(junk: Any, message: str) -> None:
+    with RHTState(rotations="auto", error_feedback=True) as state:
+        before = state.state_dict(net())
+        with pytest.raises(ValueError, match=message):
+            state.load_state_dict(junk, net())
+        assert state.state_dict(net()) == before
+
+
+def fail_to_connect(rank: int, world_size: int) -> int:
+    """As where the system has no more file descriptors: to wait for the others is of no use."""
+    calls = []
+
+    def broken(*_: Any) -> Any:
+        calls.append(1)
+        raise OSError("too many open files")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchCommunicator, "of_its_own", broken)
+        state = RHTState(**FINE)
+        with pytest.raises(OSError, match="too many open files"):
+            submit(state, torch.zeros(1000))
+        with pytest.raises(RuntimeError, match="it failed before: too many"):
+            submit(state, torch.zeros(1000))
+    return len(calls)
+
+
+def test_a_rank_that_cannot_connect_does_not_try_twice(ranks: Ranks) -> None:
+    assert ranks.run(fail_to_connect, 1) == [1]
+
+
+def test_a_shallow_copy_counts_for_itself() -> None:
+    state = RHTState(rotations="auto")
+    other = copy.copy(state)
+    other.load_state_dict({"seed": 0, "step": 1, "rotations": [[0, 1000, 1]]})
+    other._taken[1] += 1
+    other._ends.add(3)
+    assert state.state_dict()["rotations"] == []
+    assert state.stats().rotations == {1: 0, 2: 0, 3: 0}
+    assert not state._ends
