@@ -164,6 +164,8 @@ class RHTState:
                 f"RHTState: timeout={timeout!r} must be a datetime.timedelta, such as "
                 "timedelta(minutes=5)"
             )
+        if timeout is not None and timeout <= timedelta(0):
+            raise ValueError(f"RHTState: timeout={timeout!r} must be positive")
         if communicator is not None and not callable(getattr(communicator, "all_reduce_", None)):
             raise TypeError(
                 f"RHTState: communicator={communicator!r} must be an object such as "

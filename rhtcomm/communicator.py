@@ -574,9 +574,17 @@ class MPICommunicator(Communicator):
         ImportError: mpi4py is not installed.
         RuntimeError: MPI knows another number of ranks than torch does, as it happens where
             torchrun alone started the processes: then each is an MPI world of its own.
+        TypeError: the timeout is no number.
+        ValueError: the timeout is not positive.
     """
 
     def __init__(self, comm: "MPI.Intracomm | None" = None, timeout: float | None = 1800.0) -> None:
+        if timeout is not None and not isinstance(timeout, (int, float)):
+            raise TypeError(
+                f"MPICommunicator: timeout={timeout!r} must be a number of seconds, or None"
+            )
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"MPICommunicator: timeout={timeout!r} must be positive, or None")
         try:
             from mpi4py import MPI
         except ImportError as missing:

@@ -598,6 +598,32 @@ def test_arguments_of_another_type(arguments: dict[str, Any], message: str) -> N
         RHTState(**arguments)
 
 
+@pytest.mark.parametrize("seconds", [0, -1])
+def test_a_timeout_is_positive(seconds: int) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        RHTState(timeout=timedelta(seconds=seconds))
+    with pytest.raises(ValueError, match="must be positive"):
+        rhtcomm.MPICommunicator(timeout=seconds)
+
+
+def test_mpis_timeout_is_in_seconds() -> None:
+    with pytest.raises(TypeError, match="must be a number of seconds"):
+        rhtcomm.MPICommunicator(timeout=SOON)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("communicator", ["gloo", None, object(), TorchCommunicator])
+def test_all_reduce_takes_communicators_alone(communicator: Any) -> None:
+    codec = rhtcomm.Codec(rhtcomm.QuicFL(4))
+    with pytest.raises(TypeError, match="must be an object such as"):
+        rhtcomm.all_reduce(torch.ones(3), codec, rhtcomm.Key(0), communicator)
+
+
+def test_all_reduce_takes_keys_alone() -> None:
+    codec, communicator = rhtcomm.Codec(rhtcomm.QuicFL(4)), Communicator.__new__(OfTheUser)
+    with pytest.raises(TypeError, match=r"key=3 must be a rhtcomm\.Key"):
+        rhtcomm.all_reduce(torch.ones(3), codec, 3, communicator)  # type: ignore[arg-type]
+
+
 def make_communicators_of_odd_things(rank: int, world_size: int) -> None:
     for odd in ("gloo", 3, TorchCommunicator()):
         with pytest.raises(TypeError, match="must be a process group"):
