@@ -497,12 +497,8 @@ class RHTState:
     def _connect(self, device: str, bucket: Any) -> "Communicator | HierarchicalCommunicator":
         of_model = _group_of_model(self, bucket.parameters())
         if self._given is not None:
-            if of_model is not None and self._given.world_size != of_model.size():
-                raise ValueError(
-                    f"RHTState: its communicator has {self._given.world_size} ranks, but the DDP "
-                    f"model that it is registered on averages over {of_model.size()}; give one of "
-                    "the same ranks"
-                )
+            if of_model is not None:
+                self._check_communicator(self._given, of_model)
             return self._given.apart(device)
         if not dist.is_initialized():
             raise RuntimeError("rht_hook: torch.distributed is not initialized")
@@ -517,6 +513,22 @@ class RHTState:
         if self._number is None:
             self._number = _order.number(self, group)
         return TorchCommunicator.of_its_own(group, device, self._timeout)
+
+    @staticmethod
+    def _check_communicator(given: Any, of_model: dist.ProcessGroup) -> None:
+        if given.world_size != of_model.size():
+            raise ValueError(
+                f"RHTState: its communicator has {given.world_size} ranks, but the DDP model that "
+                f"it is registered on averages over {of_model.size()}; give one of the same ranks"
+            )
+        levels = (given.within, given.between) if hasattr(given, "within") else (given,)
+        for level in levels:  # MPI has numbers of its own for the ranks
+            if isinstance(level, TorchCommunicator) and not {*level.ranks} <= {*_ranks(of_model)}:
+                raise ValueError(
+                    f"RHTState: its communicator has the ranks {level.ranks}, but the DDP model "
+                    f"that it is registered on averages over {_ranks(of_model)}; give one of the "
+                    "same ranks"
+                )
 
     @property
     def _owner(self) -> int:

@@ -120,6 +120,11 @@ def contradict_ddp(rank: int, world_size: int) -> list[str]:
     options: list[dict[str, Any]] = [
         {"process_group": dist.group.WORLD},
         {"communicator": TorchCommunicator()},
+        {
+            "communicator": TorchCommunicator(
+                [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
+            )
+        },
     ]
     for option in options:
         state = RHTState(**FINE, **option)
@@ -130,7 +135,7 @@ def contradict_ddp(rank: int, world_size: int) -> list[str]:
 
 
 def test_a_group_that_is_not_the_models_is_refused(ranks: Ranks) -> None:
-    for rank, (group, communicator) in enumerate(ranks.run(contradict_ddp, 4)):
+    for rank, (group, communicator, other) in enumerate(ranks.run(contradict_ddp, 4)):
         members = [0, 1] if rank < 2 else [2, 3]
         assert "has the ranks [0, 1, 2, 3], but the DDP model" in group
         assert f"averages over {members}" in group
@@ -138,6 +143,7 @@ def test_a_group_that_is_not_the_models_is_refused(ranks: Ranks) -> None:
             "has 4 ranks, but the DDP model that it is registered on averages over 2"
             in communicator
         )
+        assert f"has the ranks {[rank % 2, rank % 2 + 2]}, but the DDP model" in other
 
 
 # ---- By what ----------------------------------------------------------------------------------
