@@ -832,7 +832,8 @@ class _Order:
     """In which order the states of a process group were made, alike on all of its ranks.
 
     A rank may also have states of groups that other ranks are not in, so what counts is the group
-    of the model, which is known once the state is registered. A copy counts from its first bucket.
+    of the model, which is known once the state is registered; before that, one counts for the
+    group that it would take. A copy counts from its first bucket.
     """
 
     def __init__(self) -> None:
@@ -857,7 +858,8 @@ class _Order:
             for other in self._waiting:
                 if other._made < state._made:
                     with contextlib.suppress(ValueError):  # that is for its own first bucket to say
-                        number += (other._process_group or _group_of_model(other)) is group
+                        other_group = other._process_group or _group_of_model(other)
+                        number += (other_group or dist.group.WORLD) is group
             begun.append(state._made)
         return number
 
