@@ -217,7 +217,9 @@ class RHTState:
         self._process_group, self._timeout = process_group, timeout
         self._given = communicator
         self._number = None if communicator is None else users.number(communicator.carriers())
-        self._made = _order.made(self) if communicator is None else 0
+        self._made = _order.next()
+        if communicator is None:
+            _order.add(self)
         self._steps = self._bytes_sent = self._bytes_uncompressed = 0
         self._seconds = {"encode": 0.0, "exchange": 0.0, "decode": 0.0}
         self._squared_error = self._squared_norm = 0.0
@@ -268,7 +270,7 @@ class RHTState:
         self._residuals = Residuals()
         self._residuals.replace(residuals)
         self._process_group = self._given = self._number = None
-        self._made = _order.made(None)
+        self._made = _order.next()
         self._reset()
 
     @property
@@ -843,11 +845,14 @@ class _Order:
         self._begun: weakref.WeakKeyDictionary[dist.ProcessGroup, list[int]]
         self._begun = weakref.WeakKeyDictionary()  # when they were made
 
-    def made(self, state: RHTState | None) -> int:
+    def next(self) -> int:
         with self._lock:
-            if state is not None:
-                self._waiting.add(state)
             return next(self._count)
+
+    def add(self, state: RHTState) -> None:
+        """Count a state although it has had no bucket yet."""
+        with self._lock:
+            self._waiting.add(state)
 
     def number(self, state: RHTState, group: dist.ProcessGroup) -> int:
         """How many states of the group were made before this one, which begins now."""
