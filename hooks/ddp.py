@@ -9,6 +9,7 @@ Gloo.)
 
 import contextlib
 import gc
+import itertools
 import logging
 import math
 import operator
@@ -18,10 +19,11 @@ import time
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -162,6 +164,8 @@ class RHTState:
                 f"RHTState: timeout={timeout!r} must be a datetime.timedelta, such as "
                 "timedelta(minutes=5)"
             )
+        if timeout is not None and timeout <= timedelta(0):
+            raise ValueError(f"RHTState: timeout={timeout!r} must be positive")
         if communicator is not None and not callable(getattr(communicator, "all_reduce_", None)):
             raise TypeError(
                 f"RHTState: communicator={communicator!r} must be an object such as "
@@ -212,7 +216,10 @@ class RHTState:
         self._ends: set[int] = set()  # where steps ended, though not with DDP's last bucket
         self._process_group, self._timeout = process_group, timeout
         self._given = communicator
-        self._number = self._count_states()
+        self._number = None if communicator is None else users.number(communicator.carriers())
+        self._made = _order.next()
+        if communicator is None:
+            _order.add(self)
         self._steps = self._bytes_sent = self._bytes_uncompressed = 0
         self._seconds = {"encode": 0.0, "exchange": 0.0, "decode": 0.0}
         self._squared_error = self._squared_norm = 0.0
@@ -235,11 +242,11 @@ class RHTState:
         self._closed = False
         self._lock = threading.Lock()
         self._unfinished = 0  # buckets
-        self._in_backward = False
+        self._backward: weakref.ref[object] | None = None  # pass that buckets come from
 
     _LEFT_BEHIND = (
         *("_running", "_finalizer", "_streams", "_checks", "_checked", "_said", "_failure"),
-        *("_closed", "_lock", "_unfinished", "_in_backward", "_process_group", "_given", "_number"),
+        *("_closed", "_lock", "_unfinished", "_backward", "_process_group", "_given", "_number"),
         "_residuals",
     )
 
@@ -250,7 +257,11 @@ class RHTState:
                 "a copy of an RHTState has no communicator: where it is registered, it exchanges "
                 "over the model's process group; make a new RHTState to give it another one"
             )
-        state = {name: value for name, value in vars(self).items() if name not in self._LEFT_BEHIND}
+        state = {
+            name: value.copy() if isinstance(value, (dict, set)) else value  # for copy.copy
+            for name, value in vars(self).items()
+            if name not in self._LEFT_BEHIND
+        }
         return state | {"residuals": self._residuals.by_parameter()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -259,14 +270,8 @@ class RHTState:
         self._residuals = Residuals()
         self._residuals.replace(residuals)
         self._process_group = self._given = self._number = None
+        self._made = _order.next()
         self._reset()
-
-    def _count_states(self) -> int | None:
-        """How many states were made before this one for what carries its messages."""
-        if self._given is not None:
-            return users.number(self._given.carriers())
-        group = self._process_group or (dist.group.WORLD if dist.is_initialized() else None)
-        return None if group is None else users.number([group])
 
     @property
     def _communicator(self) -> "Communicator | HierarchicalCommunicator | None":
@@ -337,15 +342,23 @@ class RHTState:
                 only one of this state and the saved one has error_feedback; or it is no saved
                 state.
         """
-        if not {"seed", "step"} <= state.keys():
+        if not isinstance(state, Mapping) or not {"seed", "step"} <= state.keys():
+            this = f"has {list(state)}" if isinstance(state, Mapping) else f"is {state!r:.80}"
             raise ValueError(
-                f"RHTState.load_state_dict: a state has seed and step, but this has {list(state)}; "
+                f"RHTState.load_state_dict: a state has seed and step, but this {this}; "
                 "give what state_dict() returned"
             )
         key = Key(state["seed"], state["step"])
         # What a run with "auto" saved means nothing to a fixed number.
         wanted = state.get("rotations", []) if self.codec.rotations == AUTO else []
-        wanted = {(index, numel): count for index, numel, count in wanted}
+        try:
+            rows = [[operator.index(number) for number in row] for row in wanted]
+            wanted = {(index, numel): count for index, numel, count in rows}
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "RHTState.load_state_dict: rotations must hold a bucket's index, its length and a "
+                f"count in each row, but this has {wanted!r:.80}; give what state_dict() returned"
+            ) from error
         if odd := {*wanted.values()} - {1, 2, 3}:
             raise ValueError(
                 f"RHTState.load_state_dict: rotations must be 1, 2 or 3, but this has {odd}; "
@@ -433,9 +446,7 @@ class RHTState:
                 f"rht_hook: bucket {bucket.index()} is {buffer.dtype}, and a mean of integers is "
                 "no integer; reduce it with torch.distributed"
             )
-        if self._running.worker is None:
-            self._start(bucket)
-        assert self._running.worker is not None
+        worker = self._running.worker or self._start(bucket)
         self._take_communicator()
         index, last = bucket.index(), bucket.is_last()
         # DDP may leave out a step's last buckets, if no gradient came; randomness must not repeat.
@@ -454,7 +465,7 @@ class RHTState:
         ready = torch.cuda.current_stream(buffer.device).record_event() if on_device else None
         with self._lock:
             self._unfinished += 1
-        self._running.worker.submit(self._run, buffer, key, parameters, ends, ready, done)
+        worker.submit(self._run, buffer, key, parameters, ends, ready, done)
         # An exception set on a Python future reaches DDP only when a callback raises it again.
         return done.then(lambda finished: finished.value())
 
@@ -464,7 +475,7 @@ class RHTState:
 
     # What the state runs on ---------------------------------------------------------------------
 
-    def _start(self, bucket: Any) -> None:
+    def _start(self, bucket: Any) -> ThreadPoolExecutor:
         """Make the worker thread and the connections; the ranks make their first buckets alike."""
         if self._failure is not None:
             raise RuntimeError(f"rht_hook: it failed before: {self._failure}")
@@ -472,8 +483,9 @@ class RHTState:
         self._check_ranks(of_model)
         try:
             self._running.communicator = self._connect(bucket.buffer().device.type, of_model)
-        except RuntimeError as error:
-            if not dist.is_initialized():
+        except BaseException as error:
+            self._failure = error  # what began together cannot begin again on one rank
+            if not isinstance(error, RuntimeError) or not dist.is_initialized():
                 raise
             self._failure = RuntimeError(
                 f"rht_hook: rank {dist.get_rank()} of {dist.get_world_size()} could not make "
@@ -481,11 +493,9 @@ class RHTState:
                 f"{_NO_HOOK}; see what it printed. Torch says: {error}"
             )
             raise self._failure from error
-        if self._number is None:
-            self._number = self._count_states() or 0
         if self._residuals_of is not None:
             self._check_residuals_of(self._residuals_of, self._place())
-        self._running.start()
+        return self._running.start()
 
     def _connect(
         self, device: str, of_model: dist.ProcessGroup | None
@@ -495,24 +505,36 @@ class RHTState:
         group = of_model or self._process_group or dist.group.WORLD
         if group is None:
             raise RuntimeError("rht_hook: torch.distributed is not initialized")
+        if self._number is None:
+            self._number = _order.number(self, group)
         return TorchCommunicator.of_its_own(group, device, self._timeout)
 
     def _check_ranks(self, of_model: dist.ProcessGroup | None) -> None:
         """Raise ValueError if the state was told of other ranks than its model averages over."""
         if of_model is None:
             return
-        if self._given is not None and self._given.world_size != of_model.size():
-            raise ValueError(
-                f"RHTState: its communicator has {self._given.world_size} ranks, but the DDP model "
-                f"that it is registered on averages over {of_model.size()}; give one of the same "
-                "ranks"
-            )
         if self._process_group is not None and _ranks(self._process_group) != _ranks(of_model):
             raise ValueError(
                 f"RHTState: process_group has the ranks {_ranks(self._process_group)}, but the DDP "
                 f"model that it is registered on averages over {_ranks(of_model)}; leave "
                 "process_group out, or give DDP's"
             )
+        given: Any = self._given
+        if given is None:
+            return
+        if given.world_size != of_model.size():
+            raise ValueError(
+                f"RHTState: its communicator has {given.world_size} ranks, but the DDP model that "
+                f"it is registered on averages over {of_model.size()}; give one of the same ranks"
+            )
+        levels = (given.within, given.between) if hasattr(given, "within") else (given,)
+        for level in levels:  # MPI has numbers of its own for the ranks
+            if isinstance(level, TorchCommunicator) and not {*level.ranks} <= {*_ranks(of_model)}:
+                raise ValueError(
+                    f"RHTState: its communicator has the ranks {level.ranks}, but the DDP model "
+                    f"that it is registered on averages over {_ranks(of_model)}; give one of the "
+                    "same ranks"
+                )
 
     @property
     def _owner(self) -> int:
@@ -526,16 +548,19 @@ class RHTState:
         All ranks see alike who does it within one backward pass, and so raise alike.
         """
         communicator = self._communicator
-        if communicator is None or communicator.private or self._in_backward or self._failure:
+        if communicator is None or communicator.private or self._backward or self._failure:
             return
         users.take(communicator.carriers(), self)
         with contextlib.suppress(RuntimeError):  # it is none, as with DDP's join()
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
-            self._in_backward = True
+            end = partial(self._end_backward)
+            torch.autograd.Variable._execution_engine.queue_callback(end)
+            # A pass that fails calls nothing, but it drops its callbacks.
+            self._backward = weakref.ref(end, self._end_backward)
 
-    def _end_backward(self) -> None:
-        self._in_backward = False
-        self._give_communicator_back()
+    def _end_backward(self, of: weakref.ref[object] | None = None) -> None:
+        if of is None or of is self._backward:
+            self._backward = None
+            self._give_communicator_back()
 
     def _finish_bucket(self) -> None:
         with self._lock:
@@ -543,7 +568,7 @@ class RHTState:
         self._give_communicator_back()
 
     def _give_communicator_back(self) -> None:
-        if not self._in_backward and not self._unfinished:
+        if not self._backward and not self._unfinished:
             users.give_back(self)
 
     # Failures -----------------------------------------------------------------------------------
@@ -559,11 +584,12 @@ class RHTState:
                 of_model = _group_of_model(self, bucket.parameters())
                 self._running.communicator = self._connect(bucket.buffer().device.type, of_model)
         self._failure = self._failure or failure
-        if self._running.worker is None:
+        worker = self._running.worker
+        if worker is None:
             self._abort()
             return
         with contextlib.suppress(RuntimeError):  # the worker has ended
-            self._running.worker.submit(self._abort)  # behind the buckets before
+            worker.submit(self._abort)  # behind the buckets before
 
     def _abort(self) -> None:
         # A rank may live on after its error. On Gloo nobody would tell the others, which wait.
@@ -774,12 +800,13 @@ class _Running:
     """Whether there was a worker, and is none any more."""
     _thread: list[int] = field(default_factory=list)
 
-    def start(self) -> None:
-        self.worker = ThreadPoolExecutor(
+    def start(self) -> ThreadPoolExecutor:
+        self.worker = worker = ThreadPoolExecutor(
             max_workers=1,
             thread_name_prefix="rhtcomm",
             initializer=lambda: self._thread.append(threading.get_ident()),
         )
+        return worker
 
     def close(self) -> None:
         """Wait for the worker, and leave connections of the hook's own."""
@@ -789,7 +816,8 @@ class _Running:
             # The garbage collector calls this on any thread, but a thread cannot wait for itself.
             worker.shutdown(wait=threading.get_ident() not in self._thread)
         communicator = self.communicator
-        if communicator is not None and communicator.private:
+        levels = isinstance(communicator, HierarchicalCommunicator)  # which may differ in it
+        if communicator is not None and (levels or communicator.private):
             self.communicator = None
             communicator.close()
 
@@ -808,6 +836,48 @@ def _close_late(running: _Running) -> None:
         )
 
 
+class _Order:
+    """In which order the states of a process group were made, alike on all of its ranks.
+
+    A rank may also have states of groups that other ranks are not in, so what counts is the group
+    of the model, which is known once the state is registered; before that, one counts for the
+    group that it would take. A copy counts from its first bucket.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = itertools.count()
+        self._waiting: weakref.WeakSet[RHTState] = weakref.WeakSet()  # for their first bucket
+        self._begun: weakref.WeakKeyDictionary[dist.ProcessGroup, list[int]]
+        self._begun = weakref.WeakKeyDictionary()  # when they were made
+
+    def next(self) -> int:
+        with self._lock:
+            return next(self._count)
+
+    def add(self, state: RHTState) -> None:
+        """Count a state although it has had no bucket yet."""
+        with self._lock:
+            self._waiting.add(state)
+
+    def number(self, state: RHTState, group: dist.ProcessGroup) -> int:
+        """How many states of the group were made before this one, which begins now."""
+        with self._lock:
+            self._waiting.discard(state)
+            begun = self._begun.setdefault(group, [])
+            number = sum(made < state._made for made in begun)
+            for other in self._waiting:
+                if other._made < state._made:
+                    with contextlib.suppress(ValueError):  # that is for its own first bucket to say
+                        other_group = other._process_group or _group_of_model(other)
+                        number += (other_group or dist.group.WORLD) is group
+            begun.append(state._made)
+        return number
+
+
+_order = _Order()
+
+
 def _group_of_model(
     state: RHTState, parameters: Sequence[torch.Tensor] = ()
 ) -> dist.ProcessGroup | None:
@@ -816,17 +886,28 @@ def _group_of_model(
     DDP tells its hook nothing of its group. So look for the model that has the state, or (if the
     state is inside another one) the first parameter, once, when the first bucket comes.
     """
-    models = [
-        thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)
-    ]
-    mine = [m for m in models if any(own is state for _, own in getattr(m, "_comm_hooks", ()))]
-    if not mine and parameters:
-        mine = [m for m in models if any(p is parameters[0] for p in m.parameters())]
+
+    def find() -> list[DistributedDataParallel]:
+        models = [
+            thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)
+        ]
+        mine = [m for m in models if any(own is state for _, own in getattr(m, "_comm_hooks", ()))]
+        if not mine and parameters:
+            mine = [m for m in models if any(p is parameters[0] for p in m.parameters())]
+        return mine
+
+    mine = find()
+    if not mine and gc.get_freeze_count():  # after gc.freeze() they are hidden
+        gc.unfreeze()
+        mine = find()
+        gc.freeze()
     groups = [group for model in mine if (group := getattr(model, "process_group", None))]
-    if not groups or any(_ranks(group) != _ranks(groups[0]) for group in groups):
-        return None
-    found: dist.ProcessGroup = groups[0]
-    return found
+    if any(group is not groups[0] and _ranks(group) != _ranks(groups[0]) for group in groups):
+        raise ValueError(
+            f"RHTState: it is registered on models that average over {_ranks(groups[0])} and over "
+            "other ranks; give each model a state of its own"
+        )
+    return groups[0] if groups else None
 
 
 def _ranks(group: dist.ProcessGroup | None) -> list[int]:

@@ -151,6 +151,12 @@ class Residuals:
                 has changed then.
         """
         named = named_parameters(model)
+        odd = [name for name, value in saved.items() if not isinstance(value, torch.Tensor)]
+        if odd:
+            raise ValueError(
+                f"RHTState.load_state_dict: residuals must be tensors, but those of {odd} are not; "
+                "give what state_dict() returned"
+            )
         for name, value in saved.items():
             shape = _Layout.of(named[name]).shape if name in named else None
             if value.shape != shape:

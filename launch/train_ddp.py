@@ -573,7 +573,8 @@ def train(args: argparse.Namespace) -> None:
                 f"the checkpoint {args.checkpoint} is at step {first_step} and the run ends at "
                 f"step {last_step}: nothing is left to train"
             )
-            report(args, checkpoint["summary"])
+            if "summary" in checkpoint:  # not in those of earlier versions
+                report(args, checkpoint["summary"])
         return
     if checkpoint:
         gpt.load_state_dict(checkpoint["model"])

@@ -134,8 +134,8 @@ def all_reduce(
 
     Raises:
         TypeError: the tensor has another dtype (float64 and integers are never rounded silently)
-            or no memory of its own (as a DTensor has none), the codec is a bare quantizer, or the
-            communicator a process group.
+            or no memory of its own (as a DTensor has none), the codec is a bare quantizer, the
+            communicator a process group or another thing that is none, or the key no `Key`.
         ValueError: the algorithm is unknown, or asked for with a `Lattice`; the rotations are not
             those of a codec or `Lattice` that has a fixed number; the segments are not as long as
             the tensor; or the residual has another shape, dtype or device, or the codec cannot
@@ -156,6 +156,13 @@ def all_reduce(
             "rhtcomm.all_reduce: the communicator is a process group; give "
             "rhtcomm.TorchCommunicator(group)"
         )
+    if isinstance(communicator, type) or not hasattr(communicator, "all_reduce_"):
+        raise TypeError(
+            f"rhtcomm.all_reduce: communicator={communicator!r} must be an object such as "
+            "rhtcomm.TorchCommunicator()"
+        )
+    if not isinstance(key, Key):
+        raise TypeError(f"rhtcomm.all_reduce: key={key!r} must be a rhtcomm.Key, such as Key(seed)")
     check_memory(tensor, "rhtcomm.all_reduce", "tensor")
     if residual is not None:
         check_memory(residual, "rhtcomm.all_reduce", "residual")

@@ -95,7 +95,8 @@ class Users:
         """Have a communicator for a while, unless `user` has it already."""
         carriers = [] if communicator.private else communicator.carriers()
         with self._lock:
-            had = all(carrier in self._using for carrier in carriers)
+            users = [self._using[carrier]() for carrier in carriers if carrier in self._using]
+        had = len(users) == len(carriers) and all(other is user for other in users)
         self.take(carriers, user)
         try:
             yield
@@ -529,8 +530,14 @@ def _gloo_group(parent: dist.ProcessGroup, timeout: timedelta) -> _GlooGroup:
     else:
         parent.recv([drawn], 0, _NAME_TAG).wait(timeout)
     name = f"rhtcomm/{bytes(drawn.tolist()).hex()}"
-    store = distributed_c10d.PrefixStore(name, distributed_c10d._get_default_store())
-    group = _GlooGroup(name, store, rank, world_size, timeout)
+    store: Any = distributed_c10d._get_default_store()
+    with contextlib.suppress(
+        RuntimeError, NotImplementedError, AttributeError
+    ):  # not all kinds of store can
+        # A connection of its own: a thread that waits at the store lets no other thread use it, and
+        # another rank may wait for that one.
+        store = store.clone()
+    group = _GlooGroup(name, distributed_c10d.PrefixStore(name, store), rank, world_size, timeout)
     for told in telling:
         told.wait()  # they have connected, so they know the name
     return group
@@ -573,9 +580,17 @@ class MPICommunicator(Communicator):
         ImportError: mpi4py is not installed.
         RuntimeError: MPI knows another number of ranks than torch does, as it happens where
             torchrun alone started the processes: then each is an MPI world of its own.
+        TypeError: the timeout is no number.
+        ValueError: the timeout is not positive.
     """
 
     def __init__(self, comm: "MPI.Intracomm | None" = None, timeout: float | None = 1800.0) -> None:
+        if timeout is not None and not isinstance(timeout, (int, float)):
+            raise TypeError(
+                f"MPICommunicator: timeout={timeout!r} must be a number of seconds, or None"
+            )
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"MPICommunicator: timeout={timeout!r} must be positive, or None")
         try:
             from mpi4py import MPI
         except ImportError as missing:
@@ -765,9 +780,10 @@ class HierarchicalCommunicator:
         return self.between.patience
 
     def close(self) -> None:
-        """Both levels' connections of their own; see `TorchCommunicator.close`."""
-        self.within.close()
-        self.between.close()
+        """End what either level has of its own (see `apart`), and nothing of the user's."""
+        for level in (self.within, self.between):
+            if level.private:
+                level.close()
 
     @property
     def bytes_sent(self) -> int:

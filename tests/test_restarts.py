@@ -166,6 +166,19 @@ def test_a_finished_run_ends_well(
     assert files.checkpoint.read_bytes() == whole.checkpoint.read_bytes()
 
 
+def test_a_finished_run_of_an_earlier_version_ends_well(
+    whole: Files, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Its checkpoint has no summary."""
+    files = Files(tmp_path, "run")
+    content = torch.load(whole.checkpoint, weights_only=True)
+    del content["summary"]
+    torch.save(content, files.checkpoint)
+    outcomes = start(ranks, files, "--resume", environments=[{}, {}])
+    check_that_all_ended(outcomes)
+    assert "nothing is left" in outcomes[0]
+
+
 @pytest.mark.parametrize(
     ("case", "findings"),
     [

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import rhtcomm
 from rhtcomm import HierarchicalCommunicator, TorchCommunicator
-from rhtcomm.communicator import Communicator
+from rhtcomm.communicator import Communicator, Users
 from rhtcomm.hooks import RHTState, rht_hook
 
 TIMEOUT = timedelta(seconds=limit(50))
@@ -87,7 +88,7 @@ def average_over_ddps_group(rank: int, world_size: int, how: str) -> float:
     """DDP has a group, the state was told nothing; the third model's state is inside another."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     own = groups[rank % 2]
-    options = {"process_group": own} if how == "group" else {}
+    options = {"process_group": own} if how in ("group", "frozen") else {}
     if how == "mesh":
         mesh = DeviceMesh("cpu", torch.tensor([[0, 2], [1, 3]]))
         options = {"device_mesh": DeviceMesh.from_group(mesh.get_group(1), "cpu")}
@@ -103,11 +104,14 @@ def average_over_ddps_group(rank: int, world_size: int, how: str) -> float:
             ddp.register_comm_hook(holder, hook)
         else:
             ddp = registered(model, state, **options)
+        if how == "frozen":
+            gc.freeze()
         found = backward(ddp, rank)
+        gc.unfreeze()
     return error(found, exact_mean(model, [rank % 2, rank % 2 + 2]))
 
 
-@pytest.mark.parametrize("how", ["group", "mesh", "inside"])
+@pytest.mark.parametrize("how", ["group", "mesh", "inside", "frozen"])
 def test_a_state_averages_over_the_group_of_its_model(how: str, ranks: Ranks) -> None:
     assert max(ranks.run(average_over_ddps_group, 4, how)) < TOLERANCE
 
@@ -118,6 +122,11 @@ def contradict_ddp(rank: int, world_size: int) -> list[str]:
     options: list[dict[str, Any]] = [
         {"process_group": dist.group.WORLD},
         {"communicator": TorchCommunicator()},
+        {
+            "communicator": TorchCommunicator(
+                [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
+            )
+        },
     ]
     for option in options:
         state = RHTState(**FINE, **option)
@@ -128,7 +137,7 @@ def contradict_ddp(rank: int, world_size: int) -> list[str]:
 
 
 def test_a_group_that_is_not_the_models_is_refused(ranks: Ranks) -> None:
-    for rank, (group, communicator) in enumerate(ranks.run(contradict_ddp, 4)):
+    for rank, (group, communicator, other) in enumerate(ranks.run(contradict_ddp, 4)):
         members = [0, 1] if rank < 2 else [2, 3]
         assert "has the ranks [0, 1, 2, 3], but the DDP model" in group
         assert f"averages over {members}" in group
@@ -136,6 +145,7 @@ def test_a_group_that_is_not_the_models_is_refused(ranks: Ranks) -> None:
             "has 4 ranks, but the DDP model that it is registered on averages over 2"
             in communicator
         )
+        assert f"has the ranks {[rank % 2, rank % 2 + 2]}, but the DDP model" in other
 
 
 def contradict_ddp_on_rank_1(rank: int, world_size: int) -> tuple[str, float]:
@@ -250,14 +260,34 @@ def test_payloads_say_whose_they_are(ranks: Ranks) -> None:
 
 def begin_in_another_order(rank: int, world_size: int) -> str:
     """As two threads may; the groups that the states make would pair the wrong ones for good."""
-    states = [RHTState(**FINE, timeout=TIMEOUT) for _ in range(2)]
+    models = [registered(net(), RHTState(**FINE, timeout=TIMEOUT)) for _ in range(2)]
     with pytest.raises(RuntimeError) as caught:
-        submit(states[rank], numbers(rank, shape=(1000,))).wait()
+        backward(models[rank], rank)
     return str(caught.value)
 
 
 def test_states_that_begin_in_another_order_are_told_apart(ranks: Ranks) -> None:
     for message in ranks.run(begin_in_another_order, 2):
+        assert "states made before it (0 on rank 0; 1 on rank 1)" in message
+
+
+def begin_wrapped_states_in_another_order(rank: int, world_size: int) -> str:
+    """The hook has the state, so DDP does not."""
+    states = [RHTState(**FINE, timeout=TIMEOUT) for _ in range(2)]
+    models = [DistributedDataParallel(net()) for _ in states]
+    for model, state in zip(models, states, strict=True):
+
+        def hook(holder: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+            return rht_hook(holder.state, bucket)
+
+        model.register_comm_hook(SimpleNamespace(state=state), hook)
+    with pytest.raises(RuntimeError) as caught:
+        backward(models[rank], rank)
+    return str(caught.value)
+
+
+def test_wrapped_states_that_begin_in_another_order_are_told_apart(ranks: Ranks) -> None:
+    for message in ranks.run(begin_wrapped_states_in_another_order, 2):
         assert "states made before it (0 on rank 0; 1 on rank 1)" in message
 
 
@@ -287,6 +317,34 @@ def in_several_groups(rank: int, world_size: int) -> list[float]:
 
 def test_ranks_agree_on_names_that_never_come_back(ranks: Ranks) -> None:
     for errors in ranks.run(in_several_groups, 4):
+        assert max(errors) < TOLERANCE
+
+
+def begin_in_many_threads(rank: int, world_size: int) -> list[float]:
+    """Each with a model and a group of its own; the ranks' threads begin in another order."""
+    groups = [dist.new_group(timeout=SOON) for _ in range(4)]
+    models = [net(seed) for seed in range(4)]
+    errors: list[float] = []
+
+    def train(i: int) -> None:
+        time.sleep(0.3 * (i if rank == 0 else 3 - i))
+        for step in range(2):
+            with RHTState(**FINE, timeout=TIMEOUT) as state:
+                ddp = registered(models[i], state, process_group=groups[i])
+                found = backward(ddp, rank, step)
+            errors.append(error(found, exact_mean(models[i], list(range(world_size)), step)))
+
+    threads = [threading.Thread(target=train, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_states_of_many_threads_do_not_wait_for_each_other(ranks: Ranks) -> None:
+    for errors in ranks.run(begin_in_many_threads, 2):
+        assert len(errors) == 8, "a thread failed"
         assert max(errors) < TOLERANCE
 
 
@@ -359,6 +417,7 @@ CPU_GLOO = """
 import torch, torch.distributed as dist
 import rhtcomm.hooks.ddp as ddp
 from datetime import timedelta
+from functools import partial
 from torch.nn.parallel import DistributedDataParallel
 
 dist.init_process_group({backend!r}, timeout=timedelta(seconds={seconds}))
@@ -617,6 +676,32 @@ def test_arguments_of_another_type(arguments: dict[str, Any], message: str) -> N
         RHTState(**arguments)
 
 
+@pytest.mark.parametrize("seconds", [0, -1])
+def test_a_timeout_is_positive(seconds: int) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        RHTState(timeout=timedelta(seconds=seconds))
+    with pytest.raises(ValueError, match="must be positive"):
+        rhtcomm.MPICommunicator(timeout=seconds)
+
+
+def test_mpis_timeout_is_in_seconds() -> None:
+    with pytest.raises(TypeError, match="must be a number of seconds"):
+        rhtcomm.MPICommunicator(timeout=SOON)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("communicator", ["gloo", None, object(), TorchCommunicator])
+def test_all_reduce_takes_communicators_alone(communicator: Any) -> None:
+    codec = rhtcomm.Codec(rhtcomm.QuicFL(4))
+    with pytest.raises(TypeError, match="must be an object such as"):
+        rhtcomm.all_reduce(torch.ones(3), codec, rhtcomm.Key(0), communicator)
+
+
+def test_all_reduce_takes_keys_alone() -> None:
+    codec, communicator = rhtcomm.Codec(rhtcomm.QuicFL(4)), Communicator.__new__(OfTheUser)
+    with pytest.raises(TypeError, match=r"key=3 must be a rhtcomm\.Key"):
+        rhtcomm.all_reduce(torch.ones(3), codec, 3, communicator)  # type: ignore[arg-type]
+
+
 def make_communicators_of_odd_things(rank: int, world_size: int) -> None:
     for odd in ("gloo", 3, TorchCommunicator()):
         with pytest.raises(TypeError, match="must be a process group"):
@@ -692,3 +777,161 @@ def test_a_protocol_has_harmless_defaults() -> None:
     assert alone.apart("cpu") is alone
     assert not alone.private
     assert alone.name_of(0) == "rank 0"
+
+
+# ---- States that some ranks do not have -------------------------------------------------------
+
+
+def train_on_more_groups_than_others(rank: int, world_size: int) -> list[float]:
+    """Ranks 0 and 1 had one more model, with a group of its own; rank 0 had a look at a state."""
+    pair = dist.new_group([0, 1])
+    model = net()
+    states = []
+    if rank < 2:
+        states.append(RHTState(**FINE, timeout=SOON))
+        backward(registered(model, states[0], process_group=pair), rank)
+        unused = RHTState(**FINE, timeout=SOON)
+        kept = registered(model, unused, process_group=pair)
+    if rank == 0:
+        repr(RHTState())
+    states.append(RHTState(**FINE, timeout=SOON))
+    found = backward(registered(model, states[-1]), rank)
+    for state in states:
+        state.close()
+    if rank < 2:
+        del kept
+    return [error(found, exact_mean(model, [0, 1, 2]))]
+
+
+def test_states_of_other_groups_do_not_count(ranks: Ranks) -> None:
+    assert max(max(errors) for errors in ranks.run(train_on_more_groups_than_others, 3)) < TOLERANCE
+
+
+# ---- Communicators that states share, after a backward pass that fails ------------------------
+
+
+class Faulty(torch.autograd.Function):
+    """The identity, whose backward pass fails when it is told to."""
+
+    fails = False
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        if Faulty.fails:
+            raise ValueError("the user's")
+        return gradient
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([net(), nn.Linear(8, 8)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.net[1](Faulty.apply(self.net[0](x)))
+        return y
+
+
+def fail_within_backward(rank: int, world_size: int) -> float:
+    communicator = OfTheUser(dist.new_group(timeout=SOON))
+    state = RHTState(**FINE, communicator=communicator)
+    faulty = registered(Wrapped(), state, bucket_cap_mb=1e-4)
+    for step in range(2):  # then the buckets are small ones
+        backward(faulty, rank, step)
+    Faulty.fails = True
+    with pytest.raises(ValueError, match="the user's"):
+        backward(faulty, rank)
+    Faulty.fails = False
+    model = net(1)
+    with RHTState(**FINE, communicator=communicator) as another:
+        return error(backward(registered(model, another), rank), exact_mean(model, [0, 1]))
+
+
+def test_a_backward_pass_that_fails_keeps_no_communicator(ranks: Ranks) -> None:
+    assert max(ranks.run(fail_within_backward, 2)) < TOLERANCE
+
+
+def test_a_user_that_is_gone_leaves_nothing_behind() -> None:
+    class User:
+        pass
+
+    communicator: Any = SimpleNamespace(private=False, carriers=lambda: [carrier])
+    carrier, gone, next_one, last = (User() for _ in range(4))
+    users = Users()
+    users.take([carrier], gone)
+    del gone
+    with users.using(communicator, next_one):
+        pass
+    users.take([carrier], last)
+
+
+def test_only_a_level_of_its_own_is_closed() -> None:
+    closed = []
+    levels: list[Any] = [
+        SimpleNamespace(private=private, close=partial(closed.append, private), start_all_gather=0)
+        for private in (False, True)
+    ]
+    HierarchicalCommunicator(*levels).close()
+    assert closed == [True]
+
+
+# ---- What else a state may be given -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("junk", "message"),
+    [
+        (None, "is None"),
+        ([1, 2], r"is \[1, 2\]"),
+        ({"seed": 0, "step": 1, "residuals": {}, "rotations": 3}, "rotations must hold"),
+        ({"seed": 0, "step": 1, "residuals": {}, "rotations": [[1, 2]]}, "rotations must hold"),
+        ({"seed": 0, "step": 1, "residuals": {}, "rotations": [["a", 1, 2]]}, "rotations must"),
+        (
+            {"seed": 0, "step": 1, "rank": 0, "world_size": 1, "residuals": {"0.bias": [0.0] * 64}},
+            "residuals must be tensors",
+        ),
+    ],
+)
+def test_junk_is_no_saved_state(junk: Any, message: str) -> None:
+    with RHTState(rotations="auto", error_feedback=True) as state:
+        before = state.state_dict(net())
+        with pytest.raises(ValueError, match=message):
+            state.load_state_dict(junk, net())
+        assert state.state_dict(net()) == before
+
+
+def fail_to_connect(rank: int, world_size: int) -> int:
+    """As where the system has no more file descriptors: to wait for the others is of no use."""
+    calls = []
+
+    def broken(*_: Any) -> Any:
+        calls.append(1)
+        raise OSError("too many open files")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchCommunicator, "of_its_own", broken)
+        state = RHTState(**FINE)
+        with pytest.raises(OSError, match="too many open files"):
+            submit(state, torch.zeros(1000))
+        with pytest.raises(RuntimeError, match="it failed before: too many"):
+            submit(state, torch.zeros(1000))
+    return len(calls)
+
+
+def test_a_rank_that_cannot_connect_does_not_try_twice(ranks: Ranks) -> None:
+    assert ranks.run(fail_to_connect, 1) == [1]
+
+
+def test_a_shallow_copy_counts_for_itself() -> None:
+    state = RHTState(rotations="auto")
+    other = copy.copy(state)
+    other.load_state_dict({"seed": 0, "step": 1, "rotations": [[0, 1000, 1]]})
+    other._taken[1] += 1
+    other._ends.add(3)
+    assert state.state_dict()["rotations"] == []
+    assert state.stats().rotations == {1: 0, 2: 0, 3: 0}
+    assert not state._ends
