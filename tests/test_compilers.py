@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import load_module
 from test_kernels import choose
 
 from rhtcomm import Codec, Eden, Key, QuicFL, VectorQuantizer
@@ -189,3 +190,16 @@ def test_where_pip_is_missing_the_command_brings_it() -> None:
     )
     found = choose({}, without_pip)
     assert f"\n    {sys.executable} -m ensurepip; {sys.executable} -m pip cache" in found.stderr
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc cannot be found")
+def test_what_make_cross_runs_elsewhere_agrees_here(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The driver's cases, with the known answers of tests/golden, in every floating-point mode."""
+    cross = load_module(str(ROOT / "tests/cross/run.py"))
+    subprocess.run(
+        [sys.executable, str(ROOT / "tests/cross/cases.py"), str(tmp_path / "cases")], check=True
+    )
+    assert cross.check(cross.TARGETS[0], tmp_path / "cases", tmp_path), capfd.readouterr().out
+    assert " 0 differ" in capfd.readouterr().out

@@ -1,8 +1,11 @@
-"""Write the cases that driver.c checks: what the torch reference makes of some tensors."""
+"""Write the cases that driver.c checks: what the torch reference makes of some tensors, and the
+known answers of tests/golden.
+"""
 
 import argparse
 import ctypes
 import math
+import sys
 from collections.abc import Iterator
 from itertools import count, product
 from pathlib import Path
@@ -11,8 +14,11 @@ import torch
 
 import rhtcomm.codec
 from rhtcomm import Codec, Eden, Key, QuicFL, VectorQuantizer
-from rhtcomm.kernels import cpu, reference
+from rhtcomm.kernels import Task, cpu, reference
 from rhtcomm.quantizers import Quantizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
+import make
 
 FRACTION = 1 / 512
 QUANTIZERS: tuple[Quantizer, ...] = (
@@ -81,10 +87,61 @@ def case(
             exact[:, :2] = torch.tensor([3, 0], dtype=torch.uint8)
             exact[:, 2 * capacity :][:, :2] = torch.tensor([0, 0x7C], dtype=torch.uint8)
     out = codec.decode_mean(payloads, key, numel, out=torch.empty(numel, dtype=out_dtype))
-    yield _header(codec, key, section, payloads, numel, rank, xs.dtype, out.dtype)
-    yield from _tables(quantizer)
-    for tensor in (xs[rank], payloads, out):
-        yield tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    task = Task(codec._rotation(None), quantizer, key, section, 0, 0, RANKS)
+    yield from _parts(task, rank, xs[rank], payloads, _bytes(out), out.dtype)
+
+
+def golden() -> Iterator[bytes]:
+    """Those of the known answers whose payloads were encoded, one case for each size of blocks."""
+    vectors = make.read()
+    for known in make.CASES:
+        if known.digested or known.recipe == "any bytes":
+            continue
+        payloads = torch.from_numpy(vectors[f"{known.name}/payloads"])
+        x, mean = known.input(known.first_rank), vectors[f"{known.name}/mean"]
+        rotation, quantizer = known.codec._rotation(known.rotations), known.codec.quantizer
+        for section in rhtcomm.codec._layout(known.codec, known.numel):
+            run = slice(section.blocks.start, min(known.numel, section.blocks.stop))
+            rank, world_size = known.first_rank, known.world_size
+            task = Task(rotation, quantizer, known.key, section, known.first, rank, world_size)
+            out_dtype = make.DTYPES[known.out]
+            yield from _parts(task, rank, x[run], payloads, mean[run].tobytes(), out_dtype)
+
+
+def _parts(
+    task: Task,
+    rank: int,
+    x: torch.Tensor,
+    payloads: torch.Tensor,
+    mean: bytes,
+    out_dtype: torch.dtype,
+) -> Iterator[bytes]:
+    """A case: what `rank` encodes, in a section of payloads (K, nbytes) of ranks from task.rank on,
+    and their mean."""
+    section = task.section
+    codes = 16 + section.codes - section.scales
+    payloads = torch.cat([payloads[:, :16], payloads[:, section.scales : section.stop]], dim=1)
+    plans = [cpu._plan(task, 1), cpu._plan(task, len(payloads))]
+    plans[1].first_rank, plans[1].rows = task.rank, len(payloads)
+    for plan in plans:
+        plan.run_stride = payloads.stride(0)
+        plan.levels = plan.positions = plan.boundaries = plan.half_norms = None
+    tables = _tables(task.quantizer)
+    yield bytes(
+        Case(
+            *(section.blocks.count, rank, len(x)),
+            *(cpu.DTYPES.index(x.dtype), cpu.DTYPES.index(out_dtype)),
+            *(payloads.shape[1], 16, codes),
+            (ctypes.c_int64 * 4)(*map(len, tables)),
+            *plans,
+        )
+    )
+    yield from tables
+    yield from (_bytes(x), _bytes(payloads), mean)
+
+
+def _bytes(x: torch.Tensor) -> bytes:
+    return x.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _tables(quantizer: Quantizer) -> list[bytes]:
@@ -97,35 +154,6 @@ def _tables(quantizer: Quantizer) -> list[bytes]:
     ]
 
 
-def _header(
-    codec: Codec,
-    key: Key,
-    section: rhtcomm.codec.Section,
-    payloads: torch.Tensor,
-    numel: int,
-    rank: int,
-    in_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> bytes:
-    rotation = codec._rotation(None)
-    task = rhtcomm.codec.Task(rotation, codec.quantizer, key, section, 0, rank, RANKS)
-    plans = [cpu._plan(task, 1), cpu._plan(task, RANKS)]
-    plans[1].rows = RANKS
-    for plan in plans:
-        plan.run_stride = payloads.stride(0)
-        plan.levels = plan.positions = plan.boundaries = plan.half_norms = None
-    sizes = [len(table) for table in _tables(codec.quantizer)]
-    return bytes(
-        Case(
-            *(section.blocks.count, rank, numel),
-            *(cpu.DTYPES.index(in_dtype), cpu.DTYPES.index(out_dtype)),
-            *(payloads.shape[1], section.scales, section.codes),
-            (ctypes.c_int64 * 4)(*sizes),
-            *plans,
-        )
-    )
-
-
 def write(path: Path) -> None:
     torch.set_num_threads(1)
     rhtcomm.codec.kernel_for = lambda device, quantizer: reference  # type: ignore[assignment]
@@ -134,6 +162,8 @@ def write(path: Path) -> None:
         for number, facts in enumerate(cases()):
             for part in case(number, *facts):
                 file.write(part)
+        for part in golden():
+            file.write(part)
 
 
 if __name__ == "__main__":
