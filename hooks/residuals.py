@@ -111,7 +111,10 @@ class Residuals:
         """The residual of a bucket, (numel,) float32."""
         parts = residual.split([numel_of(parameter) for parameter in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
-            self._of[parameter] = _Residual(part, _Layout.of(parameter))
+            kept = self._of.get(parameter)
+            # Buckets keep the order of their making, whatever becomes of the parameter's memory.
+            layout = _Layout.of(parameter) if kept is None else kept.layout
+            self._of[parameter] = _Residual(part, layout)
 
     def by_parameter(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The parameters and their residuals, in the parameters' shapes."""

@@ -579,6 +579,15 @@ def move_residuals(rank: int, world_size: int) -> list[str]:
     flat = state._residuals.gather([weight], torch.zeros(1))
     by_hand = flat.view(8, 3, 3, 4).permute(0, 3, 1, 2)
     assert torch.equal(by_hand, saved["residuals"]["convolution.weight"])
+    # Buckets do not follow a parameter that changes its memory format.
+    moved, moved_ddp = odd_state(Odd(first))
+    train_odd(moved_ddp, rank)
+    kept = moved.state_dict(moved_ddp)["residuals"]["convolution.weight"]
+    moved_ddp.module.to(memory_format=last)
+    moved._residuals.keep([moved_ddp.module.convolution.weight], kept.flatten())
+    after_move = moved.state_dict(moved_ddp)["residuals"]["convolution.weight"]
+    assert torch.equal(after_move, kept)
+    moved.close()
     # Names are those of the model without its wrappers.
     compiled = torch.compile(ddp, backend="eager")
     for wrapper in (ddp.module, ddp, compiled, torch.compile(ddp.module, backend="eager")):
