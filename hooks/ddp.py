@@ -9,7 +9,6 @@ Gloo.)
 
 import contextlib
 import gc
-import itertools
 import logging
 import math
 import operator
@@ -216,10 +215,8 @@ class RHTState:
         self._ends: set[int] = set()  # where steps ended, though not with DDP's last bucket
         self._process_group, self._timeout = process_group, timeout
         self._given = communicator
-        self._number = None if communicator is None else users.number(communicator.carriers())
-        self._made = _order.next()
-        if communicator is None:
-            _order.add(self)
+        # Among the users of a communicator that is not the hook's alone.
+        self._number = 0 if communicator is None else users.number(communicator.carriers())
         self._steps = self._bytes_sent = self._bytes_uncompressed = 0
         self._seconds = {"encode": 0.0, "exchange": 0.0, "decode": 0.0}
         self._squared_error = self._squared_norm = 0.0
@@ -269,8 +266,7 @@ class RHTState:
         vars(self).update(state)
         self._residuals = Residuals()
         self._residuals.replace(residuals)
-        self._process_group = self._given = self._number = None
-        self._made = _order.next()
+        self._process_group, self._given, self._number = None, None, 0
         self._reset()
 
     @property
@@ -505,8 +501,6 @@ class RHTState:
         group = of_model or self._process_group or dist.group.WORLD
         if group is None:
             raise RuntimeError("rht_hook: torch.distributed is not initialized")
-        if self._number is None:
-            self._number = _order.number(self, group)
         return TorchCommunicator.of_its_own(group, device, self._timeout)
 
     def _check_ranks(self, of_model: dist.ProcessGroup | None) -> None:
@@ -540,7 +534,7 @@ class RHTState:
     def _owner(self) -> int:
         """What payloads say of whose they are: nothing, where nobody else can send by the same."""
         own = self._communicator is not None and self._communicator.private
-        return 0 if own else self._number or 0
+        return 0 if own else self._number
 
     def _take_communicator(self) -> None:
         """Nobody else may send by it until the backward pass and its buckets are finished.
@@ -677,7 +671,7 @@ class RHTState:
                 "seed": key.seed,
                 "step": key.step,
                 "rotations by bucket": sorted(self._wanted.items()),
-                "states made before it": self._number,
+                "states that were given its communicator before it": self._owner,
             }
             with self._exchange(key):
                 check_agreement(communicator, facts, buffer.device)
@@ -834,48 +828,6 @@ def _close_late(running: _Running) -> None:
             ResourceWarning,
             stacklevel=1,
         )
-
-
-class _Order:
-    """In which order the states of a process group were made, alike on all of its ranks.
-
-    A rank may also have states of groups that other ranks are not in, so what counts is the group
-    of the model, which is known once the state is registered; before that, one counts for the
-    group that it would take. A copy counts from its first bucket.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._count = itertools.count()
-        self._waiting: weakref.WeakSet[RHTState] = weakref.WeakSet()  # for their first bucket
-        self._begun: weakref.WeakKeyDictionary[dist.ProcessGroup, list[int]]
-        self._begun = weakref.WeakKeyDictionary()  # when they were made
-
-    def next(self) -> int:
-        with self._lock:
-            return next(self._count)
-
-    def add(self, state: RHTState) -> None:
-        """Count a state although it has had no bucket yet."""
-        with self._lock:
-            self._waiting.add(state)
-
-    def number(self, state: RHTState, group: dist.ProcessGroup) -> int:
-        """How many states of the group were made before this one, which begins now."""
-        with self._lock:
-            self._waiting.discard(state)
-            begun = self._begun.setdefault(group, [])
-            number = sum(made < state._made for made in begun)
-            for other in self._waiting:
-                if other._made < state._made:
-                    with contextlib.suppress(ValueError):  # that is for its own first bucket to say
-                        other_group = other._process_group or _group_of_model(other)
-                        number += (other_group or dist.group.WORLD) is group
-            begun.append(state._made)
-        return number
-
-
-_order = _Order()
 
 
 def _group_of_model(

@@ -11,7 +11,7 @@ all_gather: every rank decodes all n payloads. two_shot: each rank gets all payl
 decodes and averages them, encodes the mean again, and gathers the shards of the others. gather:
 rank 0 does so with the whole tensor, as a parameter server does. Large tensors go through these in
 chunks of whole blocks, one behind the other, so that the link and the codec work at the same time;
-a block's randomness hangs on its place in the tensor, so chunks change no bit of the result.
+a block's randomness depends on its place in the tensor, so chunks change no bit of the result.
 
 Over a `HierarchicalCommunicator` the ranks of a node first share out the sum of their tensors in
 full precision; each takes its shard to its like in the other nodes by one of the above (n counts

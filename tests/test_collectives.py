@@ -388,7 +388,7 @@ def reduce_in_chunks(rank: int, world_size: int, cases: list[Case]) -> list[torc
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_all_gather_and_gather_in_chunks_change_no_bit(world_size: int, ranks: Ranks) -> None:
-    """A block's randomness hangs on its place in the bucket, not on the chunk."""
+    """A block's randomness depends on its place in the bucket, not on the chunk."""
     cases: list[Case] = [
         (codec, algorithm, numel, torch.float32)
         for codec in (CODEC, Codec(Eden(3), block=BLOCK))

@@ -259,36 +259,17 @@ def test_payloads_say_whose_they_are(ranks: Ranks) -> None:
 
 
 def begin_in_another_order(rank: int, world_size: int) -> str:
-    """As two threads may; the groups that the states make would pair the wrong ones for good."""
-    models = [registered(net(), RHTState(**FINE, timeout=TIMEOUT)) for _ in range(2)]
+    """Over a communicator that cannot be had apart, the wrong states would meet for good."""
+    communicator = OfTheUser(dist.new_group(timeout=SOON))
+    states = [RHTState(**FINE, communicator=communicator) for _ in range(2)]
     with pytest.raises(RuntimeError) as caught:
-        backward(models[rank], rank)
+        submit(states[rank], numbers(rank, shape=(1000,))).wait()
     return str(caught.value)
 
 
 def test_states_that_begin_in_another_order_are_told_apart(ranks: Ranks) -> None:
     for message in ranks.run(begin_in_another_order, 2):
-        assert "states made before it (0 on rank 0; 1 on rank 1)" in message
-
-
-def begin_wrapped_states_in_another_order(rank: int, world_size: int) -> str:
-    """The hook has the state, so DDP does not."""
-    states = [RHTState(**FINE, timeout=TIMEOUT) for _ in range(2)]
-    models = [DistributedDataParallel(net()) for _ in states]
-    for model, state in zip(models, states, strict=True):
-
-        def hook(holder: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
-            return rht_hook(holder.state, bucket)
-
-        model.register_comm_hook(SimpleNamespace(state=state), hook)
-    with pytest.raises(RuntimeError) as caught:
-        backward(models[rank], rank)
-    return str(caught.value)
-
-
-def test_wrapped_states_that_begin_in_another_order_are_told_apart(ranks: Ranks) -> None:
-    for message in ranks.run(begin_wrapped_states_in_another_order, 2):
-        assert "states made before it (0 on rank 0; 1 on rank 1)" in message
+        assert "given its communicator before it (0 on rank 0; 1 on rank 1)" in message
 
 
 def in_several_groups(rank: int, world_size: int) -> list[float]:
