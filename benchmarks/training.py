@@ -87,7 +87,7 @@ class Run:
 
 
 def train(seed: int, link: str, contestant: str, arguments: argparse.Namespace) -> Run:
-    # PowerSGD depends on Gloo with more than one bucket; the others hide what they can.
+    # PowerSGD hangs on Gloo with more than one bucket; the others hide what they can.
     cap = "100" if contestant.startswith("powersgd") else str(arguments.bucket_cap_mb)
     options = [
         *CONTESTANTS[contestant].split(),

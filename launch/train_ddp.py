@@ -417,7 +417,7 @@ def make_hook(args: argparse.Namespace) -> tuple[Any, Hook]:
     if args.hook == "fp16":
         return None, default_hooks.fp16_compress_hook
     if args.hook == "powersgd":
-        # With more than one bucket it depends on Gloo, where --bucket-cap-mb must hold the model.
+        # With more than one bucket it hangs on Gloo, where --bucket-cap-mb must hold the model.
         low_rank = powerSGD_hook.PowerSGDState(
             None, matrix_approximation_rank=args.powersgd_rank, start_powerSGD_iter=10
         )
