@@ -23,8 +23,9 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "matrix"
 NEWEST = ("3.13", "2.15.0")  # that the tests have been run on; raise them together
 CORE = (
-    "adaptive bitpack codebooks codec collectives communicator ddp error_feedback exact harness "
-    "kernels lattice plan quantizers randomness rotation state vector"
+    "adaptive bitpack codebooks codec collectives communicator ddp error_feedback exact "
+    "floating_point_mode fuzz golden harness kernels lattice memory plan quantizers randomness "
+    "rotation state state_life threads vector words zeros"
 )
 COLUMNS = ("python", "torch", "numpy", "passed", "failed", "skipped", "remark")
 
