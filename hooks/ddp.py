@@ -840,13 +840,9 @@ def _group_of_model(
     """
 
     def find() -> list[DistributedDataParallel]:
-        models = [
-            thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)
-        ]
-        mine = [m for m in models if any(own is state for _, own in getattr(m, "_comm_hooks", ()))]
-        if not mine and parameters:
-            mine = [m for m in models if any(p is parameters[0] for p in m.parameters())]
-        return mine
+        pairs = [pair for pair in gc.get_referrers(state) if type(pair) is tuple]
+        mine = [model for pair in pairs for model in _models_with(pair, "_comm_hooks")]
+        return mine or _models_with(parameters[0], "_module_parameters") if parameters else mine
 
     mine = find()
     if not mine and gc.get_freeze_count():  # after gc.freeze() they are hidden
@@ -860,6 +856,28 @@ def _group_of_model(
             "other ranks; give each model a state of its own"
         )
     return groups[0] if groups else None
+
+
+def _models_with(thing: object, name: str) -> list[DistributedDataParallel]:
+    """Those that have a thing in their list of that name.
+
+    Not from gc.get_objects(): tensors that are about to go must not be referred to (torch 2.9).
+    """
+    found = []
+    for holder in gc.get_referrers(thing):
+        if type(holder) is not list:
+            continue
+        owners = gc.get_referrers(holder)
+        owners += [
+            one for owner in owners if type(owner) is dict for one in gc.get_referrers(owner)
+        ]
+        found += [
+            owner
+            for owner in owners
+            if issubclass(type(owner), DistributedDataParallel)
+            and getattr(owner, name, None) is holder
+        ]
+    return found
 
 
 def _ranks(group: dist.ProcessGroup | None) -> list[int]:
