@@ -437,6 +437,9 @@ class RHTState:
                 f"rht_hook: bucket {bucket.index()} is a sparse gradient ({buffer.layout}), which "
                 "cannot be rotated; make the layer dense (sparse=False for nn.Embedding)"
             )
+        given = buffer
+        if buffer.is_complex():  # torch 2.13 gives pairs of floats itself
+            buffer = torch.view_as_real(buffer).view(-1)
         if not buffer.is_floating_point():
             raise TypeError(
                 f"rht_hook: bucket {bucket.index()} is {buffer.dtype}, and a mean of integers is "
@@ -463,7 +466,7 @@ class RHTState:
             self._unfinished += 1
         worker.submit(self._run, buffer, key, parameters, ends, ready, done)
         # An exception set on a Python future reaches DDP only when a callback raises it again.
-        return done.then(lambda finished: finished.value())
+        return done.then(lambda finished: given if given.is_complex() else finished.value())
 
     def _next_step(self) -> None:
         self.key, self._last_index = replace(self.key, step=self.key.step + 1), -1

@@ -216,6 +216,27 @@ def test_two_models_in_one_backward_pass_over_one_group(how: str, ranks: Ranks) 
         assert max(errors) < TOLERANCE
 
 
+def reduce_complex_numbers(rank: int, world_size: int, dtype: torch.dtype) -> float:
+    """As torch before 2.13 hands them over: in a bucket of their own dtype."""
+
+    def of(rank: int) -> torch.Tensor:
+        return torch.view_as_complex(numbers(rank, shape=(1000, 2))).to(dtype)
+
+    buffer = of(rank)
+    with RHTState(**FINE, timeout=TIMEOUT) as state:
+        found = submit(state, buffer).wait()
+    assert found.data_ptr() == buffer.data_ptr()
+    assert found.dtype == dtype
+    exact = torch.stack([of(r) for r in range(world_size)]).mean(0)
+    return error(torch.view_as_real(found), torch.view_as_real(exact))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_buckets_of_complex_numbers(dtype: torch.dtype, ranks: Ranks) -> None:
+    for found in ranks.run(reduce_complex_numbers, 2, dtype):
+        assert found < (TOLERANCE if dtype == torch.complex64 else 1e-30)
+
+
 class OfTheUser(TorchCommunicator):
     """Does something of its own on the way, so the hook has to go by it."""
 
