@@ -107,6 +107,7 @@ def test_tensors_without_memory_are_refused(kind: str, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # torch 2.15 warns of itself in jvp
 @pytest.mark.parametrize(
     "transform",
     [
