@@ -948,11 +948,10 @@ def rht_hook(
         )
     if others or not callable(getattr(bucket, "buffer", None)):
         kind = type(bucket).__name__
-        failure = TypeError(
+        raise TypeError(
             f"rht_hook: it was called with a {kind} in place of a GradBucket. It is for "
             "DistributedDataParallel alone, not for FullyShardedDataParallel, nor for DDP under "
             "compiled autograd's Python reducer: wrap the model in DistributedDataParallel, and "
             'leave torch._dynamo.config.optimize_ddp at its default (not "python_reducer")'
         )
-        raise failure
     return state.submit(bucket)

@@ -630,6 +630,13 @@ class _Part:
                 )
                 torch.sub(self.flat, self.left, out=self.left)
 
+    def message(self, used: torch.Tensor) -> torch.Tensor:
+        """This rank's payload, and `used` behind it."""
+        message = self.flat.new_empty(self.nbytes + used.numel(), dtype=torch.uint8)
+        self.encode(message[: self.nbytes])
+        message[self.nbytes :] = used
+        return message
+
     def decode(self, payloads: torch.Tensor) -> int | None:
         """The mean of all ranks' payloads goes to `flat`."""
         with self.stopwatch("decode"):
@@ -693,20 +700,14 @@ class _Part:
 
 
 def _all_gather(part: _Part, used: torch.Tensor) -> _Course:
-    nbytes = part.nbytes
-    message = part.flat.new_empty(nbytes + used.numel(), dtype=torch.uint8)
-    part.encode(message[:nbytes])
-    message[nbytes:] = used
+    nbytes, message = part.nbytes, part.message(used)
     messages = yield part.communicator.start_all_gather, message
     merge_(used, messages[:, nbytes:])
     return part.decode(messages[:, :nbytes])
 
 
 def _gather(part: _Part, used: torch.Tensor) -> _Course:
-    nbytes = part.nbytes
-    message = part.flat.new_empty(nbytes + used.numel(), dtype=torch.uint8)
-    part.encode(message[:nbytes])
-    message[nbytes:] = used
+    nbytes, message = part.nbytes, part.message(used)
     messages = yield part.communicator.start_gather, message
     mean = None
     if messages is not None:
