@@ -488,8 +488,7 @@ class RHTState:
                 raise
             self._failure = RuntimeError(
                 f"rht_hook: rank {dist.get_rank()} of {dist.get_world_size()} could not make "
-                f"the hook's process group within {self._patience}: another rank ended, hangs, "
-                f"{_NO_HOOK}; see what it printed. Torch says: {error}"
+                f"the hook's process group: {self._cause(error)}. Torch says: {error}"
             )
             raise self._failure from error
         if self._residuals_of is not None:
@@ -768,23 +767,26 @@ class RHTState:
         """What an error of the exchange of a bucket means."""
         communicator = self._communicator
         assert communicator is not None
-        text, rank = str(error), communicator.name_of(communicator.rank)
-        if re.search("timed? ?out|waited", text, re.IGNORECASE):
+        return RuntimeError(
+            f"rht_hook: {communicator.name_of(communicator.rank)} of {communicator.world_size} "
+            f"could not exchange bucket {key.bucket} of step {key.step}: {self._cause(error)}. "
+            f"The transport says: {error}"
+        )
+
+    def _cause(self, error: Exception) -> str:
+        """What the transport's error means."""
+        if re.search("timed? ?out|waited", str(error), re.IGNORECASE):
             cause = (
-                f"another rank did not answer within {communicator.patience}; it hangs, is "
-                "stopped, or makes other calls than this one"
+                f"another rank did not answer within {self._patience}; it hangs, is stopped, or "
+                "makes other calls than this one"
             )
-        elif re.search("closed by|reset by|broken pipe|not connected", text, re.IGNORECASE):
+        elif re.search("closed by|reset by|broken pipe|not connected", str(error), re.IGNORECASE):
             cause = "another rank died, or failed and gave up"
         else:
             cause = "another rank may have made another call than this one"
         if not self._checked:
             cause += f", {_NO_HOOK}"
-        return RuntimeError(
-            f"rht_hook: {rank} of {communicator.world_size} could not "
-            f"exchange bucket {key.bucket} of step {key.step}: {cause}. See what the other "
-            f"ranks printed first. The transport says: {text}"
-        )
+        return f"{cause}. See what the other ranks printed first"
 
 
 @dataclass

@@ -19,6 +19,7 @@ A scale is the root mean square that a block's values are in units of (Eden: tim
 NaN in its place marks a block that held inf or NaN, zero a block of zeros.
 """
 
+import math
 import operator
 import sys
 from collections import deque
@@ -180,10 +181,7 @@ class Codec:
             TypeError: numel is no integer.
             ValueError: numel is negative.
         """
-        numel = operator.index(numel)
-        if numel < 0:
-            raise ValueError(f"Codec: numel={numel} must not be negative")
-        return _length(_layout(self, numel))
+        return _length(_layout(self, operator.index(numel)))
 
     def encode(
         self,
@@ -306,11 +304,11 @@ class Codec:
         """
         numel = operator.index(numel)
         self._check_memory(payloads, out, "Codec.decode_mean")
-        self._check_payloads(payloads, numel, "Codec.decode_mean")
+        layout = self._check_payloads(payloads, numel, "Codec.decode_mean")
         if world_size is None:
             world_size = len(payloads)
         place = (key, numel, first, out, first_rank, world_size)
-        return self._decode(payloads.unsqueeze(1), *place, "Codec.decode_mean")
+        return self._decode(layout, payloads.unsqueeze(1), *place, "Codec.decode_mean")
 
     def decode_shards(
         self,
@@ -339,17 +337,18 @@ class Codec:
         numel = operator.index(numel)
         self._check_memory(payloads, out, "Codec.decode_shards")
         count = payloads.shape[0] if payloads.dim() else 0
-        self._check_payloads(payloads, numel // max(1, count), "Codec.decode_shards")
+        layout = self._check_payloads(payloads, numel // max(1, count), "Codec.decode_shards")
         if count > 1 and numel % (count * self.block):
             raise ValueError(
                 f"Codec.decode_shards: {numel} coordinates are not {count} equal parts of "
                 f"whole blocks of {self.block}"
             )
         place = (key, numel, first, out, rank, world_size)
-        return self._decode(payloads.unsqueeze(0), *place, "Codec.decode_shards")
+        return self._decode(layout, payloads.unsqueeze(0), *place, "Codec.decode_shards")
 
     def _decode(
         self,
+        layout: tuple[Section, ...],
         payloads: torch.Tensor,
         key: Key,
         numel: int,
@@ -362,39 +361,28 @@ class Codec:
         """Mean of payloads (K, shards, nbytes), of K ranks, each in equal shards."""
         ranks, shards, _ = payloads.shape
         _check_key(key, owner)
-        first_rank, world_size, first = self._check_place(first_rank, world_size, first)
-        if ranks > 1:
-            self._check_place(first_rank + ranks - 1, world_size, first)
+        first_rank, world_size, first = self._check_place(first_rank, world_size, first, ranks)
         each = numel // shards
         payloads = _plain(payloads, copy=False)
         if out is not None:
             self._check_mean(out, payloads, numel, owner)
-        check = partial(
-            self._check_headers,
-            key=key,
-            places=[
-                (first_rank + i, first + j * each) for i in range(ranks) for j in range(shards)
-            ],
-            numel=each,
-            world_size=world_size,
-        )
+        places = [(first_rank + i, first + j * each) for i in range(ranks) for j in range(shards)]
         later = _deferred.get()
         if later and payloads.device.type in later.devices and self.rotations != AUTO:
-            later.add(payloads[..., :HEADER_BYTES].contiguous(), check)
+            headers = payloads[..., :HEADER_BYTES].contiguous()
+            later.add(headers, partial(self._check_headers, key, places, each, world_size))
             rotation = self._rotation(None)
         else:
-            rotation = check(payloads)
+            rotation = self._check_headers(key, places, each, world_size, payloads)
         # The scales are read as float32 where they lie.
         *steps, step = payloads.stride()
-        if step != 1 or any(
-            n % 4 for n in (*steps, payloads.data_ptr(), payloads.storage_offset())
-        ):
+        if step != 1 or (math.gcd(*steps, payloads.data_ptr(), payloads.storage_offset()) % 4):
             payloads = payloads.clone(memory_format=torch.contiguous_format)
         if out is None:
             out = torch.empty(numel, dtype=torch.float32, device=payloads.device)
         target = out.detach() if out.requires_grad else out
         kernel = kernel_for(payloads.device, self.quantizer)
-        for section in _layout(self, each):
+        for section in layout:
             task = Task(rotation, self.quantizer, key, section, first, first_rank, world_size)
             kernel.decode(task, payloads, target)
         return out
@@ -425,8 +413,12 @@ class Codec:
                 f"{owner}: out overlaps the payloads in memory; give it memory of its own"
             )
 
-    def _check_payloads(self, payloads: torch.Tensor, numel: int, owner: str) -> None:
-        length = self.nbytes(numel)
+    def _check_payloads(
+        self, payloads: torch.Tensor, numel: int, owner: str
+    ) -> tuple[Section, ...]:
+        """The layout of each of them, of so many coordinates."""
+        layout = _layout(self, numel)
+        length = _length(layout)
         fits = payloads.dim() == 2 and payloads.shape[0] > 0 and payloads.shape[1] == length
         if payloads.dtype != torch.uint8 or not fits:
             raise PayloadError(
@@ -434,6 +426,7 @@ class Codec:
                 f"{numel} coordinates take (K, {length}) torch.uint8: a payload was cut short, or "
                 "made with another configuration or length"
             )
+        return layout
 
     def wanted_rotations(self, payloads: torch.Tensor) -> int | None:
         """How many transforms the senders want next, payloads (K, nbytes); None if it is fixed."""
@@ -459,58 +452,64 @@ class Codec:
     def _header(
         self, count: int, key: Key, rank: int, world_size: int, first: int, numel: int
     ) -> bytes:
-        place = [key.seed, key.step, key.bucket, key.hop, rank, world_size, first, numel]
-        if key.owner:
-            place.append(key.owner)
-        check = blake2b(repr(tuple(place)).encode(), digest_size=4).digest()
+        owner = f", {key.owner}" if key.owner else ""
+        place = (
+            f"({key.seed}, {key.step}, {key.bucket}, {key.hop}, {rank}, {world_size}, {first}, "
+            f"{numel}{owner})"
+        )
+        check = blake2b(place.encode(), digest_size=4).digest()
         return b"RH" + bytes((WIRE, count)) + check + self.fingerprint
 
     def _check_headers(
         self,
-        payloads: torch.Tensor,
         key: Key,
         places: list[tuple[int, int]],
         numel: int,
         world_size: int,
+        payloads: torch.Tensor,
     ) -> RandomizedHadamard:
         """The transform that payloads, or their headers alone, (K, shards, ...), were made by.
 
         Each comes from one of `places`, (rank, first).
         """
         headers = _read_headers(payloads)
+        chosen = self.rotations == AUTO
         rotations = headers[0][3] % 16
-        if self.rotations != AUTO or rotations not in (1, 2, 3):
+        if not chosen or rotations not in (1, 2, 3):
             rotations = self.default_rotations
         for (rank, first), found in zip(places, headers, strict=True):
-            wish = found[3] >> 4
             # A wish that no sender has is replaced by one that differs from it.
-            count = rotations + (16 * min(max(wish, 1), 3) if self.rotations == AUTO else 0)
+            count = rotations + (16 * min(max(found[3] >> 4, 1), 3) if chosen else 0)
             wanted = self._header(count, key, rank, world_size, first, numel)
-            if found == wanted:
-                continue
-            if found[:2] != wanted[:2]:
-                fact = "does not begin with the mark of a payload"
-            elif found[2] != wanted[2]:
-                fact = f"has format version {found[2]}, this is version {WIRE}; update the older"
-            elif self.rotations == AUTO and found[3] != wanted[3] and found[8:] == wanted[8:]:
-                fact = f"was rotated {found[3] % 16} times"
-                if found[3] % 16 not in (1, 2, 3) or wish not in (1, 2, 3):
-                    fact += f" and wants {wish} next, but only 1, 2 and 3 can be: it is damaged"
-                else:
-                    fact += (
-                        f", another one {rotations} times: the ranks took different checkpoints, "
-                        "or are out of step"
-                    )
-            elif found[3] != wanted[3] or found[8:] != wanted[8:]:
-                fact = f"was made with a configuration other than {self.configuration} (or tables)"
-            else:
-                fact = (
+            if found != wanted:
+                fact = self._difference(found, wanted) or (
                     f"was made for another key, rank, world size, place or length than {key}, "
                     f"rank={rank}, world_size={world_size}, first={first}, numel={numel}: "
                     "the ranks are out of step"
                 )
-            raise PayloadError(f"rhtcomm.Codec: the payload of rank {rank} {fact}")
+                raise PayloadError(f"rhtcomm.Codec: the payload of rank {rank} {fact}")
         return _transform(rotations, self.block)
+
+    def _difference(self, found: bytes, wanted: bytes) -> str | None:
+        """What is wrong with a header in words, None if it is its check alone."""
+        if found[:2] != wanted[:2]:
+            return "does not begin with the mark of a payload"
+        if found[2] != wanted[2]:
+            return f"has format version {found[2]}, this is version {WIRE}; update the older"
+        if self.rotations == AUTO and found[3] != wanted[3] and found[8:] == wanted[8:]:
+            rotations, wish = found[3] % 16, found[3] >> 4
+            if rotations not in (1, 2, 3) or wish not in (1, 2, 3):
+                return (
+                    f"was rotated {rotations} times and wants {wish} next, but only 1, 2 and 3 can "
+                    "be: it is damaged"
+                )
+            return (
+                f"was rotated {rotations} times, another one {wanted[3] % 16} times: the ranks "
+                "took different checkpoints, or are out of step"
+            )
+        if found[3] != wanted[3] or found[8:] != wanted[8:]:
+            return f"was made with a configuration other than {self.configuration} (or tables)"
+        return None
 
     @staticmethod
     def _check_out(
@@ -544,11 +543,15 @@ class Codec:
             raise ValueError(f"Codec.encode: wanted={wanted} must be 1, 2 or 3")
         return wanted
 
-    def _check_place(self, rank: int, world_size: int, first: int) -> tuple[int, int, int]:
-        """The same as plain ints, whatever integers were given: headers hold a hash of them."""
+    def _check_place(
+        self, rank: int, world_size: int, first: int, ranks: int = 1
+    ) -> tuple[int, int, int]:
+        """The place of `ranks` adjacent ones, as plain ints whatever integers were given: headers
+        hold a hash of them."""
         rank, world_size, first = map(operator.index, (rank, world_size, first))
-        if not 0 <= rank < world_size:
-            raise ValueError(f"Codec: rank={rank} must lie in [0, world_size={world_size})")
+        if not 0 <= rank <= world_size - ranks:
+            wrong = rank if rank < 0 else rank + ranks - 1
+            raise ValueError(f"Codec: rank={wrong} must lie in [0, world_size={world_size})")
         if world_size > MAX_RANKS:
             raise ValueError(
                 f"Codec: world_size={world_size} exceeds the {MAX_RANKS} streams of a key"
@@ -579,6 +582,8 @@ def _plain(x: torch.Tensor, copy: bool = True) -> torch.Tensor:
 
 @lru_cache(maxsize=1024)
 def _layout(codec: Codec, numel: int) -> tuple[Section, ...]:
+    if numel < 0:
+        raise ValueError(f"Codec: numel={numel} must not be negative")
     quantizer, sections, at = codec.quantizer, [], HEADER_BYTES
     for part in split_into_blocks(numel, codec.block):
         exact = quantizer.exact_bytes(part.size) if isinstance(quantizer, QuicFL) else 0

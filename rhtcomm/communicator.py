@@ -537,9 +537,15 @@ def _gloo_group(parent: dist.ProcessGroup, timeout: timedelta) -> _GlooGroup:
         # A connection of its own: a thread that waits at the store lets no other thread use it, and
         # another rank may wait for that one.
         store = store.clone()
-    group = _GlooGroup(name, distributed_c10d.PrefixStore(name, store), rank, world_size, timeout)
+    store = distributed_c10d.PrefixStore(name, store)
+    group = _GlooGroup(name, store, rank, world_size, timeout)
     for told in telling:
         told.wait()  # they have connected, so they know the name
+    # A rank that left while others still connect would have one of them fail, and the rest wait for
+    # that one until the timeout.
+    if store.add("connected", 1) == world_size:
+        store.set("all are", "connected")
+    store.wait(["all are"], timeout)
     return group
 
 

@@ -4,11 +4,14 @@ Importing torch takes seconds, so `Ranks` keeps its processes from one case to t
 each case a new process group: what one case broke, the next does not see.
 """
 
+import contextlib
+import faulthandler
 import importlib.util
 import inspect
 import multiprocessing as mp
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +38,7 @@ __all__ = ["Failure", "Ranks", "limit", "load_module", "run_program"]
 _HOST = "127.0.0.1"
 _STRETCH = "RHTCOMM_TEST_STRETCH"  # the factor, for the processes that a test starts
 _INHERITED = _STRETCH in os.environ
+_WHERE = signal.SIGUSR1  # a process that gets it prints the stacks of its threads
 
 
 def limit(seconds: float) -> float:
@@ -140,6 +144,7 @@ class Ranks:
                 worker.connection.send_bytes(pickle.dumps(task))
             for rank, worker in enumerate(workers):
                 if not worker.connection.poll(max(0.0, deadline - time.monotonic())):
+                    self._print_stacks()
                     raise TimeoutError(f"rank {rank} did not end within {timeout:.0f} s")
                 outcomes.append(pickle.loads(worker.connection.recv_bytes()))
         except BaseException as error:
@@ -165,6 +170,14 @@ class Ranks:
         theirs.close()
         return _Worker(process, ours, log)
 
+    def _print_stacks(self) -> None:
+        """Have all ranks print where their threads are, into their logs."""
+        for worker in self._workers:
+            assert worker.process.pid is not None
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.process.pid, _WHERE)
+        time.sleep(1)
+
     def _kill(self) -> None:
         for worker in self._workers:
             worker.kill()
@@ -180,13 +193,15 @@ class _Group:
     timeout: float
 
     def __enter__(self) -> "_Group":
+        store = PrefixStore(self.case, TCPStore(_HOST, self.port, is_master=False))
+        timeout = timedelta(seconds=self.timeout)
         dist.init_process_group(
-            "gloo",
-            store=PrefixStore(self.case, TCPStore(_HOST, self.port, is_master=False)),
-            rank=self.rank,
-            world_size=self.world_size,
-            timeout=timedelta(seconds=self.timeout),
+            "gloo", store=store, rank=self.rank, world_size=self.world_size, timeout=timeout
         )
+        # A rank that leaves while others connect would fail one of them, and the rest would wait.
+        if store.add("connected", 1) == self.world_size:
+            store.set("all are", "connected")
+        store.wait(["all are"], timeout)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -199,6 +214,7 @@ def _serve(connection: Connection, log: str) -> None:
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(file, stream.fileno())
+    faulthandler.register(_WHERE, sys.stderr)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     warnings.simplefilter("error")

@@ -390,4 +390,4 @@ def test_quantizers_travel_without_their_tables() -> None:
         copy = pickle.loads(pickle.dumps(quantizer))
         assert len(pickle.dumps(quantizer)) < 200
         assert torch.equal(Codec(copy).encode(gaussian(), KEY), before)
-        assert cpu._constants(copy, 2, 32) is cpu._constants(quantizer, 2, 32)
+        assert cpu._constants(copy, 2, 32, 1) is cpu._constants(quantizer, 2, 32, 1)

@@ -322,6 +322,31 @@ def test_ranks_agree_on_names_that_never_come_back(ranks: Ranks) -> None:
         assert max(errors) < TOLERANCE
 
 
+def connect_late(rank: int, world_size: int) -> bool:
+    """Whether the last rank had all its connections when this one went on with its own."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    connect = rhtcomm.communicator._GlooGroup
+
+    def late(*arguments: Any) -> Any:
+        group = connect(*arguments)
+        if rank == 1:
+            time.sleep(1)
+            store.set("the last one has", "all its connections")
+        return group
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rhtcomm.communicator, "_GlooGroup", late)
+        made = TorchCommunicator.of_its_own(dist.group.WORLD, "cpu", SOON)
+    known = bool(store.check(["the last one has"]))
+    made.close()
+    return known
+
+
+def test_nobody_leaves_while_others_connect(ranks: Ranks) -> None:
+    """One of those would fail then, and the rest would wait for that one until the timeout."""
+    assert ranks.run(connect_late, 3) == [True] * 3
+
+
 def begin_in_many_threads(rank: int, world_size: int) -> list[float]:
     """Each with a model and a group of its own; the ranks' threads begin in another order."""
     groups = [dist.new_group(timeout=SOON) for _ in range(4)]
@@ -382,6 +407,7 @@ def fail_before_the_worker(rank: int, world_size: int, how: str, begun: bool) ->
         )
     }
     state = states.get(how, lambda: RHTState(**FINE, timeout=SOON))()
+    dist.barrier()  # torch itself lets a rank go on while others still connect
     x = numbers(rank, shape=(1000,))
     if begun:
         submit(state, x.clone()).wait()

@@ -132,7 +132,7 @@ def test_threads_that_meet_in_a_table_all_get_its_bits(kernel: str, quantizers: 
 @needs_library
 def test_plans_own_the_tables_that_they_point_into() -> None:
     for quantizer in QUANTIZERS:
-        plan = cpu._constants(quantizer, 1, 1024)
+        plan = cpu._constants(quantizer, 1, 1024, 1)
         owned = {array.ctypes.data for array in vars(plan.table).values() if hasattr(array, "size")}
         pointers = {plan.levels, plan.positions, plan.boundaries, plan.half_norms} - {None}
         assert pointers == owned, quantizer

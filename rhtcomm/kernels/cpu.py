@@ -190,25 +190,19 @@ def _check_abi(library: ctypes.CDLL, path: Path) -> None:
 def _plan(task: Task, ranks: int) -> _Plan:
     """What both directions are told."""
     key, blocks, rotations = task.key, task.section.blocks, task.rotation.rotations
-    plan = _Plan.from_buffer_copy(_constants(task.quantizer, rotations, blocks.size))
+    constants = _constants(task.quantizer, rotations, blocks.size, ranks)
+    plan = _Plan.from_buffer_copy(constants)
     plan.first = task.first + blocks.start
     plan.run = blocks.count
     plan.world_size = task.world_size
     plan.seed_low, plan.seed_high = key.seed & 0xFFFFFFFF, key.seed >> 32
     plan.bucket, plan.step, plan.hop = key.bucket, key.step, key.hop
-    plan.normalization = _normalization(blocks.size, rotations, ranks)
     return plan
 
 
 @once
 @default_mode()
-def _normalization(size: int, rotations: int, ranks: int) -> float:
-    return ctypes.c_float(size ** (-rotations / 2) / ranks).value
-
-
-@once
-@default_mode()
-def _constants(quantizer: Quantizer, rotations: int, size: int) -> _Plan:
+def _constants(quantizer: Quantizer, rotations: int, size: int, ranks: int) -> _Plan:
     """Of the plan, what is the same in all calls; it owns the table that it points into."""
     plan = _Plan(
         size=size,
@@ -216,6 +210,7 @@ def _constants(quantizer: Quantizer, rotations: int, size: int) -> _Plan:
         quantizer=QUANTIZERS.index(type(quantizer)),
         bits=quantizer.bits,
         group=quantizer.group,
+        normalization=size ** (-rotations / 2) / ranks,
     )
     if isinstance(quantizer, QuicFL):
         plan.exact_capacity = quantizer.exact_capacity(size)
