@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from rhtcomm.kernels import DTYPES, Section, Task, kernel_for
-from rhtcomm.memory import check_memory, overlap, refuse_fake_mode
+from rhtcomm.memory import memory_of, overlap, refuse_fake_mode
 from rhtcomm.quantizers import Quantizer, QuicFL
 from rhtcomm.randomness import MAX_COORDINATES, MAX_RANKS, Key
 from rhtcomm.rotation import (
@@ -218,7 +218,7 @@ class Codec:
 
         Raises:
             TypeError: x has another dtype, or x or out is no tensor or has no memory of its own
-                (see `rhtcomm.memory.check_memory`), or key is no Key.
+                (see `rhtcomm.memory.memory_of`), or key is no Key.
             ValueError: x is not flat or has no such parts, out is not as above or overlaps x, or an
                 argument is out of its range.
         """
@@ -226,7 +226,7 @@ class Codec:
         if wanted is not None:
             wanted = self._check_wanted(operator.index(wanted))
         _check_key(key, "Codec.encode")
-        check_memory(x, "Codec.encode", "x")
+        memory = memory_of(x, "Codec.encode", "x")
         refuse_fake_mode("Codec.encode")
         if x.dtype not in DTYPES:
             raise TypeError(
@@ -247,7 +247,7 @@ class Codec:
         layout = _layout(self, each)
         nbytes = _length(layout)
         shape = (nbytes,) if shards is None else (count, nbytes)
-        out = self._check_out(out, x, shape)
+        out = self._check_out(out, x, shape, memory)
         payloads = out.unsqueeze(0) if shards is None else out
         kernel = kernel_for(x.device, self.quantizer)
         moments = []
@@ -299,7 +299,7 @@ class Codec:
             PayloadError: a payload has the wrong length, version, configuration, key or place
                 (within `DeferredChecks.deferring` on CUDA only the length is looked at).
             TypeError: payloads or out is no tensor or has no memory of its own (see
-                `rhtcomm.memory.check_memory`), or key is no Key.
+                `rhtcomm.memory.memory_of`), or key is no Key.
             ValueError: out has another shape, dtype or layout, or overlaps the payloads.
         """
         numel = operator.index(numel)
@@ -389,9 +389,11 @@ class Codec:
 
     @staticmethod
     def _check_memory(payloads: torch.Tensor, out: torch.Tensor | None, owner: str) -> None:
-        check_memory(payloads, owner, "payloads")
-        if out is not None:
-            check_memory(out, owner, "out")
+        memory = memory_of(payloads, owner, "payloads")
+        if out is not None and overlap(memory, memory_of(out, owner, "out")):
+            raise ValueError(
+                f"{owner}: out overlaps the payloads in memory; give it memory of its own"
+            )
         refuse_fake_mode(owner)
 
     @staticmethod
@@ -407,10 +409,6 @@ class Codec:
             raise ValueError(
                 f"{owner}: out is {layout} {out.dtype} of shape {tuple(out.shape)}; it "
                 f"must be contiguous float32, bfloat16 or float16 of shape ({numel},)"
-            )
-        if overlap(out, payloads):
-            raise ValueError(
-                f"{owner}: out overlaps the payloads in memory; give it memory of its own"
             )
 
     def _check_payloads(
@@ -513,11 +511,16 @@ class Codec:
 
     @staticmethod
     def _check_out(
-        out: torch.Tensor | None, x: torch.Tensor, shape: tuple[int, ...]
+        out: torch.Tensor | None,
+        x: torch.Tensor,
+        shape: tuple[int, ...],
+        memory: tuple[int, int],
     ) -> torch.Tensor:
+        """`out` or a new one, for an x that was given in this memory."""
         if out is None:
             return torch.empty(shape, dtype=torch.uint8, device=x.device)
-        check_memory(out, "Codec.encode", "out")
+        if overlap(memory, memory_of(out, "Codec.encode", "out")):
+            raise ValueError("Codec.encode: out overlaps x in memory; give it memory of its own")
         if out.shape != shape or out.dtype != torch.uint8 or out.device != x.device:
             raise ValueError(
                 f"Codec.encode: out is {out.dtype} of shape {tuple(out.shape)} on {out.device}, "
@@ -529,8 +532,6 @@ class Codec:
                 "Codec.encode: out must be contiguous and begin at an address that 4 divides; "
                 "leave it out, and copy the result"
             )
-        if overlap(out, x):
-            raise ValueError("Codec.encode: out overlaps x in memory; give it memory of its own")
         return out
 
     def _check_wanted(self, wanted: int) -> int:

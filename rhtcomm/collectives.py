@@ -52,7 +52,7 @@ from rhtcomm.codec import AUTO, DTYPES, Codec, PayloadError, _deferred
 from rhtcomm.communicator import Communicator, HierarchicalCommunicator, users
 from rhtcomm.floating_point import GRAIN, assign_, default_mode
 from rhtcomm.lattice import Lattice
-from rhtcomm.memory import check_memory
+from rhtcomm.memory import memory_of
 from rhtcomm.randomness import Key
 from rhtcomm.segments import Segments, merge_, pack, unpack
 
@@ -163,9 +163,9 @@ def all_reduce(
         )
     if not isinstance(key, Key):
         raise TypeError(f"rhtcomm.all_reduce: key={key!r} must be a rhtcomm.Key, such as Key(seed)")
-    check_memory(tensor, "rhtcomm.all_reduce", "tensor")
+    memory_of(tensor, "rhtcomm.all_reduce", "tensor")
     if residual is not None:
-        check_memory(residual, "rhtcomm.all_reduce", "residual")
+        memory_of(residual, "rhtcomm.all_reduce", "residual")
     user = threading.current_thread() if user is None else user
     with users.using(communicator, user):
         return _all_reduce(

@@ -2,15 +2,19 @@
 
 import torch
 
-__all__ = ["address_of", "check_memory", "overlap", "refuse_fake_mode"]
+__all__ = ["address_of", "memory_of", "overlap", "refuse_fake_mode"]
 
 
-def check_memory(x: torch.Tensor, owner: str, name: str) -> None:
-    """Raise TypeError unless x is a tensor all of whose elements lie in memory of its own.
+def memory_of(x: torch.Tensor, owner: str, name: str) -> tuple[int, int]:
+    """The addresses from the first element of x to the end of the last.
 
-    Those do not that wrap other tensors (DTensor) or stand for one (FakeTensor, what torch.func's
-    transforms pass), are not strided, lie on the meta device, or have a storage that was freed or
-    made smaller. `owner` is the function that was given x, `name` its argument.
+    Tensors have no memory of their own that wrap other tensors (DTensor) or stand for one
+    (FakeTensor, what torch.func's transforms pass), are not strided, lie on the meta device, or
+    have a storage that was freed or made smaller. `owner` is the function that was given x, `name`
+    its argument.
+
+    Raises:
+        TypeError: x is no tensor, or has no memory of its own.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{owner}: {name} is a {type(x).__name__}; make it a torch.Tensor")
@@ -18,14 +22,16 @@ def check_memory(x: torch.Tensor, owner: str, name: str) -> None:
         if type(x) is not torch.Tensor and isinstance(x, torch._subclasses.FakeTensor):
             raise RuntimeError  # whose storage only warns
         storage = x.untyped_storage()
-        start, stop = storage.data_ptr(), storage.nbytes()
-        if start and x.data_ptr() - start + span(x) <= stop and not x.is_nested:
-            return
+        begin, first = storage.data_ptr(), x.data_ptr()
+        stop = first + (x.nbytes if x.is_contiguous() else _span(x))
+        if begin and stop - begin <= storage.nbytes() and not x.is_nested:
+            return first, stop
     except RuntimeError:  # what wrappers and other layouts than strided have for a storage
         pass
     fault = _fault(x, name)
     if fault:
         raise TypeError(f"{owner}: {name} {fault}")
+    return 0, 0
 
 
 def address_of(x: torch.Tensor) -> int:
@@ -35,22 +41,20 @@ def address_of(x: torch.Tensor) -> int:
         TypeError: x has no memory of its own.
     """
     if type(x) is not torch.Tensor:
-        check_memory(x, "rhtcomm", "a tensor")
+        memory_of(x, "rhtcomm", "a tensor")
     try:
         address = x.data_ptr()
     except RuntimeError:
         address = 0
     # Without a storage it is but an offset. Real ones are hardly ever this small.
     if address < 1 << 40 and address <= x.storage_offset() * x.element_size():
-        check_memory(x, "rhtcomm", "a tensor")
+        memory_of(x, "rhtcomm", "a tensor")
     return address
 
 
-def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether the stretches of memory from the first to the last element of both have a byte in
-    common."""
-    first, second = x.data_ptr(), y.data_ptr()
-    return first < second + span(y) and second < first + span(x)
+def overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two stretches of memory (see `memory_of`) have a byte in common."""
+    return one[0] < other[1] and other[0] < one[1]
 
 
 def refuse_fake_mode(owner: str) -> None:
@@ -58,7 +62,7 @@ def refuse_fake_mode(owner: str) -> None:
     modes = torch._C._len_torch_dispatch_stack()
     if modes or torch._C._functorch.peek_interpreter_stack():  # seldom, and most do no harm
         try:
-            check_memory(torch.empty(1, device="cpu"), owner, "a tensor made here")
+            memory_of(torch.empty(1, device="cpu"), owner, "a tensor made here")
         except TypeError as fault:
             raise TypeError(
                 f"{owner}: new tensors have no memory here, as under FakeTensorMode or in "
@@ -66,10 +70,8 @@ def refuse_fake_mode(owner: str) -> None:
             ) from fault
 
 
-def span(x: torch.Tensor) -> int:
+def _span(x: torch.Tensor) -> int:
     """Bytes from the beginning of the first element to the end of the last."""
-    if x.is_contiguous():
-        return x.nbytes
     if not x.numel():
         return 0
     steps = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

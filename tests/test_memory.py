@@ -14,7 +14,7 @@ from test_threads import in_fresh_process
 import rhtcomm.codec
 from rhtcomm import Codec, Eden, Key, Lattice, QuicFL, RandomizedHadamard, VectorQuantizer
 from rhtcomm.kernels import _kernel_for, cpu
-from rhtcomm.memory import address_of, overlap
+from rhtcomm.memory import address_of, memory_of, overlap
 
 KEY = Key(3)
 NUMEL = 9000
@@ -280,8 +280,10 @@ def test_out_that_overlaps_the_input_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Codec\.decode_mean: out overlaps the payloads"):
         CODEC.decode_mean(row[None], KEY, NUMEL, out=memory[8 : 8 + 4 * NUMEL].view(torch.float32))
     assert torch.equal(CODEC.decode_mean(row[None], KEY, NUMEL, out=x), torch.zeros(NUMEL))
-    assert overlap(x[::2], x[1::2])
-    assert not overlap(x[:5], x[5:])
+    parts = (x[::2], x[1::2], x[:5], x[5:])
+    even, odd, before, behind = (memory_of(part, "the test", "a part") for part in parts)
+    assert overlap(even, odd)
+    assert not overlap(before, behind)
 
 
 @pytest.mark.parametrize(
