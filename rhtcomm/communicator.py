@@ -56,7 +56,8 @@ class Users:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # The garbage collector may have a thread that is in here give something back.
+        self._lock = threading.RLock()
         self._numbers: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         self._using: weakref.WeakKeyDictionary[object, weakref.ref[object]]
         self._using = weakref.WeakKeyDictionary()

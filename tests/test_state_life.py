@@ -906,6 +906,21 @@ def test_a_user_that_is_gone_leaves_nothing_behind() -> None:
     users.take([carrier], last)
 
 
+def test_the_garbage_collector_may_give_back_while_another_takes() -> None:
+    """It runs in whichever thread allocates, that one's locks held."""
+    users, collected = Users(), object()
+
+    class Carrier:
+        def __hash__(self) -> int:
+            users.give_back(collected)
+            return 0
+
+    thread = threading.Thread(target=users.take, args=([Carrier()], users), daemon=True)
+    thread.start()
+    thread.join(limit(10))
+    assert not thread.is_alive()
+
+
 def test_only_a_level_of_its_own_is_closed() -> None:
     closed = []
     levels: list[Any] = [
