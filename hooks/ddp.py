@@ -114,7 +114,8 @@ class RHTState:
             torch takes (30 minutes for Gloo), whatever the other group has.
         communicator: takes the place of process_group and timeout: an `MPICommunicator`, a
             `HierarchicalCommunicator`, or a `TorchCommunicator`. Of what is on Gloo the hook uses
-            the ranks and the timeout, and makes connections of its own. Any other communicator
+            the ranks and the timeout, and makes connections of its own; states that were given
+            the same one begin in one order on all ranks, or all raise. Any other communicator
             (MPI, NCCL) serves one state at a time: a second one that needs it in the same backward
             pass raises a RuntimeError.
         error_feedback: add to each gradient what this rank could not send of it before
@@ -361,6 +362,11 @@ class RHTState:
                 "give what state_dict() returned"
             )
         residuals = state.get("residuals")
+        if residuals is not None and not isinstance(residuals, Mapping):
+            raise ValueError(
+                "RHTState.load_state_dict: residuals must be a dictionary of tensors by name, but "
+                f"this has {residuals!r:.80}; give what state_dict() returned"
+            )
         if (residuals is not None) != self.error_feedback:
             raise ValueError(
                 f"RHTState.load_state_dict: error_feedback={self.error_feedback}, but what was "
@@ -673,7 +679,7 @@ class RHTState:
                 "seed": key.seed,
                 "step": key.step,
                 "rotations by bucket": sorted(self._wanted.items()),
-                "states that were given its communicator before it": self._owner,
+                "states that were given its communicator before it": self._number,
             }
             with self._exchange(key):
                 check_agreement(communicator, facts, buffer.device)

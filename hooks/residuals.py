@@ -6,11 +6,12 @@ indices; a complex number is a pair of floats. What is saved has the parameter's
 model whose parameters lie in memory in another order takes it up rightly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -46,8 +47,13 @@ class _Layout(NamedTuple):
     stride: tuple[int, ...]
 
     @classmethod
-    def of(cls, parameter: torch.Tensor) -> "_Layout":
-        gradient = parameter.detach()
+    def of(cls, parameter: torch.Tensor, bucket: StorageWeakRef | None = None) -> "_Layout":
+        """By where the gradient lies if it is a view of the bucket, else where its parameter does:
+        so DDP makes its buckets."""
+        gradient = parameter.grad
+        if bucket is None or gradient is None or _storage_of(gradient) != bucket:
+            gradient = parameter
+        gradient = gradient.detach()
         if gradient.is_complex():
             gradient = torch.view_as_real(gradient)
         shape, stride = gradient.shape, gradient.stride()
@@ -68,9 +74,16 @@ def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return True
 
 
+def _storage_of(x: torch.Tensor) -> StorageWeakRef:
+    """What tells the memory of x from any other, now or later, and keeps nothing alive."""
+    return StorageWeakRef(x.untyped_storage())
+
+
 class _Residual(NamedTuple):
     flat: torch.Tensor
     layout: _Layout
+    bucket: StorageWeakRef | None = None
+    """That the layout is of, once there was one."""
 
     @classmethod
     def from_shape(cls, value: torch.Tensor, layout: _Layout) -> "_Residual":
@@ -78,9 +91,19 @@ class _Residual(NamedTuple):
         flat.as_strided(*layout).copy_(value)
         return cls(flat, layout)
 
+    def moved_to(self, bucket: StorageWeakRef, layout: _Layout) -> "_Residual":
+        moved = self if layout == self.layout else self.from_shape(self.in_shape(), layout)
+        return moved._replace(bucket=bucket)
+
     def in_shape(self) -> torch.Tensor:
         """In the shape of the parameter, contiguous, alone in its memory."""
         return self.flat.as_strided(*self.layout).clone(memory_format=torch.contiguous_format)
+
+
+def _is_residual(value: object) -> bool:
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return False
+    return value.is_floating_point() and bool(value.isfinite().all())
 
 
 class Residuals:
@@ -97,24 +120,24 @@ class Residuals:
 
     def gather(self, parameters: Sequence[torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
         """What is left of a bucket's gradients, (numel,) float32 in memory of its own."""
-        parts = []
+        parts, bucket = [], _storage_of(buffer)
         for parameter in parameters:
             kept = self._of.get(parameter)
-            if kept is None:
-                part = buffer.new_zeros(numel_of(parameter), dtype=torch.float32)
-            else:
-                part = kept.flat.to(buffer.device)
-            parts.append(part)
+            # A bucket keeps the order of its making, whatever becomes of the parameter's memory.
+            if kept is None or kept.bucket is None or kept.bucket != bucket:
+                layout = _Layout.of(parameter, bucket)
+                if kept is None:
+                    zeros = buffer.new_zeros(numel_of(parameter), dtype=torch.float32)
+                    kept = _Residual(zeros, layout)
+                kept = self._of[parameter] = kept.moved_to(bucket, layout)
+            parts.append(kept.flat.to(buffer.device))
         return torch.cat(parts)
 
     def keep(self, parameters: Sequence[torch.Tensor], residual: torch.Tensor) -> None:
-        """The residual of a bucket, (numel,) float32."""
+        """The residual of a bucket after `gather`, (numel,) float32."""
         parts = residual.split([numel_of(parameter) for parameter in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
-            kept = self._of.get(parameter)
-            # Buckets keep the order of their making, whatever becomes of the parameter's memory.
-            layout = _Layout.of(parameter) if kept is None else kept.layout
-            self._of[parameter] = _Residual(part, layout)
+            self._of[parameter] = self._of[parameter]._replace(flat=part)
 
     def by_parameter(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The parameters and their residuals, in the parameters' shapes."""
@@ -146,19 +169,19 @@ class Residuals:
             found[parameter] = _Residual.from_shape(value.float().cpu(), _Layout.of(parameter))
         self._of = found
 
-    def load(self, model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
+    def load(self, model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
         """Forget all, and take what `by_name` gave.
 
         Raises:
-            ValueError: the model lacks one of the parameters, or has it in another shape; nothing
-                has changed then.
+            ValueError: the model lacks one of the parameters, or has it in another shape, or what
+                was saved are no residuals; nothing has changed then.
         """
         named = named_parameters(model)
-        odd = [name for name, value in saved.items() if not isinstance(value, torch.Tensor)]
+        odd = sorted(name for name, value in saved.items() if not _is_residual(value))
         if odd:
             raise ValueError(
-                f"RHTState.load_state_dict: residuals must be tensors, but those of {odd} are not; "
-                "give what state_dict() returned"
+                "RHTState.load_state_dict: residuals are dense tensors of finite real numbers, but "
+                f"those of {odd} are not; give what state_dict() returned"
             )
         for name, value in saved.items():
             shape = _Layout.of(named[name]).shape if name in named else None

@@ -113,8 +113,9 @@ def all_reduce(
             what the last call for such a tensor returned, or None for the safe number.
         segments: lengths of the parameters that make up the flattened tensor, the same on all
             ranks; by default it is one. A segment that is zero on all ranks (0.0 or -0.0) comes
-            back as 0.0 throughout, even where its neighbours are not finite; with `residual`, what
-            is left of it stays as it is. Zeros of other segments are coded as other numbers are.
+            back as 0.0 throughout, even where its neighbours are not finite (below `min_numel` as
+            -0.0, if it is on all ranks); with `residual`, what is left of it stays as it is. Zeros
+            of other segments are coded as other numbers are.
         check: compare the configuration of all ranks first, at the price of one small exchange.
             The DDP hook does that once, not for each bucket.
         residual: float32 of the tensor's shape and device, zeros before the first step: error
@@ -138,8 +139,8 @@ def all_reduce(
             communicator a process group or another thing that is none, or the key no `Key`.
         ValueError: the algorithm is unknown, or asked for with a `Lattice`; the rotations are not
             those of a codec or `Lattice` that has a fixed number; the segments are not as long as
-            the tensor; or the residual has another shape, dtype or device, or the codec cannot
-            have one.
+            the tensor; elements of the tensor share memory; or the residual has another shape,
+            dtype or device, or the codec cannot have one.
         DisagreementError: on all ranks, naming the fields in which they differ.
         RuntimeError: another user is sending by the communicator's process group.
         PayloadError: a payload that arrived is not what was expected. On two levels all ranks of
@@ -167,14 +168,16 @@ def all_reduce(
     if residual is not None:
         memory_of(residual, "rhtcomm.all_reduce", "residual")
     user = threading.current_thread() if user is None else user
-    with users.using(communicator, user):
+    # What kernels compute is safe from the mode of torch's threads; here torch itself computes.
+    torchs = residual is not None or isinstance(communicator, HierarchicalCommunicator)
+    pool = torchs and tensor.numel() > GRAIN
+    with users.using(communicator, user), default_mode(pool=pool):
         return _all_reduce(
             *(tensor, codec, key, communicator, algorithm, min_numel, rotations, segments),
             *(check, residual, settle, stopwatch),
         )
 
 
-@default_mode()
 def _all_reduce(
     tensor: torch.Tensor,
     codec: Codec | Lattice,
@@ -216,6 +219,14 @@ def _all_reduce(
             f"rhtcomm.all_reduce: the tensor is {tensor.dtype}, but only float32, bfloat16 and "
             "float16 can be reduced; convert it, or reduce it with torch.distributed"
         )
+    for name, x in (("tensor", tensor), ("residual", residual)):
+        if x is not None and any(
+            step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)
+        ):
+            raise ValueError(
+                f"rhtcomm.all_reduce: the {name} was expanded to its shape {tuple(x.shape)}, so "
+                f"its elements share memory; give what it was before, or {name}.clone()"
+            )
     if residual is not None:
         check_error_feedback(codec)
         _check_residual(residual, tensor)
@@ -467,7 +478,7 @@ def _hierarchical(
     row = flat.new_empty(start + nbytes, dtype=torch.uint8)
     row[:_SHARE_BYTES].view(torch.int32).fill_(header)
     row[_SHARE_BYTES:start] = used
-    row[start:].view(flat.dtype).copy_(mine)
+    assign_(row[start:].view(flat.dtype), mine)
     try:
         with stopwatch("exchange"):
             gathered = within.start_all_gather(row)()

@@ -64,6 +64,9 @@ def assign_(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
     That is 0x7fc00000 in float32, 0x7fc0 in bfloat16 and 0x7e00 in float16.
     """
+    if out.is_neg():  # its memory holds the negative
+        assign_(torch._neg_view(out), -x)
+        return out
     out.copy_(x)
     bits = out.view(_INTEGER[out.element_size()])
     bits.masked_fill_(out.isnan(), _NAN[out.dtype])

@@ -13,7 +13,15 @@ from rhtcomm import Codec, Key
 from rhtcomm.codec import _layout
 from rhtcomm.kernels import Task, kernel_for
 
-__all__ = ["bits_of", "both_ways", "decode", "interpret", "moments_of", "tuned"]
+__all__ = [
+    "bits_of",
+    "both_ways",
+    "decode",
+    "encode_and_decode",
+    "interpret",
+    "moments_of",
+    "tuned",
+]
 
 
 def interpret() -> None:
@@ -42,6 +50,12 @@ def decode(
 ) -> torch.Tensor:
     out = torch.empty(numel, dtype=dtype)
     return bits_of(codec.decode_mean(payloads, key, numel, first=first, out=out))
+
+
+def encode_and_decode(case: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A case of golden/make.py."""
+    payloads = case.encode()
+    return payloads, case.decode(payloads)
 
 
 def in_shards(codec: Codec, x: torch.Tensor, key: Key) -> tuple[torch.Tensor, torch.Tensor]:

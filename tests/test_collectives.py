@@ -195,6 +195,7 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "channels last": lambda base: base[:1440].view(2, 8, 9, 10).permute(0, 3, 1, 2),
     "offset": lambda base: base[3:1003],
     "empty": lambda base: base[:0].view(3, 0),
+    "negated": lambda base: torch._neg_view(base[:1000]),
 }
 
 
@@ -221,6 +222,20 @@ def test_any_layout_in_place(ranks: Ranks) -> None:
             if x.numel():
                 x.copy_(simulated(inputs, CODEC, KEY, algorithm).view(x.shape))
             assert same_bits(base, expected), f"{name} by {algorithm} on rank {rank}"
+
+
+def reduce_expanded(rank: int, world_size: int) -> str:
+    with pytest.raises(ValueError, match="share memory") as caught:
+        rhtcomm.all_reduce(
+            *(data(rank, 10).expand(300, 10), CODEC, KEY, rhtcomm.TorchCommunicator()),
+            min_numel=0,
+        )
+    return str(caught.value)
+
+
+def test_elements_that_share_memory_are_refused(ranks: Ranks) -> None:
+    for message in ranks.run(reduce_expanded, 2):
+        assert "the tensor was expanded to its shape (300, 10)" in message
 
 
 def reduce_leaf(rank: int, world_size: int) -> torch.Tensor:

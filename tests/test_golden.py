@@ -17,6 +17,7 @@ import torch
 from golden import literal
 from golden.make import CASES, LATTICES, Case, LatticeCase, canonical, digest, read
 from harness import Ranks
+from interpreter import encode_and_decode
 from test_gpu_kernels import interpreted, needs_triton
 from test_kernels import needs_library, run_on, variants
 
@@ -79,11 +80,6 @@ def test_c_kernels(case: Case) -> None:
         with run_on(kernel):
             check(case.encode(), case, "payloads", name)
             check(case.decode(payloads), case, "mean", name)
-
-
-def encode_and_decode(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    payloads = case.encode()
-    return payloads, case.decode(payloads)
 
 
 # A block takes the interpreter from a tenth of a second to several.

@@ -10,6 +10,7 @@ import os
 import pickle
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
@@ -279,17 +280,25 @@ def test_payloads_say_whose_they_are(ranks: Ranks) -> None:
     assert any("was made for another key" in message for message in messages)
 
 
-def begin_in_another_order(rank: int, world_size: int) -> str:
-    """Over a communicator that cannot be had apart, the wrong states would meet for good."""
-    communicator = OfTheUser(dist.new_group(timeout=SOON))
+def begin_in_another_order(
+    rank: int, world_size: int, kind: type[TorchCommunicator], two_levels: bool
+) -> str:
+    """The wrong states would meet for good, whether or not the communicator can be had apart."""
+    communicator: Any = kind(dist.new_group(timeout=SOON))
+    if two_levels:
+        communicator = HierarchicalCommunicator(dist.new_group([rank]), communicator)
     states = [RHTState(**FINE, communicator=communicator) for _ in range(2)]
     with pytest.raises(RuntimeError) as caught:
         submit(states[rank], numbers(rank, shape=(1000,))).wait()
     return str(caught.value)
 
 
-def test_states_that_begin_in_another_order_are_told_apart(ranks: Ranks) -> None:
-    for message in ranks.run(begin_in_another_order, 2):
+@pytest.mark.parametrize("two_levels", [False, True])
+@pytest.mark.parametrize("kind", [OfTheUser, TorchCommunicator])
+def test_states_that_begin_in_another_order_are_told_apart(
+    kind: type[TorchCommunicator], two_levels: bool, ranks: Ranks
+) -> None:
+    for message in ranks.run(begin_in_another_order, 2, kind, two_levels):
         assert "given its communicator before it (0 on rank 0; 1 on rank 1)" in message
 
 
@@ -667,6 +676,40 @@ def test_a_saved_state_says_what_it_is_of(ranks: Ranks) -> None:
     assert "of shape (256,), but the model has it in shape (8, 16, 2)" in shape
 
 
+def change_the_memory_format(rank: int, world_size: int, when: int, views: bool) -> list[float]:
+    """Before a step, by step: |results + mean residual - exact means| / |exact means|, of sums."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(8, 24, 3, bias=False)
+    weight = model.weight
+    state = RHTState(2, error_feedback=True, block=256, min_numel=0, timeout=TIMEOUT)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=views)
+    ddp.register_comm_hook(state, rht_hook)
+    model.forward = lambda x: (weight * x).sum()  # type: ignore[method-assign]
+    errors = []
+    results, exact = (torch.zeros(weight.shape, dtype=torch.float64) for _ in range(2))
+    for step in range(4):
+        if step == when:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        ddp.zero_grad()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+            ddp(numbers(rank, step, shape=tuple(weight.shape))).backward()
+        results += weight.grad
+        exact += sum(numbers(r, step, shape=tuple(weight.shape)) for r in range(2)) / 2
+        left = state.state_dict(ddp)["residuals"]["weight"].double()
+        dist.all_reduce(left)
+        errors.append(float((results + left / 2 - exact).norm() / exact.norm()))
+    state.close()
+    return errors
+
+
+@pytest.mark.parametrize(("when", "views"), [(0, True), (1, False), (1, True)])
+def test_residuals_follow_the_layout_of_the_bucket(when: int, views: bool, ranks: Ranks) -> None:
+    """DDP makes its buckets again in the second step, by how the parameters lie by then."""
+    for errors in ranks.run(change_the_memory_format, 2, when, views):
+        assert max(errors) < 1e-5
+
+
 def load_before_the_ranks_are_known(rank: int, world_size: int) -> str:
     """A state that was loaded before torch.distributed began is checked at its first bucket."""
     state = RHTState(4, quantizer="eden", error_feedback=True, min_numel=0, timeout=TIMEOUT)
@@ -942,11 +985,21 @@ def test_only_a_level_of_its_own_is_closed() -> None:
         ({"seed": 0, "step": 1, "residuals": {}, "rotations": 3}, "rotations must hold"),
         ({"seed": 0, "step": 1, "residuals": {}, "rotations": [[1, 2]]}, "rotations must hold"),
         ({"seed": 0, "step": 1, "residuals": {}, "rotations": [["a", 1, 2]]}, "rotations must"),
-        (
-            {"seed": 0, "step": 1, "rank": 0, "world_size": 1, "residuals": {"0.bias": [0.0] * 64}},
-            "residuals must be tensors",
+        ({"seed": 0, "step": 1, "residuals": [1]}, "residuals must be a dictionary"),
+        *(
+            (
+                {"seed": 0, "step": 1, "rank": 0, "world_size": 1, "residuals": {"0.bias": value}},
+                "residuals are dense tensors of finite real numbers",
+            )
+            for value in (
+                [0.0] * 64,
+                torch.zeros(64).to_sparse(),
+                torch.zeros(64, dtype=torch.complex64),
+                torch.full((64,), torch.nan),
+            )
         ),
     ],
+    ids=str,
 )
 def test_junk_is_no_saved_state(junk: Any, message: str) -> None:
     with RHTState(rotations="auto", error_feedback=True) as state:
