@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..codec import AUTO, DTYPES, Codec, DeferredChecks
 from ..collectives import (
@@ -43,7 +44,7 @@ from ..communicator import Communicator, HierarchicalCommunicator, TorchCommunic
 from ..floating_point import GRAIN, default_mode
 from ..lattice import Lattice
 from ..quantizers import Eden, QuicFL, VectorQuantizer
-from ..randomness import Key
+from ..randomness import Key, integer
 from .residuals import Residuals, numel_of
 
 __all__ = ["RHTState", "Stats", "rht_hook"]
@@ -54,6 +55,7 @@ _LATTICE = "lattice"
 _named_range: Any = getattr(
     torch._C._profiler, "_RecordFunctionFast", torch.profiler.record_function
 )
+_OF_BUCKETS = ("buffer", "index", "is_last", "parameters")  # what the hook asks them
 _NO_HOOK = "or registered no hook, or one with another process_group"
 _log = logging.getLogger("rhtcomm")
 
@@ -180,7 +182,10 @@ class RHTState:
                 f"RHTState: process_group={process_group!r} must be a process group, the one that "
                 "DistributedDataParallel was given"
             )
-        min_numel, nmse_every = operator.index(min_numel), operator.index(nmse_every)
+        min_numel = integer(min_numel, "RHTState", "min_numel")
+        nmse_every = integer(nmse_every, "RHTState", "nmse_every")
+        if type(error_feedback) is not bool:
+            raise TypeError(f"RHTState: error_feedback={error_feedback!r} must be True or False")
         if min_numel < 0 or nmse_every < 0:
             raise ValueError(
                 f"RHTState: min_numel={min_numel} and nmse_every={nmse_every} must not be negative"
@@ -205,7 +210,7 @@ class RHTState:
         check_algorithm(algorithm, self.codec)
         if error_feedback:
             check_error_feedback(self.codec)
-        self.error_feedback = bool(error_feedback)
+        self.error_feedback = error_feedback
         self._residuals = Residuals()
         self._residuals_of: tuple[int, int] | None = None  # the rank and world size that loaded
         self.algorithm = algorithm
@@ -236,6 +241,8 @@ class RHTState:
         self._checks = DeferredChecks()
         self._checked = False
         self._said: set[torch.dtype] = set()  # in the log
+        self._of_model: dist.ProcessGroup | None = None  # group of the first model, where known
+        self._seen = WeakTensorKeyDictionary()  # the parameters of models that were looked at
         self._failure: BaseException | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -244,6 +251,7 @@ class RHTState:
 
     _LEFT_BEHIND = (
         *("_running", "_finalizer", "_streams", "_checks", "_checked", "_said", "_failure"),
+        *("_of_model", "_seen"),
         *("_closed", "_lock", "_unfinished", "_backward", "_process_group", "_given", "_number"),
         "_residuals",
     )
@@ -268,6 +276,7 @@ class RHTState:
         self._residuals = Residuals()
         self._residuals.replace(residuals)
         self._process_group, self._given, self._number = None, None, 0
+        self._last_index = -1  # wherever in a step it was copied
         self._reset()
 
     @property
@@ -398,7 +407,7 @@ class RHTState:
             return communicator.rank, communicator.world_size
         if not dist.is_initialized():
             return None
-        group = self._process_group or _group_of_model(self)
+        group = self._process_group or _group_of_model(self)[0]
         return dist.get_rank(group), dist.get_world_size(group)
 
     def close(self) -> None:
@@ -451,6 +460,9 @@ class RHTState:
                 f"rht_hook: bucket {bucket.index()} is {buffer.dtype}, and a mean of integers is "
                 "no integer; reduce it with torch.distributed"
             )
+        parameters = bucket.parameters()
+        if parameters and parameters[0] not in self._seen:
+            self._check_model(parameters)
         worker = self._running.worker or self._start(bucket)
         self._take_communicator()
         index, last = bucket.index(), bucket.is_last()
@@ -459,7 +471,6 @@ class RHTState:
             self._ends.add(self._last_index)
             self._next_step()
         key = Key(self.key.seed, self.key.step, index, owner=self._owner)
-        parameters = bucket.parameters()
         self._last_index = index
         ends = last or index in self._ends
         if last:
@@ -484,10 +495,8 @@ class RHTState:
         """Make the worker thread and the connections; the ranks make their first buckets alike."""
         if self._failure is not None:
             raise RuntimeError(f"rht_hook: it failed before: {self._failure}")
-        of_model = _group_of_model(self, bucket.parameters())
-        self._check_ranks(of_model)
         try:
-            self._running.communicator = self._connect(bucket.buffer().device.type, of_model)
+            self._running.communicator = self._connect(bucket.buffer().device.type)
         except BaseException as error:
             self._failure = error  # what began together cannot begin again on one rank
             if not isinstance(error, RuntimeError) or not dist.is_initialized():
@@ -501,20 +510,37 @@ class RHTState:
             self._check_residuals_of(self._residuals_of, self._place())
         return self._running.start()
 
-    def _connect(
-        self, device: str, of_model: dist.ProcessGroup | None
-    ) -> "Communicator | HierarchicalCommunicator":
+    def _connect(self, device: str) -> "Communicator | HierarchicalCommunicator":
         if self._given is not None:
             return self._given.apart(device)
-        group = of_model or self._process_group or dist.group.WORLD
+        group = self._of_model or self._process_group or dist.group.WORLD
         if group is None:
             raise RuntimeError("rht_hook: torch.distributed is not initialized")
         return TorchCommunicator.of_its_own(group, device, self._timeout)
 
-    def _check_ranks(self, of_model: dist.ProcessGroup | None) -> None:
+    def _check_model(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Look for the model that a bucket is of, when the first of its parameters is seen.
+
+        Raises:
+            ValueError: it averages over other ranks than the state was told of, or than a model
+                did that the state was registered on before.
+        """
+        of_model, whole = _group_of_model(self, parameters)
+        before = self._of_model
+        self._of_model = before or of_model
+        if of_model is not None:
+            if before is not None and _ranks(before) != _ranks(of_model):
+                raise ValueError(
+                    f"RHTState: it was registered on a model that averages over {_ranks(before)}, "
+                    f"and now on one that averages over {_ranks(of_model)}; give each model a "
+                    "state of its own"
+                )
+            self._check_ranks(of_model)
+        for parameter in (*whole, *parameters):
+            self._seen[parameter] = True
+
+    def _check_ranks(self, of_model: dist.ProcessGroup) -> None:
         """Raise ValueError if the state was told of other ranks than its model averages over."""
-        if of_model is None:
-            return
         if self._process_group is not None and _ranks(self._process_group) != _ranks(of_model):
             raise ValueError(
                 f"RHTState: process_group has the ranks {_ranks(self._process_group)}, but the DDP "
@@ -583,8 +609,9 @@ class RHTState:
         started = self._running.communicator is not None
         if not started and self._failure is None and not self._running.ended:
             with contextlib.suppress(Exception):
-                of_model = _group_of_model(self, bucket.parameters())
-                self._running.communicator = self._connect(bucket.buffer().device.type, of_model)
+                if self._of_model is None:
+                    self._of_model, _ = _group_of_model(self, bucket.parameters())
+                self._running.communicator = self._connect(bucket.buffer().device.type)
         self._failure = self._failure or failure
         worker = self._running.worker
         if worker is None:
@@ -789,7 +816,7 @@ class RHTState:
         elif re.search("closed by|reset by|broken pipe|not connected", str(error), re.IGNORECASE):
             cause = "another rank died, or failed and gave up"
         else:
-            cause = "another rank may have made another call than this one"
+            cause = "this rank failed, or another one made another call than this one"
         if not self._checked:
             cause += f", {_NO_HOOK}"
         return f"{cause}. See what the other ranks printed first"
@@ -843,11 +870,15 @@ def _close_late(running: _Running) -> None:
 
 def _group_of_model(
     state: RHTState, parameters: Sequence[torch.Tensor] = ()
-) -> dist.ProcessGroup | None:
-    """The process group of the DDP model that a state is registered on, where it can be found.
+) -> tuple[dist.ProcessGroup | None, list[torch.Tensor]]:
+    """The process group of the DDP model that a state is registered on, where it can be found, and
+    the model's parameters.
 
     DDP tells its hook nothing of its group. So look for the model that has the state, or (if the
     state is inside another one) the first parameter, once, when the first bucket comes.
+
+    Raises:
+        ValueError: there are several, and they average over other ranks.
     """
 
     def find() -> list[DistributedDataParallel]:
@@ -866,7 +897,7 @@ def _group_of_model(
             f"RHTState: it is registered on models that average over {_ranks(groups[0])} and over "
             "other ranks; give each model a state of its own"
         )
-    return groups[0] if groups else None
+    return groups[0] if groups else None, [p for model in mine for p in model.parameters()]
 
 
 def _models_with(thing: object, name: str) -> list[DistributedDataParallel]:
@@ -954,7 +985,7 @@ def rht_hook(
             f"rht_hook: its state is {state!r}, not an RHTState; register it with "
             "model.register_comm_hook(RHTState(bits=4), rht_hook)"
         )
-    if others or not callable(getattr(bucket, "buffer", None)):
+    if others or not all(hasattr(bucket, name) for name in _OF_BUCKETS):
         kind = type(bucket).__name__
         raise TypeError(
             f"rht_hook: it was called with a {kind} in place of a GradBucket. It is for "

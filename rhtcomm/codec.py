@@ -37,7 +37,7 @@ import torch
 from rhtcomm.kernels import DTYPES, Section, Task, kernel_for
 from rhtcomm.memory import memory_of, overlap, refuse_fake_mode
 from rhtcomm.quantizers import Quantizer, QuicFL
-from rhtcomm.randomness import MAX_COORDINATES, MAX_RANKS, Key
+from rhtcomm.randomness import MAX_COORDINATES, MAX_RANKS, Key, check_key
 from rhtcomm.rotation import (
     MOMENTS,
     RandomizedHadamard,
@@ -225,7 +225,7 @@ class Codec:
         rotation = self._rotation(rotations)
         if wanted is not None:
             wanted = self._check_wanted(operator.index(wanted))
-        _check_key(key, "Codec.encode")
+        check_key(key, "Codec.encode")
         memory = memory_of(x, "Codec.encode", "x")
         refuse_fake_mode("Codec.encode")
         if x.dtype not in DTYPES:
@@ -360,7 +360,7 @@ class Codec:
     ) -> torch.Tensor:
         """Mean of payloads (K, shards, nbytes), of K ranks, each in equal shards."""
         ranks, shards, _ = payloads.shape
-        _check_key(key, owner)
+        check_key(key, owner)
         first_rank, world_size, first = self._check_place(first_rank, world_size, first, ranks)
         each = numel // shards
         payloads = _plain(payloads, copy=False)
@@ -549,7 +549,13 @@ class Codec:
     ) -> tuple[int, int, int]:
         """The place of `ranks` adjacent ones, as plain ints whatever integers were given: headers
         hold a hash of them."""
-        rank, world_size, first = map(operator.index, (rank, world_size, first))
+        try:
+            rank, world_size, first = map(operator.index, (rank, world_size, first))
+        except TypeError:
+            raise TypeError(
+                f"Codec: rank={rank!r}, world_size={world_size!r} and first={first!r} must be "
+                "integers"
+            ) from None
         if not 0 <= rank <= world_size - ranks:
             wrong = rank if rank < 0 else rank + ranks - 1
             raise ValueError(f"Codec: rank={wrong} must lie in [0, world_size={world_size})")
@@ -562,11 +568,6 @@ class Codec:
                 f"Codec: first={first} must be a multiple of block={self.block} below 2^36"
             )
         return rank, world_size, first
-
-
-def _check_key(key: Key, owner: str) -> None:
-    if not isinstance(key, Key):
-        raise TypeError(f"{owner}: key={key!r} must be a Key such as Key(seed=0, step=1)")
 
 
 def _plain(x: torch.Tensor, copy: bool = True) -> torch.Tensor:

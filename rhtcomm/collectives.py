@@ -202,7 +202,7 @@ def _all_reduce(
             "shape": tuple(tensor.shape),
             "key": key,
             "rotations now": rotations,
-            "segments": segments if segments is None else list(segments),
+            "segments": list(segments) if isinstance(segments, Sequence) else segments,
             "residual": residual
             if residual is None
             else (residual.dtype, tuple(residual.shape), residual.device.type),

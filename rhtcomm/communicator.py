@@ -520,16 +520,10 @@ def _gloo_group(parent: dist.ProcessGroup, timeout: timedelta) -> _GlooGroup:
 
     torch names a group by a count that each rank keeps for itself. Ranks that are in other groups
     besides then wait for each other under different names; and after a group is gone, its name
-    comes back, with the addresses of connections that are gone too. Here the first rank draws a
-    name that never was, and tells the others.
+    comes back, with the addresses of connections that are gone too.
     """
     rank, world_size = parent.rank(), parent.size()
-    drawn = torch.tensor(list(uuid.uuid4().bytes), dtype=torch.uint8, device="cpu")
-    telling = []
-    if rank == 0:
-        telling = [parent.send([drawn], other, _NAME_TAG) for other in range(1, world_size)]
-    else:
-        parent.recv([drawn], 0, _NAME_TAG).wait(timeout)
+    drawn, telling = _agree_on_a_name(parent, timeout)
     name = f"rhtcomm/{bytes(drawn.tolist()).hex()}"
     store: Any = distributed_c10d._get_default_store()
     with contextlib.suppress(
@@ -548,6 +542,43 @@ def _gloo_group(parent: dist.ProcessGroup, timeout: timedelta) -> _GlooGroup:
         store.set("all are", "connected")
     store.wait(["all are"], timeout)
     return group
+
+
+def _agree_on_a_name(
+    parent: dist.ProcessGroup, timeout: timedelta
+) -> tuple[torch.Tensor, list[dist.Work]]:
+    """16 bytes that the first rank draws, and what is under way with them.
+
+    It tells them when all ranks are there. So one that died on its way, or that failed and left, is
+    found out at once by its connection to the first rank, whereas in the rendezvous of a new group
+    it would be waited for. What the first rank tells then is zeros.
+
+    Raises:
+        RuntimeError: a rank died or left, or did not come in time.
+    """
+    rank, others = parent.rank(), range(1, parent.size())
+    drawn = torch.tensor(list(uuid.uuid4().bytes), dtype=torch.uint8, device="cpu")
+    if rank > 0:
+        here = parent.send([torch.zeros_like(drawn)], 0, _NAME_TAG)
+        parent.recv([drawn], 0, _NAME_TAG).wait(timeout)
+        here.wait()
+        if not drawn.any():
+            raise RuntimeError("the first rank found the connection to another closed by it")
+        return drawn, []
+    lost: RuntimeError | None = None
+    arriving = [parent.recv([torch.empty_like(drawn)], other, _NAME_TAG) for other in others]
+    for arrival in arriving:
+        try:
+            arrival.wait(timeout)
+        except RuntimeError as error:
+            lost = lost or error
+    if lost is None:
+        return drawn, [parent.send([drawn], other, _NAME_TAG) for other in others]
+    drawn.zero_()
+    for other in others:
+        with contextlib.suppress(RuntimeError):
+            parent.send([drawn], other, _NAME_TAG).wait(timeout)
+    raise lost
 
 
 def _destroy(group: Any) -> None:
@@ -745,9 +776,15 @@ class HierarchicalCommunicator:
         ``HierarchicalCommunicator.from_mesh(init_device_mesh("cpu", (nodes, ranks_of_a_node)))``
 
         Raises:
+            TypeError: the mesh is none.
             ValueError: the mesh has another number of dimensions, or its groups number their ranks
                 in another order than it lists them.
         """
+        if not hasattr(mesh, "get_group"):
+            raise TypeError(
+                f"HierarchicalCommunicator: mesh={mesh!r} must be a DeviceMesh, such as "
+                "torch.distributed.device_mesh.init_device_mesh returns"
+            )
         if mesh.ndim != 2:
             raise ValueError(
                 f"HierarchicalCommunicator: the mesh has {mesh.ndim} dimension(s), but takes two: "

@@ -17,7 +17,7 @@ from enum import IntEnum
 
 import torch
 
-__all__ = ["Key", "Stream", "dither", "philox4x32", "signs", "stratum"]
+__all__ = ["Key", "Stream", "check_key", "dither", "integer", "philox4x32", "signs", "stratum"]
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -35,6 +35,14 @@ class Stream(IntEnum):
     SIGNS_2 = 1
     SIGNS_3 = 2
     DITHER = 3
+
+
+def integer(value: object, owner: str, name: str) -> int:
+    """A plain int, whatever integer was given; TypeError where it is none."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{owner}: {name}={value!r} must be an integer") from None
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Key:
     def __post_init__(self) -> None:
         widths = {"seed": 64, "step": 32, "bucket": 32, "hop": 4, "owner": 32}
         for name, width in widths.items():
-            value = operator.index(getattr(self, name))
+            value = integer(getattr(self, name), "Key", name)
             object.__setattr__(self, name, value)  # a plain int, whatever integer was given
             if not 0 <= value < 1 << width:
                 raise ValueError(f"Key: {name}={value} must lie in [0, 2^{width})")
@@ -72,6 +80,11 @@ class Key:
     def next_hop(self) -> "Key":
         """The key for encoding the same tensor once more, independent of this one."""
         return replace(self, hop=self.hop + 1)
+
+
+def check_key(key: Key, owner: str) -> None:
+    if not isinstance(key, Key):
+        raise TypeError(f"{owner}: key={key!r} must be a Key such as Key(seed=0, step=1)")
 
 
 def philox4x32(

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from rhtcomm.floating_point import default_mode
-from rhtcomm.randomness import Key, Stream, signs
+from rhtcomm.memory import memory_of
+from rhtcomm.randomness import Key, Stream, check_key, signs
 
 __all__ = ["Blocks", "RandomizedHadamard", "choose_rotations", "split_into_blocks"]
 
@@ -120,7 +121,14 @@ class RandomizedHadamard:
 
     @default_mode(pool=True)
     def forward(self, x: torch.Tensor, key: Key, rank: int = 0) -> torch.Tensor:
-        """R x: (numel,) floating -> (padded numel,) float32, |R x| = |x|."""
+        """R x: (numel,) floating -> (padded numel,) float32, |R x| = |x|.
+
+        Raises:
+            TypeError: x is no tensor, has no memory of its own or is not floating; or the key is
+                no `Key`.
+        """
+        x = _floating(x, "RandomizedHadamard.forward", "x")
+        check_key(key, "RandomizedHadamard.forward")
         y = []
         for part in split_into_blocks(x.numel(), self.block):
             rows = part.rows(x[part.start : part.stop].float())
@@ -129,7 +137,13 @@ class RandomizedHadamard:
 
     @default_mode(pool=True)
     def inverse(self, y: torch.Tensor, key: Key, numel: int, rank: int = 0) -> torch.Tensor:
-        """The x of `forward`: (padded numel,) float32 -> (numel,) float32."""
+        """The x of `forward`: (padded numel,) float32 -> (numel,) float32.
+
+        Raises:
+            TypeError: as `forward` does.
+        """
+        y = _floating(y, "RandomizedHadamard.inverse", "y")
+        check_key(key, "RandomizedHadamard.inverse")
         x = []
         for part in split_into_blocks(numel, self.block):
             rows = y[part.start : part.stop].view(part.count, part.size)
@@ -158,6 +172,15 @@ class RandomizedHadamard:
     @staticmethod
     def _signs(x: torch.Tensor, stream: Stream, key: Key, first: int, rank: int) -> torch.Tensor:
         return signs(key, stream, first, x.numel(), rank, x.device).view(x.shape)
+
+
+def _floating(x: torch.Tensor, owner: str, name: str) -> torch.Tensor:
+    """x without autograd's graph."""
+    memory_of(x, owner, name)
+    if not x.is_floating_point():
+        remedy = "torch.view_as_real of it" if x.is_complex() else f"{name}.float()"
+        raise TypeError(f"{owner}: {name} is {x.dtype}, which is not floating; pass {remedy}")
+    return x.detach()
 
 
 # How many transforms -----------------------------------------------------------------------------
@@ -197,8 +220,10 @@ def choose_rotations(
         tolerance: of the Kolmogorov distance, in (0, 1).
 
     Raises:
+        TypeError: x is no tensor, has no memory of its own or is not floating.
         ValueError: an argument is out of its range.
     """
+    x = _floating(x, "choose_rotations", "x")
     if group not in (1, 2, 4, 8) or not 0 < tolerance < 1:
         raise ValueError(
             f"choose_rotations: group={group} must be 1, 2, 4 or 8, "

@@ -29,11 +29,18 @@ class Segments:
         numel: of the tensor.
 
     Raises:
+        TypeError: a length is no integer.
         ValueError: a length is negative, or their sum is not numel.
     """
 
     def __init__(self, lengths: Sequence[int] | None, numel: int) -> None:
-        runs = [numel] if lengths is None else list(map(operator.index, lengths))
+        try:
+            runs = [numel] if lengths is None else list(map(operator.index, lengths))
+        except TypeError:
+            raise TypeError(
+                f"rhtcomm.all_reduce: segments={lengths!r:.80} must hold the length of each part "
+                "of the tensor, integers"
+            ) from None
         if sum(runs) != numel or min(runs, default=0) < 0:
             raise ValueError(
                 f"rhtcomm.all_reduce: segments holds {len(runs)} lengths, the least "

@@ -349,7 +349,7 @@ def first_use(mode: str) -> None:
         with torch._subclasses.FakeTensorMode():
             for quantizer in (QuicFL(4), Eden(3), VectorQuantizer(4)):
                 quantizer.encode(torch.zeros(2, 32), KEY, 0, 0, 1)
-            RandomizedHadamard(3, 32).forward(torch.zeros(64), KEY)
+            RandomizedHadamard(3, 32).rotate(torch.zeros(2, 32), KEY, 0)
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
             within()
     elif mode == "inference":

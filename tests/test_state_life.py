@@ -149,6 +149,34 @@ def test_a_group_that_is_not_the_models_is_refused(ranks: Ranks) -> None:
         assert f"has the ranks {[rank % 2, rank % 2 + 2]}, but the DDP model" in other
 
 
+def register_again_elsewhere(rank: int, world_size: int, inside: bool) -> str:
+    """After its first bucket, on a model of other ranks."""
+    pair = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+    state = RHTState(**FINE, timeout=SOON)
+
+    def hook(holder: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+        return rht_hook(holder.state, bucket)
+
+    def register(ddp: DistributedDataParallel) -> DistributedDataParallel:
+        pair = (SimpleNamespace(state=state), hook) if inside else (state, rht_hook)
+        ddp.register_comm_hook(*pair)
+        return ddp
+
+    first = register(DistributedDataParallel(net()))
+    backward(first, rank)
+    second = register(DistributedDataParallel(net(), process_group=pair))
+    with pytest.raises(ValueError, match="give each model a state of its own") as caught:
+        backward(second, rank)
+    del first
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_state_serves_no_second_model_of_other_ranks(inside: bool, ranks: Ranks) -> None:
+    for message in ranks.run(register_again_elsewhere, 4, inside):
+        assert "average" in message
+
+
 def contradict_ddp_on_rank_1(rank: int, world_size: int) -> tuple[str, float]:
     options = {"process_group": dist.new_group([1, 2])} if rank == 1 else {}
     dist.new_group([1, 2]) if rank == 2 else None
@@ -530,6 +558,30 @@ def test_copies_have_no_group_and_go_on(quantizer: str, ranks: Ranks) -> None:
     ranks.run(copy_a_model_in_training, 2, quantizer)
 
 
+def copy_within_a_step(rank: int, world_size: int) -> list[float]:
+    """Between buckets, at another one on each rank, as a thread that saves might."""
+    state = RHTState(**FINE, timeout=SOON)
+    x = [numbers(rank, i, shape=(1000,)) for i in range(3)]
+    exact = [torch.stack([numbers(r, i, shape=(1000,)) for r in range(2)]).mean(0) for i in (0, 1)]
+    copies = []
+    for index in range(3):
+        submit(state, x[index].clone(), index, index == 2).wait()
+        if index == rank:
+            copies.append(copy.deepcopy(state))
+    errors = []
+    with copies[0] as copied:
+        for _ in range(3):
+            found = [submit(copied, x[i].clone(), i, i == 1).wait() for i in range(2)]
+            errors += [error(f, e) for f, e in zip(found, exact, strict=True)]
+    state.close()
+    return errors
+
+
+def test_copies_that_were_made_within_a_step_begin_one(ranks: Ranks) -> None:
+    for errors in ranks.run(copy_within_a_step, 2):
+        assert max(errors) < TOLERANCE
+
+
 def leave_states_open(rank: int, world_size: int) -> tuple[list[int], list[int]]:
     """File descriptors, threads of Python and groups, after one and after six forgotten models."""
 
@@ -734,7 +786,16 @@ def test_another_ranks_state_is_found_out_at_the_first_bucket(ranks: Ranks) -> N
 # ---- Callers and arguments --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [(torch.ones(3),), ((torch.ones(3),),), (torch.ones(3), 1)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (torch.ones(3),),
+        ((torch.ones(3),),),
+        (torch.ones(3), 1),
+        (SimpleNamespace(buffer=lambda: torch.ones(3)),),
+    ],
+    ids=str,
+)
 def test_other_callers_are_told_what_the_hook_is_for(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(TypeError, match=r"in place of a GradBucket.*FullyShardedDataParallel"):
         rht_hook(RHTState(), *arguments)
@@ -746,9 +807,10 @@ def test_other_callers_are_told_what_the_hook_is_for(arguments: tuple[Any, ...])
         ({"process_group": "gloo"}, "process_group='gloo' must be a process group"),
         ({"communicator": rhtcomm.MPICommunicator}, "is a class; make an object of it"),
         ({"communicator": object()}, "must be an object such as"),
-        ({"min_numel": 1.5}, "float"),
-        ({"nmse_every": "1"}, "str"),
-        ({"seed": 0.5}, "float"),
+        ({"min_numel": 1.5}, r"RHTState: min_numel=1\.5 must be an integer"),
+        ({"nmse_every": "1"}, "RHTState: nmse_every='1' must be an integer"),
+        ({"seed": 0.5}, r"seed=0\.5 must be an integer"),
+        ({"error_feedback": "no"}, "error_feedback='no' must be True or False"),
     ],
 )
 def test_arguments_of_another_type(arguments: dict[str, Any], message: str) -> None:
@@ -947,6 +1009,35 @@ def test_a_user_that_is_gone_leaves_nothing_behind() -> None:
     with users.using(communicator, next_one):
         pass
     users.take([carrier], last)
+
+
+DEATH = """
+import os, time, torch, torch.distributed as dist
+from datetime import timedelta
+from rhtcomm.hooks import RHTState, rht_hook
+
+dist.init_process_group("gloo", timeout=timedelta(seconds={seconds}))
+rank = dist.get_rank()
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
+model.register_comm_hook(RHTState(min_numel=0, timeout=timedelta(seconds={seconds})), rht_hook)
+loss = model(torch.randn(8, 64)).square().mean()
+if rank == {dying}:
+    time.sleep(1)
+    os._exit(9)
+try:
+    loss.backward()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_rank_that_dies_before_its_first_bucket_ends_the_others(dying: int) -> None:
+    """Not by the timeout: then they would say that it did not answer."""
+    ended = run_program(DEATH.format(seconds=limit(40), dying=dying), world_size=3)
+    for rank, process in enumerate(ended):
+        if rank != dying:
+            assert "another rank died, or failed and gave up" in process.stdout, process
 
 
 def test_the_garbage_collector_may_give_back_while_another_takes() -> None:

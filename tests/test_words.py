@@ -1,6 +1,7 @@
 """What errors say, and what is refused at construction: sentences that were once not so."""
 
 import importlib
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -12,8 +13,20 @@ import torch.distributed as dist
 from harness import Ranks
 
 import rhtcomm
-from rhtcomm import Codec, Eden, Key, Lattice, PayloadError, QuicFL, VectorQuantizer
+from rhtcomm import (
+    Codec,
+    Eden,
+    HierarchicalCommunicator,
+    Key,
+    Lattice,
+    PayloadError,
+    QuicFL,
+    RandomizedHadamard,
+    VectorQuantizer,
+    choose_rotations,
+)
 from rhtcomm.collectives import DisagreementError, check_agreement
+from rhtcomm.segments import Segments
 
 
 def test_plan_is_a_function_and_no_module() -> None:
@@ -173,3 +186,33 @@ def test_lengths_are_not_negative() -> None:
         codec.nbytes(-1)
     with pytest.raises(ValueError, match="numel=-5000 must not be negative"):
         codec.decode_mean(codec.encode(torch.ones(0), Key(0))[None], Key(0), -5000)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Key(1.5), r"Key: seed=1\.5 must be an integer"),  # type: ignore[arg-type]
+        (lambda: Key(0, "a"), "Key: step='a' must be an integer"),  # type: ignore[arg-type]
+        (lambda: Codec(QuicFL(4)).encode(torch.ones(3), Key(0), "a"), "rank='a'"),  # type: ignore[arg-type]
+        (lambda: Eden(4, biased="no"), "Eden: biased='no' must be True or False"),  # type: ignore[arg-type]
+        (lambda: VectorQuantizer(4, 1), "VectorQuantizer: biased=1 must"),  # type: ignore[arg-type]
+        (lambda: Segments(3, 3), "segments=3 must hold the length"),  # type: ignore[arg-type]
+        (lambda: HierarchicalCommunicator.from_mesh("x"), "mesh='x' must be a DeviceMesh"),  # type: ignore[arg-type]
+        (lambda: RandomizedHadamard().forward(torch.ones(3), 0), "key=0 must be a Key"),  # type: ignore[arg-type]
+        (lambda: RandomizedHadamard().forward(torch.ones(3) * 1j, Key(0)), "torch.view_as_real"),
+        (lambda: choose_rotations(torch.ones(3) * 1j), "complex64, which is not floating"),
+        (lambda: choose_rotations([1.0]), "x is a list; make it a torch.Tensor"),  # type: ignore[arg-type]
+        (lambda: choose_rotations(torch.ones(3).to_sparse()), r"pass x\.to_dense\(\)"),
+    ],
+)
+def test_arguments_of_another_type_are_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_rotation_and_choice_take_what_requires_grad() -> None:
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    leaf = x.clone().requires_grad_()
+    rotation = RandomizedHadamard()
+    assert torch.equal(rotation.forward(leaf, Key(0)), rotation.forward(x, Key(0)))
+    assert choose_rotations(leaf) == choose_rotations(x)

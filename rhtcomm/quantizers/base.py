@@ -12,6 +12,7 @@ from rhtcomm.randomness import Key
 
 __all__ = [
     "Quantizer",
+    "check_biased",
     "check_bits",
     "eden_scale",
     "fingerprint_of",
@@ -68,6 +69,12 @@ def check_bits(owner: str, bits: int) -> None:
     """Raise ValueError unless bits is one of the integers 1 to 8."""
     if type(bits) is not int or not 1 <= bits <= 8:  # True is an int too
         raise ValueError(f"{owner}: bits={bits!r} must be 1, 2, ..., 8 (an int)")
+
+
+def check_biased(owner: str, biased: bool) -> None:
+    """Raise TypeError unless biased is a bool."""
+    if type(biased) is not bool:
+        raise TypeError(f"{owner}: biased={biased!r} must be True or False")
 
 
 def fingerprint_of(table: npt.NDArray[np.float32]) -> str:

@@ -16,6 +16,7 @@ from rhtcomm import codebooks
 from rhtcomm.floating_point import default_mode
 from rhtcomm.once import once
 from rhtcomm.quantizers.base import (
+    check_biased,
     check_bits,
     eden_scale,
     fingerprint_of,
@@ -43,6 +44,7 @@ class Eden:
             (`all_reduce(..., residual=...)`, `RHTState(error_feedback=True)`).
 
     Raises:
+        TypeError: biased is no bool.
         ValueError: bits is out of its range.
     """
 
@@ -55,6 +57,7 @@ class Eden:
 
     def __post_init__(self) -> None:
         check_bits("Eden", self.bits)
+        check_biased("Eden", self.biased)
 
     def encode(
         self, y: torch.Tensor, key: Key, first: int, rank: int, world_size: int

@@ -19,7 +19,13 @@ import torch
 from rhtcomm import codebooks
 from rhtcomm.floating_point import default_mode
 from rhtcomm.once import once
-from rhtcomm.quantizers.base import eden_scale, fingerprint_of, root_mean_square, tensor_of
+from rhtcomm.quantizers.base import (
+    check_biased,
+    eden_scale,
+    fingerprint_of,
+    root_mean_square,
+    tensor_of,
+)
 from rhtcomm.randomness import Key
 
 __all__ = ["VectorQuantizer"]
@@ -37,6 +43,7 @@ class VectorQuantizer:
         biased: take the scale of least squared error, see `Eden`: only for error feedback.
 
     Raises:
+        TypeError: biased is no bool.
         ValueError: bits is none of them.
     """
 
@@ -52,6 +59,7 @@ class VectorQuantizer:
                 f"VectorQuantizer: bits={self.bits!r} must be 1, 2 or 4 (an int), so that whole "
                 "groups of coordinates take a byte; Eden has all of 1, 2, ..., 8"
             )
+        check_biased("VectorQuantizer", self.biased)
 
     @property
     def group(self) -> int:
