@@ -308,10 +308,9 @@ def test_payloads_say_whose_they_are(ranks: Ranks) -> None:
     assert any("was made for another key" in message for message in messages)
 
 
-def begin_in_another_order(
-    rank: int, world_size: int, kind: type[TorchCommunicator], two_levels: bool
-) -> str:
+def begin_in_another_order(rank: int, world_size: int, apart: bool, two_levels: bool) -> str:
     """The wrong states would meet for good, whether or not the communicator can be had apart."""
+    kind = TorchCommunicator if apart else OfTheUser
     communicator: Any = kind(dist.new_group(timeout=SOON))
     if two_levels:
         communicator = HierarchicalCommunicator(dist.new_group([rank]), communicator)
@@ -322,11 +321,11 @@ def begin_in_another_order(
 
 
 @pytest.mark.parametrize("two_levels", [False, True])
-@pytest.mark.parametrize("kind", [OfTheUser, TorchCommunicator])
+@pytest.mark.parametrize("apart", [False, True])
 def test_states_that_begin_in_another_order_are_told_apart(
-    kind: type[TorchCommunicator], two_levels: bool, ranks: Ranks
+    apart: bool, two_levels: bool, ranks: Ranks
 ) -> None:
-    for message in ranks.run(begin_in_another_order, 2, kind, two_levels):
+    for message in ranks.run(begin_in_another_order, 2, apart, two_levels):
         assert "given its communicator before it (0 on rank 0; 1 on rank 1)" in message
 
 
