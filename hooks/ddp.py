@@ -241,7 +241,7 @@ class RHTState:
         self._checks = DeferredChecks()
         self._checked = False
         self._said: set[torch.dtype] = set()  # in the log
-        self._of_model: dist.ProcessGroup | None = None  # group of the first model, where known
+        self._averages_over: list[int] | None = None  # ranks of the first model, where known
         self._seen = WeakTensorKeyDictionary()  # the parameters of models that were looked at
         self._failure: BaseException | None = None
         self._closed = False
@@ -251,7 +251,7 @@ class RHTState:
 
     _LEFT_BEHIND = (
         *("_running", "_finalizer", "_streams", "_checks", "_checked", "_said", "_failure"),
-        *("_of_model", "_seen"),
+        *("_averages_over", "_seen"),
         *("_closed", "_lock", "_unfinished", "_backward", "_process_group", "_given", "_number"),
         "_residuals",
     )
@@ -461,9 +461,9 @@ class RHTState:
                 "no integer; reduce it with torch.distributed"
             )
         parameters = bucket.parameters()
-        if parameters and parameters[0] not in self._seen:
-            self._check_model(parameters)
-        worker = self._running.worker or self._start(bucket)
+        known = bool(parameters) and parameters[0] in self._seen
+        of_model = None if known else self._check_model(parameters)
+        worker = self._running.worker or self._start(bucket, of_model)
         self._take_communicator()
         index, last = bucket.index(), bucket.is_last()
         # DDP may leave out a step's last buckets, if no gradient came; randomness must not repeat.
@@ -491,12 +491,12 @@ class RHTState:
 
     # What the state runs on ---------------------------------------------------------------------
 
-    def _start(self, bucket: Any) -> ThreadPoolExecutor:
+    def _start(self, bucket: Any, of_model: dist.ProcessGroup | None) -> ThreadPoolExecutor:
         """Make the worker thread and the connections; the ranks make their first buckets alike."""
         if self._failure is not None:
             raise RuntimeError(f"rht_hook: it failed before: {self._failure}")
         try:
-            self._running.communicator = self._connect(bucket.buffer().device.type)
+            self._running.communicator = self._connect(bucket.buffer().device.type, of_model)
         except BaseException as error:
             self._failure = error  # what began together cannot begin again on one rank
             if not isinstance(error, RuntimeError) or not dist.is_initialized():
@@ -510,34 +510,36 @@ class RHTState:
             self._check_residuals_of(self._residuals_of, self._place())
         return self._running.start()
 
-    def _connect(self, device: str) -> "Communicator | HierarchicalCommunicator":
+    def _connect(
+        self, device: str, of_model: dist.ProcessGroup | None
+    ) -> "Communicator | HierarchicalCommunicator":
         if self._given is not None:
             return self._given.apart(device)
-        group = self._of_model or self._process_group or dist.group.WORLD
+        group = of_model or self._process_group or dist.group.WORLD
         if group is None:
             raise RuntimeError("rht_hook: torch.distributed is not initialized")
         return TorchCommunicator.of_its_own(group, device, self._timeout)
 
-    def _check_model(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Look for the model that a bucket is of, when the first of its parameters is seen.
+    def _check_model(self, parameters: Sequence[torch.Tensor]) -> dist.ProcessGroup | None:
+        """The group of the model that a bucket is of, when the first of its parameters is seen.
 
         Raises:
             ValueError: it averages over other ranks than the state was told of, or than a model
                 did that the state was registered on before.
         """
         of_model, whole = _group_of_model(self, parameters)
-        before = self._of_model
-        self._of_model = before or of_model
         if of_model is not None:
-            if before is not None and _ranks(before) != _ranks(of_model):
+            ranks, before = _ranks(of_model), self._averages_over
+            if before not in (None, ranks):
                 raise ValueError(
-                    f"RHTState: it was registered on a model that averages over {_ranks(before)}, "
-                    f"and now on one that averages over {_ranks(of_model)}; give each model a "
-                    "state of its own"
+                    f"RHTState: it was registered on a model that averages over {before}, and now "
+                    f"on one that averages over {ranks}; give each model a state of its own"
                 )
+            self._averages_over = ranks  # not the group, which would not end before the state
             self._check_ranks(of_model)
         for parameter in (*whole, *parameters):
             self._seen[parameter] = True
+        return of_model
 
     def _check_ranks(self, of_model: dist.ProcessGroup) -> None:
         """Raise ValueError if the state was told of other ranks than its model averages over."""
@@ -609,9 +611,8 @@ class RHTState:
         started = self._running.communicator is not None
         if not started and self._failure is None and not self._running.ended:
             with contextlib.suppress(Exception):
-                if self._of_model is None:
-                    self._of_model, _ = _group_of_model(self, bucket.parameters())
-                self._running.communicator = self._connect(bucket.buffer().device.type)
+                of_model, _ = _group_of_model(self, bucket.parameters())
+                self._running.communicator = self._connect(bucket.buffer().device.type, of_model)
         self._failure = self._failure or failure
         worker = self._running.worker
         if worker is None:
