@@ -841,13 +841,12 @@ class _Running:
         )
         return worker
 
-    def close(self) -> None:
-        """Wait for the worker, and leave connections of the hook's own."""
+    def close(self, wait: bool = True) -> None:
+        """End the worker and, with `wait`, wait for that; leave connections of the hook's own."""
         worker, self.worker = self.worker, None
         if worker is not None:
             self.ended = True
-            # The garbage collector calls this on any thread, but a thread cannot wait for itself.
-            worker.shutdown(wait=threading.get_ident() not in self._thread)
+            worker.shutdown(wait=wait and threading.get_ident() not in self._thread)
         communicator = self.communicator
         levels = isinstance(communicator, HierarchicalCommunicator)  # which may differ in it
         if communicator is not None and (levels or communicator.private):
@@ -859,7 +858,9 @@ def _close_late(running: _Running) -> None:
     """Of a state that nobody closed, when it goes or the program ends."""
     at_exit = not threading.main_thread().is_alive()
     late = at_exit and running.communicator is not None and not dist.is_initialized()
-    running.close()
+    # The garbage collector calls this on any thread, even one that is starting and holds Python's
+    # lock of all threads, which the end of the worker takes too. A worker without a state is idle.
+    running.close(wait=False)
     if late:
         warnings.warn(
             "an RHTState was still open when torch.distributed ended; call its close() before "

@@ -616,6 +616,27 @@ def test_a_state_goes_with_its_model(ranks: Ranks) -> None:
         assert all(map(operator.le, after[1:], before[1:]))
 
 
+def forget_a_state(rank: int, world_size: int) -> int:
+    """How often the garbage collector waited for a thread."""
+    state = RHTState(**FINE, timeout=SOON)
+    submit(state, numbers(rank, shape=(1000,))).wait()
+    worker: Any = state._running.worker
+    worker.submit(int).result()  # it has let go of the bucket, and with it of the state
+    joined: list[threading.Thread] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "join", lambda thread, *_: joined.append(thread))
+        gone = weakref.ref(state)
+        del state
+        gc.collect()
+    assert not gone()
+    return len(joined)
+
+
+def test_the_garbage_collector_waits_for_no_thread(ranks: Ranks) -> None:
+    """It may run in a thread that is starting, whose locks the end of another one needs."""
+    assert ranks.run(forget_a_state, 2) == [0, 0]
+
+
 # ---- Saved states of error feedback -----------------------------------------------------------
 
 
