@@ -491,7 +491,7 @@ class RHTState:
 
     # What the state runs on ---------------------------------------------------------------------
 
-    def _start(self, bucket: Any, of_model: dist.ProcessGroup | None) -> ThreadPoolExecutor:
+    def _start(self, bucket: Any, of_model: dist.ProcessGroup | None = None) -> ThreadPoolExecutor:
         """Make the worker thread and the connections; the ranks make their first buckets alike."""
         if self._failure is not None:
             raise RuntimeError(f"rht_hook: it failed before: {self._failure}")
