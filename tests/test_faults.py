@@ -53,7 +53,7 @@ def test_the_other_ranks_end_and_name_the_cause(name: str, cause: str) -> None:
         assert survivor.exit_code == 1
         assert re.search(rf"rht_hook: rank {survivor.rank} of {world_size} ", survivor.printed)
         assert re.search(cause, survivor.printed), survivor.printed
-    if name == "stopped":
+    if name in ("stopped", "no hook"):  # who waits in vain ends, and is seen by the rest
         assert any("did not answer" in survivor.printed for survivor in survivors)
 
 

@@ -397,7 +397,7 @@ def test_a_rank_that_flushes_subnormals_gets_the_same_bits(
 
 
 THREADS_THAT_FLUSH = """
-import hashlib, sys, torch
+import hashlib, torch
 torch.set_flush_denormal({flush})
 torch.set_num_threads(2)
 import torch.distributed as dist
