@@ -20,7 +20,9 @@ SEED ?= $(shell date +%s)
 help:
 	@sed -n 's/^# //p' Makefile
 
-$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt rhtcomm/kernels/cpu.c
+C_SOURCES := rhtcomm/kernels/cpu.c $(wildcard rhtcomm/kernels/native/*.h)
+
+$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(C_SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
 	touch $@
@@ -32,7 +34,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 fuzz: $(VENV)/.installed
-	RHTCOMM_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-seed=$(SEED)
+	RHTCOMM_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/codec/test_fuzz.py --hypothesis-seed=$(SEED)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -45,16 +47,16 @@ sanitize: $(VENV)/.installed
 	$(BIN)/cmake --build build/sanitize
 	RHTCOMM_TEST_LIBRARY=build/sanitize/rhtcomm_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest -s tests/test_kernels.py -k "not environment"
+	$(BIN)/python -m pytest -s tests/kernels/test_kernels.py -k "not environment"
 
 slurm: $(VENV)/.installed
-	$(BIN)/python tests/slurm_local.py
+	PYTHONPATH=tests/lib $(BIN)/python tests/launch/slurm_local.py
 
 matrix: $(VENV)/.installed
-	$(BIN)/python tests/matrix.py
+	$(BIN)/python tests/packaging/matrix.py
 
 cross: $(VENV)/.installed
-	$(BIN)/python tests/cross/run.py
+	$(BIN)/python tests/kernels/cross/run.py
 
 clean:
 	rm -rf $(VENV) demo-results dist build

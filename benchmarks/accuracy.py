@@ -5,27 +5,25 @@
 
 A point is |x^ - x|^2 / |x|^2 of one sender, averaged over seeds, against 8 * (bytes of payload) /
 numel: headers, scales, exact values and padding are in it. Every unbiased method has points in the
-first table; what other papers' methods are is in baselines.py. Real gradients come from the model
+first table; lib/baselines.py has the methods of other papers. Real gradients come from the model
 of launch/demo.py, trained here on one rank; nothing is kept of it.
 """
 
 import argparse
-import importlib.util
 import itertools
 import math
 import statistics
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
-from baselines import qsgd, qsgd_elias, terngrad, uniform
 from matplotlib.figure import Figure
-from report import RESULTS, heading, table
-from tqdm import tqdm
 
+from lib.baselines import qsgd, qsgd_elias, terngrad, uniform
+from lib.gradients import DEMO, SMALL, gradients
+from lib.progress import progress
+from lib.report import RESULTS, heading, table
 from rhtcomm import (
     Codec,
     Eden,
@@ -40,7 +38,6 @@ from rhtcomm.codebooks import quic_fl
 from rhtcomm.quantizers import Quantizer
 
 BLOCK = 4096
-TRAINER = Path(__file__).resolve().parents[1] / "launch" / "train_ddp.py"
 
 Method = Callable[[torch.Tensor, int], tuple[torch.Tensor, float]]  # (x, seed) -> (x^, bits)
 
@@ -53,8 +50,8 @@ class Effort:
     training: tuple[int, ...]  # steps after which gradients are taken
 
 
-FULL = Effort(1 << 20, 5, (4, 160, 5), (1, 20, 100, 200))
-QUICK = Effort(1 << 16, 2, (1, 64, 2), (1, 3))
+FULL = Effort(1 << 20, 5, DEMO, (1, 20, 100, 200))
+QUICK = Effort(1 << 16, 2, SMALL, (1, 3))
 
 
 # Methods ------------------------------------------------------------------------------------------
@@ -72,15 +69,15 @@ def by_codec(quantizer: Quantizer) -> Method:
 
 
 def by_lattice(bits: int) -> Method:
-    """One rank's share; its lanes are as wide as a sum over 2 ranks needs."""
+    """One rank's codes, in lanes that are as wide as a sum over 2 ranks needs."""
     lattice = Lattice(bits)
 
     def method(x: torch.Tensor, seed: int) -> tuple[torch.Tensor, float]:
         key, estimate, length = Key(seed=seed), [], 0
         for blocks in lattice.blocks(x.numel()):
-            y = lattice.rotate(x[blocks.start : blocks.stop], key, blocks)
+            y = lattice.rotate(x[blocks.offset : blocks.stop], key, blocks)
             bound = y.abs().amax(dim=1)
-            codes = lattice.codes(y, bound, key, blocks.start, 0, 1)
+            codes = lattice.codes(y, bound, key, blocks.offset, 0, 1)
             estimate.append(lattice.mean(codes, bound, key, blocks, 1).flatten())
             length += 32 * lattice.pack(codes.flatten(), 2).numel() + 32 * blocks.count
         return torch.cat(estimate)[: x.numel()], length
@@ -139,42 +136,14 @@ def methods() -> dict[str, dict[str, Method]]:
 # Inputs -------------------------------------------------------------------------------------------
 
 
-def load_trainer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_ddp", TRAINER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def gradients(effort: Effort) -> dict[str, torch.Tensor]:
-    """Of the demo's model after some steps, flat, parameters from last to first as DDP has them."""
-    trainer = load_trainer()
-    data, _ = trainer.load_corpus(Path(sysconfig.get_path("stdlib")))
-    torch.manual_seed(0)
-    model = trainer.GPT(*effort.model)
-    optimizer = trainer.make_optimizer(model, 4e-3)
-    steps = effort.training[-1]
-    schedule = argparse.Namespace(lr=4e-3, warmup=max(1, steps // 8), steps=steps)
-    found = {}
-    for step in tqdm(range(steps), "training", leave=False, disable=None):
-        for group in optimizer.param_groups:
-            group["lr"] = trainer.learning_rate(step, schedule)
-        inputs, targets = trainer.draw_batch(data, 8, 128, (0, step, 0))
-        optimizer.zero_grad()
-        trainer.loss_of(model, inputs, targets).backward()
-        if step + 1 in effort.training:
-            parts = [p.grad.flatten() for p in reversed(list(model.parameters()))]
-            found[f"gradient, step {step + 1}"] = torch.cat(parts)
-        optimizer.step()
-    return found
-
-
 def problems(effort: Effort) -> dict[str, torch.Tensor]:
     gaussian = torch.randn(effort.numel, generator=torch.Generator().manual_seed(1))
     other = torch.randn(effort.numel, generator=torch.Generator().manual_seed(2))
-    return {"Gaussian": gaussian, "lognormal": other.exp(), **gradients(effort)}
+    return {
+        "Gaussian": gaussian,
+        "lognormal": other.exp(),
+        **gradients(effort.model, effort.training),
+    }
 
 
 # Report -------------------------------------------------------------------------------------------
@@ -182,7 +151,7 @@ def problems(effort: Effort) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Point:
-    bits: float  # on the wire, a coordinate
+    bits: float  # on the wire, per coordinate
     nmse: float
     standard_error: float
 
@@ -206,16 +175,21 @@ def measure(method: Method, x: torch.Tensor, seeds: int) -> Point:
 
 def simulate(effort: Effort) -> Points:
     curves, found = methods(), {}
-    for problem, x in tqdm(problems(effort).items(), "inputs", leave=False, disable=None):
+    for problem, x in progress(problems(effort).items(), "inputs"):
         for name, settings in curves.items():
             for setting, method in settings.items():
                 found[name, setting, problem] = measure(method, x, effort.seeds)
     return found
 
 
+def curve_of(points: Points, name: str, problem: str) -> list[Point]:
+    """The points of a method on an input, by bits."""
+    curve = [point for (one, _, on), point in points.items() if (one, on) == (name, problem)]
+    return sorted(curve, key=lambda point: point.bits)
+
+
 def at_bits(curve: list[Point], bits: float) -> float | None:
     """NMSE at a number of bits, log-linear between the points of a curve; None outside it."""
-    curve = sorted(curve, key=lambda point: point.bits)
     for left, right in itertools.pairwise(curve):
         if left.bits <= bits <= right.bits:
             share = (bits - left.bits) / (right.bits - left.bits)
@@ -229,12 +203,7 @@ def plot(points: Points, path: Path) -> None:
     axes = figure.subplots(2, math.ceil(len(names) / 2), sharex=True, sharey=True).flatten()
     for axis, problem in zip(axes, names, strict=False):
         for index, name in enumerate(dict.fromkeys(name for name, _, _ in points)):
-            curve = [
-                point
-                for (one, _, other), point in points.items()
-                if (one, other) == (name, problem)
-            ]
-            curve.sort(key=lambda point: point.bits)
+            curve = curve_of(points, name, problem)
             x = [point.bits for point in curve]
             y = [point.nmse * 4**point.bits for point in curve]
             style = "o-" if len(curve) > 1 else "X"
@@ -245,13 +214,13 @@ def plot(points: Points, path: Path) -> None:
         axis.set(yscale="log", title=problem)
         axis.set_ylim(0.8, 3000)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
-    figure.supxlabel("bits on the wire, a coordinate")
+    figure.supxlabel("bits on the wire per coordinate")
     figure.supylabel("4^bits |x^ - x|^2 / |x|^2 of one sender")
     figure.savefig(path, dpi=120)
 
 
 def promises(points: Points) -> str:
-    """What the tables give for N(0, 1), beside the mean over Gaussian and lognormal input."""
+    """What the tables give for N(0, 1), and the mean over Gaussian and lognormal input."""
 
     def measured(name: str, bits: int) -> float:
         pair = (points[name, f"b = {bits}", problem].nmse for problem in ("Gaussian", "lognormal"))
@@ -298,12 +267,7 @@ def report(effort: Effort, folder: Path) -> str:
     for wire in (2.1, 4.0):
         rows = []
         for name in curves:
-            values = []
-            for problem in names:
-                curve = [
-                    point for (one, _, to), point in points.items() if (one, to) == (name, problem)
-                ]
-                values.append(at_bits(curve, wire))
+            values = [at_bits(curve_of(points, name, problem), wire) for problem in names]
             if any(values):
                 cells = ["" if value is None else f"{value:.4g}" for value in values]
                 rows.append([name, *cells])
@@ -317,9 +281,9 @@ Mean of |x^ - x|^2 / |x|^2 over {effort.seeds} seeds, with its standard error wh
 and gradients of the demo's model (layers, width, heads = {effort.model}) on one rank. Bits are
 payload bytes * 8 / numel: headers, scales, exact values and padding included; ranges are over the
 inputs. The lattice needs lanes that hold a sum, here one over 2 ranks. Uniform quantization, QSGD
-and TernGrad are counted as plain fixed-width fields with float32 scales (TernGrad 5 digits a byte);
-"Elias" counts the exact length of QSGD's own entropy code on these data. All but "TernGrad, biased"
-are unbiased.
+and TernGrad are counted as plain fixed-width fields with float32 scales (TernGrad 5 digits per
+byte); "Elias" counts the exact length of QSGD's own entropy code on these data. All but "TernGrad,
+biased" are unbiased.
 
 {text}
 ![Error against bits on the wire](accuracy.png)

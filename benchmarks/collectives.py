@@ -13,26 +13,25 @@ tensor of 2^20 Gaussian numbers, another one on every rank, and prints a Markdow
 import argparse
 import hashlib
 import json
-import os
 import platform
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import rhtcomm
-from rhtcomm.collectives import Algorithm
-from rhtcomm.communicator import Communicator
+from lib.processes import execute, mpirun, torchrun
+from lib.progress import progress
+from lib.report import table
+from rhtcomm.communicators import Communicator
+from rhtcomm.reduce import Algorithm
 
 NUMEL, BITS, KEY = 1 << 20, 4, rhtcomm.Key(seed=3)
-LAUNCHERS = {
-    "Gloo": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"],
-    "MPI": [str(Path(sys.prefix) / "bin" / "mpiexec"), "-n"],
-}
+WORLD_SIZES = (2, 3, 4)
+LAUNCHERS = {"Gloo": torchrun, "MPI": mpirun}
 # Name, codec, algorithm, error of one encoding (README.md).
 CASES: list[tuple[str, rhtcomm.Codec | rhtcomm.Lattice, Algorithm, float]] = [
     (f"{type(quantizer).__name__}, {algorithm}", rhtcomm.Codec(quantizer), algorithm, error)
@@ -88,10 +87,10 @@ def expected_error(name: str, n: int) -> float:
     inputs = torch.stack([tensor_of(rank) for rank in range(n)]).double()
     if name == "Lattice":
         lattice = rhtcomm.Lattice(BITS)
-        (part,) = lattice.blocks(NUMEL)
-        bounds = [lattice.rotate(x.float(), KEY, part).abs().amax(dim=1) for x in inputs]
+        (blocks,) = lattice.blocks(NUMEL)
+        bounds = [lattice.rotate(x.float(), KEY, blocks).abs().amax(dim=1) for x in inputs]
         step = 2 * torch.stack(bounds).amax(dim=0) / (2**BITS - 1)
-        return float((step**2 / 12 / n).sum()) * part.size
+        return float((step**2 / 12 / n).sum()) * blocks.size
     if name.endswith("2 nodes x 2"):
         inputs = inputs.view(2, 2, -1).mean(dim=1)
         error, algorithm = CASES[0][3], "all_gather"
@@ -114,6 +113,38 @@ def expected_bytes(name: str, n: int) -> float:
     return (n * (n - 1) if name.endswith("all_gather") else 2 * (n - 1)) * payload
 
 
+Outcomes = list[dict[str, dict[str, Any]]]  # by rank, by name of the case
+
+
+def start_ranks(folder: Path) -> dict[tuple[int, str], Outcomes]:
+    """By number of ranks and launcher."""
+    found = {}
+    starts = [(n, over) for n in WORLD_SIZES for over in LAUNCHERS]
+    for n, over in progress(starts, "ranks started", keep=True):
+        execute([*LAUNCHERS[over](n), __file__, "--rank-of", over, "--folder", str(folder)])
+        found[n, over] = [
+            json.loads((folder / f"{over}-{n}-{rank}.json").read_text()) for rank in range(n)
+        ]
+    return found
+
+
+def compare(outcomes: dict[tuple[int, str], Outcomes]) -> tuple[list[list[str]], bool]:
+    """A row for each case and launcher, and whether all are as they should be."""
+    rows, fine = [], True
+    for n in WORLD_SIZES:
+        ranks = {over: outcomes[n, over] for over in LAUNCHERS}
+        for name in ranks["Gloo"][0]:
+            theory, formula = expected_error(name, n), expected_bytes(name, n)
+            seen = {rank[name]["bits"] for of_one in ranks.values() for rank in of_one}
+            for over, of_one in ranks.items():
+                error = max(rank[name]["error"] for rank in of_one) / theory
+                sent = sum(rank[name]["bytes"] for rank in of_one) / formula
+                fine &= abs(error - 1) < 0.05 and abs(sent - 1) < 0.01 and len(seen) == 1
+                same = "same" if len(seen) == 1 else "DIFFERENT"
+                rows.append([str(n), name, over, f"{error:.4f}", f"{sent:.5f}", same])
+    return rows, fine
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank-of", choices=LAUNCHERS, help=argparse.SUPPRESS)
@@ -122,40 +153,13 @@ def main() -> None:
     if arguments.rank_of:
         run_rank(arguments.rank_of, arguments.folder)
         return
-    rows, fine, environment = [], True, os.environ | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        starts = [(over, n) for n in (2, 3, 4) for over in LAUNCHERS]
-        for over, n in tqdm(starts, desc="ranks started", disable=None):
-            program = [__file__, "--rank-of", over, "--folder", folder]
-            python = [] if over == "Gloo" else [sys.executable, "-m", "mpi4py"]
-            command = [*LAUNCHERS[over], str(n), *python, *program]
-            subprocess.run(command, env=environment, check=True)
-        for n in (2, 3, 4):
-            read = {
-                over: [
-                    json.loads((Path(folder) / f"{over}-{n}-{rank}.json").read_text())
-                    for rank in range(n)
-                ]
-                for over in LAUNCHERS
-            }
-            for name in read["Gloo"][0]:
-                theory, formula = expected_error(name, n), expected_bytes(name, n)
-                seen = {of_rank[name]["bits"] for ranks in read.values() for of_rank in ranks}
-                for over, ranks in read.items():
-                    error = max(of_rank[name]["error"] for of_rank in ranks)
-                    sent = sum(of_rank[name]["bytes"] for of_rank in ranks)
-                    fine &= abs(error / theory - 1) < 0.05 and abs(sent / formula - 1) < 0.01
-                    fine &= len(seen) == 1
-                    rows.append(
-                        f"| {n} | {name} | {over} | {error / theory:.4f} | {sent / formula:.5f} "
-                        f"| {'same' if len(seen) == 1 else 'DIFFERENT'} |"
-                    )
+        rows, fine = compare(start_ranks(Path(folder)))
     print(
-        f"torch {torch.__version__}, Python {platform.python_version()}; b = {BITS}, 2^20 float32"
+        f"torch {torch.__version__}, Python {platform.python_version()}; b = {BITS}, 2^20 float32\n"
     )
-    print("\n| n | algorithm | over | NMSE / theory | bytes / formula | bits on all ranks |")
-    print("|---:|---|---|---:|---:|---|")
-    print("\n".join(rows))
+    header = ["n", "algorithm", "over", "NMSE / theory", "bytes / formula", "bits on all ranks"]
+    print(table(header, rows, left=(1, 2, 5)), end="")
     if not fine:
         sys.exit("an error is 5% off, a count of bytes 1%, or bits differ")
 

@@ -2,48 +2,41 @@
 
     python benchmarks/faults.py    # prints a Markdown table, in about a minute
 
-Three ranks, or two nodes of two, train a small model by the hook with a timeout of `TIMEOUT`
+Three ranks, or two nodes of two, train a small model with the hook and a timeout of `TIMEOUT`
 seconds. In mid-exchange, between two chunks of a payload, rank 1 fails in the way of a scenario.
-Seconds are from then until the error comes out of the others' backward pass. tests/test_faults.py
-runs the same scenarios.
+Seconds are from then until the error comes out of the others' backward pass.
+tests/hooks/test_faults.py runs the same scenarios.
 """
 
 import os
 import platform
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from rhtcomm import (
-    Codec,
-    HierarchicalCommunicator,
-    MPICommunicator,
-    TorchCommunicator,
-    collectives,
-)
-from rhtcomm.communicator import Communicator
+from lib.processes import marked_processes, mpirun, none_left, start, wait
+from lib.report import table_lines
+from rhtcomm import HierarchicalCommunicator, MPICommunicator, TorchCommunicator
+from rhtcomm.codec import Coder
+from rhtcomm.communicators import Communicator
 from rhtcomm.hooks import RHTState, rht_hook
-
-Process = subprocess.Popen[str]
 
 TIMEOUT = 5  # seconds that the hook's exchanges wait
 VICTIM = 1
 LIMIT = 60  # seconds for the start of Python, and all the rest
-_MARK = "RHTCOMM_FAULTS"
+# Of the model's only layer, without a bias: six chunks of the longest that a bucket is split into,
+# and three with two levels, where each rank of a node sends half.
+SHAPE = (2048, 6 * 3 * (1 << 18) // 2048)
 
 
 @dataclass(frozen=True)
@@ -86,14 +79,13 @@ class Survivor:
 def rank_program(name: str, mpi: bool) -> None:
     """Train until something fails; runs in a process of its own."""
     torch.set_num_threads(1)
-    collectives._FEWEST = collectives._MOST = 3 * 4096  # so that a payload is six exchanges
     if mpi:
         from mpi4py import MPI
 
         os.environ |= {"RANK": str(MPI.COMM_WORLD.rank), "WORLD_SIZE": str(MPI.COMM_WORLD.size)}
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")
-    model = DistributedDataParallel(torch.nn.Linear(256, 256))
+    model = DistributedDataParallel(torch.nn.Linear(*SHAPE, bias=False))
     scenario = (MPI_SCENARIOS if mpi else SCENARIOS)[name]
     is_victim = rank == VICTIM
     custom: Communicator | HierarchicalCommunicator | None = None
@@ -115,7 +107,7 @@ def rank_program(name: str, mpi: bool) -> None:
     torch.manual_seed(rank)
     try:
         for _ in range(1000):
-            model(torch.randn(8, 256)).square().mean().backward()
+            model(torch.randn(8, SHAPE[0])).square().mean().backward()
     except Exception:
         print(f"error at {time.monotonic()}", flush=True)
         if is_victim and not mpi:
@@ -131,7 +123,7 @@ def two_levels(rank: int, timeout: timedelta) -> HierarchicalCommunicator:
 
 
 def inject(name: str) -> None:
-    """Make this rank fail: in the third chunk of the second payload, or when it encodes that."""
+    """Make this rank fail in the third chunk of the second payload, or when it encodes that."""
 
     def fault() -> None:
         print(f"fault at {time.monotonic()}", flush=True)
@@ -150,8 +142,8 @@ def inject(name: str) -> None:
         fault()
         return
     owner, method, call = {
-        "raises": (Codec, "encode", 6 + 3),
-        "raises, two levels": (Codec, "encode", 3 + 2),
+        "raises": (Coder, "encode", 6 + 3),
+        "raises, two levels": (Coder, "encode", 3 + 2),
         "abort": (MPICommunicator, "start_all_gather", 1 + 6 + 3),
     }.get(name, (TorchCommunicator, "start_all_gather", 1 + 6 + 3))
     original, calls = getattr(owner, method), 0
@@ -169,67 +161,17 @@ def inject(name: str) -> None:
 # ---- All ranks --------------------------------------------------------------------------------
 
 
-@contextmanager
-def marked_processes() -> Iterator[tuple[dict[str, str], list[Process]]]:
-    """An environment that marks processes, and a list of started ones, killed at the end."""
-    environment = {
-        **os.environ,
-        **{_MARK: uuid.uuid4().hex, "OMP_NUM_THREADS": "1"},
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    started: list[Process] = []
-    try:
-        yield environment, started
-    finally:
-        for pid in living(environment):
-            os.kill(pid, signal.SIGKILL)
-        for process in started:
-            process.wait()
-
-
-def start(command: list[str], environment: dict[str, str], output: IO[str]) -> Process:
-    """A process in a session of its own."""
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=output,
-        stderr=output,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def living(environment: dict[str, str], **variables: str) -> list[int]:
-    """Processes that have the mark of this environment, and these variables."""
-    wanted = {f"{name}={value}" for name, value in variables.items()}
-    wanted.add(f"{_MARK}={environment[_MARK]}")
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            entries = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it ended meanwhile, or belongs to another user
-            continue
-        if wanted <= set(entries):
-            found.append(int(folder.name))
-    return found
-
-
 def run(name: str) -> list[Survivor]:
     """The survivors of a scenario.
 
     Raises:
         TimeoutError: a survivor did not end within `LIMIT`.
-        RuntimeError: the fault did not happen, or a process is left beside the failed rank.
+        RuntimeError: the fault did not happen, or a process other than the failed rank is left.
     """
     world_size = SCENARIOS[name].world_size
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with marked_processes() as (environment, started), tempfile.TemporaryDirectory() as folder:
-        environment |= {
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)},
-            **{"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(world_size)},
-        }
+        environment |= place_of(store) | {"WORLD_SIZE": str(world_size)}
         for rank in range(world_size):
             with (Path(folder) / str(rank)).open("w") as output:
                 command = [sys.executable, __file__, "--rank-of", name]
@@ -256,14 +198,9 @@ def run(name: str) -> list[Survivor]:
 def run_mpi(name: str) -> tuple[int, str]:
     """The exit code of mpiexec, and what it and the ranks printed; raises as `run` does."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    mpiexec = str(Path(sys.prefix) / "bin" / "mpiexec")
     with marked_processes() as (environment, started), tempfile.TemporaryFile("w+") as output:
-        environment |= {
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)},
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
-        program = [sys.executable, "-m", "mpi4py", __file__, "--mpi-rank-of", name]
-        process = start([mpiexec, "-n", "2", *program], environment, output)
+        environment |= place_of(store)
+        process = start([*mpirun(2), __file__, "--mpi-rank-of", name], environment, output)
         started.append(process)
         wait(process, time.monotonic() + LIMIT, f"mpiexec, scenario {name!r}")
         none_left(name, environment)
@@ -271,21 +208,13 @@ def run_mpi(name: str) -> tuple[int, str]:
         return process.returncode, output.read()
 
 
-def none_left(name: str, environment: dict[str, str], but: int | None = None) -> None:
-    """Raise RuntimeError if processes live on; those that are ending have a moment to do so."""
-    for _ in range(50):
-        left = set(living(environment)) - {but}
-        if not left:
-            return
-        time.sleep(0.1)
-    raise RuntimeError(f"{name}: processes {left} are left behind")
-
-
-def wait(process: Process, deadline: float, who: str) -> None:
-    try:
-        process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        raise TimeoutError(f"{who} did not end") from None
+def place_of(store: dist.TCPStore) -> dict[str, str]:
+    """Variables that let ranks meet at a store of this process."""
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
 
 
 def moment(event: str, printed: str) -> float:
@@ -303,24 +232,26 @@ def shorten(error: str) -> str:
     )
 
 
+def rows() -> Iterator[list[str]]:
+    for name, scenario in SCENARIOS.items():
+        for survivor in run(name):
+            error = [line for line in survivor.printed.splitlines() if "Error: " in line][-1]
+            what = f"{scenario.what}; timeout {scenario.timeout:g} s"
+            ended = [f"{survivor.seconds:.1f}", str(survivor.exit_code), shorten(error)]
+            yield [what, str(survivor.rank), *ended]
+    for name, scenario in MPI_SCENARIOS.items():
+        code, printed = run_mpi(name)
+        errors = [line for line in printed.splitlines() if "Error: " in line or "Abort" in line]
+        yield [scenario.what, "mpiexec", "", str(code), shorten(" ".join(errors))]
+
+
 def main() -> None:
     print(
         f"torch {torch.__version__}, Python {platform.python_version()}, 3 or 4 ranks on loopback\n"
     )
-    print("| what was done | rank | seconds | exit code | what it printed last |")
-    print("|---|---|---|---|---|")
-    for name, scenario in SCENARIOS.items():
-        for survivor in run(name):
-            error = [line for line in survivor.printed.splitlines() if "Error: " in line][-1]
-            print(
-                f"| {scenario.what}; timeout {scenario.timeout:g} s | {survivor.rank} "
-                f"| {survivor.seconds:.1f} | {survivor.exit_code} | {shorten(error)} |",
-                flush=True,
-            )
-    for name, scenario in MPI_SCENARIOS.items():
-        code, printed = run_mpi(name)
-        errors = [line for line in printed.splitlines() if "Error: " in line or "Abort" in line]
-        print(f"| {scenario.what} | mpiexec | | {code} | {shorten(' '.join(errors))} |", flush=True)
+    header = ["what was done", "rank", "seconds", "exit code", "what it printed last"]
+    for line in table_lines(header, rows(), left=range(len(header))):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                     all of it, in less than ten minutes
     python benchmarks/gpu.py --quick             b = 4 and k = 2 alone
-    python benchmarks/gpu.py --warps 1 2 4 8     compare numbers of warps a program, b = 4, k = 2
+    python benchmarks/gpu.py --warps 1 2 4 8     compare numbers of warps per program, b = 4, k = 2
 
 A row is printed only after encode and decode gave, on a whole bucket, the bits of the CPU's
 kernels. Times are of the device alone: many calls in a CUDA graph, over as many tensors as do not
@@ -31,22 +31,23 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package is not installed
 
 import torch
-from report import table
 
 import rhtcomm
-import rhtcomm.codec
-from rhtcomm.codec import HEADER_BYTES, _layout
-from rhtcomm.kernels import Task
+from lib.processes import ROOT, TRAINER, torchrun
+from lib.report import table
+from rhtcomm.deferred import DeferredChecks
+from rhtcomm.wire import HEADER_BYTES
 
 try:
     import triton
     import triton.language as tl
 
     from rhtcomm.kernels import gpu
+    from rhtcomm.kernels.triton_kernels.hadamard import hadamard
+    from rhtcomm.kernels.triton_kernels.memory import round_to, to_float32
 except ImportError as missing:
     sys.exit(f"benchmarks/gpu.py needs Triton ({missing}): pip install 'rhtcomm[gpu]'")
 
-ROOT = Path(__file__).resolve().parents[1]
 KEY = rhtcomm.Key(seed=1)
 BITS, ROTATIONS = (1, 2, 4, 8), (1, 2, 3)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -56,11 +57,10 @@ TARGET = 0.6
 
 
 @triton.jit
-def hadamard_kernel(x_at, y_at, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    x = gpu._to_float32(tl.load(x_at + place))
-    y = gpu._hadamard(x, SIZE, LOG_SIZE)
-    tl.store(y_at + place, gpu._round_to(y, y_at.dtype.element_ty))
+def hadamard_kernel(x, y, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    transformed = hadamard(to_float32(tl.load(x + index)), SIZE, LOG_SIZE)
+    tl.store(y + index, round_to(transformed, y.dtype.element_ty))
 
 
 def device_time(calls: Iterable[Callable[[], object]], rounds: int = 20) -> float:
@@ -95,9 +95,9 @@ def copy_rate() -> float:
 def numbers(nbytes: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     """On the CPU, so that both sides have the same."""
     generator = torch.Generator().manual_seed(seed)
-    piece = torch.randn(1 << 22, generator=generator)
+    some = torch.randn(1 << 22, generator=generator)
     count = nbytes // dtype.itemsize
-    return piece.repeat(-(-count // piece.numel()))[:count].to(dtype)
+    return some.repeat(-(-count // some.numel()))[:count].to(dtype)
 
 
 @dataclass(frozen=True)
@@ -134,18 +134,17 @@ class Case:
         copies = max(4, -(-CACHE // nbytes)) if nbytes < CACHE else 1
         xs = [x.clone() for _ in range(copies)]
         payloads = [payload.clone() for _ in range(copies)]
-        (section,) = _layout(codec, x.numel())
-        task = Task(codec._rotation(None), codec.quantizer, KEY, section, 0, 0, 1)
+        task, origin = codec.task(x.numel()), (KEY, 0, 0, 1)
         encodes, decodes = [], []
         for tensor, target in zip(xs, payloads, strict=True):
-            encodes.append(functools.partial(gpu.encode, task, tensor, target[None]))
-            decodes.append(functools.partial(gpu.decode, task, target[None, None], tensor))
+            encodes.append(functools.partial(gpu.encode, task, *origin, tensor, target[None]))
+            decodes.append(functools.partial(gpu.decode, task, *origin, target[None, None], tensor))
         moved = x.nbytes + payload.numel() - HEADER_BYTES
         return device_time(encodes), device_time(decodes), moved
 
 
 def compile_case(case: Case) -> None:
-    """Fill Triton's cache on disk, in a process beside others."""
+    """Fill Triton's cache on disk; several processes do so at once."""
     x = torch.randn(20 * case.block - 777, device="cuda").to(case.dtype)
     whole = x[: 16 * case.block]  # kernels differ where rows do not begin at multiples of 16 bytes
     payload = case.codec.encode(whole, KEY)
@@ -210,7 +209,7 @@ def call_table() -> None:
     """What a call costs the host, which must stay ahead of the device."""
     codec, x = rhtcomm.Codec(rhtcomm.QuicFL(4)), torch.randn(25 << 18, device="cuda")
     payload = codec.encode(x, KEY)[None]
-    checks = rhtcomm.codec.DeferredChecks()
+    checks = DeferredChecks()
     rows = []
     calls: dict[str, Callable[[], object]] = {
         "encode": lambda: codec.encode(x, KEY),
@@ -248,11 +247,11 @@ def blocks_table(rate: float) -> None:
     for block in (1024, 2048, 8192, 16384):
         case = Case(4, 2, torch.float32, block)
         case.check(SIZES["25 MiB"])
-        gpu._fastest.clear()  # what was found for another size
+        gpu.tuner.fastest.clear()  # what was found for another size
         encode, decode, moved = case.times(SIZES["1 GiB"])
         rows.append([str(block)])
         rows[-1] += [f"{moved / rate / seconds:.0%}" for seconds in (encode, decode)]
-        rows[-1].append(", ".join(map(str, gpu._fastest.values())))
+        rows[-1].append(", ".join(map(str, gpu.tuner.fastest.values())))
     print("Share of the roofline, b = 4, k = 2, 1 GiB of float32, warps by measurement:\n")
     print(table(["block", "encode", "decode, K = 1", "warps of each"], rows), flush=True)
 
@@ -267,12 +266,9 @@ def training_table(steps: int) -> None:
             "rhtcomm, 2 bits": ["--hook=rht", "--bits=2"],
         }.items():
             path = Path(folder) / "summary.json"
-            command = [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc-per-node=2", str(ROOT / "launch/train_ddp.py")),
-                *("--backend=gloo", "--device=cuda", f"--steps={steps}", "--layers=4"),
-                *("--width=128", "--heads=4", "--warmup=10", f"--summary={path}", *options),
-            ]
+            model = ["--layers=4", "--width=128", "--heads=4", f"--steps={steps}", "--warmup=10"]
+            command = [*torchrun(2), TRAINER, "--backend=gloo", "--device=cuda", *model]
+            command += [f"--summary={path}", *options]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
             done = subprocess.run(
                 command, env=environment, capture_output=True, text=True, timeout=180

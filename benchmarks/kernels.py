@@ -9,55 +9,27 @@ of the torch reference. Contestants are interleaved, so that a noisy machine dis
 
 import argparse
 import functools
-import platform
 import socket
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tqdm import tqdm
 
 import rhtcomm
-import rhtcomm.codec
-from rhtcomm.kernels import Kernel, kernel_for, reference
+from lib.machine import machine
+from lib.report import table
+from lib.timing import interleave, milliseconds
+from rhtcomm.kernels import Kernel, reference, use
 
 KEY = rhtcomm.Key(seed=1)
 
 
-def quantiles(seconds: list[float]) -> tuple[float, float, float]:
-    """The 10%, 50% and 90% quantiles."""
-    tenths = statistics.quantiles(seconds, n=10)
-    return tenths[0], statistics.median(seconds), tenths[-1]
-
-
-def interleave(
-    contestants: dict[str, Callable[[], object]], rounds: int
-) -> dict[str, tuple[float, float, float]]:
-    """Quantiles of the time of each, taken in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for contestant in contestants.values():
-        contestant()
-    for _ in tqdm(range(rounds), leave=False, disable=None):
-        for name, contestant in contestants.items():
-            start = time.perf_counter()
-            contestant()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: quantiles(values) for name, values in seconds.items()}
-
-
 def with_kernel(kernel: Kernel, action: Callable[[], torch.Tensor]) -> torch.Tensor:
-    chosen = rhtcomm.codec.kernel_for
-    rhtcomm.codec.kernel_for = lambda device, quantizer: kernel  # type: ignore[assignment]
-    try:
+    with use(kernel):
         return action()
-    finally:
-        rhtcomm.codec.kernel_for = chosen
 
 
 class Case:
@@ -119,16 +91,16 @@ def kernel_table(mebibytes: float, threads: int, rounds: int, quick: bool) -> No
     )
     floor = times["copy_"][1]
     print(f"\n{mebibytes:g} MiB of float32, {threads} thread(s), {rounds} rounds\n")
-    print("| | median, ms | 10% .. 90%, ms | GB/s of input | ratio to copy_ |")
-    print("|---|---:|---:|---:|---:|")
-    for name, (low, median, high) in times.items():
-        print(
-            f"| {name} | {1e3 * median:.2f} | {1e3 * low:.2f} .. {1e3 * high:.2f} "
-            f"| {4e-9 * x.numel() / median:.2f} | {median / floor:.2f} |"
-        )
-    parts = ("encode, k = 2, b = 4", "decode K = 1, k = 2, b = 4")
-    factor = sum(times[f"reference {part}"][1] for part in parts) / sum(
-        times[part][1] for part in parts
+    rows = []
+    for name, seconds in times.items():
+        median = seconds[1]
+        rate = f"{4e-9 * x.numel() / median:.2f}"
+        rows.append([name, *milliseconds(seconds), rate, f"{median / floor:.2f}"])
+    header = ["", "median, ms", "10% .. 90%, ms", "GB/s of input", "ratio to copy_"]
+    print(table(header, rows), end="")
+    both = ("encode, k = 2, b = 4", "decode K = 1, k = 2, b = 4")
+    factor = sum(times[f"reference {name}"][1] for name in both) / sum(
+        times[name][1] for name in both
     )
     print(f"\nEncode plus decode, k = 2, b = 4: {factor:.0f} times faster than the reference.")
 
@@ -167,28 +139,14 @@ def hook_rank(rank: int, port: int, mebibytes: float, rounds: int) -> None:
     if rank == 0:
         floor = times["float32 all_reduce (Gloo)"][1]
         print(f"\n{mebibytes:g} MiB of float32, 2 ranks on loopback, 1 thread each\n")
-        print("| | median, ms | 10% .. 90%, ms | ratio to float32 |\n|---|---:|---:|---:|")
-        for name, (low, median, high) in times.items():
-            print(
-                f"| {name} | {1e3 * median:.2f} | {1e3 * low:.2f} .. {1e3 * high:.2f} "
-                f"| {median / floor:.2f} |"
-            )
+        rows = [
+            [name, *milliseconds(seconds), f"{seconds[1] / floor:.2f}"]
+            for name, seconds in times.items()
+        ]
+        header = ["", "median, ms", "10% .. 90%, ms", "ratio to float32"]
+        print(table(header, rows), end="")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def machine() -> str:
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    kernel = kernel_for(torch.device("cpu"), rhtcomm.QuicFL(4))
-    return (
-        f"{name}, {torch.get_num_threads()} threads by default; torch {torch.__version__}, Python "
-        f"{platform.python_version()}; kernels: {getattr(kernel, 'variant', 'reference')}"
-    )
 
 
 def main() -> None:

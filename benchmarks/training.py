@@ -5,31 +5,30 @@
     python benchmarks/training.py --quick
 
 Each contestant trains the model of `make demo`, at half its learning rate, by launch/train_ddp.py,
-with the same seeds and data, on ranks that launch/network.sh joins. All of them run with one seed
-before the next one's turn, so what slows the machine for a while slows all. Time is the sum of the
-steps' times, without evaluations. Logs of the same settings that lie in the folder are used again
-with --keep, so that a run can be gone on with.
+with the same seeds and data, on ranks that launch/network.sh connects. All contestants run with one
+seed before the next seed's turn, so what slows the machine for a while slows all of them. Time is
+the sum of the steps' times, without evaluations. With --keep, logs of the same settings that exist
+already are used again, so that an interrupted run can continue.
 """
 
 import argparse
-import csv
 import itertools
 import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from kernels import machine
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
+from lib.machine import machine
+from lib.processes import TRAINER, execute, on_links
+from lib.progress import progress
+from lib.report import RESULTS, read_csv, table, write_csv
+
 CONTESTANTS = {
     "float32": "--hook none",
     "fp16": "--hook fp16",
@@ -41,10 +40,6 @@ CONTESTANTS = {
 }
 # At the demo's learning rate, 4e-3, the loss of some seeds jumps early, whatever the hook.
 MODEL = "--layers 4 --width 160 --heads 5 --context 128 --batch 8 --lr 2e-3"
-COLUMNS = (
-    *("link", "contestant", "seeds", "final_loss", "lowest", "highest", "seconds_to_loss"),
-    *("step_ms", "compute_ms", "exposed_ms", "codec_ms", "megabytes_sent"),
-)
 
 
 @dataclass(frozen=True)
@@ -89,28 +84,18 @@ class Run:
 def train(seed: int, link: str, contestant: str, arguments: argparse.Namespace) -> Run:
     # PowerSGD hangs on Gloo with more than one bucket; the others hide what they can.
     cap = "100" if contestant.startswith("powersgd") else str(arguments.bucket_cap_mb)
-    options = [
-        *CONTESTANTS[contestant].split(),
-        *MODEL.split(),
-        *("--seed", str(seed)),
-        *("--steps", str(arguments.steps), "--warmup", str(arguments.steps // 8)),
-        *("--eval-every", str(max(1, arguments.steps // 20)), "--threads", "1"),
-        *("--bucket-cap-mb", cap),
-    ]
+    warmup, interval = arguments.steps // 8, max(1, arguments.steps // 20)
+    options = [*CONTESTANTS[contestant].split(), *MODEL.split(), "--seed", str(seed)]
+    options += ["--steps", str(arguments.steps), "--warmup", str(warmup)]
+    options += ["--eval-every", str(interval), "--threads", "1", "--bucket-cap-mb", cap]
     settings = " ".join([str(arguments.ranks), *options])
     digest = blake2b(settings.encode(), digest_size=3).hexdigest()
     name = f"{link}-{contestant}-{seed}-{digest}"
     log, summary = (arguments.logs / f"{name}.{suffix}" for suffix in ("csv", "json"))
     if not (arguments.keep and summary.is_file()):
-        command = [
-            *(str(ROOT / "launch" / "network.sh"), str(arguments.ranks), link, "--"),
-            *(sys.executable, str(ROOT / "launch" / "train_ddp.py"), "--backend", "gloo"),
-            *(*options, "--csv", str(log), "--summary", str(summary)),
-        ]
-        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
-    with log.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return Run(link, contestant, rows, json.loads(summary.read_text()))
+        command = [*on_links(arguments.ranks, link), TRAINER, "--backend", "gloo", *options]
+        execute([*command, "--csv", str(log), "--summary", str(summary)])
+    return Run(link, contestant, read_csv(log), json.loads(summary.read_text()))
 
 
 def median_ms(runs: list[Run], column: str) -> float:
@@ -118,55 +103,60 @@ def median_ms(runs: list[Run], column: str) -> float:
 
 
 def figures(runs: list[Run], target: float) -> list[dict[str, Any]]:
+    """A row of the results for each link and contestant."""
     found = []
     for link, contestant in dict.fromkeys((run.link, run.contestant) for run in runs):
         group = [run for run in runs if (run.link, run.contestant) == (link, contestant)]
         losses = [run.final_loss for run in group]
         step, exposed = (median_ms(group, name) for name in ("step_seconds", "exposed_seconds"))
         sent = statistics.median(int(row["bytes_sent"]) for run in group for row in run.rows)
-        values = (
-            *(len(group), f"{statistics.median(losses):.4f}"),
-            *(f"{min(losses):.4f}", f"{max(losses):.4f}"),
-            f"{statistics.median(run.seconds_to(target) for run in group):.2f}",
-            *(f"{step:.1f}", f"{step - exposed:.1f}", f"{exposed:.1f}"),
-            *(f"{statistics.median(run.codec_ms for run in group):.1f}", f"{sent / 1e6:.3f}"),
-        )
-        found.append(dict(zip(COLUMNS, (link, contestant, *values), strict=True)))
+        values = {
+            "link": link,
+            "contestant": contestant,
+            "seeds": len(group),
+            "final_loss": f"{statistics.median(losses):.4f}",
+            "lowest": f"{min(losses):.4f}",
+            "highest": f"{max(losses):.4f}",
+            "seconds_to_loss": f"{statistics.median(run.seconds_to(target) for run in group):.2f}",
+            "step_ms": f"{step:.1f}",
+            "compute_ms": f"{step - exposed:.1f}",
+            "exposed_ms": f"{exposed:.1f}",
+            "codec_ms": f"{statistics.median(run.codec_ms for run in group):.1f}",
+            "megabytes_sent": f"{sent / 1e6:.3f}",
+        }
+        found.append(values)
     return found
 
 
-def table(rows: list[dict[str, Any]], target: float, arguments: argparse.Namespace) -> str:
-    lines = [
-        "# benchmarks/training.py",
-        "",
-        f"{machine()}. {arguments.ranks} ranks with one thread each, {arguments.steps} steps of "
-        f"the demo's model at half its learning rate, buckets of {arguments.bucket_cap_mb:g} MiB "
-        f"(PowerSGD: one bucket), {arguments.seeds} seed(s).",
-        "",
-        f"Time to a validation loss of {target:.4f}: the final one of the contestant that ends",
-        "highest; median over seeds, as are final losses (lowest .. highest). Load average at the",
-        f"end, {os.getloadavg()[0]:.1f}: what exceeds the number of ranks is other work, which",
-        "slows the compute of the runs it falls on. Medians of a step on rank 0. Exposed:",
-        "from the last gradient until the backward pass returns. Codec: encoding and decoding,",
-        "part of it hidden by the backward pass.",
-        "",
-        "| link | gradients | final loss | to the loss, s | of float32's | step, ms | compute "
-        "| exposed | codec | MB sent a step |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+def report(rows: list[dict[str, Any]], target: float, arguments: argparse.Namespace) -> str:
+    cells = []
     for row in rows:
         base = [r for r in rows if r["link"] == row["link"] and r["contestant"] == "float32"]
         ratio = ""
         if base:
             ratio = f"{float(row['seconds_to_loss']) / float(base[0]['seconds_to_loss']):.2f}"
-        codec = "" if row["codec_ms"] == "nan" else row["codec_ms"]
-        lines.append(
-            f"| {row['link']} | {row['contestant']} "
-            f"| {row['final_loss']} ({row['lowest']} .. {row['highest']}) "
-            f"| {row['seconds_to_loss']} | {ratio} | {row['step_ms']} | {row['compute_ms']} "
-            f"| {row['exposed_ms']} | {codec} | {row['megabytes_sent']} |"
-        )
-    return "\n".join(lines) + "\n"
+        loss = f"{row['final_loss']} ({row['lowest']} .. {row['highest']})"
+        times = [row["step_ms"], row["compute_ms"], row["exposed_ms"]]
+        times.append("" if row["codec_ms"] == "nan" else row["codec_ms"])
+        names = [row["link"], row["contestant"]]
+        sent = row["megabytes_sent"]
+        cells.append([*names, loss, row["seconds_to_loss"], ratio, *times, sent])
+    header = ["link", "gradients", "final loss", "to the loss, s", "of float32's", "step, ms"]
+    header += ["compute", "exposed", "codec", "MB sent per step"]
+    return f"""# benchmarks/training.py
+
+{machine()}. {arguments.ranks} ranks with one thread each, {arguments.steps} steps of \
+the demo's model at half its learning rate, buckets of {arguments.bucket_cap_mb:g} MiB \
+(PowerSGD: one bucket), {arguments.seeds} seed(s).
+
+Time to a validation loss of {target:.4f}: the final one of the contestant that ends
+highest; median over seeds, as are final losses (lowest .. highest). Load average at the
+end, {os.getloadavg()[0]:.1f}: what exceeds the number of ranks is other work, which
+slows the compute of the runs it falls on. Medians of a step on rank 0. Exposed:
+from the last gradient until the backward pass returns. Codec: encoding and decoding,
+part of it hidden by the backward pass.
+
+{table(header, cells, left=(0, 1, 2))}"""
 
 
 def plot(runs: list[Run], target: float, path: Path) -> None:
@@ -181,7 +171,7 @@ def plot(runs: list[Run], target: float, path: Path) -> None:
                 drawn.add(run.contestant)
                 axis.plot(*zip(*run.curve, strict=True), color=color, label=label, linewidth=1)
         axis.axhline(target, color="0.7", linewidth=0.8)
-        axis.set(xlabel="seconds of training", ylabel="validation loss, nats a byte", title=link)
+        axis.set(xlabel="seconds of training", ylabel="validation loss, nats per byte", title=link)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -196,7 +186,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bucket-cap-mb", type=float, default=1.0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--logs", type=Path, default=Path("demo-results/training"))
     parser.add_argument("--keep", action="store_true", help="use logs that are there already")
     parser.add_argument("--quick", action="store_true", help="1gbit, 20 steps, 1 seed")
@@ -207,18 +197,15 @@ def main() -> None:
     for folder in (arguments.logs, arguments.out):
         folder.mkdir(parents=True, exist_ok=True)
     turns = itertools.product(range(arguments.seeds), arguments.links, arguments.contestants)
-    runs = [train(*turn, arguments) for turn in tqdm(list(turns), disable=None)]
+    runs = [train(*turn, arguments) for turn in progress(list(turns), keep=True)]
     groups = [[r.final_loss for r in runs if r.contestant == c] for c in arguments.contestants]
     target = max(map(statistics.median, groups))
     rows = figures(runs, target)
-    with (arguments.out / "training.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    report = table(rows, target, arguments)
-    (arguments.out / "training.md").write_text(report)
+    write_csv(arguments.out / "training.csv", rows)
+    text = report(rows, target, arguments)
+    (arguments.out / "training.md").write_text(text)
     plot(runs, target, arguments.out / "training.png")
-    print(report)
+    print(text)
 
 
 if __name__ == "__main__":

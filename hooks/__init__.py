@@ -1,5 +1,8 @@
 """Communication hooks for torch's data-parallel wrappers."""
 
-from .ddp import RHTState, Stats, rht_hook
+from .ddp import rht_hook
+from .register import Handle, register
+from .state import RHTState
+from .telemetry import Stats
 
-__all__ = ["RHTState", "Stats", "rht_hook"]
+__all__ = ["Handle", "RHTState", "Stats", "register", "rht_hook"]

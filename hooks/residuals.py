@@ -12,32 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Residuals", "named_parameters", "numel_of"]
+from .models import named_parameters, numel_of
 
-# What wrappers put into the names of a module's parameters.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-
-
-def numel_of(parameter: torch.Tensor) -> int:
-    """Coordinates of its gradient in a bucket."""
-    return parameter.numel() * (2 if parameter.is_complex() else 1)
-
-
-def named_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of a model under the names that they have without wrappers."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        inner = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-        assert isinstance(inner, nn.Module)
-        model = inner
-    named: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        named[name] = parameter
-    return named
+__all__ = ["Residuals"]
 
 
 class _Layout(NamedTuple):

@@ -1,7 +1,7 @@
 """Train one small model four times on this machine and compare: what `make demo` runs.
 
-Model, seed, data and schedule are the same in all runs, and only the gradients' way between the
-two ranks differs. The results go to a folder: a log per run, the table and a plot.
+Model, seed, data and schedule are the same in all runs; only how gradients travel between the two
+ranks differs. The results go to a folder: a log per run, the table and a plot.
 """
 
 import argparse
@@ -51,18 +51,15 @@ def parse_args() -> argparse.Namespace:
 def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """Train on two ranks; the trainer's progress goes to this terminal, its summary is returned."""
     layers, width, heads = (2, 64, 2) if args.quick else (4, 160, 5)
-    model = f"--layers {layers} --width {width} --heads {heads} --context 128 --batch 8".split()
-    schedule = f"--lr 4e-3 --warmup {args.steps // 8} --eval-every {max(1, args.steps // 8)}"
-    summary = args.out / f"{run.name}.json"
-    finished = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *(str(TRAINER), *run.arguments, *model, *schedule.split()),
-            *("--steps", str(args.steps), "--threads", "1", "--backend", "gloo"),
-            *("--csv", str(args.out / f"{run.name}.csv"), "--summary", str(summary)),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    eighth = args.steps // 8
+    options = f"--layers {layers} --width {width} --heads {heads} --context 128 --batch 8"
+    options += f" --steps {args.steps} --lr 4e-3 --warmup {eighth} --eval-every {max(1, eighth)}"
+    options += " --threads 1 --backend gloo"
+    log, summary = (args.out / f"{run.name}.{suffix}" for suffix in ("csv", "json"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(TRAINER), *run.arguments, *options.split()]
+    command += ["--csv", str(log), "--summary", str(summary)]
+    finished = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if finished.returncode:
         raise SystemExit(
             f"The run '{run.label}' failed with exit code {finished.returncode}; "
@@ -85,7 +82,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
             change = summary["final_val_loss"] / baseline["final_val_loss"] - 1
             loss += f" ({change:+.2%})"
             sent += f" (1/{baseline['bytes_per_step'] / summary['bytes_per_step']:.1f})"
-        times = (summary[f"median_{part}_seconds"] * 1000 for part in ("step", "comm"))
+        times = (summary[f"median_{what}_seconds"] * 1000 for what in ("step", "comm"))
         step, communication = (f"{milliseconds:.0f} ms" for milliseconds in times)
         lines.append(f"| {run.label} | {loss} | {sent} | {step} | {communication} |")
     return "\n".join(lines)
@@ -111,8 +108,8 @@ def plot(folder: Path) -> None:
         val_steps = [steps[position] for position in evaluated]
         by_step.plot(val_steps, val_loss, "o-", color=color, label=run.label, markersize=3)
         by_bytes.plot(megabytes, val_loss, "o-", color=color, label=run.label, markersize=3)
-    by_step.set(xlabel="step", ylabel="loss (nats a byte)", title="validation (training: thin)")
-    by_bytes.set(xlabel="MB sent by a rank", xscale="log", title="validation, over bytes sent")
+    by_step.set(xlabel="step", ylabel="loss (nats per byte)", title="validation (training: thin)")
+    by_bytes.set(xlabel="MB sent per rank", xscale="log", title="validation, over bytes sent")
     by_step.legend()
     figure.savefig(folder / "loss.png", dpi=150)
 
@@ -128,7 +125,7 @@ def main() -> None:
     first = summaries[0]
     report = (
         f"{first['parameters']:,} parameters, {args.steps} steps, two ranks with one thread each. "
-        "Loss is in nats a byte; another seed alone moves it by a few percent. "
+        "Loss is in nats per byte; another seed alone moves it by a few percent. "
         "Times are medians on rank 0.\n\n"
         f"{table(summaries)}\n\n"
         f"Measured on {first['hardware']}, torch {first['torch']}, over the loopback interface: "

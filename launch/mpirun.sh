@@ -20,7 +20,7 @@ same path, and the same Python version, as the training data is its library.
 Variables:
 
   PYTHON           interpreter that has torch, mpi4py and rhtcomm (python3)
-  MPIEXEC          mpiexec of the MPI that mpi4py uses (the one beside PYTHON, else that on PATH)
+  MPIEXEC          mpiexec of the MPI that mpi4py uses (the one next to PYTHON, else that on PATH)
   MPIEXEC_OPTIONS  further options for mpiexec, split at blanks
 
 `pip install 'rhtcomm[mpi]'` brings mpi4py and MPICH.

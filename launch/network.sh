@@ -3,7 +3,7 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-Run a program once a rank, each rank as a machine of its own on an emulated network of a given rate.
+Run a program once per rank, each rank as a machine of its own on an emulated network of a given rate.
 
   launch/network.sh [--mpi] RANKS RATE -- PROGRAM [ARGUMENTS]
 
@@ -30,8 +30,8 @@ ends. Several may run at once.
 
 Needs Linux, root, iproute2 and util-linux. Variables:
 
-  PYTHON   with --mpi: mpiexec is looked for beside this interpreter (python3)
-  MPIEXEC  with --mpi: mpiexec of the MPI that mpi4py uses (else the one beside PYTHON, or on PATH)
+  PYTHON   with --mpi: mpiexec is looked for next to this interpreter (python3)
+  MPIEXEC  with --mpi: mpiexec of the MPI that mpi4py uses (else the one next to PYTHON, or on PATH)
 USAGE
 }
 

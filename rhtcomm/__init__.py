@@ -8,15 +8,23 @@ if sys.byteorder != "little":
         "only little-endian ones (x86-64, aarch64, riscv64, ppc64le) can be used"
     )
 
-from rhtcomm.codec import Codec, PayloadError
-from rhtcomm.collectives import DisagreementError, all_reduce
-from rhtcomm.communicator import HierarchicalCommunicator, MPICommunicator, TorchCommunicator
+from rhtcomm.codec import Codec
+from rhtcomm.communicators import HierarchicalCommunicator, MPICommunicator, TorchCommunicator
 from rhtcomm.cost import plan
 from rhtcomm.lattice import Lattice
+from rhtcomm.moments import choose_rotations
 from rhtcomm.quantizers import Eden, QuicFL, VectorQuantizer
 from rhtcomm.randomness import Key
-from rhtcomm.rotation import RandomizedHadamard, choose_rotations
+from rhtcomm.reduce import (
+    DisagreementError,
+    Report,
+    all_reduce,
+    all_reduce_many,
+    reduce_scatter,
+)
+from rhtcomm.rotation import RandomizedHadamard
 from rhtcomm.versions import PACKAGE
+from rhtcomm.wire import PayloadError
 
 __version__ = PACKAGE
 
@@ -31,9 +39,12 @@ __all__ = [
     "PayloadError",
     "QuicFL",
     "RandomizedHadamard",
+    "Report",
     "TorchCommunicator",
     "VectorQuantizer",
     "all_reduce",
+    "all_reduce_many",
     "choose_rotations",
     "plan",
+    "reduce_scatter",
 ]

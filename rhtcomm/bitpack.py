@@ -3,7 +3,7 @@
 A code is cut into fields of 8, 4, 2 or 1 bits, from its low end up, as the binary digits of b say
 (7 = 4 + 2 + 1; 5 = 4 + 1). In a row of d codes the fields of one width f fill d f / 8 bytes: byte i
 holds those of the codes i, i + d f / 8, i + 2 d f / 8, ..., the first in its lowest bits. Packing
-is thus shifts and ors of long contiguous runs, with nothing to shuffle, on all kinds of hardware.
+is thus shifts and ors of long contiguous ranges, with nothing to shuffle, on all kinds of hardware.
 """
 
 import torch
@@ -41,11 +41,11 @@ def unpack(packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
     """packed (B, size bits / 8) uint8 -> codes (B, size) uint8, the inverse of `pack`."""
     rows = packed.shape[0]
     codes = torch.zeros(rows, size, dtype=torch.uint8, device=packed.device)
-    start = 0
+    offset = 0
     for width, shift in _fields(bits):
         lanes = 8 // width
-        octets = packed[:, start : start + size // lanes]
+        octets = packed[:, offset : offset + size // lanes]
         for lane, field in enumerate(codes.view(rows, lanes, size // lanes).unbind(1)):
             field |= ((octets >> (lane * width)) & ((1 << width) - 1)) << shift
-        start += size // lanes
+        offset += size // lanes
     return codes

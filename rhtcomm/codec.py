@@ -1,117 +1,28 @@
-"""Rotation, quantizer and packing <-> one uint8 payload whose length is known beforehand.
-
-Wire format, version 1, little-endian (docs/format.md has the rest, and the arithmetic):
-
-    offset  bytes
-    0       2                  "RH"
-    2       1                  version
-    3       1                  number of rotations; above it, times 16, the number that the sender
-                               wants for the next payload of the same bucket (0: it is fixed)
-    4       4                  check of key, rank, world size, first coordinate, numel and owner
-    8       8                  fingerprint of the configuration
-    16      4 n_1              scales of the n_1 full blocks, float32
-            n_1 (d_1 b / 8     their packed codes, block by block (see bitpack), each followed by
-             + e(d_1))         its exact coordinates (QuicFL.exact_bytes, zero by default)
-            4 + d_2 b / 8      the same of the tail block, if there is one
-             + e(d_2)
-
-A scale is the root mean square that a block's values are in units of (Eden: times its correction).
-NaN in its place marks a block that held inf or NaN, zero a block of zeros.
-"""
+"""Tensors <-> payloads: the public calls, which check all arguments. `coder` has the hot path."""
 
 import math
 import operator
-import sys
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
-from hashlib import blake2b
+from functools import cached_property, lru_cache
 from typing import Literal
 
-import numpy as np
 import torch
 
-from rhtcomm.kernels import DTYPES, Section, Task, kernel_for
-from rhtcomm.memory import memory_of, overlap, refuse_fake_mode
-from rhtcomm.quantizers import Quantizer, QuicFL
-from rhtcomm.randomness import MAX_COORDINATES, MAX_RANKS, Key, check_key
-from rhtcomm.rotation import (
-    MOMENTS,
-    RandomizedHadamard,
-    rotations_for,
-    split_into_blocks,
-)
-from rhtcomm.versions import VERSIONS, WIRE
+from rhtcomm.arguments import check_type, integer
+from rhtcomm.coder import Coder
+from rhtcomm.kernels import DTYPES, Kernel, Task, kernel_for
+from rhtcomm.memory import memory_of, overlap, plain, refuse_fake_mode
+from rhtcomm.quantizers import Quantizer
+from rhtcomm.randomness import MAX_COORDINATES, MAX_RANKS, Key
+from rhtcomm.rotation import RandomizedHadamard
+from rhtcomm.versions import VERSIONS
+from rhtcomm.wire import Headers, PayloadError, Section, facts_of, fingerprint_of, layout, length_of
 
-__all__ = ["DTYPES", "Codec", "DeferredChecks", "PayloadError"]
+__all__ = ["AUTO", "DTYPES", "Codec", "Coder"]
 
-HEADER_BYTES = 16
 AUTO: Literal["auto"] = "auto"
-
-
-class PayloadError(ValueError):
-    """A payload is not what this codec, key and length call for."""
-
-
-class DeferredChecks:
-    """Checks of payloads on CUDA that wait for nothing.
-
-    To look at headers on a device stops the host until the device has come to them. Within
-    `deferring()`, on the same thread, `Codec.decode_mean` has them copied to pinned memory instead,
-    16 bytes a payload, and goes on; `raise_failed` makes the checks of those that have arrived.
-    Kernels stay in bounds whatever the bytes of a payload are, so until then a result can only be
-    wrong. Headers that say how to decode, as with rotations="auto", are read at once all the same.
-    """
-
-    devices = ("cuda",)
-    most = 4096  # pending, before the oldest is waited for
-
-    def __init__(self) -> None:
-        self._pending: deque[tuple[torch.cuda.Event, Callable[[], object]]] = deque()
-
-    @contextmanager
-    def deferring(self) -> Iterator[None]:
-        token = _deferred.set(self)
-        try:
-            yield
-        finally:
-            _deferred.reset(token)
-
-    def add(self, headers: torch.Tensor, check: Callable[[torch.Tensor], object]) -> None:
-        arrived, copy = _to_host(headers)
-        self._pending.append((arrived, partial(check, copy)))
-
-    def raise_failed(self, wait: bool = False) -> None:
-        """Make the checks of what has arrived or, with `wait`, of all.
-
-        Raises:
-            PayloadError: the first that failed; those after it are forgotten.
-        """
-        while self._pending:
-            arrived, check = self._pending[0]
-            if wait or len(self._pending) > self.most:
-                arrived.synchronize()
-            elif not arrived.query():
-                return
-            self._pending.popleft()
-            try:
-                check()
-            except PayloadError:
-                self._pending.clear()
-                raise
-
-
-_deferred: ContextVar[DeferredChecks | None] = ContextVar("rhtcomm deferred checks", default=None)
-
-
-def _to_host(x: torch.Tensor) -> tuple[torch.cuda.Event, torch.Tensor]:
-    """x on CUDA -> an event, and the tensor that holds x after it."""
-    copy = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
-    copy.copy_(x, non_blocking=True)
-    return torch.cuda.current_stream(x.device).record_event(), copy
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -124,7 +35,7 @@ class Codec:
             quantizer's promise needs for every input. With "auto" that is what `encode` takes
             unless it is told another number, while every payload says how many transforms its own
             tensor needs (see `choose_rotations`); `wanted_rotations` reads it.
-        block: coordinates in a block, a power of two from 32 to 2^24.
+        block: coordinates per block, a power of two from 32 to 2^24.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -146,33 +57,29 @@ class Codec:
         RandomizedHadamard(self.default_rotations, self.block)  # checks the arguments
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.quantizer, self.rotations, self.block)  # made anew, nothing kept
+        return type(self), (self.quantizer, self.rotations, self.block)  # without what is cached
 
     @property
     def configuration(self) -> dict[str, object]:
         """What two ranks must have in common to understand each other, by name."""
-        return {**VERSIONS, **self._facts}
-
-    @property
-    def _facts(self) -> dict[str, object]:
-        facts: dict[str, object] = {
-            "byteorder": sys.byteorder,
-            "quantizer": type(self.quantizer).__name__,
-            "bits": self.quantizer.bits,
-            "rotations": self.rotations,
-            "block": self.block,
-        }
-        if isinstance(self.quantizer, QuicFL) and self.quantizer.exact_fraction:
-            facts["exact_fraction"] = self.quantizer.exact_fraction
-        if getattr(self.quantizer, "biased", False):
-            facts["biased"] = True
-        return facts
+        return {**VERSIONS, **facts_of(self.quantizer, self.rotations, self.block)}
 
     @cached_property
     def fingerprint(self) -> bytes:
         """8 bytes that differ between configurations, and between tables of levels."""
-        everything = repr(({"format": WIRE, **self._facts}, self.quantizer.fingerprint))
-        return blake2b(everything.encode(), digest_size=8).digest()
+        return fingerprint_of(self.quantizer, self.rotations, self.block)
+
+    def layout(self, numel: int) -> tuple[Section, ...]:
+        """The sections of the payload of `numel` coordinates, see `rhtcomm.wire.Section`.
+
+        Raises:
+            TypeError: numel is no integer.
+            ValueError: numel is negative.
+        """
+        numel = operator.index(numel)
+        if numel < 0:
+            raise ValueError(f"Codec: numel={numel} must not be negative")
+        return layout(self.quantizer, self.block, numel)
 
     def nbytes(self, numel: int) -> int:
         """Length of the payload of `numel` coordinates, in bytes.
@@ -181,7 +88,54 @@ class Codec:
             TypeError: numel is no integer.
             ValueError: numel is negative.
         """
-        return _length(_layout(self, operator.index(numel)))
+        return length_of(self.layout(numel))
+
+    def task(self, numel: int, shards: int = 1, rotations: int | None = None) -> Task:
+        """What kernels are told of tensors of `numel` coordinates, in equal shards."""
+        rotation = RandomizedHadamard(rotations or self.default_rotations, self.block)
+        each = numel // shards
+        return Task(rotation, self.quantizer, self.layout(each), each, shards)
+
+    def coder(self, numel: int, shards: int = 1, device: torch.device = CPU) -> Coder:
+        """What encodes and decodes tensors of `numel` coordinates, in equal shards, on a device.
+
+        It is kept, so that asking again takes no time.
+
+        Raises:
+            TypeError: numel or shards is no integer.
+            ValueError: numel is negative, or does not make so many shards of whole blocks.
+        """
+        return self._coders(numel, shards, kernel_for(device, self.quantizer))
+
+    @cached_property
+    def _coders(self) -> Callable[..., Coder]:
+        return lru_cache(maxsize=256)(self._make_coder)
+
+    def _make_coder(self, numel: int, shards: int, kernel: Kernel) -> Coder:
+        numel, shards = operator.index(numel), operator.index(shards)
+        self._check_shards(numel, shards, "Codec.coder")
+        counts = (1, 2, 3) if self._auto else (self.default_rotations,)
+        tasks = {count: self.task(numel, shards, count) for count in counts}
+        return Coder(tasks, kernel, self._headers)
+
+    @cached_property
+    def _headers(self) -> Headers:
+        return Headers(self.fingerprint, self.configuration, self.default_rotations, self._auto)
+
+    @property
+    def _auto(self) -> bool:
+        return self.rotations == AUTO
+
+    @property
+    def default_rotations(self) -> int:
+        """How many transforms `encode` takes unless it is told."""
+        if self.rotations is None or self.rotations == AUTO:
+            return self.quantizer.rotations
+        return self.rotations
+
+    def wanted_rotations(self, payloads: torch.Tensor) -> int | None:
+        """How many transforms the senders want next, payloads (K, nbytes); None if it is fixed."""
+        return int((payloads[:, 3] >> 4).max()) if self._auto else None
 
     def encode(
         self,
@@ -190,7 +144,7 @@ class Codec:
         rank: int = 0,
         world_size: int = 1,
         *,
-        first: int = 0,
+        offset: int = 0,
         rotations: int | None = None,
         wanted: int | None = None,
         shards: int | None = None,
@@ -201,16 +155,15 @@ class Codec:
         Args:
             x: (numel,) float32, bfloat16 or float16, contiguous or not.
             key: what all ranks share.
-            rank, world_size: place of this tensor among those whose mean is wanted.
-            first: where x begins in its bucket, a multiple of `block`. A shard encoded with its
-                own place takes the randomness that it would take inside the whole bucket.
-            rotations: with "auto" alone: how many transforms this payload takes, the same on all
-                ranks.
-            wanted: with "auto" alone: say that at least so many, 1 to 3, are wanted next.
-            shards: give a payload of each of so many equal parts, of whole blocks. It is what the
-                part encoded alone with its own `first` gives, but faster than one by one; with
-                "auto" all of them say what x needs.
-            out: to write into, contiguous uint8 at an address that 4 divides.
+            rank, world_size: of the tensors whose mean is wanted, this is number `rank`.
+            offset: of x in its bucket, in coordinates, a multiple of `block`. A shard that is
+                encoded alone with its own offset uses the same random numbers as within the bucket.
+            rotations: only with "auto": the number of transforms, the same on all ranks.
+            wanted: only with "auto": at least so many, 1 to 3, are wanted next.
+            shards: make one payload for each of so many equal shards of whole blocks. They are what
+                the shards encoded one by one with their own offsets give, in less time; with "auto"
+                all of them say what x needs.
+            out: to write to, contiguous uint8 at an address that 4 divides.
 
         Returns:
             (nbytes(numel),) uint8, or (shards, nbytes(numel / shards)), on the device of x: `out`
@@ -219,13 +172,12 @@ class Codec:
         Raises:
             TypeError: x has another dtype, or x or out is no tensor or has no memory of its own
                 (see `rhtcomm.memory.memory_of`), or key is no Key.
-            ValueError: x is not flat or has no such parts, out is not as above or overlaps x, or an
-                argument is out of its range.
+            ValueError: x is not flat or has no such shards, out is not as above or overlaps x, or
+                an argument is out of range.
         """
-        rotation = self._rotation(rotations)
-        if wanted is not None:
-            wanted = self._check_wanted(operator.index(wanted))
-        check_key(key, "Codec.encode")
+        rotations = self._check_choice("rotations", rotations)
+        wanted = self._check_choice("wanted", wanted)
+        check_type(key, Key, "Codec.encode", "key", "Key(seed=0, step=1)")
         memory = memory_of(x, "Codec.encode", "x")
         refuse_fake_mode("Codec.encode")
         if x.dtype not in DTYPES:
@@ -235,40 +187,15 @@ class Codec:
             )
         if x.dim() != 1:
             raise ValueError(f"Codec.encode: x has shape {tuple(x.shape)}; flatten it first")
-        rank, world_size, first = self._check_place(rank, world_size, first)
-        x = _plain(x)
+        rank, world_size, offset = self._check_origin(rank, world_size, offset)
+        x = plain(x)
         count = 1 if shards is None else operator.index(shards)
-        if count < 1 or (count > 1 and x.numel() % (count * self.block)):
-            raise ValueError(
-                f"Codec.encode: {x.numel()} coordinates do not make shards={shards} equal parts of "
-                f"whole blocks of {self.block}"
-            )
-        each = x.numel() // count
-        layout = _layout(self, each)
-        nbytes = _length(layout)
-        shape = (nbytes,) if shards is None else (count, nbytes)
+        self._check_shards(x.numel(), count, "Codec.encode")
+        coder = self.coder(x.numel(), count, x.device)
+        shape = (coder.nbytes,) if shards is None else (count, coder.nbytes)
         out = self._check_out(out, x, shape, memory)
-        payloads = out.unsqueeze(0) if shards is None else out
-        kernel = kernel_for(x.device, self.quantizer)
-        moments = []
-        for section in layout:
-            if self.rotations == AUTO:
-                blocks = count * section.blocks.count
-                moments.append(torch.empty(blocks, MOMENTS, dtype=torch.float32, device=x.device))
-            task = Task(rotation, self.quantizer, key, section, first, rank, world_size)
-            kernel.encode(task, x, payloads, moments[-1] if moments else None)
-        if moments:
-            quantizer = self.quantizer
-            choice = rotations_for(torch.cat(moments), quantizer.group, quantizer.rotations)
-            wanted = max(wanted or 1, choice)
-        fourth = rotation.rotations + 16 * (wanted or 1 if self.rotations == AUTO else 0)
-        _write_headers(
-            payloads,
-            [
-                self._header(fourth, key, rank, world_size, first + i * each, each)
-                for i in range(count)
-            ],
-        )
+        rows = out.view(count, coder.nbytes)
+        coder.encode(x, key, offset, rank, world_size, rows, rotations, wanted)
         return out
 
     def decode_mean(
@@ -277,7 +204,7 @@ class Codec:
         key: Key,
         numel: int,
         *,
-        first: int = 0,
+        offset: int = 0,
         out: torch.Tensor | None = None,
         first_rank: int = 0,
         world_size: int | None = None,
@@ -287,28 +214,26 @@ class Codec:
         Args:
             payloads: (K, nbytes(numel)) uint8, row i encoded as rank `first_rank` + i of
                 `world_size`.
-            key, first: as given to `encode`.
-            first_rank, world_size: by default 0 and K, that is all of the ranks.
-            numel: length of the tensor.
-            out: (numel,) float32, bfloat16 or float16, contiguous, to write into.
+            key, offset: as given to `encode`.
+            first_rank, world_size: by default 0 and K, which means all ranks.
+            numel: of the tensor.
+            out: to write to, (numel,) float32, bfloat16 or float16, contiguous.
 
         Returns:
             (numel,), `out` or a new float32 tensor. A block where any rank had inf or NaN is NaN.
 
         Raises:
-            PayloadError: a payload has the wrong length, version, configuration, key or place
-                (within `DeferredChecks.deferring` on CUDA only the length is looked at).
+            PayloadError: a payload has another length, version, configuration, key, rank or offset
+                (within `DeferredChecks.deferring` on CUDA only the length is checked at once).
             TypeError: payloads or out is no tensor or has no memory of its own (see
                 `rhtcomm.memory.memory_of`), or key is no Key.
             ValueError: out has another shape, dtype or layout, or overlaps the payloads.
         """
         numel = operator.index(numel)
         self._check_memory(payloads, out, "Codec.decode_mean")
-        layout = self._check_payloads(payloads, numel, "Codec.decode_mean")
-        if world_size is None:
-            world_size = len(payloads)
-        place = (key, numel, first, out, first_rank, world_size)
-        return self._decode(layout, payloads.unsqueeze(1), *place, "Codec.decode_mean")
+        self._check_payloads(payloads, numel, "Codec.decode_mean")
+        origin = (key, offset, first_rank, payloads.shape[0] if world_size is None else world_size)
+        return self._decode(payloads.unsqueeze(1), numel, *origin, out, "Codec.decode_mean")
 
     def decode_shards(
         self,
@@ -316,16 +241,16 @@ class Codec:
         key: Key,
         numel: int,
         *,
-        first: int = 0,
+        offset: int = 0,
         out: torch.Tensor | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> torch.Tensor:
-        """What one rank encoded with `shards`, put together.
+        """The tensor that one rank encoded in shards.
 
         Args:
             payloads: (shards, nbytes(numel / shards)) uint8.
-            key, first, rank, world_size: as given to `encode`.
+            key, offset, rank, world_size: as given to `encode`.
             numel, out: of all shards; as for `decode_mean`.
 
         Returns:
@@ -337,63 +262,44 @@ class Codec:
         numel = operator.index(numel)
         self._check_memory(payloads, out, "Codec.decode_shards")
         count = payloads.shape[0] if payloads.dim() else 0
-        layout = self._check_payloads(payloads, numel // max(1, count), "Codec.decode_shards")
-        if count > 1 and numel % (count * self.block):
-            raise ValueError(
-                f"Codec.decode_shards: {numel} coordinates are not {count} equal parts of "
-                f"whole blocks of {self.block}"
-            )
-        place = (key, numel, first, out, rank, world_size)
-        return self._decode(layout, payloads.unsqueeze(0), *place, "Codec.decode_shards")
+        self._check_payloads(payloads, numel // max(1, count), "Codec.decode_shards")
+        self._check_shards(numel, count, "Codec.decode_shards")
+        origin = (key, offset, rank, world_size)
+        return self._decode(payloads.unsqueeze(0), numel, *origin, out, "Codec.decode_shards")
 
     def _decode(
         self,
-        layout: tuple[Section, ...],
         payloads: torch.Tensor,
-        key: Key,
         numel: int,
-        first: int,
-        out: torch.Tensor | None,
-        first_rank: int,
+        key: Key,
+        offset: int,
+        rank: int,
         world_size: int,
+        out: torch.Tensor | None,
         owner: str,
     ) -> torch.Tensor:
         """Mean of payloads (K, shards, nbytes), of K ranks, each in equal shards."""
         ranks, shards, _ = payloads.shape
-        check_key(key, owner)
-        first_rank, world_size, first = self._check_place(first_rank, world_size, first, ranks)
-        each = numel // shards
-        payloads = _plain(payloads, copy=False)
+        check_type(key, Key, owner, "key", "Key(seed=0, step=1)")
+        rank, world_size, offset = self._check_origin(rank, world_size, offset, ranks)
+        payloads = plain(payloads, copy=False)
         if out is not None:
             self._check_mean(out, payloads, numel, owner)
-        places = [(first_rank + i, first + j * each) for i in range(ranks) for j in range(shards)]
-        later = _deferred.get()
-        if later and payloads.device.type in later.devices and self.rotations != AUTO:
-            headers = payloads[..., :HEADER_BYTES].contiguous()
-            later.add(headers, partial(self._check_headers, key, places, each, world_size))
-            rotation = self._rotation(None)
-        else:
-            rotation = self._check_headers(key, places, each, world_size, payloads)
-        # The scales are read as float32 where they lie.
         *steps, step = payloads.stride()
         if step != 1 or (math.gcd(*steps, payloads.data_ptr(), payloads.storage_offset()) % 4):
             payloads = payloads.clone(memory_format=torch.contiguous_format)
         if out is None:
             out = torch.empty(numel, dtype=torch.float32, device=payloads.device)
         target = out.detach() if out.requires_grad else out
-        kernel = kernel_for(payloads.device, self.quantizer)
-        for section in layout:
-            task = Task(rotation, self.quantizer, key, section, first, first_rank, world_size)
-            kernel.decode(task, payloads, target)
+        coder = self.coder(numel, shards, payloads.device)
+        coder.decode(payloads, key, offset, rank, world_size, target)
         return out
 
     @staticmethod
     def _check_memory(payloads: torch.Tensor, out: torch.Tensor | None, owner: str) -> None:
         memory = memory_of(payloads, owner, "payloads")
         if out is not None and overlap(memory, memory_of(out, owner, "out")):
-            raise ValueError(
-                f"{owner}: out overlaps the payloads in memory; give it memory of its own"
-            )
+            raise ValueError(f"{owner}: out overlaps the payloads; give it memory of its own")
         refuse_fake_mode(owner)
 
     @staticmethod
@@ -411,12 +317,8 @@ class Codec:
                 f"must be contiguous float32, bfloat16 or float16 of shape ({numel},)"
             )
 
-    def _check_payloads(
-        self, payloads: torch.Tensor, numel: int, owner: str
-    ) -> tuple[Section, ...]:
-        """The layout of each of them, of so many coordinates."""
-        layout = _layout(self, numel)
-        length = _length(layout)
+    def _check_payloads(self, payloads: torch.Tensor, numel: int, owner: str) -> None:
+        length = self.nbytes(numel)
         fits = payloads.dim() == 2 and payloads.shape[0] > 0 and payloads.shape[1] == length
         if payloads.dtype != torch.uint8 or not fits:
             raise PayloadError(
@@ -424,90 +326,14 @@ class Codec:
                 f"{numel} coordinates take (K, {length}) torch.uint8: a payload was cut short, or "
                 "made with another configuration or length"
             )
-        return layout
 
-    def wanted_rotations(self, payloads: torch.Tensor) -> int | None:
-        """How many transforms the senders want next, payloads (K, nbytes); None if it is fixed."""
-        return int((payloads[:, 3] >> 4).max()) if self.rotations == AUTO else None
-
-    @property
-    def default_rotations(self) -> int:
-        """How many transforms `encode` takes unless it is told."""
-        if self.rotations is None or self.rotations == AUTO:
-            return self.quantizer.rotations
-        return self.rotations
-
-    def _rotation(self, rotations: int | None) -> RandomizedHadamard:
-        """The transform of one payload."""
-        if self.rotations != AUTO and rotations not in (None, self.rotations):
+    def _check_shards(self, numel: int, shards: int, owner: str) -> None:
+        """Raise ValueError unless there are several shards of whole blocks, all alike, or one."""
+        if shards < 1 or (shards > 1 and numel % (shards * self.block)):
             raise ValueError(
-                f"Codec.encode: rotations={rotations}, but this codec was made with "
-                f'rotations={self.rotations}; only rotations="auto" leaves a choice'
+                f"{owner}: {numel} coordinates do not make {shards} equal shards of whole blocks "
+                f"of {self.block}"
             )
-        count = self.default_rotations if rotations is None else rotations
-        return _transform(count, self.block)
-
-    def _header(
-        self, count: int, key: Key, rank: int, world_size: int, first: int, numel: int
-    ) -> bytes:
-        owner = f", {key.owner}" if key.owner else ""
-        place = (
-            f"({key.seed}, {key.step}, {key.bucket}, {key.hop}, {rank}, {world_size}, {first}, "
-            f"{numel}{owner})"
-        )
-        check = blake2b(place.encode(), digest_size=4).digest()
-        return b"RH" + bytes((WIRE, count)) + check + self.fingerprint
-
-    def _check_headers(
-        self,
-        key: Key,
-        places: list[tuple[int, int]],
-        numel: int,
-        world_size: int,
-        payloads: torch.Tensor,
-    ) -> RandomizedHadamard:
-        """The transform that payloads, or their headers alone, (K, shards, ...), were made by.
-
-        Each comes from one of `places`, (rank, first).
-        """
-        headers = _read_headers(payloads)
-        chosen = self.rotations == AUTO
-        rotations = headers[0][3] % 16
-        if not chosen or rotations not in (1, 2, 3):
-            rotations = self.default_rotations
-        for (rank, first), found in zip(places, headers, strict=True):
-            # A wish that no sender has is replaced by one that differs from it.
-            count = rotations + (16 * min(max(found[3] >> 4, 1), 3) if chosen else 0)
-            wanted = self._header(count, key, rank, world_size, first, numel)
-            if found != wanted:
-                fact = self._difference(found, wanted) or (
-                    f"was made for another key, rank, world size, place or length than {key}, "
-                    f"rank={rank}, world_size={world_size}, first={first}, numel={numel}: "
-                    "the ranks are out of step"
-                )
-                raise PayloadError(f"rhtcomm.Codec: the payload of rank {rank} {fact}")
-        return _transform(rotations, self.block)
-
-    def _difference(self, found: bytes, wanted: bytes) -> str | None:
-        """What is wrong with a header in words, None if it is its check alone."""
-        if found[:2] != wanted[:2]:
-            return "does not begin with the mark of a payload"
-        if found[2] != wanted[2]:
-            return f"has format version {found[2]}, this is version {WIRE}; update the older"
-        if self.rotations == AUTO and found[3] != wanted[3] and found[8:] == wanted[8:]:
-            rotations, wish = found[3] % 16, found[3] >> 4
-            if rotations not in (1, 2, 3) or wish not in (1, 2, 3):
-                return (
-                    f"was rotated {rotations} times and wants {wish} next, but only 1, 2 and 3 can "
-                    "be: it is damaged"
-                )
-            return (
-                f"was rotated {rotations} times, another one {wanted[3] % 16} times: the ranks "
-                "took different checkpoints, or are out of step"
-            )
-        if found[3] != wanted[3] or found[8:] != wanted[8:]:
-            return f"was made with a configuration other than {self.configuration} (or tables)"
-        return None
 
     @staticmethod
     def _check_out(
@@ -516,11 +342,11 @@ class Codec:
         shape: tuple[int, ...],
         memory: tuple[int, int],
     ) -> torch.Tensor:
-        """`out` or a new one, for an x that was given in this memory."""
+        """`out` or a new one, for an x that lies in this memory."""
         if out is None:
             return torch.empty(shape, dtype=torch.uint8, device=x.device)
         if overlap(memory, memory_of(out, "Codec.encode", "out")):
-            raise ValueError("Codec.encode: out overlaps x in memory; give it memory of its own")
+            raise ValueError("Codec.encode: out overlaps x; give it memory of its own")
         if out.shape != shape or out.dtype != torch.uint8 or out.device != x.device:
             raise ValueError(
                 f"Codec.encode: out is {out.dtype} of shape {tuple(out.shape)} on {out.device}, "
@@ -534,28 +360,29 @@ class Codec:
             )
         return out
 
-    def _check_wanted(self, wanted: int) -> int:
-        if self.rotations != AUTO:
+    def _check_choice(self, name: str, count: int | None) -> int | None:
+        """A number of transforms given to `encode`, as a plain int."""
+        if count is None:
+            return None
+        count = integer(count, "Codec.encode", name)
+        if not self._auto and (name != "rotations" or count != self.rotations):
             raise ValueError(
-                f"Codec.encode: wanted={wanted}, but this codec was made with "
+                f"Codec.encode: {name}={count}, but this codec was made with "
                 f'rotations={self.rotations}; only rotations="auto" leaves a choice'
             )
-        if wanted not in (1, 2, 3):
-            raise ValueError(f"Codec.encode: wanted={wanted} must be 1, 2 or 3")
-        return wanted
+        if count not in (1, 2, 3):
+            raise ValueError(f"Codec.encode: {name}={count} must be 1, 2 or 3")
+        return count
 
-    def _check_place(
-        self, rank: int, world_size: int, first: int, ranks: int = 1
+    def _check_origin(
+        self, rank: int, world_size: int, offset: int, ranks: int = 1
     ) -> tuple[int, int, int]:
-        """The place of `ranks` adjacent ones, as plain ints whatever integers were given: headers
-        hold a hash of them."""
-        try:
-            rank, world_size, first = map(operator.index, (rank, world_size, first))
-        except TypeError:
-            raise TypeError(
-                f"Codec: rank={rank!r}, world_size={world_size!r} and first={first!r} must be "
-                "integers"
-            ) from None
+        """Of `ranks` adjacent ranks, as plain ints, which headers hash as they are written."""
+        rank, world_size = (
+            integer(rank, "Codec", "rank"),
+            integer(world_size, "Codec", "world_size"),
+        )
+        offset = integer(offset, "Codec", "offset")
         if not 0 <= rank <= world_size - ranks:
             wrong = rank if rank < 0 else rank + ranks - 1
             raise ValueError(f"Codec: rank={wrong} must lie in [0, world_size={world_size})")
@@ -563,61 +390,8 @@ class Codec:
             raise ValueError(
                 f"Codec: world_size={world_size} exceeds the {MAX_RANKS} streams of a key"
             )
-        if first % self.block or not 0 <= first < MAX_COORDINATES:
+        if offset % self.block or not 0 <= offset < MAX_COORDINATES:
             raise ValueError(
-                f"Codec: first={first} must be a multiple of block={self.block} below 2^36"
+                f"Codec: offset={offset} must be a multiple of block={self.block} below 2^36"
             )
-        return rank, world_size, first
-
-
-def _plain(x: torch.Tensor, copy: bool = True) -> torch.Tensor:
-    """x as kernels take it: without autograd's graph and the negative bit; contiguous if `copy`."""
-    if x.requires_grad:  # seldom, and to detach takes longer than all else here
-        x = x.detach()
-    if x.is_neg():  # the imaginary part of a conjugate
-        x = x.resolve_neg()
-    return x.contiguous() if copy else x
-
-
-# What a training step asks for again and again, as it waits for the answer.
-
-
-@lru_cache(maxsize=1024)
-def _layout(codec: Codec, numel: int) -> tuple[Section, ...]:
-    if numel < 0:
-        raise ValueError(f"Codec: numel={numel} must not be negative")
-    quantizer, sections, at = codec.quantizer, [], HEADER_BYTES
-    for part in split_into_blocks(numel, codec.block):
-        exact = quantizer.exact_bytes(part.size) if isinstance(quantizer, QuicFL) else 0
-        middle = at + 4 * part.count
-        stop = middle + part.count * (part.size * quantizer.bits // 8 + exact)
-        sections.append(Section(part, at, middle, stop))
-        at = stop
-    return tuple(sections)
-
-
-def _length(layout: tuple[Section, ...]) -> int:
-    return layout[-1].stop if layout else HEADER_BYTES
-
-
-_transform = lru_cache(maxsize=64, typed=True)(RandomizedHadamard)
-
-
-def _write_headers(payloads: torch.Tensor, headers: list[bytes]) -> None:
-    """Into payloads (n, nbytes), without waiting for their device."""
-    rows = np.frombuffer(bytearray().join(headers), np.uint8).reshape(len(headers), HEADER_BYTES)
-    if payloads.is_cpu:  # where torch takes several times as long for so few bytes
-        payloads.numpy()[:, :HEADER_BYTES] = rows
-        return
-    source = torch.from_numpy(rows)
-    if payloads.device.type == "cuda":  # from other memory a copy makes the host wait
-        source = source.pin_memory()
-    payloads[:, :HEADER_BYTES].copy_(source, non_blocking=True)
-
-
-def _read_headers(payloads: torch.Tensor) -> list[bytes]:
-    if payloads.is_cpu:
-        joined = payloads.numpy()[..., :HEADER_BYTES].tobytes()
-    else:
-        joined = payloads[..., :HEADER_BYTES].cpu().numpy().tobytes()
-    return [joined[at : at + HEADER_BYTES] for at in range(0, len(joined), HEADER_BYTES)]
+        return rank, world_size, offset

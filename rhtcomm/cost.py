@@ -1,7 +1,7 @@
 """How long the exchange of a bucket will take, and whether compression pays: a cost model.
 
-With n ranks, N coordinates, a link of B bytes a second in each direction, a latency L, and P_b the
-payload's bytes at b bits, a rank needs for one bucket
+With n ranks, N coordinates, a link of B bytes per second in each direction, a latency L, and P_b
+the payload's bytes at b bits, a rank needs for one bucket
 
     float32       2 (n - 1) / n  4 N F / B  +  2 (n - 1) L
     bf16          half the bytes of float32, and C N for the casts
@@ -9,11 +9,11 @@ payload's bytes at b bits, a rank needs for one bucket
     two_shot      2 (n - 1) / n P_b F / B  +  2 (n - 1) L
                   + s (E + (D_1 + (n - 1) D_2 + E) / n + D_1) N
 
-where F = 1514 / 1448 is what frames of Ethernet, IP and TCP add, E encodes a coordinate, D_1
-decodes one of a single payload and D_2 adds that of one more payload, C casts one to bf16 and back,
-and s is how much slower all this is in place than it was when measured. A bucket travels in c
-chunks, each while others are encoded or decoded: of link and codec the longer counts in full, the
-other by one c-th (c = 1 without compression). What the backward pass hides is not counted, nor are
+where F = 1514 / 1448 is what the frames of Ethernet, IP and TCP add. Per coordinate, E is the time
+to encode, D_1 to decode a single payload, D_2 to add one more payload, and C to cast to bf16 and
+back; s is how much slower the codec runs in training than it was measured. A bucket travels in c
+chunks, each while others are encoded or decoded: the longer of link and codec counts in full, the
+shorter by one c-th (c = 1 without compression). The model ignores what the backward pass hides,
 congestion, the sums of an uncompressed all-reduce, and links between machines that are slower than
 the machines' own.
 """
@@ -26,13 +26,13 @@ from dataclasses import dataclass
 
 import torch
 
-from rhtcomm.codebooks.quic_fl import WIDE
+from rhtcomm.codebooks import EXPECTED_VNMSE
 from rhtcomm.codec import Codec
-from rhtcomm.collectives import split_into_chunks, split_into_shards
-from rhtcomm.communicator import ring_bytes
+from rhtcomm.communicators import ring_bytes
 from rhtcomm.kernels import kernel_for
 from rhtcomm.quantizers import QuicFL
 from rhtcomm.randomness import Key
+from rhtcomm.reduce.split import split_into_chunks, split_into_shards
 
 __all__ = ["CodecSpeed", "Plan", "Prediction", "measure_codec", "plan"]
 
@@ -43,7 +43,7 @@ WORTHWHILE = 1.1
 
 @dataclass(frozen=True)
 class CodecSpeed:
-    """Seconds a coordinate, at some number of bits."""
+    """Seconds per coordinate, at some number of bits."""
 
     encode: float  # E
     decode: float  # D_1: of one payload
@@ -57,7 +57,7 @@ class Prediction:
 
     algorithm: str  # "float32", "bf16", "all_gather" or "two_shot"
     bits: int
-    bytes_sent: int  # by a rank, without what frames add
+    bytes_sent: int  # per rank, without what frames add
     chunks: int
     link_seconds: float
     codec_seconds: float
@@ -77,8 +77,8 @@ class Prediction:
 class Plan:
     """Predictions for one bucket, and what to do.
 
-    `recommended` is the fastest of those within the error allowed; where the best compressed way is
-    not 1.1 times as fast as the best uncompressed one it is the latter, and `pays` is False.
+    `recommended` is the fastest compressed prediction within the error allowed. Where that is not
+    1.1 times as fast as the best uncompressed one, it is the latter, and `pays` is False.
     """
 
     predictions: tuple[Prediction, ...]
@@ -128,17 +128,17 @@ def plan(
     Args:
         numel: N, coordinates of the bucket, float32.
         world_size: n, ranks, each with a link of its own.
-        link_gbps: rate of a link in each direction, in Gbit/s (10^9 bits a second).
+        link_gbps: rate of a link in each direction, in Gbit/s (10^9 bits per second).
         latency: L, seconds for a message to arrive.
         bits: the numbers of bits to consider, 1 to 8.
         max_nmse: the largest squared error allowed, relative to what is encoded, summed over the
             encodings a gradient goes through (all_gather: one, two_shot: two). The default allows
             QUIC-FL's 4 bits in both.
         speeds: the codec's speed by bits, by default measured now, on the CPU and with the threads
-            that torch has in this process (a second).
-        slowdown: s, how much slower the codec runs in place than measured. A rank keeps two cores
-            busy, one with the codec, one with the transport: where fewer are free, 2 over their
-            number, as `benchmarks/scaling.md` checks.
+            that torch has in this process (takes a second).
+        slowdown: s, how much slower the codec runs in training than measured. A rank keeps two
+            cores busy, one with the codec, one with the transport. Where fewer are free, s is 2
+            over their number, as `benchmarks/scaling.md` checks.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -148,14 +148,38 @@ def plan(
             f"rhtcomm.plan: numel={numel}, link_gbps={link_gbps} and slowdown={slowdown} must be "
             f"positive, world_size={world_size} at least 2, latency={latency} not negative"
         )
-    if not bits or not set(bits) <= set(WIDE.reference_vnmse):
+    if not bits or not set(bits) <= set(EXPECTED_VNMSE["quic_fl"]):
         raise ValueError(f"rhtcomm.plan: bits={tuple(bits)} must be some of 1 to 8")
     if speeds is None:
         speeds = {b: measure_codec(b) for b in bits}
     if missing := set(bits) - set(speeds):
         raise ValueError(f"rhtcomm.plan: speeds lack {sorted(missing)} bits, which bits ask for")
 
-    def of(
+    predictions = predict(numel, world_size, link_gbps, latency, bits, speeds, slowdown)
+
+    def fastest(of_them: Sequence[Prediction]) -> Prediction | None:
+        return min(of_them, key=lambda p: p.seconds, default=None)
+
+    plain = fastest([p for p in predictions if p.bits > 8])
+    best = fastest([p for p in predictions if p.bits <= 8 and p.nmse <= max_nmse])
+    assert plain is not None
+    if best is None or best.seconds * WORTHWHILE > plain.seconds:
+        return Plan(predictions, plain, pays=False)
+    return Plan(predictions, best, pays=True)
+
+
+def predict(
+    numel: int,
+    world_size: int,
+    link_gbps: float,
+    latency: float,
+    bits: Sequence[int],
+    speeds: Mapping[int, CodecSpeed],
+    slowdown: float,
+) -> tuple[Prediction, ...]:
+    """The formula at the top, for each configuration; arguments as of `plan`."""
+
+    def prediction(
         algorithm: str,
         bits: int,
         chunks: int,
@@ -169,33 +193,24 @@ def plan(
 
     n, others = world_size, world_size - 1
     cast = statistics.median(speeds[b].cast for b in bits)
-    predictions = [
-        of("float32", 32, 1, ring_bytes(4 * numel, n), 2 * others, 0.0, 0.0),
-        of("bf16", 16, 1, ring_bytes(2 * numel, n), 2 * others, cast * numel, 2.0**-18),
+    found = [
+        prediction("float32", 32, 1, ring_bytes(4 * numel, n), 2 * others, 0.0, 0.0),
+        prediction("bf16", 16, 1, ring_bytes(2 * numel, n), 2 * others, cast * numel, 2.0**-18),
     ]
     for b in bits:
-        codec, speed, nmse = Codec(QuicFL(b)), speeds[b], WIDE.reference_vnmse[b]
-        chunks = [part.stop - part.start for part in split_into_chunks(numel, codec.block, 1)]
-        sent = others * sum(map(codec.nbytes, chunks))
+        codec, speed, nmse = Codec(QuicFL(b)), speeds[b], EXPECTED_VNMSE["quic_fl"][b]
+        lengths = [chunk.stop - chunk.start for chunk in split_into_chunks(numel, codec.block, 1)]
+        sent = others * sum(map(codec.nbytes, lengths))
         mean_of_all = speed.decode + others * speed.decode_more
         seconds = (speed.encode + mean_of_all) * numel
-        predictions.append(of("all_gather", b, len(chunks), sent, others, seconds, nmse))
-        chunks = [part.stop - part.start for part in split_into_chunks(numel, codec.block, n)]
-        shards = (split_into_shards(length, codec.block, n) for length in chunks)
+        found.append(prediction("all_gather", b, len(lengths), sent, others, seconds, nmse))
+        lengths = [chunk.stop - chunk.start for chunk in split_into_chunks(numel, codec.block, n)]
+        shards = (split_into_shards(length, codec.block, n) for length in lengths)
         longest = (max(shard.stop - shard.start for shard in of_chunk) for of_chunk in shards)
         sent = 2 * others * sum(map(codec.nbytes, longest))
         seconds = (speed.encode + (mean_of_all + speed.encode) / n + speed.decode) * numel
-        predictions.append(of("two_shot", b, len(chunks), sent, 2 * others, seconds, 2 * nmse))
-
-    def fastest(of_them: Sequence[Prediction]) -> Prediction | None:
-        return min(of_them, key=lambda p: p.seconds, default=None)
-
-    plain = fastest([p for p in predictions if p.bits > 8])
-    best = fastest([p for p in predictions if p.bits <= 8 and p.nmse <= max_nmse])
-    assert plain is not None
-    if best is None or best.seconds * WORTHWHILE > plain.seconds:
-        return Plan(tuple(predictions), plain, pays=False)
-    return Plan(tuple(predictions), best, pays=True)
+        found.append(prediction("two_shot", b, len(lengths), sent, 2 * others, seconds, 2 * nmse))
+    return tuple(found)
 
 
 def measure_codec(bits: int, numel: int = 1 << 20, repeats: int = 7) -> CodecSpeed:
@@ -204,7 +219,7 @@ def measure_codec(bits: int, numel: int = 1 << 20, repeats: int = 7) -> CodecSpe
     Args:
         bits: of QUIC-FL, 1 to 8.
         numel: coordinates of the tensor that is encoded.
-        repeats: calls of each part.
+        repeats: calls of each kind, of which the fastest counts.
     """
     codec, key = Codec(QuicFL(bits)), Key(seed=0)
     generator = torch.Generator().manual_seed(0)
@@ -244,7 +259,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--world-size", type=int, required=True, help="ranks, each with its own link"
     )
     parser.add_argument("--link-gbps", type=float, required=True, help="Gbit/s each way")
-    parser.add_argument("--latency", type=float, default=50e-6, help="seconds a message")
+    parser.add_argument("--latency", type=float, default=50e-6, help="seconds per message")
     parser.add_argument("--bits", type=int, nargs="+", default=list(range(1, 9)), help="of QUIC-FL")
     parser.add_argument(
         "--max-nmse",
@@ -256,9 +271,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slowdown",
         type=float,
         default=1.0,
-        help="of the codec, in place: 2 over the cores that a rank has free, if fewer",
+        help="how much slower the codec runs in training: 2 over the cores per rank, if fewer",
     )
-    parser.add_argument("--threads", type=int, help="threads a rank; default: torch's")
+    parser.add_argument("--threads", type=int, help="threads per rank; default: torch's")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -284,4 +299,4 @@ def run(args: argparse.Namespace) -> None:
             slowdown=args.slowdown,
         )
     )
-    print("Of an exchange alone: what of it the backward pass hides would not be saved.")
+    print("This is for the exchange alone: what the backward pass hides of it cannot be saved.")

@@ -1,13 +1,13 @@
 """The floating-point mode that results must not depend on.
 
-A thread rounds in some direction, and may flush subnormal numbers to zero. It takes its mode over
-from the thread that starts it; `torch.set_flush_denormal` and C's `fesetround` change it, and so
-does loading a library that was linked with -ffast-math. Replicas hold the same bits only if what
-reaches a payload or a result is computed in the same mode on all ranks: rounding to nearest,
-subnormals kept. The C kernels see to that on each of their threads; what torch, NumPy or MPI
-computes on the CPU runs within `default_mode`. It says nothing about GPUs.
+A thread has a mode: the direction in which it rounds, and whether it flushes subnormal numbers to
+zero. It inherits the mode from the thread that starts it. `torch.set_flush_denormal` and C's
+`fesetround` change it, and so does loading a library that was linked with -ffast-math. Replicas
+hold the same bits only if what reaches a payload or a result is computed in the same mode on all
+ranks: rounding to nearest, subnormals kept. The C kernels set this mode on each of their threads;
+what torch, NumPy or MPI computes on the CPU runs within `default_mode`. GPUs are not affected.
 
-NaNs differ too, by processor, dtype and even by place in a tensor; `assign_` writes one.
+NaNs differ too: by processor, by dtype, even by position in a tensor. `assign_` writes one NaN.
 """
 
 from collections.abc import Callable
@@ -20,18 +20,18 @@ __all__ = ["GRAIN", "assign_", "default_mode"]
 
 _NAN = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
 _INTEGER = {4: torch.int32, 2: torch.int16}
-# Elements that torch gives to one thread at least: smaller tensors stay on the calling thread.
+# The least number of elements that torch gives to a thread: smaller tensors stay on the caller's.
 GRAIN = 1 << 15
 
 
 class default_mode(ContextDecorator):
-    """Set the calling thread's floating-point mode to C's default one, and give it back.
+    """Set the calling thread's floating-point mode to C's default, and restore it at the end.
 
     A context manager and a decorator; takes about a microsecond.
 
     Args:
-        pool: look after the threads among which torch splits large operations too. They keep the
-            mode they were started in, and no call changes it. Where it is another one, torch works
+        pool: also for the threads among which torch splits large operations. They keep the mode
+            that they were started in, and no call changes it. Where it is another one, torch works
             on one thread until the context ends (`torch.set_num_threads`).
 
     Raises:
@@ -75,7 +75,7 @@ def assign_(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _functions() -> tuple[Callable[[], int], Callable[[int], object]]:
-    """Set the default mode, returning what there was; and give that back."""
+    """Two functions: set the default mode and return the one before; restore a mode."""
     from rhtcomm.kernels import cpu  # which needs quantizers, and these this module
 
     path = cpu.library_path()
@@ -85,11 +85,11 @@ def _functions() -> tuple[Callable[[], int], Callable[[int], object]]:
         return _set_default_by_torch, _give_back_by_torch
 
 
-_ONE, _TINY = 1.0, 5e-324  # variables, since the interpreter computes with constants beforehand
+_ONE, _TINY = 1.0, 5e-324  # variables, since the compiler folds constants
 
 
 def _set_default_by_torch() -> int:
-    """Returns whether subnormals were flushed; torch can switch that, but not tell."""
+    """Returns whether subnormals were flushed, which torch can switch but not query."""
     flushed = _TINY * _ONE == 0
     if flushed:
         torch.set_flush_denormal(False)
@@ -109,8 +109,8 @@ def _give_back_by_torch(flushed: int) -> None:
 
 
 def _pool_has_default_mode(threads: int) -> bool:
-    """Whether 1 + x - x - 1 + x is x, a subnormal, in all threads: not where they round otherwise
-    than to nearest or flush."""
+    """Whether 1 + x - x - 1 + x is x, a subnormal, in all threads: not if one flushes, or does not
+    round to nearest."""
     tiny = torch.ones(1, dtype=torch.int32, device="cpu").view(torch.float32)
     x = tiny.expand(threads * GRAIN) + 1.0
     x.sub_(tiny).sub_(1.0).add_(tiny)

@@ -7,8 +7,8 @@ dither. With M the largest |y| of any rank, b bits, and D = 2 M / (2^b - 1), ran
 
 where v_i = frac(v + i / n) and v is uniform on [0, 1) and shared. As frac(a + v_i) is uniform and
 independent of a, x_i - v_i + 1/2 is (y_i + M) / D with an error uniform on (-1/2, 1/2), whatever y
-is: unbiased, with D^2 / 12 a rank. Since sum_i v_i = frac(n v) + (n - 1) / 2, the sum of the codes
-and one stream of dither are all that is needed:
+is: unbiased, with the error D^2 / 12 per rank. Since sum_i v_i = frac(n v) + (n - 1) / 2, the sum
+of the codes and one stream of dither are all that is needed:
 
     mean_i y_i ~ (sum_i x_i - frac(n v) + 1/2) D / n - M.
 
@@ -32,13 +32,13 @@ __all__ = ["Lattice"]
 
 @dataclass(frozen=True)
 class Lattice:
-    """Stands where a `Codec` does, for `all_reduce` alone: its codes have no meaning one by one.
+    """Takes the place of a `Codec` in `all_reduce` only: one rank's codes have no meaning alone.
 
     Args:
         bits: b, 1 to 8.
         rotations: randomized Hadamard transforms, 1 to 3. They even out the coordinates, so that
             M, and with it the error, is small.
-        block: coordinates in a block, a power of two from 32 to 2^24.
+        block: coordinates per block, a power of two from 32 to 2^24.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -98,16 +98,22 @@ class Lattice:
         _, exponent = torch.frexp(torch.where(finite, peak, 1.0))
         half = exponent // 2
         small = torch.ldexp(torch.ldexp(rows, -half), half - exponent)
-        y = self.rotation.rotate(torch.where(finite, small, 0.0), key, blocks.start).double()
+        y = self.rotation.rotate(torch.where(finite, small, 0.0), key, blocks.offset).double()
         y = torch.ldexp(y, exponent.double()) * blocks.size ** (-self.rotations / 2)
         return torch.where(finite, y, torch.inf)
 
     @default_mode(pool=True)
     def codes(
-        self, y: torch.Tensor, bound: torch.Tensor, key: Key, first: int, rank: int, world_size: int
+        self,
+        y: torch.Tensor,
+        bound: torch.Tensor,
+        key: Key,
+        offset: int,
+        rank: int,
+        world_size: int,
     ) -> torch.Tensor:
         """x_i: y (B, d) float64, bound (B,) = M of all ranks -> (B, d) int64."""
-        v = torch.frac(self._dither(y.shape, key, first, y.device) + rank / world_size)
+        v = torch.frac(self._dither(y.shape, key, offset, y.device) + rank / world_size)
         step = self._step(bound)
         position = (y + bound[:, None]) / step[:, None]
         usable = (bound > 0) & bound.isfinite()
@@ -119,11 +125,11 @@ class Lattice:
         self, total: torch.Tensor, bound: torch.Tensor, key: Key, blocks: Blocks, world_size: int
     ) -> torch.Tensor:
         """Mean over ranks: total (B, d) int64, the sum of all codes -> (B, d) float32."""
-        v = self._dither(total.shape, key, blocks.start, total.device)
+        v = self._dither(total.shape, key, blocks.offset, total.device)
         centred = total - torch.frac(world_size * v) + 0.5
         # In units of M, so that the way back stays inside the range of float32 too.
         unit = 2 / (2**self.bits - 1) / world_size
-        y = self.rotation.unrotate((centred * unit - 1).float(), key, blocks.start).double()
+        y = self.rotation.unrotate((centred * unit - 1).float(), key, blocks.offset).double()
         mean = y * (bound[:, None] * blocks.size ** (-self.rotations / 2))
         mean = torch.where((bound > 0)[:, None], mean, 0.0)
         return torch.where(bound.isfinite()[:, None], mean, torch.nan).float()
@@ -147,6 +153,6 @@ class Lattice:
         return torch.mul(bound, 2 / (2**self.bits - 1))
 
     @staticmethod
-    def _dither(shape: torch.Size, key: Key, first: int, device: torch.device) -> torch.Tensor:
-        _, v = dither(key, first, shape.numel(), 0, device)
+    def _dither(shape: torch.Size, key: Key, offset: int, device: torch.device) -> torch.Tensor:
+        _, v = dither(key, offset, shape.numel(), 0, device)
         return torch.div(v.double() + 0.5, 65536).view(shape)

@@ -1,8 +1,8 @@
-"""Where a tensor lies: what C, Triton and NumPy are given in its place."""
+"""Where a tensor lies in memory, which C, Triton and NumPy must know."""
 
 import torch
 
-__all__ = ["address_of", "memory_of", "overlap", "refuse_fake_mode"]
+__all__ = ["address_of", "memory_of", "overlap", "plain", "refuse_fake_mode"]
 
 
 def memory_of(x: torch.Tensor, owner: str, name: str) -> tuple[int, int]:
@@ -22,10 +22,10 @@ def memory_of(x: torch.Tensor, owner: str, name: str) -> tuple[int, int]:
         if type(x) is not torch.Tensor and isinstance(x, torch._subclasses.FakeTensor):
             raise RuntimeError  # whose storage only warns
         storage = x.untyped_storage()
-        begin, first = storage.data_ptr(), x.data_ptr()
-        stop = first + (x.nbytes if x.is_contiguous() else _span(x))
-        if begin and stop - begin <= storage.nbytes() and not x.is_nested:
-            return first, stop
+        origin, begin = storage.data_ptr(), x.data_ptr()
+        end = begin + (x.nbytes if x.is_contiguous() else _span(x))
+        if origin and end - origin <= storage.nbytes() and not x.is_nested:
+            return begin, end
     except RuntimeError:  # what wrappers and other layouts than strided have for a storage
         pass
     fault = _fault(x, name)
@@ -46,21 +46,21 @@ def address_of(x: torch.Tensor) -> int:
         address = x.data_ptr()
     except RuntimeError:
         address = 0
-    # Without a storage it is but an offset. Real ones are hardly ever this small.
+    # Without a storage it is only an offset. Real addresses are hardly ever this small.
     if address < 1 << 40 and address <= x.storage_offset() * x.element_size():
         memory_of(x, "rhtcomm", "a tensor")
     return address
 
 
 def overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether two stretches of memory (see `memory_of`) have a byte in common."""
+    """Whether two ranges of memory (see `memory_of`) have a byte in common."""
     return one[0] < other[1] and other[0] < one[1]
 
 
 def refuse_fake_mode(owner: str) -> None:
     """Raise TypeError where new tensors have no memory: under FakeTensorMode, in torch.func."""
     modes = torch._C._len_torch_dispatch_stack()
-    if modes or torch._C._functorch.peek_interpreter_stack():  # seldom, and most do no harm
+    if modes or torch._C._functorch.peek_interpreter_stack():  # rare, and most are harmless
         try:
             memory_of(torch.empty(1, device="cpu"), owner, "a tensor made here")
         except TypeError as fault:
@@ -68,6 +68,15 @@ def refuse_fake_mode(owner: str) -> None:
                 f"{owner}: new tensors have no memory here, as under FakeTensorMode or in "
                 "torch.func's transforms; call it outside of them"
             ) from fault
+
+
+def plain(x: torch.Tensor, copy: bool = True) -> torch.Tensor:
+    """x as kernels take it: without autograd's graph and the negative bit; contiguous if `copy`."""
+    if x.requires_grad:  # rare, and detaching takes longer than all else here
+        x = x.detach()
+    if x.is_neg():  # the imaginary part of a conjugate
+        x = x.resolve_neg()
+    return x.contiguous() if copy else x
 
 
 def _span(x: torch.Tensor) -> int:
@@ -87,7 +96,7 @@ def _fault(x: torch.Tensor, name: str) -> str | None:
     if isinstance(x, torch._subclasses.FakeTensor):
         return f"is a {kind}, which has no memory; pass a real one, outside of FakeTensorMode"
     if x.is_nested:
-        return "is a nested tensor; pass its parts one by one"
+        return "is a nested tensor; pass its components one by one"
     if x.layout != torch.strided:
         return f"has the layout {x.layout}; pass {name}.to_dense()"
     if x.device.type == "meta":

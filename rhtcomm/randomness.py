@@ -1,4 +1,4 @@
-"""Counter-based random streams: every rank produces any part of them at any time on any device.
+"""Counter-based random streams: any rank can compute any range of them at any time.
 
 The generator is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
 1, 2, 3", SC 2011). It is a keyed bijection of 128-bit counters, so a stream has no state: ranks
@@ -8,16 +8,17 @@ that hold the same `Key` agree on every random sign and every dither without a m
     counter words  (call, bucket, step, stream + 16 hop + 256 rank)
 
 One call yields four 32-bit words. Streams are laid out over the coordinates of a bucket: signs take
-one bit a coordinate (a call serves 128), dither takes one byte (a call serves 16).
+one bit per coordinate (a call serves 128), dither takes one byte (a call serves 16).
 """
 
-import operator
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
 
-__all__ = ["Key", "Stream", "check_key", "dither", "integer", "philox4x32", "signs", "stratum"]
+from rhtcomm.arguments import integer
+
+__all__ = ["Key", "Stream", "dither", "philox4x32", "signs", "stratum"]
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -35,14 +36,6 @@ class Stream(IntEnum):
     SIGNS_2 = 1
     SIGNS_3 = 2
     DITHER = 3
-
-
-def integer(value: object, owner: str, name: str) -> int:
-    """A plain int, whatever integer was given; TypeError where it is none."""
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{owner}: {name}={value!r} must be an integer") from None
 
 
 @dataclass(frozen=True)
@@ -82,11 +75,6 @@ class Key:
         return replace(self, hop=self.hop + 1)
 
 
-def check_key(key: Key, owner: str) -> None:
-    if not isinstance(key, Key):
-        raise TypeError(f"{owner}: key={key!r} must be a Key such as Key(seed=0, step=1)")
-
-
 def philox4x32(
     counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[int, int]
 ) -> torch.Tensor:
@@ -112,64 +100,64 @@ def philox4x32(
 
 
 def words(
-    key: Key, stream: Stream, first: int, count: int, rank: int, device: torch.device
+    key: Key, stream: Stream, call: int, count: int, rank: int, device: torch.device
 ) -> torch.Tensor:
-    """Calls first .. first + count - 1 of a stream: (count, 4) int64 holding 32-bit words."""
-    if first + count > 1 << 32:
-        raise ValueError(f"a stream has 2^32 calls, {first + count} were asked for")
+    """Calls call .. call + count - 1 of a stream: (count, 4) int64 holding 32-bit words."""
+    if call + count > 1 << 32:
+        raise ValueError(f"a stream has 2^32 calls, {call + count} were asked for")
     if not 0 <= rank < MAX_RANKS:
         raise ValueError(f"rank={rank} must lie in [0, {MAX_RANKS})")
 
     def word(value: int) -> torch.Tensor:
         return torch.full((), value, dtype=torch.int64, device=device)
 
-    call = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    calls = torch.arange(call, call + count, dtype=torch.int64, device=device)
     purpose = word(stream + 16 * key.hop + 256 * rank)
     return philox4x32(
-        (call, word(key.bucket), word(key.step), purpose), (key.seed & _MASK, key.seed >> 32)
+        (calls, word(key.bucket), word(key.step), purpose), (key.seed & _MASK, key.seed >> 32)
     )
 
 
 def signs(
-    key: Key, stream: Stream, first: int, count: int, rank: int, device: torch.device
+    key: Key, stream: Stream, offset: int, count: int, rank: int, device: torch.device
 ) -> torch.Tensor:
-    """Random signs of the coordinates first .. first + count - 1: (count,) float32 of +1 and -1.
+    """Random signs of the coordinates offset .. offset + count - 1: (count,) float32 of +1 and -1.
 
     Coordinate j takes bit j mod 128 of call j // 128, counted from the lowest bit of the first
-    word; a set bit is a minus. `first` and `count` must be multiples of 8.
+    word; a set bit is a minus. `offset` and `count` must be multiples of 8.
     """
-    call, stop = first // 128, -(-(first + count) // 128)
+    call, stop = offset // 128, -(-(offset + count) // 128)
     drawn = words(key, stream, call, stop - call, rank, device)
-    octets = drawn.to(torch.int32).view(torch.uint8).flatten()  # little-endian, as all we run on
-    skip = first // 8 - call * 16
-    place = torch.arange(8, dtype=torch.uint8, device=device)
-    minus = (octets[skip : skip + count // 8, None] >> place) & 1
+    octets = drawn.to(torch.int32).view(torch.uint8).flatten()  # little-endian
+    skip = offset // 8 - call * 16
+    bit = torch.arange(8, dtype=torch.uint8, device=device)
+    minus = (octets[skip : skip + count // 8, None] >> bit) & 1
     return (1 - 2 * minus.view(torch.int8)).float().flatten()
 
 
 def stratum(rank: int, world_size: int) -> int:
-    """The dither offset of one rank, in 1/256: rank i of n shifts the shared dither by i/n."""
+    """What one rank adds to the shared dither, in 1/256: rank i of n adds i/n."""
     return 256 * rank // world_size
 
 
 def dither(
-    key: Key, first: int, count: int, offset: int, device: torch.device
+    key: Key, offset: int, count: int, stratum: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two independent uniform 16-bit numbers a coordinate: (u, v), each (count,) int32.
+    """Two independent uniform 16-bit numbers per coordinate: (u, v), each (count,) int32.
 
     Coordinate j owns byte j mod 4 of word (j // 4) mod 4 of call j // 16. Rotating that word until
     the byte is on top gives 32 uniform bits, the upper 16 being v and the lower 16 being u. So a
-    coordinate's u and v are exactly uniform and exactly independent, at the price of one byte;
-    coordinates of one word share their lower bits, which leaves every coordinate's law as it is.
-    `offset` (in 1/256, see `stratum`) is added to both, modulo one. The top byte of v depends on
-    the coordinate's own byte alone: that is all a receiver needs.
+    coordinate's u and v are exactly uniform and exactly independent, at the price of one byte.
+    Coordinates of one word share their lower bits, which does not change the law of any of them.
+    `stratum`, in 1/256, is added to both, modulo one. The top byte of v depends on the
+    coordinate's own byte alone: that is all a receiver needs.
 
-    `first` and `count` must be multiples of 16.
+    `offset` and `count` must be multiples of 16.
     """
-    drawn = words(key, Stream.DITHER, first // 16, count // 16, 0, device).view(-1, 1)
+    drawn = words(key, Stream.DITHER, offset // 16, count // 16, 0, device).view(-1, 1)
     turn = torch.arange(8, 40, 8, device=device)
     turned = (drawn >> turn) | (drawn << (32 - turn))
     u, v = (turned & 0xFFFF).int(), ((turned >> 16) & 0xFFFF).int()
-    if offset:
-        u, v = (u + 256 * offset) & 0xFFFF, (v + 256 * offset) & 0xFFFF
+    if stratum:
+        u, v = (u + 256 * stratum) & 0xFFFF, (v + 256 * stratum) & 0xFFFF
     return u.flatten(), v.flatten()

@@ -47,8 +47,10 @@ class Segments:
                 f"{min(runs, default=0)}, with sum {sum(runs)}, but the tensor has {numel} "
                 "coordinates; give the length of each of its parts, in their order"
             )
+        self.given = tuple(runs)
         self.lengths = [length for length in runs if length]
         self._edges = [0, *accumulate(self.lengths)]
+        self._offsets = np.array(self._edges[:-1], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -72,11 +74,16 @@ class Segments:
         else:
             self._restore_on_device_(x, used, value)
 
+    def clear_zeros_(self, x: torch.Tensor) -> None:
+        """Make one segment that is zeros throughout 0.0: codecs decode zeros to -0.0 as well."""
+        if x.device.type != "cpu" or not x[0].item():
+            self.restore_(x, self.used(x))
+
     def _used_on_cpu(self, x: torch.Tensor) -> torch.Tensor:
         bits = _integers(x)
         magnitude = np.iinfo(bits.dtype).max  # all bits but the sign
         # The first coordinate of a gradient that is not zero seldom is.
-        used = bits[self._edges[:-1]] & magnitude != 0
+        used = bits[self._offsets] & magnitude != 0
         for i in np.flatnonzero(~used):
             used[i] = _any(bits[self._edges[i] + 1 : self._edges[i + 1]], magnitude)
         octets = np.zeros(_nbytes(len(used)), np.uint8)

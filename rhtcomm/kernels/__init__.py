@@ -1,14 +1,14 @@
-"""The inner loops: whole blocks in, packed codes and scales out, and back.
+"""The inner loops: tensors in, packed codes and scales out, and back.
 
-`reference` says in plain torch what every kernel computes, and runs on any device. `cpu` does the
-same in C, `gpu` in Triton, bit for bit. Which one runs is chosen here:
+`reference` defines in plain torch what every kernel computes, and runs on any device. `cpu`
+computes the same bits in C, `gpu` in Triton. Which one runs is chosen here:
 
     RHTCOMM_KERNELS=reference | cpu | gpu    forces one; asking for what is missing raises
     RHTCOMM_CPU=avx512vbmi | avx512 | avx2 | baseline    forces an instruction set of the C kernels
 
-Both are read once, when the first tensor of a kind of device and quantizer is compressed.
+Both are read once for each type of device and quantizer, when its first tensor is compressed.
 
-Without them the C kernels run on CPU tensors where they were built, in the widest instruction set
+By default the C kernels run on CPU tensors where they were built, with the widest instruction set
 that the processor has, and the Triton kernels on CUDA (or ROCm) tensors where Triton is installed.
 With TRITON_INTERPRET=1, RHTCOMM_KERNELS=gpu runs them on CPU tensors, for tests.
 """
@@ -18,6 +18,8 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,54 +29,96 @@ from urllib.parse import urlsplit
 import torch
 
 from rhtcomm.kernels import cpu, reference
-from rhtcomm.kernels.task import Section, Task
+from rhtcomm.kernels.task import Task
 from rhtcomm.once import once
 from rhtcomm.quantizers import Quantizer
+from rhtcomm.randomness import Key
 
-__all__ = ["DTYPES", "Kernel", "Section", "Task", "kernel_for"]
+__all__ = ["DTYPES", "Kernel", "Task", "choose", "kernel_for", "use"]
 
 DTYPES = cpu.DTYPES
 
 
 class Kernel(Protocol):
-    """Works on the blocks of one size d, B of them in each of R adjacent parts of a tensor."""
+    """Encodes and decodes tensors of a task, R shards of B blocks each."""
 
     def encode(
         self,
         task: Task,
+        key: Key,
+        offset: int,
+        rank: int,
+        world_size: int,
         x: torch.Tensor,
         payloads: torch.Tensor,
         moments: torch.Tensor | None = None,
     ) -> None:
-        """Contiguous x (numel,) -> scales and codes of `task.section` in payloads (R, nbytes).
+        """Write what follows the headers of the payloads that `rank` makes of x.
 
-        Where it is given, moments (R B, 10) float32 receives the blocks' `rotation.block_moments`,
-        summed in an order that is the kernel's own.
+        Args:
+            offset: of x in its bucket, a multiple of the block.
+            x: (R numel,), contiguous.
+            payloads: (R, at least nbytes) uint8. Rows are contiguous and begin at addresses that 4
+                divides.
+            moments: (R B, 10) float32, to write `rhtcomm.moments.block_moments` to: section after
+                section, and within one shard after shard. Kernels may sum in any order.
         """
 
-    def decode(self, task: Task, payloads: torch.Tensor, out: torch.Tensor) -> None:
-        """payloads (K, R, nbytes) of K adjacent ranks -> the mean, in its place in out (numel,)."""
+    def decode(
+        self,
+        task: Task,
+        key: Key,
+        offset: int,
+        rank: int,
+        world_size: int,
+        payloads: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Write the mean of what K adjacent ranks, from `rank` on, encoded.
+
+        Args:
+            offset: as for `encode`.
+            payloads: (K, R, at least nbytes) uint8, rows as for `encode`.
+            out: (R numel,), contiguous.
+        """
 
 
 def kernel_for(device: torch.device, quantizer: Quantizer) -> Kernel:
-    """The kernel that runs here.
+    """The kernel for tensors on this device.
 
     Raises:
         ValueError: RHTCOMM_KERNELS or RHTCOMM_CPU has an unknown value.
         RuntimeError: the kernels that one of them asks for are missing.
     """
-    return _kernel_for(device, type(quantizer))
+    return _forced or _chosen(device.type, type(quantizer))
 
 
-@once
-def _kernel_for(place: torch.device, quantizer: type[Quantizer]) -> Kernel:
-    device = place.type
+@contextmanager
+def use(kernel: Kernel) -> Iterator[None]:
+    """Within it all codecs use this kernel, on all threads; for tests and benchmarks."""
+    global _forced
+    before, _forced = _forced, kernel
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+_forced: Kernel | None = None
+
+
+def choose(device: str, quantizer: type[Quantizer]) -> Kernel:
+    """What `kernel_for` would choose for a type of device by the environment as it is now.
+
+    Raises:
+        ValueError, RuntimeError: as `kernel_for` does.
+    """
     wanted = os.environ.get("RHTCOMM_KERNELS") or None
     if wanted not in (None, "reference", "cpu", "gpu"):
         raise ValueError(f"RHTCOMM_KERNELS={wanted!r} must be 'reference', 'cpu' or 'gpu'")
     if wanted == "reference":
         return reference
-    if quantizer in cpu.QUANTIZERS:  # which all of them have
+    if quantizer in cpu.QUANTIZERS:  # the same as gpu's
         if device == "cpu" and wanted != "gpu":
             return _for_cpu(wanted, os.environ.get("RHTCOMM_CPU") or None)
         if device in ("cpu", "cuda") and wanted != "cpu":
@@ -85,6 +129,9 @@ def _kernel_for(place: torch.device, quantizer: type[Quantizer]) -> Kernel:
             f"{device}; unset it"
         )
     return reference
+
+
+_chosen = once(choose)
 
 
 @once
@@ -112,9 +159,9 @@ def _for_cpu(wanted: str | None, variant: str | None) -> Kernel:
 
 
 def _build_command() -> str:
-    """Installs the package again from where it came from, with C kernels or an error.
+    """Installs the package again from its source, with C kernels or an error.
 
-    pip keeps the wheels that it built, those without kernels too, and would take one of them again.
+    pip keeps the wheels that it built, including those without kernels, and would use one again.
     Environments made by uv have no pip.
     """
     python = shlex.quote(sys.executable)
@@ -127,7 +174,7 @@ def _build_command() -> str:
 
 
 def _source() -> str:
-    """What to tell pip to install, by what it noted when it did so last."""
+    """What pip should install, from its record of the last installation."""
     try:
         distribution = metadata.distribution("rhtcomm")
     except (
@@ -135,7 +182,7 @@ def _source() -> str:
     ):  # a checkout on the path, with this file in rhtcomm/kernels
         return shlex.quote(str(Path(__file__).parents[2]))
     facts = json.loads(distribution.read_text("direct_url.json") or "{}")
-    if not facts or urlsplit(facts["url"]).path.endswith(".whl"):  # which nothing is built from
+    if not facts or urlsplit(facts["url"]).path.endswith(".whl"):  # nothing is built from it
         return f"--no-binary rhtcomm rhtcomm=={distribution.version}"
     url = facts["url"]
     if "vcs_info" in facts:

@@ -1,33 +1,47 @@
-"""The C kernels of cpu.c: one pass over the blocks a direction, bit for bit the reference.
+"""The C kernels of cpu.c: one pass over the blocks per direction, the bits of the reference.
 
-The library is loaded by ctypes, so it depends on no version of Python or torch, and a call releases
-the GIL. It runs on as many threads as torch does (`torch.set_num_threads`).
+The library is loaded by ctypes, so it depends on no version of Python or torch, and calls release
+the GIL. It uses as many threads as torch (`torch.set_num_threads`).
 """
 
 import ctypes
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from rhtcomm.floating_point import default_mode
 from rhtcomm.kernels.task import Task
 from rhtcomm.memory import address_of
-from rhtcomm.once import once
-from rhtcomm.quantizers import Eden, Quantizer, QuicFL, VectorQuantizer
+from rhtcomm.quantizers import Eden, QuicFL, VectorQuantizer
+from rhtcomm.randomness import Key
+from rhtcomm.wire import Section
 
-__all__ = ["DTYPES", "QUANTIZERS", "Library", "library_path", "mode_functions"]
+__all__ = [
+    "ABI",
+    "DTYPES",
+    "QUANTIZERS",
+    "Library",
+    "Plan",
+    "Plans",
+    "library_path",
+    "mode_functions",
+    "plans_of",
+]
 
-QUANTIZERS = (QuicFL, Eden, VectorQuantizer)  # in the order of cpu.c
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of cpu.c
+QUANTIZERS = (QuicFL, Eden, VectorQuantizer)  # in the order of native/plan.h
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of native/plan.h
 _NUMBER_OF = {dtype: number for number, dtype in enumerate(DTYPES)}
-_ABI = 4  # of cpu.c
+ABI = 5  # of cpu.c
 _NAME = "rhtcomm_cpu.*"
+_NO_MEMORY = "rhtcomm: no memory for the scratch of the C kernels; use smaller blocks"
 
 
 def library_path() -> Path | None:
-    """Where the library lies: beside this module or, in an editable install, in site-packages."""
+    """Where the library lies: next to this module or, if installed editable, in site-packages."""
     for found in Path(__file__).parent.glob(_NAME):
         return found
     try:
@@ -37,23 +51,19 @@ def library_path() -> Path | None:
     return next((Path(str(file.locate())) for file in files if file.match(_NAME)), None)
 
 
-class _Plan(ctypes.Structure):
-    """`Plan` of cpu.c."""
+class Plan(ctypes.Structure):
+    """`Plan` of native/plan.h."""
 
     _fields_ = (
         ("size", ctypes.c_int64),
-        ("first", ctypes.c_int64),
-        ("world_size", ctypes.c_int64),
-        ("first_rank", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("run", ctypes.c_int64),
-        ("run_stride", ctypes.c_int64),
+        ("shards", ctypes.c_int64),
+        ("numel", ctypes.c_int64),
+        ("offset", ctypes.c_int64),
+        ("blocks", ctypes.c_int64),
+        ("scales", ctypes.c_int64),
+        ("codes", ctypes.c_int64),
         ("exact_capacity", ctypes.c_int64),
-        ("seed_low", ctypes.c_uint32),
-        ("seed_high", ctypes.c_uint32),
-        ("bucket", ctypes.c_uint32),
-        ("step", ctypes.c_uint32),
-        ("hop", ctypes.c_uint32),
+        ("normalization", ctypes.c_double),
         ("rotations", ctypes.c_int32),
         ("quantizer", ctypes.c_int32),
         ("bits", ctypes.c_int32),
@@ -63,14 +73,29 @@ class _Plan(ctypes.Structure):
         ("nodes_per_sigma", ctypes.c_float),
         ("inverse_bound", ctypes.c_float),
         ("biased", ctypes.c_int32),
-        ("normalization", ctypes.c_float),
         ("levels", ctypes.c_void_p),
         ("positions", ctypes.c_void_p),
         ("boundaries", ctypes.c_void_p),
         ("half_norms", ctypes.c_void_p),
     )
-    table: object = None
-    """Owns what the addresses point to."""
+
+
+class Plans(NamedTuple):
+    """What the C kernels are told of a task."""
+
+    array: "ctypes.Array[Plan]"
+    """One for each section."""
+    table: object
+    """Owns what the plans point into."""
+    address: int
+    """Of the array."""
+
+
+@lru_cache(maxsize=1024)
+def plans_of(task: Task) -> Plans:
+    """Filled once for a task. Whoever uses the address must hold on to the plans meanwhile."""
+    array = (Plan * len(task.sections))(*(_plan(task, section) for section in task.sections))
+    return Plans(array, task.quantizer.table, ctypes.addressof(array))
 
 
 class Library:
@@ -102,65 +127,83 @@ class Library:
             usable = ", ".join(name for name, fine in variants.items() if fine)
             raise RuntimeError(f"RHTCOMM_CPU={variant}, but this machine can run only {usable}")
         self.variant = variant
-        long, address, plan = ctypes.c_int64, ctypes.c_void_p, ctypes.POINTER(_Plan)
+        address, number, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32
+        plans = (address, ctypes.c_int)
+        origin = (ctypes.c_uint64, word, word, word, number, number, number)
         self._encode = getattr(library, f"rhtcomm_encode_{variant}")
         self._encode.argtypes = (
-            *(plan, long, long, address, ctypes.c_int, long, address, address, address),
-            ctypes.c_int,
+            *(*plans, *origin),
+            *(address, ctypes.c_int, address, number, address, ctypes.c_int),
         )
         self._decode = getattr(library, f"rhtcomm_decode_{variant}")
         self._decode.argtypes = (
-            *(plan, long, address, address, long, address, ctypes.c_int, long),
-            ctypes.c_int,
+            *(*plans, *origin),
+            *(number, address, number, number, address, ctypes.c_int, ctypes.c_int),
         )
 
     def encode(
         self,
         task: Task,
+        key: Key,
+        offset: int,
+        rank: int,
+        world_size: int,
         x: torch.Tensor,
         payloads: torch.Tensor,
         moments: torch.Tensor | None = None,
     ) -> None:
-        section = task.section
-        parts, start = len(payloads), section.blocks.start
-        numel = parts * section.blocks.count * section.blocks.size
-        plan, at = _plan(task, 1), address_of(payloads)
-        plan.run_stride = payloads.stride(0)
-        _check(
-            self._encode(
-                plan,
-                parts * section.blocks.count,
-                task.rank,
-                address_of(x) + start * x.element_size(),
-                _NUMBER_OF[x.dtype],
-                min(numel, x.numel() - start),
-                at + section.scales,
-                at + section.codes,
-                None if moments is None else address_of(moments),
-                torch.get_num_threads(),
-            )
+        plans = plans_of(task)
+        failed = self._encode(
+            plans.address,
+            len(plans.array),
+            key.seed,
+            key.step,
+            key.bucket,
+            key.hop,
+            offset,
+            rank,
+            world_size,
+            address_of(x),
+            _NUMBER_OF[x.dtype],
+            address_of(payloads),
+            payloads.stride(0),
+            None if moments is None else address_of(moments),
+            torch.get_num_threads(),
         )
+        if failed:
+            raise MemoryError(_NO_MEMORY)
 
-    def decode(self, task: Task, payloads: torch.Tensor, out: torch.Tensor) -> None:
-        ranks, parts, _ = payloads.shape
-        section = task.section
-        start = section.blocks.start
-        numel = parts * section.blocks.count * section.blocks.size
-        plan, at = _plan(task, ranks), address_of(payloads)
-        plan.first_rank, plan.rows, plan.run_stride = task.rank, ranks, payloads.stride(1)
-        _check(
-            self._decode(
-                plan,
-                parts * section.blocks.count,
-                at + section.scales,
-                at + section.codes,
-                payloads.stride(0),
-                address_of(out) + start * out.element_size(),
-                _NUMBER_OF[out.dtype],
-                min(numel, out.numel() - start),
-                torch.get_num_threads(),
-            )
+    def decode(
+        self,
+        task: Task,
+        key: Key,
+        offset: int,
+        rank: int,
+        world_size: int,
+        payloads: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        plans = plans_of(task)
+        failed = self._decode(
+            plans.address,
+            len(plans.array),
+            key.seed,
+            key.step,
+            key.bucket,
+            key.hop,
+            offset,
+            rank,
+            world_size,
+            payloads.shape[0],
+            address_of(payloads),
+            payloads.stride(0),
+            payloads.stride(1),
+            address_of(out),
+            _NUMBER_OF[out.dtype],
+            torch.get_num_threads(),
         )
+        if failed:
+            raise MemoryError(_NO_MEMORY)
 
 
 def mode_functions(path: Path) -> tuple[Callable[[], int], Callable[[int], object]]:
@@ -170,7 +213,7 @@ def mode_functions(path: Path) -> tuple[Callable[[], int], Callable[[int], objec
         OSError: it cannot be loaded.
         RuntimeError: it is another version's.
     """
-    library = ctypes.PyDLL(str(path))  # so short a call had better keep the GIL
+    library = ctypes.PyDLL(str(path))  # for such short calls releasing the GIL costs more
     _check_abi(library, path)
     set_default, give_back = library.rhtcomm_set_default_mode, library.rhtcomm_set_mode
     set_default.argtypes, set_default.restype = (), ctypes.c_uint64
@@ -180,57 +223,44 @@ def mode_functions(path: Path) -> tuple[Callable[[], int], Callable[[int], objec
 
 def _check_abi(library: ctypes.CDLL, path: Path) -> None:
     found = library.rhtcomm_abi() if hasattr(library, "rhtcomm_abi") else 0
-    if found != (_ABI << 16) + ctypes.sizeof(_Plan):
+    if found != (ABI << 16) + ctypes.sizeof(Plan):
         raise RuntimeError(
             f"the C kernels in {path} were built from another version of this package; "
             "install it again"
         )
 
 
-def _plan(task: Task, ranks: int) -> _Plan:
-    """What both directions are told."""
-    key, blocks, rotations = task.key, task.section.blocks, task.rotation.rotations
-    constants = _constants(task.quantizer, rotations, blocks.size, ranks)
-    plan = _Plan.from_buffer_copy(constants)
-    plan.first = task.first + blocks.start
-    plan.run = blocks.count
-    plan.world_size = task.world_size
-    plan.seed_low, plan.seed_high = key.seed & 0xFFFFFFFF, key.seed >> 32
-    plan.bucket, plan.step, plan.hop = key.bucket, key.step, key.hop
-    return plan
-
-
-@once
 @default_mode()
-def _constants(quantizer: Quantizer, rotations: int, size: int, ranks: int) -> _Plan:
-    """Of the plan, what is the same in all calls; it owns the table that it points into."""
-    plan = _Plan(
-        size=size,
+def _plan(task: Task, section: Section) -> Plan:
+    quantizer, blocks, rotations = task.quantizer, section.blocks, task.rotation.rotations
+    plan = Plan(
+        size=blocks.size,
+        shards=task.shards,
+        numel=task.numel,
+        offset=blocks.offset,
+        blocks=blocks.count,
+        scales=section.scales,
+        codes=section.codes,
+        normalization=blocks.size ** (-rotations / 2),
         rotations=rotations,
         quantizer=QUANTIZERS.index(type(quantizer)),
         bits=quantizer.bits,
         group=quantizer.group,
-        normalization=size ** (-rotations / 2) / ranks,
     )
     if isinstance(quantizer, QuicFL):
-        plan.exact_capacity = quantizer.exact_capacity(size)
-        levels = plan.table = quantizer.table
+        plan.exact_capacity = quantizer.exact_capacity(blocks.size)
+        levels = quantizer.table
         plan.shared_bits, plan.middle = levels.shared_bits, levels.middle
         plan.nodes_per_sigma, plan.inverse_bound = levels.nodes_per_sigma, levels.inverse_bound
         plan.levels, plan.positions = levels.levels.ctypes.data, levels.positions.ctypes.data
     elif isinstance(quantizer, Eden):
         plan.biased = quantizer.biased
-        centroids = plan.table = quantizer.table
+        centroids = quantizer.table
         plan.levels = centroids.centroids.ctypes.data
         plan.boundaries = centroids.boundaries.ctypes.data
     elif isinstance(quantizer, VectorQuantizer):
         plan.biased = quantizer.biased
-        codebook = plan.table = quantizer.table
+        codebook = quantizer.table
         plan.levels = codebook.codewords.ctypes.data
         plan.half_norms = codebook.half_norms.ctypes.data
     return plan
-
-
-def _check(status: int) -> None:
-    if status:
-        raise MemoryError("rhtcomm: no memory for the scratch of the C kernels; use smaller blocks")

@@ -1,4 +1,4 @@
-"""What the kernels compute, in plain torch: the oracle of all others, on any device.
+"""What all kernels compute, in plain torch, on any device.
 
 The arithmetic is part of the wire contract, so that all ranks end with the same bits whatever
 kernels they run:
@@ -10,95 +10,130 @@ kernels they run:
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from rhtcomm.bitpack import pack, unpack
 from rhtcomm.floating_point import assign_, default_mode
 from rhtcomm.kernels.task import Task
-from rhtcomm.quantizers import QuicFL
-from rhtcomm.rotation import Blocks, block_moments
+from rhtcomm.moments import block_moments
+from rhtcomm.quantizers import Quantizer, QuicFL
+from rhtcomm.randomness import Key
+from rhtcomm.rotation import Blocks
+from rhtcomm.wire import Section
 
 __all__ = ["decode", "encode"]
 
-# Blocks are worked on in pieces of about this many coordinates: such that they stay in a core's
-# cache, or on other devices such that a launch has enough to do.
-_PIECE = {"cpu": 1 << 17}
-_LARGE_PIECE = 1 << 24
+# Blocks are worked on in batches of about this many coordinates: few enough to stay in a core's
+# cache or, on other devices, many enough for a launch to have enough to do.
+_BATCH = {"cpu": 1 << 17}
+_LARGE_BATCH = 1 << 24
 
 
 @default_mode(pool=True)
 def encode(
     task: Task,
+    key: Key,
+    offset: int,
+    rank: int,
+    world_size: int,
     x: torch.Tensor,
     payloads: torch.Tensor,
     moments: torch.Tensor | None = None,
 ) -> None:
-    rotation, quantizer, key, section, _, rank, world_size = task
-    blocks = task.blocks(len(payloads))
-    scales, codes = section.views(payloads)
-    x = section.coordinates(x, len(payloads))
-    for run, rows, piece in _pieces(blocks, len(payloads), x.device):
-        start = piece.start - blocks.start
-        part = piece.rows(x[start : start + piece.count * piece.size].float())
-        down, up, finite = _powers_of_two(part)
-        part = torch.where(finite[:, None], part * down[:, None], 0.0)
+    quantizer, rotation = task.quantizer, task.rotation
+    signs_of = rank if quantizer.rotation == "per_rank" else 0
+    done = 0
+    for section, shard, rows, coordinates, blocks in _batches(task, offset, x.device):
+        values = blocks.rows(x[coordinates].float())
+        down, up, finite = _powers_of_two(values)
+        values = torch.where(finite[:, None], values * down[:, None], 0.0)
         if moments is not None:
-            moments.view(*scales.shape, -1)[run, rows] = block_moments(part, up)
-        signs_of = rank if quantizer.rotation == "one_a_rank" else 0
-        y = rotation.rotate(part, key, piece.start, signs_of)
-        drawn, scale_of_y = quantizer.encode(y, key, piece.start, rank, world_size)
-        scale = scale_of_y * piece.size ** (-rotation.rotations / 2) * up
+            moments[done : done + blocks.count] = block_moments(values, up)
+        y = rotation.rotate(values, key, blocks.offset, signs_of)
+        drawn, scale_of_y = quantizer.encode(y, key, blocks.offset, rank, world_size)
+        scale = scale_of_y * blocks.size ** (-rotation.rotations / 2) * up
         scale = scale.clamp(max=torch.finfo(torch.float32).max)  # Eden's can exceed it
-        scales[run, rows] = torch.where(finite, scale, torch.nan)
         packed = pack(drawn, quantizer.bits * quantizer.group)
         if isinstance(quantizer, QuicFL) and quantizer.exact_fraction:
-            exact = quantizer.encode_exact(y, scale_of_y, key, piece.start, rank, world_size)
+            exact = quantizer.encode_exact(y, scale_of_y, key, blocks.offset, rank, world_size)
             packed = torch.cat([packed, exact], dim=1)
-        codes[run, rows] = packed
+        scales, codes = section.views(payloads[shard])
+        scales[rows] = torch.where(finite, scale, torch.nan)
+        codes[rows] = packed
+        done += blocks.count
 
 
 @default_mode(pool=True)
-def decode(task: Task, payloads: torch.Tensor, out: torch.Tensor) -> None:
-    rotation, quantizer, key, section, _, first_rank, world_size = task
-    ranks, parts, _ = payloads.shape
-    blocks = task.blocks(parts)
-    scales, codes = section.views(payloads)
-    out = section.coordinates(out, parts)
+def decode(
+    task: Task,
+    key: Key,
+    offset: int,
+    rank: int,
+    world_size: int,
+    payloads: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    ranks, rotation, quantizer = len(payloads), task.rotation, task.quantizer
     shared = quantizer.rotation == "shared"
-    for run, rows, piece in _pieces(blocks, parts, scales.device):
-        down, up, finite = _powers_of_two(scales[:, run, rows].t())
+    for section, shard, rows, coordinates, blocks in _batches(task, offset, out.device):
+        scales, codes = (view[:, rows] for view in section.views(payloads[:, shard]))
+        down, up, finite = _powers_of_two(scales.t())
         total = None
-        for row in range(ranks):
-            rank = first_rank + row
-            packed = codes[row, run, rows]
-            width, count = quantizer.bits * quantizer.group, piece.size // quantizer.group
-            drawn = unpack(packed, width, count)
-            values = quantizer.decode(drawn, key, piece.start, rank, world_size)
-            if isinstance(quantizer, QuicFL) and quantizer.exact_fraction:
-                exact = packed[:, piece.size * quantizer.bits // 8 :]
-                quantizer.decode_exact(values, exact)
-            values = values * (scales[row, run, rows] * down)[:, None]
+        for i in range(ranks):
+            values = _values(quantizer, codes[i], key, blocks, rank + i, world_size)
+            values = values * (scales[i] * down)[:, None]
             if not shared:
-                values = rotation.unrotate(values, key, piece.start, rank)
+                values = rotation.unrotate(values, key, blocks.offset, rank + i)
             total = values if total is None else total + values
         assert total is not None
         if shared:
-            total = rotation.unrotate(total, key, piece.start)
-        mean = total * (piece.size ** (-rotation.rotations / 2) / ranks) * up[:, None]
+            total = rotation.unrotate(total, key, blocks.offset)
+        mean = total * (blocks.size ** (-rotation.rotations / 2) / ranks) * up[:, None]
         mean = torch.where(finite[:, None], mean, torch.nan)
-        target = out[piece.start - blocks.start :][: mean.numel()]
+        target = out[coordinates]
         assign_(target, mean.flatten()[: target.numel()])
 
 
-def _pieces(blocks: Blocks, runs: int, device: torch.device) -> Iterator[tuple[int, slice, Blocks]]:
-    """Blocks to work on at once: which run they belong to, and where they are in it."""
-    step = max(1, _PIECE.get(device.type, _LARGE_PIECE) // blocks.size)
-    for number, run in enumerate(blocks.split(runs)):
-        for row in range(0, run.count, step):
-            count = min(step, run.count - row)
-            piece = Blocks(run.start + row * run.size, count, run.size)
-            yield number, slice(row, row + count), piece
+def _values(
+    quantizer: Quantizer,
+    packed: torch.Tensor,
+    key: Key,
+    blocks: Blocks,
+    rank: int,
+    world_size: int,
+) -> torch.Tensor:
+    """What packed codes and exact coordinates stand for, without the scale: (B, d)."""
+    codes = unpack(packed, quantizer.bits * quantizer.group, blocks.size // quantizer.group)
+    values = quantizer.decode(codes, key, blocks.offset, rank, world_size)
+    if isinstance(quantizer, QuicFL) and quantizer.exact_fraction:
+        quantizer.decode_exact(values, packed[:, blocks.size * quantizer.bits // 8 :])
+    return values
+
+
+class _Batch(NamedTuple):
+    """Blocks to work on at once."""
+
+    section: Section
+    shard: int
+    rows: slice  # of the section
+    coordinates: slice  # of the tensor, without padding
+    blocks: Blocks  # by their offset in the bucket
+
+
+def _batches(task: Task, offset: int, device: torch.device) -> Iterator[_Batch]:
+    for section in task.sections:
+        size = section.blocks.size
+        step = max(1, _BATCH.get(device.type, _LARGE_BATCH) // size)
+        for shard in range(task.shards):
+            end = (shard + 1) * task.numel
+            for row in range(0, section.blocks.count, step):
+                count = min(step, section.blocks.count - row)
+                begin = shard * task.numel + section.blocks.offset + row * size
+                coordinates = slice(begin, min(end, begin + count * size))
+                blocks = Blocks(offset + begin, count, size)
+                yield _Batch(section, shard, slice(row, row + count), coordinates, blocks)
 
 
 def _powers_of_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,7 +12,6 @@ from rhtcomm.randomness import Key
 
 __all__ = [
     "Quantizer",
-    "check_biased",
     "check_bits",
     "eden_scale",
     "fingerprint_of",
@@ -23,17 +22,17 @@ __all__ = [
 
 
 class Quantizer(Hashable, Protocol):
-    """Maps rotated blocks to codes and one scale a block, and codes back to values; hashable.
+    """Maps rotated blocks to codes and one scale per block, and codes back to values; hashable.
 
     A code stands for `group` adjacent coordinates and has `bits` bits for each of them.
 
     `rotation` says what unbiasedness of a mean over ranks needs: with "shared" all ranks rotate by
-    the same signs, sum their values in the rotated domain and undo one rotation; with "one_a_rank"
+    the same signs, sum their values in the rotated domain and undo one rotation; with "per_rank"
     the errors average out only if every rank rotates by signs of its own. `rotations` is the number
     of transforms that makes the quantizer's promise hold for every input.
     """
 
-    rotation: ClassVar[Literal["shared", "one_a_rank"]]
+    rotation: ClassVar[Literal["shared", "per_rank"]]
     rotations: ClassVar[int]
 
     @property
@@ -43,23 +42,28 @@ class Quantizer(Hashable, Protocol):
     def group(self) -> int: ...
 
     @property
+    def table(self) -> object:
+        """The numbers that codes stand for; equal quantizers share one table, which stays."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Differs between tables that decode differently."""
         ...
 
     def encode(
-        self, y: torch.Tensor, key: Key, first: int, rank: int, world_size: int
+        self, y: torch.Tensor, key: Key, offset: int, rank: int, world_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """y (B, d) float32 -> codes (B, d / group) uint8 and scale (B,) float32.
 
         They stand for y ~ scale * decode(codes).
-        `first` is the place of y[0, 0] in its bucket, a multiple of 16. All y are finite, and their
+        `offset` is that of y[0, 0] in its bucket, a multiple of 16. All y are finite, and their
         squares can be summed over a block without overflow; a block of zeros has scale 0.
         """
         ...
 
     def decode(
-        self, codes: torch.Tensor, key: Key, first: int, rank: int, world_size: int
+        self, codes: torch.Tensor, key: Key, offset: int, rank: int, world_size: int
     ) -> torch.Tensor:
         """codes (B, d / group) uint8 -> values (B, d) float32, without the scale."""
         ...
@@ -71,22 +75,16 @@ def check_bits(owner: str, bits: int) -> None:
         raise ValueError(f"{owner}: bits={bits!r} must be 1, 2, ..., 8 (an int)")
 
 
-def check_biased(owner: str, biased: bool) -> None:
-    """Raise TypeError unless biased is a bool."""
-    if type(biased) is not bool:
-        raise TypeError(f"{owner}: biased={biased!r} must be True or False")
-
-
 def fingerprint_of(table: npt.NDArray[np.float32]) -> str:
     """A hash of the values that codes decode to."""
     return blake2b(table.tobytes(), digest_size=8).hexdigest()
 
 
 def tensor_of(table: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """A table as a tensor on a device, made anew in each call.
+    """A table as a tensor on a device, a new one in each call.
 
-    Tables are kept as NumPy arrays, since a tensor stays for ever what the mode of its first use
-    (FakeTensorMode, inference_mode, a default device) made it.
+    Tables are kept as NumPy arrays, since a tensor that was made under FakeTensorMode, under
+    inference_mode or with a default device would stay what these made it.
     """
     return torch.from_numpy(table).to(device)
 

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 
 from rhtcomm import codebooks
+from rhtcomm.arguments import check_bool
 from rhtcomm.floating_point import default_mode
 from rhtcomm.once import once
 from rhtcomm.quantizers.base import (
-    check_biased,
     check_bits,
     eden_scale,
     fingerprint_of,
@@ -36,12 +36,11 @@ class Eden:
     inputs with few large coordinates.
 
     Args:
-        bits: b, bits a coordinate, 1 to 8.
+        bits: b, bits per coordinate, 1 to 8.
         biased: take the scale <y, c> / |c|^2 of least squared error, which shrinks what is sent.
             Its vNMSE is e / (1 + e), e that of the unbiased scale (0.3634 against 0.5708 at one
-            bit), but it does not average out over ranks or steps: only for error feedback, which
-            sends later what is missing
-            (`all_reduce(..., residual=...)`, `RHTState(error_feedback=True)`).
+            bit), but the bias does not average out over ranks or steps. So it is only for error
+            feedback, which sends later what is missing.
 
     Raises:
         TypeError: biased is no bool.
@@ -51,16 +50,16 @@ class Eden:
     bits: int = 4
     biased: bool = False
 
-    rotation: ClassVar[Literal["shared", "one_a_rank"]] = "one_a_rank"
+    rotation: ClassVar[Literal["shared", "per_rank"]] = "per_rank"
     rotations: ClassVar[int] = 2
     group: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_bits("Eden", self.bits)
-        check_biased("Eden", self.biased)
+        check_bool(self.biased, "Eden", "biased")
 
     def encode(
-        self, y: torch.Tensor, key: Key, first: int, rank: int, world_size: int
+        self, y: torch.Tensor, key: Key, offset: int, rank: int, world_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rms = root_mean_square(y)
         z = y * torch.where(rms > 0, rms.reciprocal(), 0.0)[:, None]
@@ -69,7 +68,7 @@ class Eden:
         return codes.to(torch.uint8), eden_scale(rms, z, values, self.biased)
 
     def decode(
-        self, codes: torch.Tensor, key: Key, first: int, rank: int, world_size: int
+        self, codes: torch.Tensor, key: Key, offset: int, rank: int, world_size: int
     ) -> torch.Tensor:
         return tensor_of(self.table.centroids, codes.device)[codes.int()]
 

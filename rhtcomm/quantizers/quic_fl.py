@@ -1,7 +1,7 @@
 """QUIC-FL (Ben Basat et al., "Accelerating federated learning with quick distributed mean
 estimation", ICML 2024) as companded, dithered quantization.
 
-With l bits of shared randomness a coordinate let H = 2^l, h uniform on {0 .. H-1}, and
+With l bits of shared randomness per coordinate let H = 2^l, h uniform on {0 .. H-1}, and
 r_0 < ... < r_(N-1), N = H 2^b, odd-symmetric levels. A receiver decodes code x to r[x H + h]. With
 A_i the mean of the H levels from r_i on, a sender that means z in [A_i, A_(i+1)) picks w = i + 1
 with probability (z - A_i) / (A_(i+1) - A_i), else w = i, and sends the x with w <= x H + h < w + H.
@@ -16,7 +16,7 @@ Rank i of n uses v + i/n modulo one: each rank's dither stays uniform, while the
 whose gradients agree cancel.
 
 The exact mode is the one of the paper: the levels end at T = 3.09727, beyond which lies 1/512 of
-N(0, 1), and what lies beyond travels beside the codes, as (index, value) entries. Each block of d
+N(0, 1), and what lies beyond travels behind the codes, as (index, value) entries. Each block of d
 coordinates has room for C(d) of them. With |y|_(i) the i-th largest magnitude the scale is
 
     max(root mean square of y, |y|_(C+1) / T),
@@ -51,11 +51,11 @@ class QuicFL:
     By default the codes cover [-5, 5] root mean squares of a block. With exact_fraction=1/512 they
     cover [-3.09727, 3.09727] more finely, and coordinates beyond that travel exactly (as float16,
     rounded at random without bias) in a section of `exact_bytes(d)`: in blocks of 4096 the error is
-    11 to 20% lower, for 0.078 bits a coordinate. A block that overflows either is scaled down until
-    it fits.
+    11 to 20% lower, for 0.078 bits per coordinate. A block that overflows either is scaled down
+    until it fits.
 
     Args:
-        bits: b, bits a coordinate, 1 to 8.
+        bits: b, bits per coordinate, 1 to 8.
         exact_fraction: of the coordinates of a Gaussian, 0 or 1/512.
 
     Raises:
@@ -65,7 +65,7 @@ class QuicFL:
     bits: int = 4
     exact_fraction: float = 0.0
 
-    rotation: ClassVar[Literal["shared", "one_a_rank"]] = "shared"
+    rotation: ClassVar[Literal["shared", "per_rank"]] = "shared"
     rotations: ClassVar[int] = 2
     group: ClassVar[int] = 1
 
@@ -80,11 +80,11 @@ class QuicFL:
         object.__setattr__(self, "exact_fraction", float(self.exact_fraction))
 
     def exact_capacity(self, size: int) -> int:
-        """C, entries that a block of `size` coordinates has room for.
+        """C, the number of entries that a block of `size` coordinates has room for.
 
-        The expected d / 512 and 0.7 standard deviations. Of blocks of 4096, 17% have more than
-        their 10; to rescale those costs 0.6% in error, where 2 more entries would cost 0.016 bits
-        a coordinate, worth 2%.
+        It is the expected d / 512 plus 0.7 standard deviations. Of blocks of 4096, 17% have more
+        than their 10. Rescaling those costs 0.6% in error; 2 more entries would cost 0.016 bits per
+        coordinate, which are worth 2%.
         """
         if not self.exact_fraction:
             return 0
@@ -99,10 +99,10 @@ class QuicFL:
         return self.exact_capacity(size) * (_index_dtype(size).itemsize + 2)
 
     def encode(
-        self, y: torch.Tensor, key: Key, first: int, rank: int, world_size: int
+        self, y: torch.Tensor, key: Key, offset: int, rank: int, world_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         table = self.table
-        # The scales that would just do, by the product whose rounding the last node allows for.
+        # The least scales that suffice, by the product whose rounding the last node allows for.
         needed = y.abs() * table.inverse_bound
         if self.exact_fraction:
             coded = needed.topk(self.exact_capacity(y.shape[1]) + 1, dim=1).values[:, -1]
@@ -112,7 +112,7 @@ class QuicFL:
         if self.exact_fraction:
             y = torch.where(needed > scale[:, None], 0.0, y)
         unit = torch.where(scale > 0, scale.reciprocal() * table.nodes_per_sigma, 0.0)
-        u, v = dither(key, first, y.numel(), stratum(rank, world_size), y.device)
+        u, v = dither(key, offset, y.numel(), stratum(rank, world_size), y.device)
         node = ((y * unit[:, None]).int().flatten() + (u + table.middle)) >> 16
         codes = (table.position_of(node) + v) >> 16
         return codes.to(torch.uint8).view(y.shape), scale
@@ -122,7 +122,7 @@ class QuicFL:
         y: torch.Tensor,
         scale: torch.Tensor,
         key: Key,
-        first: int,
+        offset: int,
         rank: int,
         world_size: int,
     ) -> torch.Tensor:
@@ -140,7 +140,7 @@ class QuicFL:
         # Those beyond come first, in the order of their indices.
         order = beyond.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :capacity]
         used = beyond.gather(1, order)
-        u, _ = dither(key, first, y.numel(), stratum(rank, world_size), y.device)
+        u, _ = dither(key, offset, y.numel(), stratum(rank, world_size), y.device)
         z = y.gather(1, order) / scale[:, None]
         bits = z.view(torch.int32) + (u.view(y.shape).gather(1, order) >> 3)
         values = (bits & ~0x1FFF).view(torch.float32)
@@ -154,18 +154,18 @@ class QuicFL:
         )
 
     def decode(
-        self, codes: torch.Tensor, key: Key, first: int, rank: int, world_size: int
+        self, codes: torch.Tensor, key: Key, offset: int, rank: int, world_size: int
     ) -> torch.Tensor:
         table = self.table
-        _, v = dither(key, first, codes.numel(), stratum(rank, world_size), codes.device)
+        _, v = dither(key, offset, codes.numel(), stratum(rank, world_size), codes.device)
         level = (codes.flatten().int() << table.shared_bits) | (v >> (16 - table.shared_bits))
         return table.level_of(level).view(codes.shape)
 
     def decode_exact(self, values: torch.Tensor, section: torch.Tensor) -> None:
-        """Put the exact coordinates in their places.
+        """Replace the coordinates that travelled exactly.
 
         An entry counts if its index lies in the block and is larger than all indices before it, so
-        sections of any bytes have a meaning, and but one.
+        that sections of any bytes have exactly one meaning.
 
         Args:
             values: (B, d) float32 as `decode` gives them, changed in place.
@@ -221,7 +221,7 @@ class Table:
 
     @property
     def inverse_bound(self) -> float:
-        # A hair above 1 / T, so that rounding can never carry a coordinate past the last node.
+        # Slightly above 1 / T, so that rounding can never move a coordinate past the last node.
         return (1 + 2**-20) / self.bound
 
     def level_of(self, index: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 Groups of g = 8 / b adjacent rotated coordinates, in units of the block's root mean square, z in
 R^g, go to the nearest c(z) of 256 codewords {c_i, -c_i} trained for N(0, I_g) (see
-codebooks/vector.py), one byte a group. The scale |y|^2 / <y, c(y)> makes the estimate unbiased
+codebooks/vector.py), one byte per group. The scale |y|^2 / <y, c(y)> makes the estimate unbiased
 over the rotation as it does for EDEN (Vargaftik et al., ICML 2022), if all directions of a group
 are alike. For that, coordinates of a group must be uncorrelated, which takes three transforms:
 after two, (x_0, x_1, 0, ..., 0) still becomes pairs of variances (x_0 +- x_1)^2 / 2 along their
@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 
 from rhtcomm import codebooks
+from rhtcomm.arguments import check_bool
 from rhtcomm.floating_point import default_mode
 from rhtcomm.once import once
 from rhtcomm.quantizers.base import (
-    check_biased,
     eden_scale,
     fingerprint_of,
     root_mean_square,
@@ -39,7 +39,7 @@ class VectorQuantizer:
     inputs with few large coordinates.
 
     Args:
-        bits: b, bits a coordinate, 1, 2 or 4.
+        bits: b, bits per coordinate, 1, 2 or 4.
         biased: take the scale of least squared error, see `Eden`: only for error feedback.
 
     Raises:
@@ -50,7 +50,7 @@ class VectorQuantizer:
     bits: int = 4
     biased: bool = False
 
-    rotation: ClassVar[Literal["shared", "one_a_rank"]] = "one_a_rank"
+    rotation: ClassVar[Literal["shared", "per_rank"]] = "per_rank"
     rotations: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
@@ -59,23 +59,23 @@ class VectorQuantizer:
                 f"VectorQuantizer: bits={self.bits!r} must be 1, 2 or 4 (an int), so that whole "
                 "groups of coordinates take a byte; Eden has all of 1, 2, ..., 8"
             )
-        check_biased("VectorQuantizer", self.biased)
+        check_bool(self.biased, "VectorQuantizer", "biased")
 
     @property
     def group(self) -> int:
         return 8 // self.bits
 
     def encode(
-        self, y: torch.Tensor, key: Key, first: int, rank: int, world_size: int
+        self, y: torch.Tensor, key: Key, offset: int, rank: int, world_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rms = root_mean_square(y)
         z = y * torch.where(rms > 0, rms.reciprocal(), 0.0)[:, None]
         codes = self._nearest(z)
-        values = self.decode(codes, key, first, rank, world_size)
+        values = self.decode(codes, key, offset, rank, world_size)
         return codes, eden_scale(rms, z, values, self.biased)
 
     def decode(
-        self, codes: torch.Tensor, key: Key, first: int, rank: int, world_size: int
+        self, codes: torch.Tensor, key: Key, offset: int, rank: int, world_size: int
     ) -> torch.Tensor:
         return tensor_of(self.table.codewords, codes.device)[codes.int()].flatten(1)
 

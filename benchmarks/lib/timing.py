@@ -1,0 +1,34 @@
+"""Times of several contestants in one run, so that a noisy machine disturbs all alike."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+from lib.progress import progress
+
+
+def quantiles(seconds: list[float]) -> tuple[float, float, float]:
+    """The 10%, 50% and 90% quantiles."""
+    tenths = statistics.quantiles(seconds, n=10)
+    return tenths[0], statistics.median(seconds), tenths[-1]
+
+
+def milliseconds(times: tuple[float, float, float]) -> tuple[str, str]:
+    """Cells of a median and of the 10% and 90% quantiles."""
+    low, median, high = (1e3 * seconds for seconds in times)
+    return f"{median:.2f}", f"{low:.2f} .. {high:.2f}"
+
+
+def interleave(
+    contestants: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, tuple[float, float, float]]:
+    """Quantiles of the time of each, taken in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for contestant in contestants.values():
+        contestant()
+    for _ in progress(range(rounds)):
+        for name, contestant in contestants.items():
+            start = time.perf_counter()
+            contestant()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: quantiles(values) for name, values in seconds.items()}

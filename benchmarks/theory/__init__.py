@@ -1,0 +1,1 @@
+"""What rotation.py reports: laws of rotated vectors, errors of quantizers, the moment check."""

@@ -1,0 +1,87 @@
+"""What an RHTState saves, and how it is read back."""
+
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from ..codec import AUTO, Codec
+from ..lattice import Lattice
+from ..randomness import Key
+
+__all__ = ["Saved", "check_place", "read"]
+
+_CALL = "RHTState.load_state_dict"
+
+
+class Saved(NamedTuple):
+    """What `RHTState.state_dict` returned, checked."""
+
+    key: Key
+    wishes: dict[tuple[int, int], int]
+    residuals: Mapping[str, torch.Tensor] | None
+    place: tuple[int, int] | None
+    """Rank and world size that the residuals are of, where there are any."""
+
+
+def read(state: object, codec: Codec | Lattice, error_feedback: bool) -> Saved:
+    """Check a saved state.
+
+    Raises:
+        ValueError: it is none, or only one of it and the present state has error feedback.
+    """
+    if not isinstance(state, Mapping) or not {"seed", "step"} <= state.keys():
+        this = f"has {list(state)}" if isinstance(state, Mapping) else f"is {state!r:.80}"
+        raise ValueError(
+            f"{_CALL}: a state has seed and step, but this {this}; give what state_dict() returned"
+        )
+    residuals = _residuals(state, error_feedback)
+    place: Any = (state.get("rank"), state.get("world_size")) if residuals else None
+    # What a run with "auto" saved means nothing to a fixed number.
+    wishes = _wishes(state.get("rotations", [])) if codec.rotations == AUTO else {}
+    return Saved(Key(state["seed"], state["step"]), wishes, residuals, place)
+
+
+def check_place(saved: tuple[Any, Any] | None, own: tuple[int, int] | None) -> None:
+    """Raise ValueError if residuals were saved by another rank, as far as both are known."""
+    if saved is None or (None not in saved and own in (None, saved)):
+        return
+    this = "" if own is None else f", but this is rank {own[0]} of {own[1]}"
+    raise ValueError(
+        f"{_CALL}: residuals differ between ranks, and these are of rank {saved[0]} of {saved[1]}"
+        f'{this}; give each rank what it saved, or begin without: state["residuals"] = {{}}'
+    )
+
+
+def _wishes(rows: Any) -> dict[tuple[int, int], int]:
+    """Of rows that hold a bucket's number, its length, and how many rotations ranks want for it."""
+    try:
+        plain = [[operator.index(number) for number in row] for row in rows]
+        wishes = {(index, numel): count for index, numel, count in plain}
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{_CALL}: rotations must hold a bucket's index, its length and a count in each row, "
+            f"but this has {rows!r:.80}; give what state_dict() returned"
+        ) from error
+    if odd := {*wishes.values()} - {1, 2, 3}:
+        raise ValueError(
+            f"{_CALL}: rotations must be 1, 2 or 3, but this has {odd}; give what state_dict() "
+            "returned"
+        )
+    return wishes
+
+
+def _residuals(state: Mapping[str, Any], error_feedback: bool) -> Mapping[str, torch.Tensor] | None:
+    residuals = state.get("residuals")
+    if residuals is not None and not isinstance(residuals, Mapping):
+        raise ValueError(
+            f"{_CALL}: residuals must be a dictionary of tensors by name, but this has "
+            f"{residuals!r:.80}; give what state_dict() returned"
+        )
+    if (residuals is not None) != error_feedback:
+        raise ValueError(
+            f"{_CALL}: error_feedback={error_feedback}, but what was saved has "
+            f"{'no ' * (residuals is None)}residuals; make the state as it was then"
+        )
+    return residuals

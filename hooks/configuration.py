@@ -1,0 +1,64 @@
+"""The codec that a state's arguments describe."""
+
+from typing import Literal
+
+from ..codec import Codec
+from ..lattice import Lattice
+from ..quantizers import Eden, QuicFL, VectorQuantizer
+from ..reduce import check_error_feedback
+
+__all__ = ["Quantizer", "codec_for"]
+
+Quantizer = Literal["quic_fl", "eden", "vector", "lattice"]
+
+_EDEN: dict[str, type[Eden] | type[VectorQuantizer]] = {"eden": Eden, "vector": VectorQuantizer}
+_LATTICE = "lattice"
+_QUANTIZERS = ("quic_fl", *_EDEN, _LATTICE)
+
+
+def codec_for(
+    bits: int,
+    quantizer: Quantizer,
+    rotations: int | Literal["auto"] | None,
+    block: int,
+    exact_fraction: float,
+    error_feedback: bool,
+) -> Codec | Lattice:
+    """What RHTState compresses by.
+
+    Raises:
+        ValueError: an argument is out of its range, or does not fit the others.
+    """
+    codec = _codec(bits, quantizer, rotations, block, exact_fraction, error_feedback)
+    if error_feedback:
+        check_error_feedback(codec)
+    return codec
+
+
+def _codec(
+    bits: int,
+    quantizer: str,
+    rotations: int | Literal["auto"] | None,
+    block: int,
+    exact_fraction: float,
+    error_feedback: bool,
+) -> Codec | Lattice:
+    if quantizer not in _QUANTIZERS:
+        raise ValueError(
+            f"RHTState: quantizer={quantizer!r} must be one of {', '.join(_QUANTIZERS)}"
+        )
+    if exact_fraction and quantizer != "quic_fl":
+        raise ValueError(
+            f"RHTState: exact_fraction={exact_fraction!r} is for quantizer='quic_fl' alone, "
+            f"not {quantizer!r}; leave it out"
+        )
+    if quantizer == "quic_fl":
+        return Codec(QuicFL(bits, exact_fraction), rotations, block)
+    if quantizer != _LATTICE:
+        return Codec(_EDEN[quantizer](bits, biased=error_feedback), rotations, block)
+    if isinstance(rotations, str):
+        raise ValueError(
+            'RHTState: rotations="auto" is not for quantizer="lattice", whose error depends '
+            "on the largest coordinate; give a number"
+        )
+    return Lattice(bits, 2 if rotations is None else rotations, block)

@@ -1,0 +1,123 @@
+"""What buckets travel over: the ranks of the DDP model, and connections among them."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..communicators import Topology, TorchCommunicator
+from .models import ranks_of
+
+__all__ = ["check_communicator", "check_ranks", "check_timeout", "connect"]
+
+
+def connect(
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    given: Topology | None,
+    timeout: timedelta | None,
+) -> Topology:
+    """Connections for buckets on a device; all ranks call it.
+
+    A transport that enqueues exchanges works on the group that DDP itself uses, where calls keep
+    their order; one that makes the host wait gets connections of its own, where that is possible.
+
+    Args:
+        group: DDP's, or what stands for it; None: the world.
+        given: what the user gave in its place.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialized, or another rank did not come.
+        ValueError: the levels of what was given differ in whether they make the host wait.
+    """
+    if given is not None:
+        if given.enqueues(device.type):
+            return given
+        _check_levels(given, device.type)
+        return given.apart(device.type)
+    group = group or dist.group.WORLD
+    if group is None:
+        raise RuntimeError("rht_hook: torch.distributed is not initialized")
+    shared = TorchCommunicator(group)
+    if shared.enqueues(device.type):
+        return shared
+    return TorchCommunicator.of_its_own(group, device.type, timeout)
+
+
+def _check_levels(given: Topology, device: str) -> None:
+    """A worker thread must not call what enqueues, and autograd's thread should not wait."""
+    if given.within is None or given.within.enqueues(device) == given.between.enqueues(device):
+        return
+    waits = "within a node" if given.between.enqueues(device) else "between nodes"
+    raise ValueError(
+        f"RHTState: exchanges of {device} tensors {waits} make the host wait, while those of the "
+        "other level are queued on a stream (as on NCCL); the hook needs both levels of one kind: "
+        "give groups of the same backend to HierarchicalCommunicator"
+    )
+
+
+def check_communicator(
+    communicator: object, process_group: object, timeout: object, owner: str
+) -> None:
+    """Check the arguments of that name for each other.
+
+    Raises:
+        ValueError: a communicator and one of the others.
+        TypeError: one of them is of another type.
+    """
+    if communicator is not None and (process_group is not None or timeout is not None):
+        raise ValueError(
+            f"{owner}: a communicator brings its own ranks and timeout; "
+            "leave out process_group and timeout"
+        )
+    check_timeout(timeout, owner)
+    if communicator is not None and not callable(getattr(communicator, "all_reduce_", None)):
+        raise TypeError(
+            f"{owner}: communicator={communicator!r} must be an object such as "
+            "rhtcomm.MPICommunicator(); a process group goes to process_group"
+        )
+    if isinstance(communicator, type):
+        raise TypeError(f"{owner}: communicator={communicator!r} is a class; make an object of it")
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f"{owner}: process_group={process_group!r} must be a process group, the one that "
+            "DistributedDataParallel was given"
+        )
+
+
+def check_timeout(timeout: object, owner: str) -> None:
+    if timeout is not None and not isinstance(timeout, timedelta):
+        raise TypeError(
+            f"{owner}: timeout={timeout!r} must be a datetime.timedelta, such as "
+            "timedelta(minutes=5)"
+        )
+    if timeout is not None and timeout <= timedelta(0):
+        raise ValueError(f"{owner}: timeout={timeout!r} must be positive")
+
+
+def check_ranks(
+    of_model: Sequence[int], process_group: dist.ProcessGroup | None, given: Any
+) -> None:
+    """Raise ValueError if a state was told of other ranks than its model averages over."""
+    if process_group is not None and ranks_of(process_group) != of_model:
+        raise ValueError(
+            f"RHTState: process_group has the ranks {ranks_of(process_group)}, but the DDP "
+            f"model that it is registered on averages over {of_model}; leave "
+            "process_group out, or give DDP's"
+        )
+    if given is None:
+        return
+    if given.world_size != len(of_model):
+        raise ValueError(
+            f"RHTState: its communicator has {given.world_size} ranks, but the DDP model that "
+            f"it is registered on averages over {len(of_model)}; give one of the same ranks"
+        )
+    levels = (given.within, given.between) if given.within is not None else (given,)
+    for level in levels:  # MPI has numbers of its own for the ranks
+        if isinstance(level, TorchCommunicator) and not {*level.ranks} <= {*of_model}:
+            raise ValueError(
+                f"RHTState: its communicator has the ranks {level.ranks}, but the DDP model "
+                f"that it is registered on averages over {of_model}; give one of the same ranks"
+            )

@@ -1,0 +1,340 @@
+"""On which thread and stream a bucket's exchange happens.
+
+On Gloo and MPI an exchange makes its thread wait. So autograd's thread hands each bucket to one
+worker thread and goes on with the backward pass; the worker encodes, exchanges and decodes bucket
+after bucket in the order in which DDP launched them, over connections of its own, and completes the
+future that DDP waits for. (Collectives issued from a future's callback hang or mix up their data on
+Gloo.)
+
+NCCL and its like queue exchanges on a stream, and must be called by one thread, in one order on
+all ranks, on one communicator. So there autograd's own thread enqueues everything on a side stream,
+over the group that DDP itself uses, and waits for nothing.
+
+Engines refer to no state, which could not be collected then.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..codec import DTYPES
+from ..deferred import DeferredChecks
+from ..randomness import Key
+from ..reduce import Reducer, Treatment
+from .failures import clear_frames, explain, text_of
+from .models import numel_of
+from .residuals import Residuals
+from .telemetry import Totals
+from .turns import Turn
+
+__all__ = ["Bucket", "Cuda", "Engine", "StreamEngine", "ThreadEngine", "engine_for"]
+
+Future = torch.futures.Future[torch.Tensor]
+
+_log = logging.getLogger("rhtcomm")
+
+
+@dataclass(slots=True)
+class Bucket:
+    """A gradient bucket of one step."""
+
+    buffer: torch.Tensor
+    """(numel,) floating, contiguous."""
+    key: Key
+    parameters: list[torch.Tensor]
+    ends: bool
+    """Whether it is the last one of its step."""
+    treatment: Treatment | None = None
+    """How it travels, where it is not all of it by the state's codec."""
+
+
+class Cuda:
+    """What engines ask of CUDA, or of an accelerator that torch treats alike.
+
+    Tests put something in its place that records.
+    """
+
+    def queues(self, device: torch.device) -> bool:
+        """Whether work on a device is queued on streams."""
+        return device.type != "cpu"
+
+    def new_stream(self, device: torch.device) -> Any:
+        return torch.get_device_module(device).Stream(device)
+
+    def stream(self, stream: Any) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any]
+        context = torch.get_device_module(stream.device).stream(stream)
+        return context
+
+    def ready(self, device: torch.device) -> Any:
+        """An event behind what the current stream of a device has queued so far."""
+        return torch.get_device_module(device).current_stream(device).record_event()
+
+    def record_stream(self, x: torch.Tensor, stream: Any) -> None:
+        """Keep the memory of x until what a stream has queued is done, should x go before."""
+        x.record_stream(stream)
+
+    def is_capturing(self, device: torch.device) -> bool:
+        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def future(self, device: torch.device) -> Future:
+        return torch.futures.Future(devices=[device])
+
+
+class Engine:
+    """What an RHTState runs on, from its first bucket or `register` on.
+
+    Args:
+        reducer: with the communicator that buckets travel over.
+        facts: what the ranks compare before the first bucket, in addition to keys and wishes.
+        name: of the state, for errors.
+        totals: where reports are added.
+        residuals: for error feedback.
+        nmse_every: see `RHTState`.
+    """
+
+    def __init__(
+        self,
+        reducer: Reducer,
+        facts: Mapping[str, object],
+        name: str,
+        totals: Totals,
+        residuals: Residuals | None = None,
+        nmse_every: int = 0,
+        cuda: Cuda | None = None,
+    ) -> None:
+        self.reducer, self.topology = reducer, reducer.topology
+        self.failure: str | None = None
+        """What the first error said. The error itself would keep frames, and so the state."""
+        self.checks = DeferredChecks()
+        self.agreed = False  # on what every rank is configured to
+        self.turn = Turn(reducer.topology, name)
+        self.ended = False
+        self._facts, self._totals, self._residuals = facts, totals, residuals
+        self._nmse_every = nmse_every
+        self._cuda = cuda or Cuda()
+        self._streams: dict[torch.device, Any] = {}
+
+    def submit(self, bucket: Bucket) -> Future:
+        """A future that completes with the bucket's mean over ranks, in its buffer."""
+        raise NotImplementedError
+
+    def fail(self, failure: BaseException) -> None:
+        """Tell the other ranks, which wait for this one, of a failure outside of any exchange."""
+        raise NotImplementedError
+
+    def close(self, wait: bool = True) -> None:
+        """Finish what is in flight, with `wait` before it returns; leave its own connections."""
+        self.ended = True
+        topology = self.topology
+        # The levels of a topology may differ in whether they are its own.
+        if topology.private or topology.within is not None:
+            topology.close()
+
+    def agree(self, key: Key, device: torch.device) -> None:
+        """Compare configurations, the next key and wishes with the other ranks.
+
+        Raises:
+            DisagreementError: on all ranks, naming the fields in which they differ.
+        """
+        facts = {
+            **self._facts,
+            "seed": key.seed,
+            "step": key.step,
+            "rotations by bucket": sorted(self.reducer.wishes.items()),
+        }
+        self.reducer.agree(facts, device)
+        self.agreed = True
+
+    def _mean_(self, bucket: Bucket) -> None:
+        """Replace the bucket's buffer by its mean over ranks."""
+        reducer, buffer, key = self.reducer, bucket.buffer, bucket.key
+        if self.failure is not None:
+            # The other ranks are in an unknown state by now, so the first error ends it.
+            raise RuntimeError(f"rht_hook: an earlier bucket failed: {self.failure}")
+        self.checks.raise_failed()
+        if not self.agreed:
+            self.agree(key, buffer.device)
+        compressible = buffer.dtype in DTYPES
+        residual = None
+        if self._residuals is not None and compressible:
+            residual = self._residuals.gather(bucket.parameters, buffer)
+        exact = None
+        if self._nmse_every and compressible and key.step % self._nmse_every == 0:
+            exact = self._exact_mean(buffer, residual)
+        # Where others may use the connections after this step, they must be settled before.
+        settle = bucket.ends and not self.topology.private
+        report = reducer.mean_(
+            buffer,
+            key,
+            lengths=_lengths(bucket),
+            residual=residual,
+            treatment=bucket.treatment,
+            settle=settle,
+        )
+        if residual is not None and self._residuals is not None:
+            self._residuals.keep(bucket.parameters, residual)
+        self._totals.add(report)
+        if exact is not None:
+            self._totals.add_sample(buffer, exact)
+
+    def _exact_mean(self, buffer: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        exact = buffer.float() / self.topology.world_size
+        if residual is not None:
+            exact += residual / self.topology.world_size
+        self.reducer.clock.to("exchange")
+        self.topology.all_reduce_(exact)
+        self.reducer.clock.to(None)
+        return exact
+
+    def _abort(self) -> None:
+        # A rank may live on after its error. On Gloo nobody would tell the others, which wait.
+        # (NCCL's watchdog does that, and destroying its group might block.)
+        try:
+            self.topology.abort()
+        except Exception as error:  # what it was called for says more
+            _log.warning(
+                "rht_hook: the other ranks wait for their timeout, as they could not be told that "
+                "this one gave up: %s",
+                text_of(error),
+            )
+        finally:
+            self.turn.give_back()
+
+    def _failed(self, error: BaseException, key: Key) -> BaseException:
+        """Note an error of a bucket, and tell the others; returns what to raise."""
+        with suppress(Exception):  # of a communicator that cannot even say who it is
+            error = explain(error, self.reducer, key, self.agreed)
+        self.failure = self.failure or text_of(error)
+        self._abort()
+        return error
+
+    def _refuse_capture(self, device: torch.device) -> None:
+        if self._cuda.is_capturing(device):
+            raise RuntimeError(
+                "rht_hook: a CUDA graph is being captured, which would replay the randomness and "
+                "the checks of one step for ever; leave the backward pass out of the graph, or "
+                "train without the hook"
+            )
+
+    @contextmanager
+    def _side_stream(self, buffer: torch.Tensor, ready: Any) -> Iterator[None]:
+        """Work on a stream of its own, which waits for `ready`; checks are deferred."""
+        device = buffer.device
+        stream = self._streams.get(device)
+        if stream is None:
+            stream = self._streams[device] = self._cuda.new_stream(device)
+        stream.wait_event(ready)
+        self._cuda.record_stream(buffer, stream)
+        with self._cuda.stream(stream), self.checks.deferring():
+            yield
+
+
+class ThreadEngine(Engine):
+    """One worker thread, for transports that make the host wait."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._worker_ident = 0
+        self.worker = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="rhtcomm", initializer=self._begin
+        )
+
+    def _begin(self) -> None:
+        self._worker_ident = threading.get_ident()
+
+    def submit(self, bucket: Bucket) -> Future:
+        device = bucket.buffer.device
+        ready: Any = None
+        done: Future = torch.futures.Future()
+        if self._cuda.queues(device):
+            self._refuse_capture(device)
+            ready, done = self._cuda.ready(device), self._cuda.future(device)
+        if self.failure is None:  # else the bucket is refused on its way
+            self.turn.take()
+        self.worker.submit(self._run, bucket, ready, done)
+        return done
+
+    def _run(self, bucket: Bucket, ready: Any, done: Future) -> None:
+        """One bucket, on the worker thread."""
+        try:
+            if ready is None:
+                self._complete(bucket, done)
+            else:
+                with self._side_stream(bucket.buffer, ready):
+                    self._complete(bucket, done)
+        except BaseException as error:
+            self._complete_with(error, bucket.key, done)
+
+    def _complete_with(self, error: BaseException, key: Key, done: Future) -> None:
+        error = self._failed(error, key)
+        clear_frames(error)
+        if not isinstance(error, Exception):  # futures take no others
+            error = RuntimeError(f"rht_hook: {error!r} on the worker thread")
+        if not done.done():
+            done.set_exception(error)  # type: ignore[arg-type]
+
+    def _complete(self, bucket: Bucket, done: Future) -> None:
+        self._mean_(bucket)
+        self.turn.finish_bucket()
+        done.set_result(bucket.buffer)
+        # The next bucket shows that the others have this one, but after a step a rank may leave.
+        if bucket.ends and self.topology.private:
+            self.reducer.clock.to("exchange")
+            self.topology.settle()
+            self.reducer.clock.to(None)
+
+    def fail(self, failure: BaseException) -> None:
+        self.failure = self.failure or text_of(failure)
+        try:
+            self.worker.submit(self._abort)  # behind the buckets before
+        except RuntimeError:  # the worker has ended
+            self._abort()
+
+    def close(self, wait: bool = True) -> None:
+        self.worker.shutdown(wait=wait and threading.get_ident() != self._worker_ident)
+        super().close(wait)
+
+
+class StreamEngine(Engine):
+    """The calling thread and a side stream, for transports that enqueue exchanges.
+
+    Nothing waits on the host once the ranks have agreed. So an error of the transport comes out
+    where it reports errors (NCCL: the watchdog ends the process, or the next call raises), and a
+    payload that was not what it should be is found out one bucket or more later.
+    """
+
+    def submit(self, bucket: Bucket) -> Future:
+        device = bucket.buffer.device
+        try:
+            self._refuse_capture(device)
+            done = self._cuda.future(device)
+            with self._side_stream(bucket.buffer, self._cuda.ready(device)):
+                self._mean_(bucket)
+                done.set_result(bucket.buffer)
+        except BaseException as error:
+            raise self._failed(error, bucket.key)  # noqa: B904  it has its cause
+        return done
+
+    def fail(self, failure: BaseException) -> None:
+        self.failure = self.failure or text_of(failure)
+        self._abort()
+
+
+def engine_for(device: torch.device, reducer: Reducer) -> type[Engine]:
+    """The engine that fits a reducer's transport, for buckets on a device."""
+    return StreamEngine if reducer.topology.enqueues(device.type) else ThreadEngine
+
+
+def _lengths(bucket: Bucket) -> tuple[int, ...]:
+    """Of the parameters in the bucket: the segments of its buffer."""
+    lengths = tuple(map(torch.Tensor.numel, bucket.parameters))
+    if sum(lengths) == bucket.buffer.numel():
+        return lengths
+    return tuple(map(numel_of, bucket.parameters))

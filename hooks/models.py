@@ -1,0 +1,130 @@
+"""DDP models: which one a state is registered on, and what its parameters are called."""
+
+import gc
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["ddp_in", "group_of_model", "named_parameters", "numel_of", "ranks_of"]
+
+# What wrappers put into the names of a module's parameters.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+def ddp_in(model: nn.Module, owner: str) -> DistributedDataParallel:
+    """The DDP model that a model is, or wraps: torch.compile, Fabric and Accelerate do.
+
+    Raises:
+        TypeError: there is none, or another kind of data parallelism.
+        ValueError: there are several.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{owner}: model={model!r:.80} must be a model in DistributedDataParallel, such as "
+            "DistributedDataParallel(model)"
+        )
+    found = [one for one in model.modules() if isinstance(one, DistributedDataParallel)]
+    if len(found) > 1:
+        raise ValueError(
+            f"{owner}: the model holds {len(found)} DistributedDataParallel models; call it for "
+            "each of them"
+        )
+    if found:
+        return found[0]
+    sharded = [one for one in model.modules() if _is_sharded(one)]
+    if sharded:
+        raise TypeError(
+            f"{owner}: the model is sharded ({type(sharded[0]).__name__}), and FSDP has no hook "
+            "for compressed gradients; wrap it in DistributedDataParallel instead, or average "
+            "tensors of your own with rhtcomm.all_reduce or rhtcomm.reduce_scatter"
+        )
+    raise TypeError(
+        f"{owner}: there is no DistributedDataParallel in this {type(model).__name__}; wrap the "
+        "model first: DistributedDataParallel(model)"
+    )
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether it is a module of FSDP1 or FSDP2, whose classes are not imported for that."""
+    names = {kind.__name__ for kind in type(module).__mro__}
+    return not names.isdisjoint({"FullyShardedDataParallel", "FSDPModule"})
+
+
+def numel_of(parameter: torch.Tensor) -> int:
+    """Coordinates of its gradient in a bucket."""
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
+
+
+def named_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of a model under the names that they have without wrappers."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        inner = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+        assert isinstance(inner, nn.Module)
+        model = inner
+    named: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        named[name] = parameter
+    return named
+
+
+def ranks_of(group: dist.ProcessGroup | None) -> list[int]:
+    return dist.get_process_group_ranks(group)
+
+
+def group_of_model(
+    state: object, parameters: Sequence[torch.Tensor] = ()
+) -> tuple[dist.ProcessGroup | None, list[DistributedDataParallel]]:
+    """The process group of the DDP model that a state is registered on, where it can be found, and
+    the model, or all of them.
+
+    DDP tells its hook nothing of its group. So look for the model that has the state, or (if the
+    state is inside another one) the first parameter, once, when the first bucket comes.
+
+    Raises:
+        ValueError: there are several, and they average over other ranks.
+    """
+
+    def find() -> list[DistributedDataParallel]:
+        pairs = [pair for pair in gc.get_referrers(state) if type(pair) is tuple]
+        mine = [model for pair in pairs for model in _models_with(pair, "_comm_hooks")]
+        return mine or _models_with(parameters[0], "_module_parameters") if parameters else mine
+
+    mine = find()
+    if not mine and gc.get_freeze_count():  # after gc.freeze() they are hidden
+        gc.unfreeze()
+        mine = find()
+        gc.freeze()
+    groups = [group for model in mine if (group := getattr(model, "process_group", None))]
+    if any(group is not groups[0] and ranks_of(group) != ranks_of(groups[0]) for group in groups):
+        raise ValueError(
+            f"RHTState: it is registered on models that average over {ranks_of(groups[0])} and "
+            "over other ranks; give each model a state of its own"
+        )
+    return groups[0] if groups else None, mine
+
+
+def _models_with(thing: object, name: str) -> list[DistributedDataParallel]:
+    """Those that have a thing in their list of that name.
+
+    Not from gc.get_objects(): tensors that are about to go must not be referred to (torch 2.9).
+    """
+    found = []
+    for holder in gc.get_referrers(thing):
+        if type(holder) is not list:
+            continue
+        owners = gc.get_referrers(holder)
+        owners += [
+            one for owner in owners if type(owner) is dict for one in gc.get_referrers(owner)
+        ]
+        found += [
+            owner
+            for owner in owners
+            if issubclass(type(owner), DistributedDataParallel)
+            and getattr(owner, name, None) is holder
+        ]
+    return found

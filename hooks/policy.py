@@ -1,0 +1,145 @@
+"""Which gradients are compressed, and how: the first steps, some parameters, bits by bucket."""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from functools import cache
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..arguments import integer
+from ..codec import Codec
+from ..lattice import Lattice
+from ..reduce import Treatment
+
+__all__ = ["Bits", "Exclude", "Policy"]
+
+Bits = int | Callable[[Sequence[torch.Tensor]], int]
+Exclude = Sequence[str] | Callable[[torch.Tensor], bool]
+
+_UNCOMPRESSED = Treatment(None)
+
+
+class Policy:
+    """How the buckets of a model travel.
+
+    Args:
+        bits: bits per coordinate, or a function of the parameters in a bucket that returns them.
+        codec: makes the codec for a number of bits.
+        warmup_steps: the first steps of a run, which travel uncompressed.
+        exclude: names of parameters, as shell patterns, or a predicate on the parameter: what
+            travels exactly, within its bucket.
+        owner: for errors.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type or out of its range.
+    """
+
+    def __init__(
+        self,
+        bits: Bits,
+        codec: Callable[[int], Codec | Lattice],
+        warmup_steps: int,
+        exclude: Exclude,
+        owner: str,
+    ) -> None:
+        self.warmup_steps = integer(warmup_steps, owner, "warmup_steps")
+        if self.warmup_steps < 0:
+            raise ValueError(f"{owner}: warmup_steps={warmup_steps} must not be negative")
+        if not callable(exclude):
+            if isinstance(exclude, str) or not all(isinstance(name, str) for name in exclude):
+                raise TypeError(
+                    f"{owner}: exclude={exclude!r} must be a list of names of parameters, such as "
+                    '["*.bias"], or a function of a parameter'
+                )
+            exclude = tuple(exclude)
+        self._owner, self._exclude = owner, exclude
+        self._bits = bits if callable(bits) else None
+        self._make_codec = codec
+        self.codec = codec(4 if callable(bits) else bits)
+        """For all buckets, or to show what they have in common where bits depend on the bucket."""
+        self.by_bucket = bool(self._exclude) or self._bits is not None
+        """Whether it treats buckets differently from each other."""
+        self.reset()
+
+    def __getstate__(self) -> dict[str, object]:
+        left_behind = ("_names", "_treatments", "_alive", "_codec")
+        return {name: value for name, value in vars(self).items() if name not in left_behind}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all models."""
+        self._codec = cache(self._make_codec)
+        self._names = WeakTensorKeyDictionary()
+        self._treatments: dict[tuple[int, ...], Treatment] = {}
+        self._alive: list[weakref.ref[torch.Tensor]] = []
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What the ranks compare; exclusions and bits by bucket are compared with the buckets."""
+        facts: dict[str, object] = {"warmup_steps": self.warmup_steps}
+        if self._bits is not None:
+            facts["bits"] = "a function of the bucket"
+        if self._exclude:
+            function = callable(self._exclude)
+            facts["exclude"] = "a predicate" if function else list(self._exclude)  # type: ignore[arg-type]
+        return facts
+
+    def learn(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """The names of a model's parameters.
+
+        Raises:
+            ValueError: a name to exclude is none of them.
+        """
+        names = dict(named)
+        for name, parameter in names.items():
+            self._names[parameter] = name
+        if not callable(self._exclude):
+            for pattern in self._exclude:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    some = ", ".join(list(names)[:3])
+                    raise ValueError(
+                        f"{self._owner}: exclude has {pattern!r}, but no parameter of the model is "
+                        f"called so; its names are such as {some}"
+                    )
+
+    def treatment(self, step: int, parameters: Sequence[torch.Tensor]) -> Treatment | None:
+        """How a bucket of these parameters travels in a step; None: all of it by `codec`."""
+        if step < self.warmup_steps:
+            return _UNCOMPRESSED
+        if not self.by_bucket:
+            return None
+        place = tuple(map(id, parameters))
+        known = self._treatments.get(place)
+        if known is None:
+            known = self._treatments[place] = self._work_out(parameters)
+            # When a parameter goes, another one may get its id.
+            forget = self._treatments.clear
+            self._alive += [weakref.ref(p, lambda _: forget()) for p in parameters]
+        return known
+
+    def _work_out(self, parameters: Sequence[torch.Tensor]) -> Treatment:
+        codec = self.codec
+        if self._bits is not None:
+            codec = self._codec(integer(self._bits(parameters), self._owner, "what bits() returns"))
+        exact = tuple(self._is_excluded(parameter) for parameter in parameters)
+        if all(exact) and exact:
+            return Treatment(None)
+        return Treatment(codec, exact if any(exact) else None, compare=True)
+
+    def _is_excluded(self, parameter: torch.Tensor) -> bool:
+        if callable(self._exclude):
+            return bool(self._exclude(parameter))
+        if not self._exclude:
+            return False
+        name = self._names.get(parameter)
+        if name is None:
+            raise ValueError(
+                f"{self._owner}: exclude has names, but the model that the parameters belong to "
+                "was not found; register it by rhtcomm.hooks.register(model, exclude=...)"
+            )
+        return any(fnmatchcase(name, pattern) for pattern in self._exclude)

@@ -1,0 +1,102 @@
+"""The hot path of a codec: what is done for every chunk of every step."""
+
+from collections.abc import Mapping
+
+import torch
+
+from rhtcomm.deferred import deferred_on
+from rhtcomm.kernels import Kernel, Task
+from rhtcomm.moments import MOMENTS, rotations_for
+from rhtcomm.randomness import Key
+from rhtcomm.wire import HEADER_BYTES, Headers, length_of
+
+__all__ = ["Coder"]
+
+
+class Coder:
+    """Encodes and decodes tensors of one length, in equal shards, on one kind of device.
+
+    `Codec.coder` makes it, and checks once what can be checked once. Its methods check the headers
+    of payloads and nothing else. They trust their arguments to be as described: in particular,
+    tensors have memory of their own (see `rhtcomm.memory.memory_of`), and outputs overlap no input.
+
+    Args:
+        tasks: by the number of rotations; they differ in nothing else.
+        kernel: for the tasks.
+        headers: of the codec's payloads.
+    """
+
+    def __init__(self, tasks: Mapping[int, Task], kernel: Kernel, headers: Headers) -> None:
+        self._tasks, self._kernel, self._headers = tasks, kernel, headers
+        task = tasks[headers.rotations]
+        self._numel, self._quantizer = task.numel, task.quantizer
+        self.nbytes = length_of(task.sections)
+        """Of one shard's payload."""
+
+    def encode(
+        self,
+        x: torch.Tensor,
+        key: Key,
+        offset: int,
+        rank: int,
+        world_size: int,
+        out: torch.Tensor,
+        rotations: int | None = None,
+        wanted: int | None = None,
+    ) -> None:
+        """Write the payloads of x, those of `Codec.encode`, to out.
+
+        Args:
+            x: (numel,) float32, bfloat16 or float16, contiguous.
+            offset: of x in its bucket, a multiple of the block.
+            out: (shards, at least nbytes) uint8. Rows are contiguous and begin at addresses that 4
+                divides.
+            rotations: only with "auto": the number of transforms.
+            wanted: only with "auto": at least so many are wanted next.
+        """
+        rotations = rotations or self._headers.rotations
+        task, moments = self._tasks[rotations], None
+        if self._headers.auto:
+            moments = torch.empty(task.blocks, MOMENTS, dtype=torch.float32, device=x.device)
+        self._kernel.encode(task, key, offset, rank, world_size, x, out, moments)
+        if moments is not None:
+            found = rotations_for(moments, self._quantizer.group, self._quantizer.rotations)
+            wanted = max(wanted or 1, found)
+        self._headers.write(out, rotations, wanted, key, offset, rank, world_size, self._numel)
+
+    def decode(
+        self,
+        payloads: torch.Tensor,
+        key: Key,
+        offset: int,
+        rank: int,
+        world_size: int,
+        out: torch.Tensor,
+    ) -> int | None:
+        """Write the mean of what K adjacent ranks encoded to out.
+
+        Args:
+            payloads: (K, shards, at least nbytes) uint8. Rows are contiguous and begin at addresses
+                that 4 divides.
+            offset: as given to `encode`.
+            rank: the first of the K.
+            out: (numel,) float32, bfloat16 or float16, contiguous.
+
+        Returns:
+            The largest number of rotations that a sender wants next; None where it is fixed.
+
+        Raises:
+            PayloadError: a header is not the expected one (raised later, by `DeferredChecks`, for
+                payloads on CUDA within `deferring`).
+        """
+        origin = (key, offset, rank, world_size, self._numel)
+        checks = None if self._headers.auto else deferred_on(payloads.device)
+        if checks:
+            headers = payloads[..., :HEADER_BYTES].contiguous()
+            checks.add(headers, lambda arrived: self._headers.check(arrived, *origin))
+            rotations, wanted = self._headers.rotations, None
+        else:
+            rotations, wanted = self._headers.check(payloads, *origin)
+        task = self._tasks[rotations]
+        self._kernel.decode(task, key, offset, rank, world_size, payloads, out)
+        return wanted

@@ -1,0 +1,18 @@
+"""How payloads travel: the few exchanges that the collectives are made of."""
+
+from rhtcomm.communicators.base import Communicator, Topology, ring_bytes
+from rhtcomm.communicators.hierarchical import HierarchicalCommunicator
+from rhtcomm.communicators.mpi import MPICommunicator
+from rhtcomm.communicators.torch import TorchCommunicator, backend_of
+from rhtcomm.communicators.users import users
+
+__all__ = [
+    "Communicator",
+    "HierarchicalCommunicator",
+    "MPICommunicator",
+    "Topology",
+    "TorchCommunicator",
+    "backend_of",
+    "ring_bytes",
+    "users",
+]

@@ -1,0 +1,214 @@
+"""Two levels of ranks: those of a node, and those that exchange compressed payloads."""
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.distributed as dist
+
+from rhtcomm.communicators.base import Communicator, Topology, name_of
+from rhtcomm.communicators.torch import TorchCommunicator
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["HierarchicalCommunicator"]
+
+
+class HierarchicalCommunicator(Topology):
+    """Two levels for several ranks a node: full precision within it, compressed between nodes.
+
+    Args:
+        within: the ranks of this node.
+        between: the ranks that have this one's place in their nodes, one of each node, in the same
+            order for every place. Both are communicators, or process groups of torch.
+
+    Every rank of a node takes a share of the tensor to the other nodes, so `between` is a different
+    group for each place in a node. All nodes must have as many ranks, or the first exchange raises
+    ValueError on all of them.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialized, or this rank is in neither group.
+    """
+
+    def __init__(
+        self,
+        within: "Communicator | dist.ProcessGroup",
+        between: "Communicator | dist.ProcessGroup",
+    ) -> None:
+        for name, level in (("within", within), ("between", between)):
+            if isinstance(level, (str, type)) or not (
+                isinstance(level, dist.ProcessGroup) or hasattr(level, "start_all_gather")
+            ):
+                raise TypeError(
+                    f"HierarchicalCommunicator: {name}={level!r} must be a communicator, such as "
+                    "rhtcomm.MPICommunicator(), or a process group"
+                )
+        self._within, self._between = (
+            TorchCommunicator(level) if isinstance(level, dist.ProcessGroup) else level
+            for level in (within, between)
+        )
+        self._even = False
+
+    @classmethod
+    def from_mesh(cls, mesh: "DeviceMesh") -> "HierarchicalCommunicator":
+        """From a two-dimensional DeviceMesh (nodes, ranks of a node).
+
+        ``HierarchicalCommunicator.from_mesh(init_device_mesh("cpu", (nodes, ranks_of_a_node)))``
+
+        Raises:
+            TypeError: the mesh is none.
+            ValueError: the mesh has another number of dimensions, or its groups number their ranks
+                in another order than it lists them.
+        """
+        if not hasattr(mesh, "get_group"):
+            raise TypeError(
+                f"HierarchicalCommunicator: mesh={mesh!r} must be a DeviceMesh, such as "
+                "torch.distributed.device_mesh.init_device_mesh returns"
+            )
+        if mesh.ndim != 2:
+            raise ValueError(
+                f"HierarchicalCommunicator: the mesh has {mesh.ndim} dimension(s), but takes two: "
+                "(nodes, ranks of a node)"
+            )
+        # torch sorts the ranks of a group. Every rank looks at the whole mesh: all raise, or none.
+        rows: list[list[int]] = mesh.mesh.tolist()
+        if any(list(line) != sorted(line) for line in (*rows, *zip(*rows, strict=True))):
+            raise ValueError(
+                f"HierarchicalCommunicator: the mesh lists ranks as {rows}, but the groups that "
+                "torch makes of its rows and columns number them in ascending order, so a rank's "
+                "place in its node would not be the mesh's; list the ranks of every row and column "
+                "in ascending order"
+            )
+        return cls(within=mesh.get_group(1), between=mesh.get_group(0))
+
+    @property
+    def within(self) -> Communicator:
+        return self._within
+
+    @property
+    def between(self) -> Communicator:
+        return self._between
+
+    @property
+    def private(self) -> bool:
+        return self.within.private and self.between.private
+
+    def apart(self, device: str) -> "HierarchicalCommunicator":
+        """Both levels'; see `Communicator.apart`."""
+        within, between = self.within.apart(device), self.between.apart(device)
+        if within is self.within and between is self.between:
+            return self
+        return HierarchicalCommunicator(within, between)
+
+    def enqueues(self, device: str) -> bool:
+        return self.within.enqueues(device) and self.between.enqueues(device)
+
+    def carriers(self) -> list[object]:
+        return [*self.within.carriers(), *self.between.carriers()]
+
+    def name_of(self, rank: int) -> str:
+        known = rank == self.rank and dist.is_initialized()
+        return name_of(rank, {rank: dist.get_rank() if known else rank})
+
+    @property
+    def patience(self) -> str:
+        return self.between.patience
+
+    def close(self) -> None:
+        """End what either level has of its own (see `apart`), and nothing of the user's."""
+        for level in (self.within, self.between):
+            if level.private:
+                level.close()
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank to other nodes; `within.bytes_sent` has the rest."""
+        return self.between.bytes_sent
+
+    @property
+    def rank(self) -> int:
+        return self.between.rank * self.within.world_size + self.within.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.between.world_size * self.within.world_size
+
+    def ring_bytes(self, nbytes: int) -> int:
+        """What a rank would send to other nodes if the same exchange were not compressed."""
+        return round(self.between.ring_bytes(nbytes) / self.within.world_size)
+
+    def check_nodes(self, device: torch.device) -> None:
+        """Before the first exchange, see that the ranks of both levels make a grid.
+
+        All nodes have as many ranks, all ranks of a node are of the same node for the others, and
+        all ranks that share a place have that place in their own nodes.
+
+        Raises:
+            ValueError: on every rank, naming what differs.
+        """
+        if self._even:
+            return
+        within, between = self.within, self.between
+
+        def differs(level: Communicator, number: int) -> bool:
+            """Whether the ranks of a level have other numbers than this one."""
+            ends = torch.tensor([number, -number], device=device)
+            level.all_reduce_(ends, "max")
+            highest, lowest = ends.tolist()
+            return bool(highest != -lowest)
+
+        sizes = (within.world_size, between.world_size)
+        crossed = differs(within, between.rank) | differs(between, within.rank)
+        # The first place of a node sees all other nodes, and by the third step all places do.
+        most = torch.tensor([*sizes, *(-size for size in sizes), crossed], device=device)
+        for level in (within, between, within):
+            level.all_reduce_(most, "max")
+        ranks, nodes, fewest_ranks, fewest_nodes, anywhere = most.abs().tolist()
+        if (ranks, nodes) != (fewest_ranks, fewest_nodes):
+            raise ValueError(
+                f"HierarchicalCommunicator: nodes have {fewest_ranks} to {ranks} ranks, and places "
+                f"in a node {fewest_nodes} to {nodes} nodes; give all nodes as many ranks, or use "
+                "one level"
+            )
+        if anywhere:
+            raise ValueError(
+                "HierarchicalCommunicator: the ranks of a node number the nodes differently, or "
+                "the ranks that share a place are not at the same place of their nodes; list the "
+                "ranks of all groups in one order"
+            )
+        self._even = True
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """x (m,) uint8 -> (world_size, m) uint8, row i being the x of rank i."""
+        self.check_nodes(x.device)
+        columns = self.between.all_gather(x)
+        gathered = self.within.all_gather(columns.flatten())
+        gathered = gathered.view(self.within.world_size, self.between.world_size, -1)
+        return gathered.transpose(0, 1).flatten(0, 1)
+
+    def settle(self, wait: bool = True) -> None:
+        """Both levels'; see `Communicator.settle`."""
+        self.between.settle(wait)
+        self.within.settle(wait)
+
+    def abort(self) -> None:
+        """Tell both levels that this rank gives up; see `TorchCommunicator.abort`.
+
+        The rest of the ranks hear of it where those that heard it first abort as well, as the hook
+        does.
+        """
+        try:
+            self.within.abort()
+        finally:
+            self.between.abort()
+
+    def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        """Sum or maximum of contiguous tensors over ranks, in place, the same bits everywhere."""
+        self.check_nodes(x.device)
+        self.between.all_reduce_(x, op)
+        # The second level in an order of its own making: all nodes must round alike.
+        rows = self.within.all_gather(x.view(-1).view(torch.uint8)).view(x.dtype)
+        total = rows[0]
+        for row in rows[1:]:
+            total = total + row if op == "sum" else total.maximum(row)
+        x.copy_(total.view_as(x))

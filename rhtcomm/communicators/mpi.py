@@ -1,0 +1,164 @@
+"""Exchanges over MPI, by mpi4py."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from rhtcomm.communicators.base import Communicator, name_of
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["MPICommunicator"]
+
+Result = TypeVar("Result")
+
+
+class MPICommunicator(Communicator):
+    """Exchanges over MPI, by mpi4py's buffer interface; works without torch.distributed too.
+
+    Start the ranks with mpiexec. Tensors must be in host memory.
+
+    MPI's own waits spin on a core, which here the training thread needs: requests are polled
+    instead, with sleeps that grow while nothing arrives. (A request makes progress only while
+    somebody polls it.)
+
+    Args:
+        comm: an mpi4py intracommunicator, by default COMM_WORLD. It is duplicated, so messages
+            of the program and of the exchanges cannot meet.
+        timeout: seconds to wait for the other ranks in one exchange before raising; None waits for
+            ever. MPI cannot cancel an exchange: after a timeout the program can only end. Nor can
+            a rank tell the others that it gives up, except by MPI_Abort, which ends the whole
+            program and is left to it: `abort` does nothing.
+
+    Raises:
+        ImportError: mpi4py is not installed.
+        RuntimeError: MPI knows another number of ranks than torch does, as it happens where
+            torchrun alone started the processes: then each is an MPI world of its own.
+        TypeError: the timeout is no number.
+        ValueError: the timeout is not positive.
+    """
+
+    def __init__(self, comm: "MPI.Intracomm | None" = None, timeout: float | None = 1800.0) -> None:
+        if timeout is not None and not isinstance(timeout, (int, float)):
+            raise TypeError(
+                f"MPICommunicator: timeout={timeout!r} must be a number of seconds, or None"
+            )
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"MPICommunicator: timeout={timeout!r} must be positive, or None")
+        try:
+            from mpi4py import MPI
+        except ImportError as missing:
+            raise ImportError(
+                "MPICommunicator needs mpi4py and an MPI library: pip install 'rhtcomm[mpi]'"
+            ) from missing
+        if comm is None:
+            comm = MPI.COMM_WORLD
+            expected = os.environ.get("WORLD_SIZE")
+            if dist.is_initialized():
+                expected = str(dist.get_world_size())
+            if expected is not None and int(expected) != comm.size:
+                raise RuntimeError(
+                    f"MPICommunicator: MPI has {comm.size} rank(s) but torch has {expected}; start "
+                    f"the program with mpiexec -n {expected} (see launch/mpirun.sh), not by "
+                    "torchrun alone"
+                )
+        if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+            raise RuntimeError(
+                "MPICommunicator: MPI was initialized without support for threads; let mpi4py "
+                "initialize it, or ask for MPI_THREAD_MULTIPLE"
+            )
+        self.comm = comm.Dup()
+        self.timeout = timeout
+        self.bytes_sent = 0
+        self._in_flight: list[MPI.Request] = []
+        self._in_place: Any = MPI.IN_PLACE
+        self._ranks = MPI.Group.Translate_ranks(comm.Get_group(), None, MPI.COMM_WORLD.Get_group())
+        self._operations: dict[str, Any] = {"sum": MPI.SUM, "max": MPI.MAX}
+
+    @property
+    def rank(self) -> int:
+        return int(self.comm.rank)
+
+    @property
+    def world_size(self) -> int:
+        return int(self.comm.size)
+
+    def name_of(self, rank: int) -> str:
+        return name_of(rank, self._ranks)
+
+    @property
+    def patience(self) -> str:
+        return "its timeout" if self.timeout is None else f"its timeout of {self.timeout:g} s"
+
+    def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        gathered = x.new_empty(self.world_size, x.numel())
+        self.bytes_sent += (self.world_size - 1) * x.numel()
+        request = self.comm.Iallgather(_host_array(x), _host_array(gathered))
+        return self._finish(request, gathered)
+
+    def start_all_to_all(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        x = x.contiguous()
+        received = torch.empty_like(x)
+        self.bytes_sent += (self.world_size - 1) * x.shape[1]
+        request = self.comm.Ialltoall(_host_array(x), _host_array(received))
+        return self._finish(request, received)
+
+    def start_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor | None]:
+        gathered = x.new_empty(self.world_size, x.numel()) if self.rank == 0 else None
+        self.bytes_sent += 0 if self.rank == 0 else x.numel()
+        target = None if gathered is None else _host_array(gathered)
+        return self._finish(self.comm.Igather(_host_array(x), target), gathered)
+
+    def start_broadcast(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        self.bytes_sent += (self.world_size - 1) * x.numel() if self.rank == 0 else 0
+        return self._finish(self.comm.Ibcast(_host_array(x)), x)
+
+    def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        request = self.comm.Iallreduce(self._in_place, _host_array(x), self._operations[op])
+        self._finish(request, x)()
+        self.bytes_sent += self.ring_bytes(x.nbytes)
+
+    def close(self) -> None:
+        """Free the duplicated communicator; all ranks must call it."""
+        self.comm.Free()
+
+    def _finish(self, request: "MPI.Request", result: Result) -> Callable[[], Result]:
+        """What waits for the request."""
+        # MPI writes into the buffers, which live as long as the request, whoever forgets about it.
+        self._in_flight.append(request)
+        request.Test()  # moves the earlier ones on too
+
+        def finish() -> Result:
+            self._wait(request)
+            self._in_flight = [other for other in self._in_flight if other is not request]
+            return result
+
+        return finish
+
+    def _wait(self, request: "MPI.Request") -> None:
+        deadline = None if self.timeout is None else time.monotonic() + self.timeout
+        pause = 0.0
+        while not request.Test():
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"MPICommunicator: {self.name_of(self.rank)} of {self.world_size} waited "
+                    f"{self.timeout:g} s for the others: one of them died, hangs, or makes other "
+                    "calls than this one"
+                )
+            # The first polls only give way to other threads, the later ones to the whole core.
+            time.sleep(pause)
+            pause = min(1e-3, pause + 1e-6)
+
+
+def _host_array(x: torch.Tensor) -> Any:
+    if x.device.type != "cpu":
+        raise TypeError(
+            f"MPICommunicator: a tensor lies on {x.device}, but MPI exchanges go through host "
+            "memory; use TorchCommunicator there"
+        )
+    return x.detach().numpy()

@@ -1,0 +1,353 @@
+"""Exchanges over a process group of torch.distributed."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import default_pg_timeout
+
+from rhtcomm.communicators import gloo
+from rhtcomm.communicators.base import Communicator, name_of
+
+__all__ = ["TorchCommunicator", "backend_of"]
+
+# Of messages on a process group that others may use too; those with one tag stay in order.
+# Acknowledgements have one of their own: in a longer message's place one would end the process.
+_TAG, _ACKNOWLEDGEMENT_TAG = 0x7268, 0x7269
+_LONG = 1 << 18  # bytes of a message, by measurement: see benchmarks/README.md
+_ENQUEUING = ("nccl", "nccl-legacy", "xccl", "hccl", "rccl")  # backends that queue on streams
+
+Result = TypeVar("Result")
+_Message = tuple[int, int, dist.Work]  # to or from which rank, in which turn
+
+
+def backend_of(group: dist.ProcessGroup, device: str) -> str:
+    """The backend that carries a group's tensors on a kind of device, such as "gloo"."""
+    config = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
+    backends = dict(pair.split(":", 1) for pair in config.split(",") if ":" in pair)
+    return backends.get(device, config)
+
+
+def _backends_of(group: dist.ProcessGroup) -> set[str]:
+    """All backends of a group, of whatever device."""
+    config = dist.get_backend_config(group)
+    return {pair.rpartition(":")[2] for pair in config.split(",")}
+
+
+class TorchCommunicator(Communicator):
+    """Exchanges over a torch.distributed process group of any backend.
+
+    Args:
+        group: the process group, by default the world. After `abort` it is destroyed on Gloo.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialized, or this rank is not in the group.
+        TypeError: the group is no process group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "TorchCommunicator: torch.distributed is not initialized; call "
+                "torch.distributed.init_process_group first (and launch by torchrun)"
+            )
+        outside: Any = dist.GroupMember.NON_GROUP_MEMBER
+        if group == outside:
+            raise RuntimeError("TorchCommunicator: this rank is not a member of the group")
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"TorchCommunicator: group={group!r} must be a process group, such as "
+                "torch.distributed.new_group() returns"
+            )
+        self.timeout = _timeout_of(group or dist.group.WORLD)
+        self._set_up(group, dist.get_process_group_ranks(group))
+
+    @classmethod
+    def of_its_own(
+        cls, parent: dist.ProcessGroup, device: str, timeout: timedelta | None = None
+    ) -> "TorchCommunicator":
+        """The ranks of `parent` over connections that nobody else uses; all of them call it.
+
+        Args:
+            parent: a process group; its backend for the device is taken.
+            device: kind of the device that exchanges come from.
+            timeout: of the exchanges, and of making it; by default torch's (Gloo: 30 minutes).
+
+        Raises:
+            RuntimeError: another rank did not call it in time, or ended.
+        """
+        ranks = dist.get_process_group_ranks(parent)
+        if backend_of(parent, device) == "gloo":
+            timeout = timeout or default_pg_timeout
+            made = cls.__new__(cls)
+            made.private, made.timeout = True, timeout
+            made._set_up(gloo.connect(parent, timeout), ranks)
+            return made
+        group = dist.new_group(
+            ranks,
+            timeout=timeout,
+            backend=dist.get_backend(parent),
+            use_local_synchronization=len(ranks) < dist.get_world_size(),
+            device_id=getattr(parent, "bound_device_id", None),
+        )
+        assert group is not None
+        made = cls(group)
+        made.private = True
+        return made
+
+    def apart(self, device: str) -> "Communicator":
+        # A class of the user's may do something else on the way.
+        if self.private or type(self) is not TorchCommunicator:
+            return self
+        if backend_of(self.group, device) != "gloo":
+            return self
+        return self.of_its_own(self.group, device, self.timeout)
+
+    def _set_up(self, group: Any, ranks: list[int]) -> None:
+        self._group, self._aborted = group, False
+        self.bytes_sent = 0
+        self._ranks = ranks
+        group = self.group
+        self._rank, self._world_size = int(group.rank()), int(group.size())
+        # Each begins with its neighbour, so that no rank is the first to hear from all.
+        self._others = [(self._rank + i) % self._world_size for i in range(1, self._world_size)]
+        self._in_flight = 0  # exchanges whose messages have not arrived
+        self._turn = 0  # how often `settle` was called
+        self._settled = True
+        self._sent: list[_Message] = []  # of which the others have not yet shown that they came
+        self._heard = [0] * self._world_size  # by rank, the turn of its last message
+        self._acknowledgements = [  # what is in them does not matter
+            [torch.zeros(1, dtype=torch.uint8, device="cpu")] * self._world_size,
+            torch.zeros(self._world_size, 1, dtype=torch.uint8, device="cpu").unbind(0),
+        ]
+
+    @property
+    def group(self) -> Any:
+        """The process group that it was made with, or its own."""
+        if self._aborted:
+            raise RuntimeError(
+                f"TorchCommunicator: {self.name_of(self.rank)} of {self.world_size} gave up and "
+                "left the group; start the program again, or make new groups on all ranks"
+            )
+        group = dist.group.WORLD if self._group is None else self._group
+        if group is None:
+            raise RuntimeError(
+                "TorchCommunicator: torch.distributed is not initialized any more; make a new one"
+            )
+        return group
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        return self._world_size
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of the world, in the order of the group."""
+        return list(self._ranks)
+
+    def carriers(self) -> list[object]:
+        return [self.group]
+
+    def name_of(self, rank: int) -> str:
+        return name_of(rank, self._ranks)
+
+    @property
+    def patience(self) -> str:
+        if self.timeout is None:
+            return "its timeout"
+        return f"its timeout of {self.timeout.total_seconds():g} s"
+
+    def enqueues(self, device: str) -> bool:
+        return isinstance(self.group, dist.ProcessGroup) and (
+            backend_of(self.group, device) in _ENQUEUING
+        )
+
+    def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        nbytes = x.numel()
+        gathered = x.new_empty(self._world_size, nbytes)
+        self.bytes_sent += (self._world_size - 1) * nbytes
+        rows = gathered.unbind(0)
+        if not x.is_cpu:
+            return self._collective(self.group.allgather([list(rows)], [x]), gathered)
+        rows[self._rank].copy_(x)
+        return self._swap([x] * self._world_size, rows, nbytes, gathered)
+
+    def start_all_to_all(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        x = x.contiguous()
+        received = torch.empty_like(x)
+        nbytes = x.shape[1]
+        self.bytes_sent += (self._world_size - 1) * nbytes
+        if not x.is_cpu:
+            work = self.group.alltoall_base(received, x, [], [])
+            return self._collective(work, received)
+        outgoing, incoming = x.unbind(0), received.unbind(0)
+        incoming[self._rank].copy_(outgoing[self._rank])
+        return self._swap(outgoing, incoming, nbytes, received)
+
+    def start_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor | None]:
+        gathered = x.new_empty(self._world_size, x.numel()) if self._rank == 0 else None
+        self.bytes_sent += 0 if self._rank == 0 else x.numel()
+        if not x.is_cpu:
+            options = dist.GatherOptions()
+            options.rootRank = 0
+            targets = [] if gathered is None else [list(gathered)]
+            return self._collective(self.group.gather(targets, [x], options), gathered)
+        if gathered is None:
+            self._send([x], [0])
+            return lambda: None
+        gathered[0] = x
+        return self._arrival(self._receive(gathered.unbind(0), self._others), gathered)
+
+    def start_broadcast(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        self.bytes_sent += (self._world_size - 1) * x.numel() if self._rank == 0 else 0
+        if not x.is_cpu:
+            options = dist.BroadcastOptions()
+            options.rootRank = 0
+            return self._collective(self.group.broadcast([x], options), x)
+        if self._rank == 0:
+            self._send([x] * self._world_size, self._others)
+            return lambda: x
+        return self._arrival(self._receive([x], [0]), x)
+
+    def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        options: Any = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
+        self._collective(self.group.allreduce([x], options), None)()
+        self.bytes_sent += self.ring_bytes(x.nbytes)
+
+    def _collective(self, work: dist.Work | None, result: Result) -> Callable[[], Result]:
+        """What waits for a collective, which until then keeps hold of its tensors."""
+        works = [work]
+
+        def finish() -> Result:
+            work = works.pop()  # it keeps connections open, and an error's traceback this closure
+            assert work is not None  # it is where a rank is not of the group
+            work.wait()
+            return result
+
+        return finish
+
+    # Gloo's own collectives go through a pool of two threads, which costs hand-overs and lets two
+    # chunks share a link, so that both arrive late. Plain messages do neither.
+
+    def _swap(
+        self,
+        outgoing: Sequence[torch.Tensor],
+        incoming: Sequence[torch.Tensor],
+        nbytes: int,
+        result: torch.Tensor,
+    ) -> Callable[[], torch.Tensor]:
+        """Send outgoing[i] to rank i, for what becomes incoming[i]; each has `nbytes` bytes."""
+        # Data leaves at once, from this thread, where the other has asked for it; and while data
+        # comes in, Gloo's thread spins for the lock of the connection. So a short exchange that is
+        # alone asks later, and its data leaves on Gloo's thread. Others would leave late: that
+        # thread has to wait for a core, and what asks for data queues behind other data.
+        if self._in_flight == 0 and nbytes < _LONG:
+            self._send(outgoing, self._others)
+            arriving = self._receive(incoming, self._others)
+        else:
+            arriving = self._receive(incoming, self._others)
+            self._send(outgoing, self._others)
+        return self._arrival(arriving, result)
+
+    # A message that finds its connection closed just as the other side asks for it is lost to Gloo,
+    # which then never says whether it was sent, while those who receive hear of a closed connection
+    # at once. So a rank asks about what it sent only after the other has shown that it came: by a
+    # message of a later turn, which it begins with all of the one before in hand.
+
+    def settle(self, wait: bool = True) -> None:
+        self._turn += 1
+        if wait and not self._settled:
+            outgoing, incoming = self._acknowledgements
+            # Receives first: what the other asks for comes ahead of what it sends, so whoever has
+            # its acknowledgements has also sent its own, and may leave.
+            arriving = self._receive(incoming, self._others, _ACKNOWLEDGEMENT_TAG)
+            self._send(outgoing, self._others, _ACKNOWLEDGEMENT_TAG)
+            self._arrival(arriving, None)()
+            self._turn += 1  # so that later messages show that the acknowledgements came
+            self._settled = True
+
+    # Neither may name the group: an error's traceback would keep it, and with it the connections.
+
+    def _receive(
+        self, rows: Sequence[torch.Tensor], ranks: Sequence[int], tag: int = _TAG
+    ) -> list[_Message]:
+        """rows[i] from rank i."""
+        self._settled = False
+        turn = self._turn
+        return [(rank, turn, self.group.recv([rows[rank]], rank, tag)) for rank in ranks]
+
+    def _send(self, rows: Sequence[torch.Tensor], ranks: Sequence[int], tag: int = _TAG) -> None:
+        """rows[i] to rank i."""
+        self._settled = False
+        for rank in ranks:
+            self._sent.append((rank, self._turn, self.group.send([rows[rank]], rank, tag)))
+
+    def _arrival(self, arriving: list[_Message], result: Result) -> Callable[[], Result]:
+        """What waits for messages."""
+        self._in_flight += 1
+
+        def finish() -> Result:
+            heard, news = self._heard, False
+            try:
+                for rank, turn, work in arriving:
+                    work.wait()
+                    if turn > heard[rank]:
+                        heard[rank], news = turn, True
+            finally:
+                self._in_flight -= 1
+                arriving.clear()  # they keep connections, and an error's traceback this closure
+            if news:
+                for rank, turn, work in self._sent:
+                    if turn < heard[rank]:
+                        work.wait()
+                self._sent = [sent for sent in self._sent if sent[1] >= heard[sent[0]]]
+            return result
+
+        return finish
+
+    def abort(self) -> None:
+        """Leave the group; on Gloo its connections then close and wake the others.
+
+        They close when the last reference to the group goes, so keep none, nor the DeviceMesh that
+        made it: otherwise the others wait for the timeout. So they do where the group is the world,
+        which is not this communicator's alone and stays as it is, and where the group has another
+        backend too, which tells the others itself and may block as it ends (NCCL).
+        """
+        group, self._group, self._aborted = self._group, None, True
+        self._sent.clear()  # they refer to its connections
+        if group is None or group is dist.group.WORLD:
+            return
+        # A private one on Gloo is unknown to torch, and the reference was the last.
+        if isinstance(group, dist.ProcessGroup) and _backends_of(group) == {"gloo"}:
+            _destroy(group)
+
+    def close(self) -> None:
+        """End connections of its own (see `of_its_own`); nothing for a group of the user's."""
+        if self.private:
+            group, self._group, self._aborted = self._group, None, True
+            self._sent.clear()
+            _destroy(group)
+
+
+def _destroy(group: Any) -> None:
+    """Make torch forget a group; its connections close when the last reference to it goes."""
+    if isinstance(group, dist.ProcessGroup) and dist.is_initialized():
+        with contextlib.suppress(ValueError):  # it went with the world that it was made in
+            dist.destroy_process_group(group)
+
+
+def _timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
+    """How long the group waits on Gloo, where torch tells."""
+    try:
+        found = group._get_backend(torch.device("cpu")).options._timeout  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):
+        return None
+    return found if isinstance(found, timedelta) else None

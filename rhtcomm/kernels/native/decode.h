@@ -1,0 +1,125 @@
+/* Decoding of one block: the mean of what K ranks sent of it. */
+#pragma once
+#include "blocks.h"
+#include "eden.h"
+#include "formats.h"
+#include "hadamard.h"
+#include "packing.h"
+#include "quic_fl.h"
+#include "vector.h"
+
+/* The arguments of rhtcomm_decode. */
+typedef struct {
+    Origin origin;
+    int64_t ranks; /* K */
+    const uint8_t *payloads;
+    int64_t rank_stride, shard_stride; /* bytes from a payload to that of the next rank, or shard */
+    char *out;
+    int dtype;
+} Decoding;
+
+/* What the ranks sent of a block: `stride` bytes lie between the scales, and codes, of two ranks. */
+typedef struct {
+    const uint8_t *scale, *packed;
+    int64_t ranks, stride;
+} Sent;
+
+static uint32_t largest_scale(Sent sent) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < sent.ranks; i++) {
+        uint32_t bits;
+        memcpy(&bits, sent.scale + i * sent.stride, 4);
+        bits &= 0x7fffffff;
+        if (bits > largest) largest = bits;
+    }
+    return largest;
+}
+
+/* The scale of the i-th rank; its codes go to s.codes. */
+static float unpack_codes(const Plan *plan, Scratch s, Sent sent, int64_t i) {
+    float scale;
+    memcpy(&scale, sent.scale + i * sent.stride, 4);
+    const uint8_t *packed = sent.packed + i * sent.stride;
+    unpack(packed, plan->size / plan->group, plan->bits * plan->group, s.codes);
+    return scale;
+}
+
+/* s.y <- d^(k/2) R^T s.y without the signs that come last, which are returned. Prefetches `out`. */
+static const uint8_t *unrotate(const Decoding *d, const Plan *plan, Scratch s, int64_t offset,
+                               uint32_t rank, const void *out) {
+    const uint8_t *signs = NULL;
+    for (int i = plan->rotations - 1; i >= 0; i--) {
+        hadamard(s.y, s.y, plan->size, signs, 1.0f, i ? NULL : out, bytes_of(d->dtype));
+        signs = draw_signs(plan, &d->origin, i, rank, offset, s.signs);
+    }
+    return signs;
+}
+
+/* s.y <- the sum of the ranks' values, whose rotation is the same. Returns whether all exact
+ * coordinates are finite, which no encoder breaks, but a payload of any bytes may. */
+static int add_quic_fl(const Decoding *d, const Plan *plan, Scratch s, int64_t offset, Sent sent,
+                       float down) {
+    const uint8_t *dither = draw_dither(plan, &d->origin, offset, s.dither);
+    i32 *indices = (i32 *)s.sum;
+    int finite = 1;
+    for (int64_t i = 0; i < sent.ranks; i++) {
+        float scale = unpack_codes(plan, s, sent, i) * down;
+        const uint8_t *exact = sent.packed + i * sent.stride + code_bytes(plan);
+        const uint32_t shift = stratum(&d->origin, d->origin.rank + i);
+        int64_t count = exact_sums(plan, exact, scale, i == 0, s.y, indices, s.room, &finite);
+        quic_fl_add(plan, s.codes, dither, shift, scale, i == 0, s.y);
+        for (int64_t k = 0; k < count; k++) s.y[indices[k]] = s.room[k];
+    }
+    return finite;
+}
+
+/* s.sum <- the sum of the ranks' blocks, each of which has a rotation of its own. */
+static void add_unrotated(const Decoding *d, const Plan *plan, Scratch s, int64_t offset, Sent sent,
+                          float down, const void *out) {
+    for (int64_t i = 0; i < sent.ranks; i++) {
+        float scale = unpack_codes(plan, s, sent, i) * down;
+        if (plan->quantizer == EDEN)
+            eden_values(plan, s.codes, scale, s.y);
+        else
+            vector_values(plan, s.codes, scale, s.y);
+        const uint32_t rank = (uint32_t)(d->origin.rank + i);
+        const uint8_t *signs = unrotate(d, plan, s, offset, rank, out);
+        for (int64_t j = 0; j < plan->size; j += LANES) {
+            vf value = apply_signs(load(s.y + j), signs, j);
+            if (i) value = load(s.sum + j) + value;
+            store(s.sum + j, value);
+        }
+    }
+}
+
+/* A BlockFunction. */
+static void decode_block(const void *call, const Plan *plan, const Scratch *scratch, Block block) {
+    const Scratch s = *scratch; /* a copy, which no vector that is stored may alias */
+    const Decoding *d = call;
+    const int64_t size = plan->size, offset = d->origin.offset + block.offset;
+    const float normalization = (float)(plan->normalization / (double)d->ranks);
+    const uint8_t *payload = d->payloads + block.shard * d->shard_stride;
+    const Sent sent = {payload + block.scale, payload + block.packed, d->ranks, d->rank_stride};
+    char *out = d->out + block.offset * bytes_of(d->dtype);
+    float *to = d->dtype == FLOAT32 && block.numel == size ? (float *)out : s.y;
+    const uint32_t peak = largest_scale(sent);
+    float down, up;
+    powers_of_two(peak, &down, &up);
+    int finite = peak < 0x7f800000;
+    if (!finite) {
+        for (int64_t j = 0; j < size; j++) to[j] = NAN;
+    } else if (plan->quantizer == QUIC_FL) {
+        finite = add_quic_fl(d, plan, s, offset, sent, down);
+        const uint8_t *signs = unrotate(d, plan, s, offset, 0, out);
+        for (int64_t j = 0; j < size; j += LANES)
+            store(to + j, apply_signs(load(s.y + j), signs, j) * normalization * up);
+    } else {
+        add_unrotated(d, plan, s, offset, sent, down, out);
+        for (int64_t j = 0; j < size; j += LANES)
+            store(to + j, load(s.sum + j) * normalization * up);
+    }
+    if (!finite) /* processors differ in the NaN that they make */
+        for (int64_t j = 0; j < size; j++)
+            if (to[j] != to[j]) to[j] = NAN;
+    if (to == s.y) write_block(to, d->dtype, block.numel, out);
+}

@@ -1,0 +1,173 @@
+/* The Hadamard transform. */
+#pragma once
+#include "sums.h"
+#include "vectors.h"
+
+/* Lanes whose bit is set in the LANES bits of `signs` from bit j on are negated. */
+INLINE vf apply_signs(vf v, const uint8_t *signs, int64_t j) {
+#if defined(__AVX512F__)
+    __mmask16 minus;
+    memcpy(&minus, signs + j / 8, 2);
+    return (vf)_mm512_mask_xor_epi32((__m512i)v, minus, (__m512i)v, _mm512_set1_epi32(INT32_MIN));
+#else
+    vu bit;
+    for (int i = 0; i < LANES; i++) bit[i] = 1u << i;
+    vu set = (vu)((((vu){0} + (uint32_t)(signs[j / 8] >> (j % 8))) & bit) != 0);
+    return (vf)((vu)v ^ (set & 0x80000000u));
+#endif
+}
+
+/* Lane i takes the value of lane i ^ stride. */
+INLINE vf swap_lanes(vf v, const int stride) {
+#if defined(__AVX512F__)
+    switch (stride) {
+    case 1: return (vf)_mm512_permute_ps((__m512)v, 0xB1);
+    case 2: return (vf)_mm512_permute_ps((__m512)v, 0x4E);
+    case 4: return (vf)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0xB1);
+    default: return (vf)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0x4E);
+    }
+#elif defined(__AVX2__)
+    switch (stride) {
+    case 1: return (vf)_mm256_permute_ps((__m256)v, 0xB1);
+    case 2: return (vf)_mm256_permute_ps((__m256)v, 0x4E);
+    default: return (vf)_mm256_permute2f128_ps((__m256)v, (__m256)v, 0x01);
+    }
+#else
+    vf out;
+    for (int i = 0; i < LANES; i++) out[i] = v[i ^ stride];
+    return out;
+#endif
+}
+
+/* Butterflies between the lanes of one vector: (a, b) -> (a + b, a - b), lanes `stride` apart. */
+INLINE vf lane_stage(vf v, const int stride) {
+    vf sign;
+    for (int i = 0; i < LANES; i++) sign[i] = (i & stride) ? -1.0f : 1.0f;
+    /* A multiplication by one is exact, so fusing it rounds like the plain addition. */
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)v, (__m512)sign, (__m512)swap_lanes(v, stride));
+#elif defined(__AVX2__)
+    return (vf)_mm256_fmadd_ps((__m256)v, (__m256)sign, (__m256)swap_lanes(v, stride));
+#else
+    return swap_lanes(v, stride) + v * sign;
+#endif
+}
+
+INLINE vf lane_stages(vf v) {
+#pragma GCC unroll 4
+    for (int stride = 1; stride < LANES; stride *= 2) v = lane_stage(v, stride);
+    return v;
+}
+
+/* a - b, on units that additions leave idle; the multiplication by one is exact. */
+INLINE vf subtract(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmsub_ps((__m512)a, _mm512_set1_ps(1.0f), (__m512)b);
+#else
+    return a - b;
+#endif
+}
+
+INLINE void register_stages(vf *r, const int radix) {
+#pragma GCC unroll 8
+    for (int stride = 1; stride < radix; stride *= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < radix; i++)
+            if (!(i & stride)) {
+                vf a = r[i], b = r[i + stride];
+                r[i] = a + b;
+                r[i + stride] = subtract(a, b);
+            }
+}
+
+/* What the last pass of a transform finds about its results. */
+typedef struct {
+    float *squares; /* sums of a halving tree, as far as the pass has the terms at hand: h of them */
+    vi peak;        /* the largest magnitude, by lanes */
+} Measures;
+
+/* Strides h, 2 h, ..., radix h / 2, for h >= LANES. */
+INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix, Measures *measures) {
+    for (int64_t base = 0; base < size; base += h * radix)
+        for (int64_t j = 0; j < h; j += LANES) {
+            vf r[16], square[8];
+#pragma GCC unroll 16
+            for (int i = 0; i < radix; i++) r[i] = load(y + base + j + i * h);
+            register_stages(r, radix);
+#pragma GCC unroll 16
+            for (int i = 0; i < radix; i++) store(y + base + j + i * h, r[i]);
+            if (!measures) continue;
+#pragma GCC unroll 8
+            for (int i = 0; i < radix / 2; i++) {
+                vf a = r[i], b = r[i + radix / 2];
+                square[i] = a * a + b * b;
+                vi magnitude = larger((vi)a & INT32_MAX, (vi)b & INT32_MAX);
+                measures->peak = larger(measures->peak, magnitude);
+            }
+#pragma GCC unroll 4
+            for (int half = radix / 4; half; half /= 2)
+#pragma GCC unroll 4
+                for (int i = 0; i < half; i++) square[i] = square[i] + square[i + half];
+            store(measures->squares + j, square[0]);
+        }
+}
+
+/* y <- d^(1/2) H (factor * signs * from), strides in ascending order; signs may be NULL. Prefetches
+ * d coordinates of `width` bytes from `ahead` on a little at a time, since a processor has room for
+ * few such requests and then waits. Where `measures` is given, fills it and returns its h, or returns
+ * 0 where a block is too small for that. */
+INLINE int64_t transform(float *y, const float *from, int64_t size, const uint8_t *signs,
+                         float factor, const char *ahead, int64_t width, Measures *measures) {
+    int64_t h;
+    if (size >= LANES * RADIX) {
+        for (int64_t base = 0; base < size; base += LANES * RADIX) {
+            vf r[RADIX];
+#pragma GCC unroll 16
+            for (int i = 0; i < RADIX; i++) {
+                if (ahead) __builtin_prefetch(ahead + (base + i * LANES) * width, 0, 2);
+                r[i] = load(from + base + i * LANES) * factor;
+                if (signs) r[i] = apply_signs(r[i], signs + base / 8, i * LANES);
+                r[i] = lane_stages(r[i]);
+            }
+            register_stages(r, RADIX);
+#pragma GCC unroll 16
+            for (int i = 0; i < RADIX; i++) store(y + base + i * LANES, r[i]);
+        }
+        h = LANES * RADIX;
+    } else {
+        for (int64_t base = 0; base < size; base += LANES) {
+            vf v = load(from + base) * factor;
+            if (signs) v = apply_signs(v, signs, base);
+            store(y + base, lane_stages(v));
+        }
+        h = LANES;
+    }
+    for (; size / h > RADIX; h *= RADIX) wide_pass(y, size, h, RADIX, NULL);
+    switch (size / h) {
+    case 16: wide_pass(y, size, h, 16, measures); break;
+    case 8: wide_pass(y, size, h, 8, measures); break;
+    case 4: wide_pass(y, size, h, 4, measures); break;
+    case 2: wide_pass(y, size, h, 2, measures); break;
+    default: return 0;
+    }
+    return h;
+}
+
+static void hadamard(float *y, const float *from, int64_t size, const uint8_t *signs, float factor,
+                     const char *ahead, int64_t width) {
+    transform(y, from, size, signs, factor, ahead, width, NULL);
+}
+
+/* The same; returns the halving-tree sum of y[j]^2, and the largest magnitude in `peak`. `room` holds
+ * d / 2 floats. */
+static float hadamard_measured(float *y, const float *from, int64_t size, const uint8_t *signs,
+                               float factor, const char *ahead, int64_t width, float *room,
+                               uint32_t *peak) {
+    Measures measures = {.squares = room};
+    int64_t h = transform(y, from, size, signs, factor, ahead, width, &measures);
+    *peak = h ? 0 : largest_magnitude(y, size);
+    if (!h) return tree_dot(y, y, size, room);
+    for (int i = 0; i < LANES; i++)
+        if ((uint32_t)measures.peak[i] > *peak) *peak = (uint32_t)measures.peak[i];
+    return tree_sum(room, h);
+}

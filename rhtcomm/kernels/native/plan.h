@@ -1,0 +1,42 @@
+/* What the Python code tells the kernels. */
+#pragma once
+#include <stdint.h>
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { QUIC_FL, EDEN, VECTOR };
+enum { SIGNS = 0, DITHER = 3 };
+
+/* The blocks of one size in the payloads of a tensor: what is the same in all calls on tensors of one
+ * length. kernels/cpu.py fills it, field by field. A tensor has one for each size, the largest first. */
+typedef struct {
+    int64_t size;         /* d, coordinates in a block */
+    int64_t shards;       /* of the tensor; each has a payload */
+    int64_t numel;        /* coordinates in a shard */
+    int64_t offset;       /* coordinates from the beginning of a shard to its first block */
+    int64_t blocks;       /* B, in a shard */
+    int64_t scales, codes;  /* bytes from the beginning of a payload to those of the first block */
+    int64_t exact_capacity; /* QUIC_FL: C, exact coordinates that a block has room for */
+    double normalization; /* d^(-k/2) */
+    int32_t rotations;    /* k */
+    int32_t quantizer;    /* QUIC_FL, EDEN or VECTOR */
+    int32_t bits;         /* b */
+    int32_t group;        /* g, coordinates that a code stands for */
+    int32_t shared_bits;  /* QUIC_FL: l */
+    int32_t middle;       /* QUIC_FL: node of zero, times 2^16 */
+    float nodes_per_sigma;/* QUIC_FL: times 2^16 */
+    float inverse_bound;  /* QUIC_FL */
+    int32_t biased;       /* EDEN, VECTOR: whether the scale is that of least squared error */
+    const float *levels;      /* QUIC_FL: 2^(b+l) levels; EDEN: 2^b centroids; VECTOR: 256 x g */
+    const int32_t *positions; /* QUIC_FL: positions at the nodes */
+    const float *boundaries;  /* EDEN: 2^b - 1 */
+    const float *half_norms;  /* VECTOR: |c_i|^2 / 2 of 128 */
+} Plan;
+
+/* What the random numbers of a call depend on. */
+typedef struct {
+    uint32_t seed[2];     /* Philox key */
+    uint32_t bucket, step, hop;
+    int64_t offset;       /* of the tensor in its bucket, in coordinates */
+    int64_t rank;         /* decoding: of the first of K adjacent ranks */
+    int64_t world_size;   /* n */
+} Origin;

@@ -1,0 +1,34 @@
+/* Scratch memory of one thread. */
+#pragma once
+#include <stdlib.h>
+
+#include "philox.h"
+
+typedef struct {
+    float *y, *sum, *room; /* d each */
+    uint8_t *codes;
+    uint32_t *dither, *signs;
+} Scratch;
+
+enum { PHILOX_OVERRUN = 8 * SETS * LANES };
+
+static size_t scratch_bytes(int64_t size) {
+    size_t bytes = (size_t)size * (3 * sizeof(float) + 1);
+    bytes += (size_t)size + PHILOX_OVERRUN;         /* dither */
+    bytes += (size_t)size / 8 + 2 * PHILOX_OVERRUN; /* signs */
+    return (bytes + 63) / 64 * 64;
+}
+
+/* All NULL where there is no memory. Its owner frees y. */
+static Scratch allocate_scratch(int64_t size) {
+    Scratch s = {0};
+    char *memory = aligned_alloc(64, scratch_bytes(size));
+    if (!memory) return s;
+    s.y = (float *)memory, memory += 4 * size;
+    s.sum = (float *)memory, memory += 4 * size;
+    s.room = (float *)memory, memory += 4 * size;
+    s.dither = (uint32_t *)memory, memory += size + PHILOX_OVERRUN;
+    s.codes = (uint8_t *)memory, memory += size;
+    s.signs = (uint32_t *)memory;
+    return s;
+}

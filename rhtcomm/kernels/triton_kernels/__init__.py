@@ -1,0 +1,1 @@
+"""The Triton kernels by subject, launched by `gpu`. All modules of this package need Triton."""

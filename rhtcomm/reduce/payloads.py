@@ -1,0 +1,315 @@
+"""The mean by payloads: all_gather, two_shot and gather, chunk behind chunk.
+
+A chunk's course is a generator. It yields an exchange with what to send by it, and is sent what
+came of it; it returns how many rotations the ranks want next, None where that is fixed. While a
+chunk travels, others are encoded or decoded.
+
+What the ranks use of the bucket's segments goes behind payloads of the first chunk, in messages
+that come to all ranks.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from rhtcomm.codec import Codec
+from rhtcomm.communicators import Communicator
+from rhtcomm.reduce.job import Job
+from rhtcomm.reduce.split import Algorithm, choose_algorithm, split_into_chunks, split_into_shards
+from rhtcomm.segments import merge_
+from rhtcomm.wire import PayloadError
+
+__all__ = ["Course", "Payloads", "most", "pipeline"]
+
+_Finish = Callable[[], Any]
+Course = Generator[tuple[Callable[[torch.Tensor], _Finish], torch.Tensor], Any, int | None]
+
+
+class Payloads:
+    """How a tensor of `numel` coordinates on a device travels as payloads.
+
+    `offset` is where the tensor begins in its bucket.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        communicator: Communicator,
+        algorithm: Algorithm,
+        numel: int,
+        device: torch.device,
+        offset: int = 0,
+    ) -> None:
+        world_size = communicator.world_size
+        chosen = choose_algorithm(algorithm, world_size, codec.nbytes(numel))
+        course = _COURSES[chosen]
+        shards = world_size if chosen == "two_shot" else 1
+        self._chunks = [
+            course(codec, communicator, chunk, device, offset)
+            for chunk in split_into_chunks(numel, codec.block, shards)
+        ]
+
+    def __call__(self, job: Job, used: torch.Tensor) -> int | None:
+        return pipeline(self._chunks, job, used)
+
+
+class _Chunk(Protocol):
+    def course(self, job: Job, used: torch.Tensor) -> Course: ...
+
+
+def pipeline(chunks: Sequence[_Chunk], job: Job, used: torch.Tensor) -> int | None:
+    """Take chunks through their courses, each in turn up to its next exchange.
+
+    The turns depend on the number of chunks alone: every rank makes the same exchanges in the same
+    order.
+
+    Raises:
+        PayloadError: a chunk's first one, after all exchanges.
+    """
+    clock, in_flight = job.clock, deque[tuple[Course, _Finish]]()
+    for chunk in chunks:
+        course = chunk.course(job, used)
+        start, x = next(course)
+        clock.to("exchange")
+        in_flight.append((course, start(x)))
+        if used.nbytes:
+            used = used[:0]
+    wanted: int | None = None
+    failure = None
+    while in_flight:
+        course, finish = in_flight.popleft()
+        clock.to("exchange")
+        arrived = finish()
+        try:
+            start, x = course.send(arrived)
+        except StopIteration as end:
+            wanted = most(wanted, end.value)
+        except PayloadError as error:  # the other ranks still wait for the other chunks
+            failure = failure or error
+        else:
+            clock.to("exchange")
+            in_flight.append((course, start(x)))
+    if failure is not None:
+        raise failure
+    return wanted
+
+
+def most(one: int | None, other: int | None) -> int | None:
+    """The larger number of rotations that somebody wants; None where it is fixed."""
+    if one is None or other is None:
+        return one or other
+    return max(one, other)
+
+
+class _Shards:
+    """Adjacent shards of a tensor, all of one length: the codec takes them in one call.
+
+    `length` is of all of them, `offset` where they begin in the tensor, `bucket_offset` in its
+    bucket, and `owner` the rank that owns the first one.
+    """
+
+    __slots__ = (
+        *("bucket_offset", "coder", "count", "length", "nbytes", "offset", "owner", "rank"),
+        "world_size",
+    )
+
+    def __init__(
+        self,
+        codec: Codec,
+        communicator: Communicator,
+        where: slice,
+        device: torch.device,
+        offset: int,
+        owners: range = range(1),
+    ) -> None:
+        self.offset, self.length = where.start, where.stop - where.start
+        self.bucket_offset = offset + self.offset
+        self.owner, self.count = owners.start, len(owners)
+        self.rank, self.world_size = communicator.rank, communicator.world_size
+        self.coder = codec.coder(self.length, self.count, device)
+        self.nbytes = self.coder.nbytes
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """Their coordinates."""
+        if self.length == x.numel():
+            return x
+        return x[self.offset : self.offset + self.length]
+
+    def encode(self, job: Job, out: torch.Tensor) -> None:
+        """Payloads of this rank's x go to out (count, >= nbytes); what they miss to `job.left`."""
+        job.clock.to("encode")
+        x, rank, world_size = self.of(job.flat), self.rank, self.world_size
+        self.coder.encode(x, job.key, self.bucket_offset, rank, world_size, out, job.rotations)
+        if job.left is not None:
+            left = self.of(job.left)
+            self.coder.decode(out.unsqueeze(0), job.key, self.bucket_offset, rank, world_size, left)
+            torch.sub(x, left, out=left)
+
+    def decode(self, job: Job, payloads: torch.Tensor) -> int | None:
+        """The mean of all ranks' payloads (n, 1, >= nbytes) goes to `job.flat`."""
+        job.clock.to("decode")
+        x, world_size = self.of(job.flat), self.world_size
+        return self.coder.decode(payloads, job.key, self.bucket_offset, 0, world_size, x)
+
+    def encode_mean(
+        self, job: Job, payloads: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor | PayloadError:
+        """The mean of all ranks' payloads, returned, and a payload of it, written to `out`.
+
+        Or what is wrong with them; `out` is zeros then, as the other ranks wait for something.
+        """
+        job.clock.to("decode")
+        offset, world_size = self.bucket_offset, self.world_size
+        mean = torch.empty(self.length, dtype=torch.float32, device=out.device)
+        try:
+            wanted = self.coder.decode(payloads, job.key, offset, 0, world_size, mean)
+        except PayloadError as error:
+            out.zero_()
+            return error
+        job.clock.to("encode")
+        self.coder.encode(mean, job.key.next_hop(), offset, 0, 1, out, job.rotations, wanted)
+        return mean
+
+    def decode_again(self, job: Job, payloads: torch.Tensor) -> int | None:
+        """What their owners encoded by `encode_mean`, (count, >= nbytes), goes to `job.flat`."""
+        job.clock.to("decode")
+        key, x = job.key.next_hop(), self.of(job.flat)
+        try:
+            return self.coder.decode(payloads.unsqueeze(0), key, self.bucket_offset, 0, 1, x)
+        except PayloadError:
+            for rank, payload in enumerate(payloads[:, : self.nbytes], self.owner):
+                if not payload.any():
+                    raise PayloadError(
+                        f"rhtcomm.all_reduce: rank {rank} could not decode what the ranks sent it "
+                        f"for {job.key}: they are out of step or configured differently; its own "
+                        "error says more"
+                    ) from None
+            raise
+
+    def keep(self, job: Job, mean: torch.Tensor) -> None:
+        """What encoding the mean of n ranks again has lost, n times, is left too."""
+        if job.left is not None:
+            self.of(job.left).add_(mean - self.of(job.flat), alpha=self.world_size)
+
+
+class _AllGather:
+    """Every rank decodes all payloads."""
+
+    def __init__(
+        self,
+        codec: Codec,
+        communicator: Communicator,
+        chunk: slice,
+        device: torch.device,
+        offset: int,
+    ) -> None:
+        self._all_gather = communicator.start_all_gather
+        self._whole = _Shards(codec, communicator, chunk, device, offset)
+
+    def course(self, job: Job, used: torch.Tensor) -> Course:
+        whole = self._whole
+        message = _message(job, whole, used)
+        messages = yield self._all_gather, message
+        if used.nbytes:
+            merge_(used, messages[:, whole.nbytes :])
+        return whole.decode(job, messages.unsqueeze(1))
+
+
+class _Gather:
+    """Rank 0 decodes all payloads, and encodes the mean for the others."""
+
+    def __init__(
+        self,
+        codec: Codec,
+        communicator: Communicator,
+        chunk: slice,
+        device: torch.device,
+        offset: int,
+    ) -> None:
+        self._gather, self._broadcast = communicator.start_gather, communicator.start_broadcast
+        self._whole = _Shards(codec, communicator, chunk, device, offset)
+
+    def course(self, job: Job, used: torch.Tensor) -> Course:
+        whole = self._whole
+        message = _message(job, whole, used)
+        messages = yield self._gather, message
+        mean = None
+        if messages is not None:
+            mean = whole.encode_mean(job, messages.unsqueeze(1), message.unsqueeze(0))
+            merge_(message[whole.nbytes :], messages[:, whole.nbytes :])
+        yield self._broadcast, message
+        if isinstance(mean, PayloadError):
+            raise mean
+        used.copy_(message[whole.nbytes :])
+        wanted = whole.decode_again(job, message.unsqueeze(0))
+        if mean is not None:
+            whole.keep(job, mean)
+        return wanted
+
+
+def _message(job: Job, whole: _Shards, used: torch.Tensor) -> torch.Tensor:
+    """This rank's payload, and `used` behind it."""
+    message = job.flat.new_empty(whole.nbytes + used.nbytes, dtype=torch.uint8)
+    whole.encode(job, message.unsqueeze(0))
+    if used.nbytes:
+        message[whole.nbytes :] = used
+    return message
+
+
+class _TwoShot:
+    """Every rank decodes all payloads of its own shard, and encodes their mean for the others."""
+
+    def __init__(
+        self,
+        codec: Codec,
+        communicator: Communicator,
+        chunk: slice,
+        device: torch.device,
+        offset: int,
+    ) -> None:
+        self._all_to_all = communicator.start_all_to_all
+        self._all_gather = communicator.start_all_gather
+        shards = split_into_shards(chunk.stop - chunk.start, codec.block, communicator.world_size)
+        shards = [slice(chunk.start + s.start, chunk.start + s.stop) for s in shards]
+        alike = sum(s.stop - s.start == shards[0].stop - shards[0].start for s in shards)
+
+        def owned_by(owners: range) -> _Shards:
+            where = slice(shards[owners.start].start, shards[owners.stop - 1].stop)
+            return _Shards(codec, communicator, where, device, offset, owners)
+
+        # All shards that are as long as the first one, and then the rest one by one.
+        self._calls = [owned_by(range(alike))]
+        self._calls += [owned_by(range(i, i + 1)) for i in range(alike, len(shards))]
+        self._mine = owned_by(range(communicator.rank, communicator.rank + 1))
+        self._shape = (communicator.world_size, self._calls[0].nbytes)
+
+    def course(self, job: Job, used: torch.Tensor) -> Course:
+        mine, width = self._mine, self._shape[1]
+        outgoing = job.flat.new_empty(self._shape, dtype=torch.uint8)
+        for shards in self._calls:
+            shards.encode(job, outgoing[shards.owner : shards.owner + shards.count])
+        incoming = yield self._all_to_all, outgoing
+        message = job.flat.new_empty(width + used.nbytes, dtype=torch.uint8)
+        mean = mine.encode_mean(job, incoming.unsqueeze(1), message[:width].unsqueeze(0))
+        if used.nbytes:
+            message[width:] = used
+        gathered = yield self._all_gather, message
+        if isinstance(mean, PayloadError):
+            raise mean
+        if used.nbytes:
+            merge_(used, gathered[:, width:])
+        wanted: int | None = None
+        for shards in self._calls:
+            owned = gathered[shards.owner : shards.owner + shards.count]
+            wanted = most(wanted, shards.decode_again(job, owned))
+        mine.keep(job, mean)
+        return wanted
+
+
+_COURSES: dict[str, Callable[..., _Chunk]] = {
+    "all_gather": _AllGather,
+    "two_shot": _TwoShot,
+    "gather": _Gather,
+}

@@ -1,0 +1,300 @@
+"""The mean of tensors over ranks, again and again: routes, agreement, wishes and reports."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from rhtcomm.codec import DTYPES, Codec
+from rhtcomm.communicators import Topology
+from rhtcomm.floating_point import GRAIN, default_mode
+from rhtcomm.lattice import Lattice
+from rhtcomm.randomness import Key
+from rhtcomm.reduce.agreement import check_agreement
+from rhtcomm.reduce.clock import Clock
+from rhtcomm.reduce.exact import Exact
+from rhtcomm.reduce.feedback import add_residual, keep_residual_
+from rhtcomm.reduce.job import Job
+from rhtcomm.reduce.mixed import Mixed, compressed_numel
+from rhtcomm.reduce.payloads import Payloads
+from rhtcomm.reduce.split import Algorithm, check_algorithm, check_streams, choose_algorithm
+from rhtcomm.reduce.two_level import TwoLevels, between_nodes
+from rhtcomm.segments import Segments
+from rhtcomm.wire import PayloadError
+
+__all__ = ["Reducer", "Report", "Route", "Treatment", "settle_failed"]
+
+_MOST_ROUTES = 1024  # kept, before all are forgotten
+
+
+@dataclass(slots=True)
+class Report:
+    """What happened to one tensor on this rank.
+
+    Seconds are wall-clock time of the calling thread. Chunks travel while others are encoded and
+    decoded; `exchange_seconds` is what it waited for in addition. On CUDA they are the time to
+    launch the work, except for exchanges through host memory (Gloo), which wait for the device.
+    """
+
+    bytes_sent: int
+    """By this rank, to other nodes where there are two levels."""
+    bytes_uncompressed: int
+    """What a ring all-reduce of the tensor in its own dtype would have sent."""
+    rotations: int | None
+    """Transforms taken, None where nothing was compressed."""
+    wanted_rotations: int | None
+    """With rotations="auto": how many suffice for a tensor like this one on all ranks."""
+    encode_seconds: float = 0.0
+    exchange_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @classmethod
+    def of_nothing(cls, wanted_rotations: int | None = None) -> "Report":
+        """Where there was nothing to exchange, or nobody to exchange it with."""
+        return cls(0, 0, None, wanted_rotations)
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How one tensor travels, where it is not all of it by the reducer's codec."""
+
+    codec: Codec | Lattice | None
+    """None: it travels uncompressed."""
+    exact: tuple[bool, ...] | None = None
+    """Which of its segments travel exactly; None: none of them."""
+    compare: bool = False
+    """Whether the ranks compare it with each other before its first use."""
+
+
+@dataclass(slots=True)
+class Route:
+    """How tensors of one length, dtype, device and set of segments travel; made once and kept."""
+
+    run: Callable[[Job, torch.Tensor], int | None] | None
+    """Exchanges the tensor of a job; None where there is nothing, or nobody to exchange it with."""
+    segments: Segments
+    compressed: bool
+    tells: bool
+    """Whether the ranks tell each other which segments they use, even without a residual."""
+    by_torch: bool
+    """Whether torch computes a part of the mean, and not the kernels alone."""
+    nothing: torch.Tensor
+    """(0,) uint8 on the tensor's device."""
+    bytes_uncompressed: int
+    rotations: int | None = None
+    """The codec's own number of transforms, where payloads leave this node."""
+
+
+class Reducer:
+    """Averages tensors over the ranks of a topology.
+
+    Args:
+        codec: how to compress; `mean_` may be given another one.
+        topology: the ranks, and what carries their messages.
+        algorithm, min_numel: see `rhtcomm.all_reduce`.
+
+    Raises:
+        ValueError: the algorithm is unknown or does not fit the codec.
+    """
+
+    def __init__(
+        self,
+        codec: Codec | Lattice,
+        topology: Topology,
+        algorithm: Algorithm = "auto",
+        min_numel: int = 1 << 14,
+    ) -> None:
+        check_algorithm(algorithm, codec)
+        self.codec, self.topology = codec, topology
+        self.algorithm, self.min_numel = algorithm, min_numel
+        self.clock = Clock()
+        # rotations="auto": what the ranks want for a bucket, by its number and length, which tell
+        # whether it is the bucket of the step before.
+        self.wishes: dict[tuple[int, int], int] = {}
+        self._routes: dict[tuple[object, ...], Route] = {}
+
+    def agree(self, facts: dict[str, object], device: torch.device) -> None:
+        """Raise DisagreementError on every rank if `facts` are not the same on all of them."""
+        self.clock.to("exchange")
+        check_agreement(self.topology, facts, device)
+        self.clock.to(None)
+
+    def expected_bytes(self, numel: int) -> float:
+        """What this rank sends of `numel` compressed coordinates, but for the last bytes."""
+        ranks = self.topology.between.world_size
+        if self.topology.within is not None:
+            numel = -(-numel // self.topology.within.world_size)
+        if isinstance(self.codec, Lattice):
+            lanes = 32 // self.codec.lane_bits(ranks)
+            return 2 * (ranks - 1) / ranks * 4 * numel / lanes
+        payload = self.codec.nbytes(numel)
+        algorithm = choose_algorithm(self.algorithm, ranks, payload)
+        payloads = {
+            "all_gather": ranks - 1,
+            "two_shot": 2 * (ranks - 1) / ranks,
+            "gather": ranks - 1 if self.topology.between.rank == 0 else 1,
+        }
+        return payload * payloads[algorithm]
+
+    def mean_(
+        self,
+        flat: torch.Tensor,
+        key: Key,
+        *,
+        lengths: tuple[int, ...] | None = None,
+        residual: torch.Tensor | None = None,
+        treatment: Treatment | None = None,
+        settle: bool = True,
+    ) -> Report:
+        """Replace `flat` by its mean over all ranks, in place; every rank gets the same bits.
+
+        It trusts its arguments; `rhtcomm.all_reduce` checks them.
+
+        Args:
+            flat: (numel,) floating, contiguous. What is neither float32 nor a 16-bit number
+                travels exactly, in its own dtype.
+            key: the same on all ranks, and another one for each call.
+            lengths: of the segments, see `rhtcomm.segments`; None: one.
+            residual: (numel,) float32: error feedback, see `rhtcomm.reduce.feedback`.
+            treatment: the same on all ranks; None: `flat` is compressed by the reducer's codec.
+            settle: whether to wait until the others have what this rank sent.
+
+        Raises:
+            PayloadError: a payload that arrived is not what was expected.
+        """
+        place = (flat.numel(), flat.dtype, flat.device, lengths, treatment)
+        route = self._routes.get(place) or self._make_route(place, flat, key, lengths, treatment)
+        self.clock.restart()
+        # What kernels compute is safe from the mode that the thread is in.
+        if residual is None and not route.by_torch:
+            return self._run(route, flat, key, None, settle)
+        with default_mode(pool=flat.numel() > GRAIN):
+            return self._run(route, flat, key, residual, settle)
+
+    def _make_route(
+        self,
+        place: tuple[object, ...],
+        flat: torch.Tensor,
+        key: Key,
+        lengths: tuple[int, ...] | None,
+        treatment: Treatment | None,
+    ) -> Route:
+        topology, numel = self.topology, flat.numel()
+        segments = Segments(lengths, numel)
+        treatment = treatment or Treatment(self.codec)
+        if treatment.compare and topology.world_size > 1:
+            self._agree_on(treatment, key, flat.device)
+        codec, exact = treatment.codec, treatment.exact
+        if exact is not None:
+            numel = compressed_numel(segments.given, exact)
+        compressible = flat.dtype in DTYPES and topology.world_size > 1
+        compressed = codec is not None and compressible and numel >= max(1, self.min_numel)
+        route = Route(
+            run=None,
+            segments=segments,
+            compressed=compressed,
+            # A tensor that is one segment, of zeros, makes blocks of zeros.
+            tells=compressed and len(segments) > 1,
+            by_torch=True,
+            nothing=flat.new_empty(0, dtype=torch.uint8),
+            bytes_uncompressed=topology.ring_bytes(flat.nbytes),
+        )
+        if compressed and codec is not None:
+            topology.check_nodes(flat.device)
+            run = self._run_for(codec, numel, flat.device)
+            route.run = run if exact is None else Mixed(run, topology, segments.given, exact)
+            route.by_torch = not isinstance(route.run, Payloads)
+            # The ranks of a node exchange full precision.
+            if topology.between.world_size > 1:
+                route.rotations = codec.default_rotations
+        elif topology.world_size > 1 and flat.numel() > 0:
+            route.run = Exact(topology)
+        if len(self._routes) >= _MOST_ROUTES:
+            self._routes.clear()
+        self._routes[place] = route
+        return route
+
+    def _run_for(
+        self, codec: Codec | Lattice, numel: int, device: torch.device
+    ) -> Callable[[Job, torch.Tensor], int | None]:
+        check_streams(numel, self.topology.between.world_size)
+        if self.topology.within is not None:
+            return TwoLevels(codec, self.topology, self.algorithm, numel, device)
+        return between_nodes(codec, self.topology, self.algorithm, numel, device)
+
+    def _agree_on(self, treatment: Treatment, key: Key, device: torch.device) -> None:
+        """Compare what a policy says of a bucket."""
+        exact = treatment.exact
+        facts: dict[str, object] = {
+            f"codec of bucket {key.bucket}": treatment.codec,
+            f"exact segments of bucket {key.bucket}": exact and [*map(int, exact)],
+        }
+        self.agree(facts, device)
+
+    def _run(
+        self,
+        route: Route,
+        flat: torch.Tensor,
+        key: Key,
+        residual: torch.Tensor | None,
+        settle: bool,
+    ) -> Report:
+        topology, clock, segments = self.topology, self.clock, route.segments
+        sent, bucket = topology.bytes_sent, (key.bucket, flat.numel())
+        rotations = self.wishes.get(bucket) if self.wishes else None
+        tells = route.tells or residual is not None
+        used = route.nothing
+        if tells:
+            clock.to("encode")
+            used = segments.used(flat)
+        job = Job(flat, key, clock, rotations)
+        if residual is not None:
+            job.flat, job.left = add_residual(flat, residual)
+        wanted = None
+        if route.run is not None:
+            try:
+                wanted = route.run(job, used)
+            except PayloadError as error:
+                settle_failed(error, topology, clock, settle)
+                raise
+        if tells:
+            clock.to("decode")
+            segments.restore_(job.flat, used)
+        elif route.compressed:
+            clock.to("decode")
+            segments.clear_zeros_(job.flat)
+        clock.to("exchange")
+        topology.settle(settle)
+        clock.to(None)
+        if residual is not None:
+            keep_residual_(residual, job, flat, segments, used)
+        if wanted is not None:
+            self.wishes[bucket] = wanted
+        seconds = clock.seconds
+        return Report(
+            topology.bytes_sent - sent,
+            route.bytes_uncompressed,
+            route.rotations and (rotations or route.rotations),
+            wanted,
+            seconds["encode"],
+            seconds["exchange"],
+            seconds["decode"],
+        )
+
+
+def settle_failed(
+    error: PayloadError, topology: Topology, clock: Clock, settle: bool = True
+) -> None:
+    """After a payload could not be decoded, and all exchanges are finished nevertheless.
+
+    The other ranks settle, and wait for this one to do so too. Where ranks have other numbers in
+    the world, the error gets to say them.
+    """
+    clock.to("exchange")
+    topology.settle(settle)
+    clock.to(None)
+    group = topology.between
+    names = [group.name_of(rank) for rank in range(min(64, group.world_size))]
+    differing = [name for name in names if "(" in name]
+    if differing:
+        error.args = (f"{error}; in this group {', '.join(differing)}",)

@@ -1,0 +1,162 @@
+"""The mean over two levels: full precision within a node, compressed between nodes.
+
+The ranks of a node first share out the sum of their tensors in full precision; each takes its shard
+to the ranks with the same place in the other nodes; and the node puts the shards together again.
+"""
+
+import math
+from functools import partial
+
+import torch
+
+from rhtcomm.codec import AUTO, Codec
+from rhtcomm.communicators import Topology
+from rhtcomm.deferred import deferred_on
+from rhtcomm.floating_point import assign_
+from rhtcomm.lattice import Lattice
+from rhtcomm.randomness import Key
+from rhtcomm.reduce.job import Job
+from rhtcomm.reduce.lattice import LatticeSum
+from rhtcomm.reduce.payloads import Payloads
+from rhtcomm.reduce.split import Algorithm, split_into_shards
+from rhtcomm.segments import merge_
+from rhtcomm.wire import PayloadError
+
+__all__ = ["TwoLevels", "between_nodes"]
+
+# In front of what a rank gives back to its node: this, plus _FAILED, plus how many rotations it
+# wants, as an int32.
+_SHARE, _SHARE_BYTES, _FAILED = 0x52480000, 4, 1 << 8
+
+
+def between_nodes(
+    codec: Codec | Lattice,
+    topology: Topology,
+    algorithm: Algorithm,
+    numel: int,
+    device: torch.device,
+    offset: int = 0,
+) -> Payloads | LatticeSum:
+    """How a tensor that begins at `offset` of its bucket travels among `topology.between`."""
+    if isinstance(codec, Lattice):
+        return LatticeSum(codec, topology.between, numel, offset)
+    return Payloads(codec, topology.between, algorithm, numel, device, offset)
+
+
+class TwoLevels:
+    """How a tensor of `numel` coordinates travels on two levels."""
+
+    def __init__(
+        self,
+        codec: Codec | Lattice,
+        topology: Topology,
+        algorithm: Algorithm,
+        numel: int,
+        device: torch.device,
+    ) -> None:
+        assert topology.within is not None
+        self._within = topology.within
+        self._defers = codec.rotations != AUTO
+        self._shards = split_into_shards(numel, codec.block, self._within.world_size)
+        self._lengths = [shard.stop - shard.start for shard in self._shards]
+        self._mine = self._shards[self._within.rank]
+        length = self._lengths[self._within.rank]
+        self._between = None
+        if topology.between.world_size > 1 and length:
+            self._between = between_nodes(
+                codec, topology, algorithm, length, device, self._mine.start
+            )
+
+    def __call__(self, job: Job, used: torch.Tensor) -> int | None:
+        mine = self._sum_of_node(job, used)
+        header, failure = self._exchange_between(job, mine, used)
+        job.clock.to("exchange")
+        prefix = _SHARE_BYTES + used.numel()
+        share = job.flat.new_empty(prefix + self._nbytes(job), dtype=torch.uint8)
+        share[:_SHARE_BYTES].view(torch.int32).fill_(header)
+        share[_SHARE_BYTES:prefix] = used
+        assign_(share[prefix:].view(job.flat.dtype), mine)
+        try:
+            gathered = self._within.start_all_gather(share)()
+        except RuntimeError as lost:  # who heard of the failure may have left by now
+            raise failure or lost from None
+        # Ranks without a shard have not heard of other nodes.
+        merge_(used, gathered[:, _SHARE_BYTES:prefix])
+        shares = gathered[:, prefix:].view(job.flat.dtype)
+        for values, shard, length in zip(shares, self._shards, self._lengths, strict=True):
+            job.flat[shard] = values[:length]
+        if failure is not None:
+            raise failure
+        headers = gathered[:, :_SHARE_BYTES].flatten()
+        later = deferred_on(job.flat.device) if self._defers else None
+        if later is not None:
+            later.add(headers, partial(_check_shares, key=job.key))
+            return None
+        # Each place saw its own shard alone.
+        return _check_shares(headers, job.key) or None
+
+    def _nbytes(self, job: Job) -> int:
+        """Of the longest shard."""
+        return int(max(self._lengths) * job.flat.element_size())
+
+    def _sum_of_node(self, job: Job, used: torch.Tensor) -> torch.Tensor:
+        """The mean of this rank's shard over its node, float32, as long as the longest shard."""
+        within, dtype = self._within, job.flat.dtype
+        job.clock.to("exchange")
+        # What is used of all segments goes along with each shard, in front of it.
+        prefix, nbytes = used.numel(), self._nbytes(job)
+        outgoing = job.flat.new_zeros(within.world_size, prefix + nbytes, dtype=torch.uint8)
+        outgoing[:, :prefix] = used
+        shares = outgoing[:, prefix:].view(dtype)
+        for values, shard, length in zip(shares, self._shards, self._lengths, strict=True):
+            values[:length] = job.flat[shard]
+        incoming = within.start_all_to_all(outgoing)()
+        merge_(used, incoming[:, :prefix])
+        mine = torch.zeros(max(self._lengths), dtype=torch.float32, device=job.flat.device)
+        for values in incoming[:, prefix:].view(dtype):  # in the order of ranks
+            mine += values
+        mine /= within.world_size
+        return mine
+
+    def _exchange_between(
+        self, job: Job, mine: torch.Tensor, used: torch.Tensor
+    ) -> tuple[int, PayloadError | None]:
+        """`mine` becomes the mean over nodes; returns what to say of it, and what went wrong."""
+        if self._between is None:
+            return _SHARE, None
+        left = None if job.left is None else job.left[self._mine]
+        length = self._mine.stop - self._mine.start
+        shard = Job(mine[:length], job.key, job.clock, job.rotations, left)
+        header, failure = _SHARE, None
+        try:
+            header += self._between(shard, used) or 0
+        except PayloadError as error:  # the node's other ranks still wait for this shard
+            header, failure = _SHARE + _FAILED, error
+            # Where they look at headers later, no number of it may pass for a mean until then.
+            mine.fill_(math.nan)
+            used.fill_(255)
+        if left is not None:
+            left *= self._within.world_size  # of the node's mean, in which this rank is one of many
+        return header, failure
+
+
+def _check_shares(headers: torch.Tensor, key: Key) -> int:
+    """The most rotations that any rank of a node wants, headers (n _SHARE_BYTES,) uint8.
+
+    Raises:
+        PayloadError: naming a rank of the node that has no share to give.
+    """
+    most = 0
+    for rank, header in enumerate(headers.view(torch.int32).tolist()):
+        if header & ~0xFFFF != _SHARE:
+            raise PayloadError(
+                f"rhtcomm.all_reduce: what came from rank {rank} of this node for {key} does not "
+                "begin with the mark of a share: the ranks are out of step, or others use the group"
+            )
+        if header & _FAILED:
+            raise PayloadError(
+                "rhtcomm.all_reduce: another rank of this node could not decode its share for "
+                f"{key}: rank {rank} of the node; its own error says more"
+            )
+        most = max(most, header & 0xFF)
+    return most

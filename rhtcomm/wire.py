@@ -1,0 +1,258 @@
+"""The wire format, version 1, little-endian (docs/format.md has the rest, and the arithmetic).
+
+    offset  bytes
+    0       2                  "RH"
+    2       1                  version
+    3       1                  number of rotations, plus 16 times the number that the sender wants
+                               for the next payload of the same bucket (0: it is fixed)
+    4       4                  check of key, rank, world size, offset, numel and owner
+    8       8                  fingerprint of the configuration
+    16      4 n_1              scales of the n_1 full blocks, float32
+            n_1 (d_1 b / 8     their packed codes, block by block (see bitpack), each followed by
+             + e(d_1))         its exact coordinates (QuicFL.exact_bytes, zero by default)
+            4 + d_2 b / 8      the same of the tail block, if there is one
+             + e(d_2)
+
+The values of a block are decoded in units of its scale: the root mean square of the block (EDEN:
+times a correction). NaN marks a block that held inf or NaN, zero a block of zeros.
+"""
+
+import sys
+from collections.abc import Mapping
+from ctypes import memmove
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from typing import NamedTuple
+
+import torch
+
+from rhtcomm.quantizers import Quantizer, QuicFL
+from rhtcomm.randomness import Key
+from rhtcomm.rotation import Blocks, split_into_blocks
+from rhtcomm.versions import WIRE
+
+__all__ = [
+    "HEADER_BYTES",
+    "Headers",
+    "PayloadError",
+    "Section",
+    "facts_of",
+    "fingerprint_of",
+    "layout",
+    "length_of",
+]
+
+HEADER_BYTES = 16
+MARK = b"RH"
+
+
+class PayloadError(ValueError):
+    """A payload is not what this codec, key and length call for."""
+
+
+# Layout ------------------------------------------------------------------------------------------
+
+
+class Section(NamedTuple):
+    """The blocks of one size in a payload, and where they lie, in bytes from its beginning."""
+
+    blocks: Blocks
+    """B of them; their offset counts from the beginning of the payload's tensor."""
+    scales: int
+    codes: int
+    stop: int
+
+    def views(self, payloads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """payloads (..., nbytes) uint8 -> scales (..., B) float32 and codes (..., B, row bytes).
+
+        A row is the d b / 8 bytes of a block's packed codes and, of a QuicFL, its `exact_bytes(d)`.
+        """
+        codes = payloads[..., self.codes : self.stop]
+        return (
+            payloads[..., self.scales : self.codes].view(torch.float32),
+            codes.view(*payloads.shape[:-1], self.blocks.count, -1),
+        )
+
+
+@lru_cache(maxsize=1024)  # every training step asks for the same ones
+def layout(quantizer: Quantizer, block: int, numel: int) -> tuple[Section, ...]:
+    """The sections of the payload of `numel` coordinates: full blocks, then a tail."""
+    sections, scales = [], HEADER_BYTES
+    for blocks in split_into_blocks(numel, block):
+        exact = quantizer.exact_bytes(blocks.size) if isinstance(quantizer, QuicFL) else 0
+        codes = scales + 4 * blocks.count
+        stop = codes + blocks.count * (blocks.size * quantizer.bits // 8 + exact)
+        sections.append(Section(blocks, scales, codes, stop))
+        scales = stop
+    return tuple(sections)
+
+
+def length_of(sections: tuple[Section, ...]) -> int:
+    """Bytes of a payload of these sections."""
+    return sections[-1].stop if sections else HEADER_BYTES
+
+
+# Configuration -----------------------------------------------------------------------------------
+
+
+def facts_of(quantizer: Quantizer, rotations: object, block: int) -> dict[str, object]:
+    """What determines how payloads are read, by name."""
+    facts: dict[str, object] = {
+        "byteorder": sys.byteorder,
+        "quantizer": type(quantizer).__name__,
+        "bits": quantizer.bits,
+        "rotations": rotations,
+        "block": block,
+    }
+    if isinstance(quantizer, QuicFL) and quantizer.exact_fraction:
+        facts["exact_fraction"] = quantizer.exact_fraction
+    if getattr(quantizer, "biased", False):
+        facts["biased"] = True
+    return facts
+
+
+def fingerprint_of(quantizer: Quantizer, rotations: object, block: int) -> bytes:
+    """8 bytes that differ between configurations, and between tables of levels."""
+    facts = {"format": WIRE, **facts_of(quantizer, rotations, block)}
+    return blake2b(repr((facts, quantizer.fingerprint)).encode(), digest_size=8).digest()
+
+
+# Headers -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Headers:
+    """Writes and checks the headers of one codec's payloads.
+
+    Args:
+        fingerprint: of the codec's configuration, 8 bytes.
+        configuration: by name, for errors.
+        rotations: the number that the codec takes unless it is told another.
+        auto: whether it can be told another, and payloads say how many their senders want.
+    """
+
+    fingerprint: bytes
+    configuration: Mapping[str, object]
+    rotations: int
+    auto: bool
+
+    def make(
+        self,
+        rotations: int,
+        wanted: int | None,
+        key: Key,
+        rank: int,
+        world_size: int,
+        offset: int,
+        numel: int,
+    ) -> bytes:
+        """One header; `wanted` is given only with "auto"."""
+        owner = f", {key.owner}" if key.owner else ""
+        origin = (
+            f"({key.seed}, {key.step}, {key.bucket}, {key.hop}, {rank}, {world_size}, {offset}, "
+            f"{numel}{owner})"
+        )
+        check = blake2b(origin.encode(), digest_size=4).digest()
+        count = rotations + 16 * (wanted or 0)
+        return MARK + bytes((WIRE, count)) + check + self.fingerprint
+
+    def write(
+        self,
+        payloads: torch.Tensor,
+        rotations: int,
+        wanted: int | None,
+        key: Key,
+        offset: int,
+        rank: int,
+        world_size: int,
+        numel: int,
+    ) -> None:
+        """Write the headers of payloads (shards, at least 16) of `numel` coordinates each.
+
+        The first shard lies at `offset`. The host does not wait for the payloads' device.
+        """
+        shards, headers = payloads.shape[0], b""
+        for i in range(shards):
+            shard = offset + i * numel
+            headers += self.make(rotations, wanted, key, rank, world_size, shard, numel)
+        if payloads.is_cpu:  # where torch takes several times as long for so few bytes
+            address, stride = payloads.data_ptr(), payloads.stride(0)
+            for i in range(shards):
+                header = headers[i * HEADER_BYTES : (i + 1) * HEADER_BYTES]
+                memmove(address + i * stride, header, HEADER_BYTES)
+            return
+        source = torch.frombuffer(bytearray(headers), dtype=torch.uint8).view(shards, HEADER_BYTES)
+        if payloads.device.type == "cuda":  # from other memory a copy makes the host wait
+            source = source.pin_memory()
+        payloads[:, :HEADER_BYTES].copy_(source, non_blocking=True)
+
+    def check(
+        self,
+        payloads: torch.Tensor,
+        key: Key,
+        offset: int,
+        rank: int,
+        world_size: int,
+        numel: int,
+    ) -> tuple[int, int | None]:
+        """Check the headers of payloads (K, shards, at least 16).
+
+        They come from K adjacent ranks, from `rank` on. Shards have `numel` coordinates each, and
+        the first lies at `offset`.
+
+        Returns:
+            The number of rotations that all of them took, and the largest number that a sender
+            wants next (None where it is fixed).
+
+        Raises:
+            PayloadError: a header is not the expected one.
+        """
+        ranks, shards, _ = payloads.shape
+        if payloads.is_cpu:  # where slices take NumPy less time than torch
+            found = payloads.numpy()[..., :HEADER_BYTES].tobytes()
+        else:
+            found = payloads[..., :HEADER_BYTES].cpu().numpy().tobytes()
+        rotations = found[3] % 16 if self.auto else self.rotations
+        if rotations not in (1, 2, 3):
+            rotations = self.rotations
+        most = None
+        for i in range(ranks * shards):
+            header = found[i * HEADER_BYTES : (i + 1) * HEADER_BYTES]
+            sender, shard = rank + i // shards, offset + i % shards * numel
+            wanted = None
+            if self.auto:  # an impossible wish is replaced by another, so that the header differs
+                wanted = min(max(header[3] >> 4, 1), 3)
+                most = max(most or 1, wanted)
+            expected = self.make(rotations, wanted, key, sender, world_size, shard, numel)
+            if header != expected:
+                fact = self._difference(header, expected) or (
+                    f"was made for another key, rank, world size, offset or length than {key}, "
+                    f"rank={sender}, world_size={world_size}, offset={shard}, numel={numel}: "
+                    "the ranks are out of step"
+                )
+                raise PayloadError(f"rhtcomm.Codec: the payload of rank {sender} {fact}")
+        return rotations, most
+
+    def _difference(self, found: bytes, expected: bytes) -> str | None:
+        """What is wrong with a header, in words; None if only its check differs."""
+        if found[:2] != expected[:2]:
+            return "does not begin with the mark of a payload"
+        if found[2] != expected[2]:
+            return f"has format version {found[2]}, this is version {WIRE}; update the older"
+        if self.auto and found[3] != expected[3] and found[8:] == expected[8:]:
+            rotations, wanted = found[3] % 16, found[3] >> 4
+            if rotations not in (1, 2, 3) or wanted not in (1, 2, 3):
+                return (
+                    f"was rotated {rotations} times and wants {wanted} next, but only 1, 2 and 3 "
+                    "can be: it is damaged"
+                )
+            return (
+                f"was rotated {rotations} times, another one {expected[3] % 16} times: the ranks "
+                "took different checkpoints, or are out of step"
+            )
+        if found[3] != expected[3] or found[8:] != expected[8:]:
+            return (
+                f"was made with a configuration other than {dict(self.configuration)} (or tables)"
+            )
+        return None

@@ -1,0 +1,193 @@
+"""Who may send over a communicator that several states share, and until when."""
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Ranks, limit
+
+from rhtcomm import TorchCommunicator
+from rhtcomm.communicators import users
+from rhtcomm.hooks import RHTState
+from rhtcomm.hooks.turns import Turn
+
+SOON = timedelta(seconds=limit(30))
+FINE: dict[str, Any] = {"bits": 8, "block": 256, "min_numel": 0}
+TOLERANCE = 1e-3  # at 8 bits the error of the mean is 4.4e-5
+NUMEL = 1000
+
+
+class Shared:
+    """What a turn asks of a topology."""
+
+    private = False
+
+    def carriers(self) -> list[object]:
+        return [self]
+
+
+def turns(count: int) -> list[Turn]:
+    shared: Any = Shared()
+    return [Turn(shared, f"state {i}") for i in range(count)]
+
+
+def test_a_turn_is_kept_while_a_bucket_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker may finish the bucket before at any time."""
+    first, second = turns(2)
+    first.take()  # outside of any backward pass, as with DDP's join()
+    take, worker = users.take, threading.Thread(target=first.finish_bucket)
+
+    def take_slowly(*arguments: Any) -> None:
+        take(*arguments)
+        worker.start()
+        worker.join(0.5)
+
+    monkeypatch.setattr(users, "take", take_slowly)
+    first.take()
+    monkeypatch.undo()
+    worker.join()
+    with pytest.raises(RuntimeError, match="state 1 would send by"):
+        second.take()
+    first.finish_bucket()
+    second.take()
+    second.finish_bucket()
+
+
+class InBackward(torch.autograd.Function):
+    """Calls something in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, call: Callable[[], object]) -> torch.Tensor:
+        ctx.call = call
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        ctx.call()
+        return gradient, None
+
+
+def backward(call: Callable[[], object]) -> None:
+    x = torch.ones(1, requires_grad=True)
+    InBackward.apply(x, call).backward()
+
+
+def backward_ends(call: Callable[[], object]) -> None:
+    """`backward`, which fails the test where it waits for ever."""
+    thread = threading.Thread(target=backward, args=(call,), daemon=True)
+    thread.start()
+    thread.join(limit(20))
+    assert not thread.is_alive()
+
+
+def test_a_pass_ends_when_its_buckets_are_finished() -> None:
+    """Else the ranks would not see alike whose turn it is after it."""
+    first, second = turns(2)
+    worker = threading.Timer(0.2, first.finish_bucket)
+
+    def call() -> None:
+        first.take()
+        worker.start()
+
+    backward_ends(call)
+    second.take()
+    worker.join()
+
+
+def test_a_pass_ends_when_its_buckets_are_given_up() -> None:
+    first, second = turns(2)
+    worker = threading.Timer(0.2, first.give_back)
+
+    def call() -> None:
+        first.take()
+        first.take()
+        worker.start()
+
+    backward_ends(call)
+    second.take()
+    worker.join()
+
+
+def test_a_pass_that_fails_waits_for_nothing_and_keeps_no_turn() -> None:
+    first, second = turns(2)
+
+    def call() -> None:
+        first.take()
+        raise KeyError("within the pass")
+
+    with pytest.raises(KeyError):
+        backward(call)
+    with pytest.raises(RuntimeError, match="state 1 would send by"):
+        second.take()  # the bucket is not finished
+    first.finish_bucket()
+    second.take()
+
+
+class OfTheUser(TorchCommunicator):
+    """The hook must go by it; on rank 0 it is slow."""
+
+    def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        if self.rank == 0:
+            time.sleep(0.2)
+        return super().start_all_gather(x)
+
+
+def x_of(rank: int, step: int) -> torch.Tensor:
+    return torch.randn(NUMEL, generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def bucket(buffer: torch.Tensor, index: int, last: bool) -> Any:
+    return SimpleNamespace(
+        buffer=lambda: buffer,
+        index=lambda: index,
+        is_last=lambda: last,
+        parameters=lambda: [buffer],
+    )
+
+
+def error(found: torch.Tensor, step: int, world_size: int) -> float:
+    exact = torch.stack([x_of(rank, step) for rank in range(world_size)]).mean(dim=0)
+    return float((found - exact).square().sum() / exact.square().sum())
+
+
+def hand_over(state: RHTState, buffers: list[torch.Tensor], futures: list[Any], i: int) -> None:
+    futures.append(state.submit(bucket(buffers[i], i, last=i == 1)))
+
+
+def leave_buckets_to_the_end(rank: int, world_size: int, after: bool) -> list[float]:
+    """Two states take turns, two passes for each step. Nobody waits for a bucket before all are
+    handed over; or the last one comes outside of a pass, where it is waited for, as DDP does."""
+    communicator = OfTheUser(dist.new_group(timeout=SOON))
+    states = [RHTState(**FINE, communicator=communicator) for _ in range(2)]
+    errors = []
+    for step in range(0, 12, 4):
+        futures: list[Any] = []
+        means = [x_of(rank, step + i) for i in range(4)]
+        for state, buffers in zip(states, (means[:2], means[2:]), strict=True):
+            call = partial(hand_over, state, buffers, futures)
+            backward(partial(call, 0))
+            if after:
+                call(1)
+                futures[-1].wait()
+            else:
+                backward(partial(call, 1))
+        for future in futures:
+            future.wait()
+        errors += [error(mean, step + i, world_size) for i, mean in enumerate(means)]
+    for state in states:
+        state.close()
+    return errors
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_step_may_end_after_its_backward_pass(after: bool, ranks: Ranks) -> None:
+    for errors in ranks.run(leave_buckets_to_the_end, 2, after):
+        assert len(errors) == 12
+        assert max(errors) < TOLERANCE

@@ -1,0 +1,184 @@
+"""Write the cases that driver.c checks: what the torch reference makes of some tensors, and the
+known answers of tests/codec/golden.
+"""
+
+import argparse
+import ctypes
+import math
+import sys
+from collections.abc import Iterator
+from itertools import count, product
+from pathlib import Path
+
+import torch
+
+from rhtcomm import Codec, Eden, Key, QuicFL, VectorQuantizer
+from rhtcomm.kernels import Task, cpu, reference, use
+from rhtcomm.quantizers import Quantizer
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "codec" / "golden"))
+import make
+
+FRACTION = 1 / 512
+QUANTIZERS: tuple[Quantizer, ...] = (
+    *(QuicFL(bits) for bits in range(1, 9)),
+    *(QuicFL(bits, exact_fraction=FRACTION) for bits in range(1, 9)),
+    *(Eden(bits) for bits in range(1, 9)),
+    *(Eden(bits, biased=True) for bits in (1, 4)),
+    *(VectorQuantizer(bits) for bits in (1, 2, 4)),
+)
+# Ordinary; subnormal in float32 and in float16; near the largest; with a NaN.
+MAGNITUDES = (1.0, 1e-38, 1e-41, 3e-8, 3e38, math.inf)
+BLOCKS = (32, 256, 512, 4096)
+RANKS = 2
+
+
+class Case(ctypes.Structure):
+    """`Case` of driver.c, but for the pointers of its plans, which stay empty."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("plans", "numel", "in_dtype", "out_dtype", "nbytes")),
+        *((name, ctypes.c_int64) for name in ("encoded", "rank", "ranks", "world_size", "offset")),
+        ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_int64) for name in ("step", "bucket", "hop")),
+        ("tables", ctypes.c_int64 * 4),
+        ("plan", cpu.Plan * 2),
+    )
+
+
+def cases() -> Iterator[tuple[Quantizer, int, int, float, torch.dtype, torch.dtype]]:
+    """Each quantizer with each magnitude, and the rest in turn."""
+    for i, (quantizer, magnitude) in zip(count(), product(QUANTIZERS, MAGNITUDES), strict=False):
+        in_dtype, out_dtype = cpu.DTYPES[i // 3 % 3], cpu.DTYPES[i % 3]
+        yield quantizer, 1 + i // 5 % 3, BLOCKS[i // 2 % 4], magnitude, in_dtype, out_dtype
+
+
+def case(
+    number: int,
+    quantizer: Quantizer,
+    rotations: int,
+    block: int,
+    magnitude: float,
+    in_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> Iterator[bytes]:
+    codec, key = Codec(quantizer, rotations, block), Key(number, step=7, bucket=11)
+    rank, numel = number % RANKS, block - 5 if number % 4 == 1 else 2 * block
+    generator = torch.Generator().manual_seed(number)
+    xs = torch.randn(RANKS, numel, generator=generator)
+    xs[:, : block // 2] *= 2.0**-12  # some far smaller than their block's largest
+    if math.isinf(magnitude):
+        xs[1, 3] = math.nan
+    else:
+        xs = (xs.double() * magnitude).clamp(-3e38, 3e38)
+    xs = xs.to(in_dtype)
+    if number % 5 == 0:
+        xs[0, numel // 2 :] = 0
+    payloads = torch.stack([codec.encode(x, key, r, RANKS) for r, x in enumerate(xs)])
+    (section,) = codec.layout(numel)
+    if number % 7 == 0:  # codes of any bytes, exact coordinates among them
+        shape = payloads[:, section.codes :].shape
+        octets = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        payloads[1 - rank, section.codes :] = octets[rank]
+        if capacity := quantizer.exact_capacity(block) if isinstance(quantizer, QuicFL) else 0:
+            # The first one of each block an infinity, of which sums make NaNs.
+            _, rows = section.views(payloads)
+            exact = rows[1 - rank, :, block * quantizer.bits // 8 :]
+            exact[:, :2] = torch.tensor([3, 0], dtype=torch.uint8)
+            exact[:, 2 * capacity :][:, :2] = torch.tensor([0, 0x7C], dtype=torch.uint8)
+    out = codec.decode_mean(payloads, key, numel, out=torch.empty(numel, dtype=out_dtype))
+    task = codec.task(numel)
+    yield from _case(task, key, 0, 0, RANKS, rank, xs[rank], payloads, _bytes(out), out.dtype)
+
+
+def golden() -> Iterator[bytes]:
+    """Those of the known answers whose payloads were encoded."""
+    vectors = make.read()
+    for known in make.CASES:
+        if known.digested or known.recipe == "any bytes" or not known.numel:
+            continue
+        payloads = torch.from_numpy(vectors[f"{known.name}/payloads"])
+        x, mean = known.input(known.first_rank), vectors[f"{known.name}/mean"]
+        yield from _case(
+            known.codec.task(known.numel, rotations=known.rotations),
+            known.key,
+            known.offset,
+            known.first_rank,
+            known.world_size,
+            known.first_rank,
+            x,
+            payloads,
+            mean.tobytes(),
+            make.DTYPES[known.out],
+        )
+
+
+def _case(
+    task: Task,
+    key: Key,
+    offset: int,
+    rank: int,
+    world_size: int,
+    encoded: int,
+    x: torch.Tensor,
+    payloads: torch.Tensor,
+    mean: bytes,
+    out_dtype: torch.dtype,
+) -> Iterator[bytes]:
+    """What the rank `encoded` sends of x, in payloads (K, nbytes) of ranks from `rank` on, and the
+    mean."""
+    plans = (cpu.Plan * 2)(*cpu.plans_of(task).array)
+    for plan in plans:
+        plan.levels = plan.positions = plan.boundaries = plan.half_norms = None
+    tables = _tables(task.quantizer)
+    yield bytes(
+        Case(
+            plans=len(task.sections),
+            numel=len(x),
+            in_dtype=cpu.DTYPES.index(x.dtype),
+            out_dtype=cpu.DTYPES.index(out_dtype),
+            nbytes=payloads.shape[1],
+            encoded=encoded,
+            rank=rank,
+            ranks=len(payloads),
+            world_size=world_size,
+            offset=offset,
+            seed=key.seed,
+            step=key.step,
+            bucket=key.bucket,
+            hop=key.hop,
+            tables=(ctypes.c_int64 * 4)(*map(len, tables)),
+            plan=plans,
+        )
+    )
+    yield from tables
+    yield from (_bytes(x), _bytes(payloads), mean)
+
+
+def _bytes(x: torch.Tensor) -> bytes:
+    return x.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _tables(quantizer: Quantizer) -> list[bytes]:
+    """In the order of `Plan`: levels, positions, boundaries, half_norms."""
+    table = quantizer.table  # type: ignore[attr-defined]
+    names = (("levels", "centroids", "codewords"), ("positions",), ("boundaries",), ("half_norms",))
+    return [
+        next((getattr(table, name).tobytes() for name in of if hasattr(table, name)), b"")
+        for of in names
+    ]
+
+
+def write(path: Path) -> None:
+    torch.set_num_threads(1)
+    with use(reference), path.open("wb") as file:
+        file.write(bytes((ctypes.c_int64 * 2)(cpu.ABI, ctypes.sizeof(Case))))
+        for number, facts in enumerate(cases()):
+            file.writelines(case(number, *facts))
+        file.writelines(golden())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path)
+    write(parser.parse_args().path)

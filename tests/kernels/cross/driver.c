@@ -1,0 +1,99 @@
+/* Runs the C kernels on the cases of cases.py, where there is no Python: for other processors under
+ * qemu-user, and for other compilers. It is compiled together with rhtcomm/kernels/cpu.c.
+ *
+ *     driver FILE     prints how many cases there were, and exits with 1 if any of them differed
+ */
+#include "../../../rhtcomm/kernels/cpu.c"
+#include <stdio.h>
+
+typedef struct {
+    int64_t plans, numel, in_dtype, out_dtype, nbytes, encoded, rank, ranks, world_size, offset;
+    uint64_t seed;
+    int64_t step, bucket, hop, tables[4];
+    Plan plan[2];
+} Case;
+
+static FILE *file;
+
+static void *read_bytes(int64_t bytes) {
+    char *memory = malloc((size_t)bytes + 64);
+    if (!memory || (bytes && fread(memory, (size_t)bytes, 1, file) != 1)) {
+        fprintf(stderr, "the file of cases ends too early\n");
+        exit(2);
+    }
+    return memory;
+}
+
+/* Every mode that the processor has and C programs can be in. */
+static const uint64_t MODES[] = {
+    DEFAULT_MODE,
+#if defined(__SSE2__)
+    DEFAULT_MODE | 0x8040, /* subnormal results and operands become zero */
+    DEFAULT_MODE | 0x2000, /* rounding down */
+    DEFAULT_MODE | 0x4000, /* rounding up */
+    DEFAULT_MODE | 0xe040, /* rounding to zero, and subnormals too */
+#elif defined(__aarch64__)
+    1 << 24, /* subnormals become zero */
+    1 << 22, 2 << 22, 3 << 22 | 1 << 24,
+#else
+    FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO,
+#endif
+};
+
+/* What both directions make of a case, and whether the caller's mode is still there. */
+static int differs(const Case *c, const char *x, const char *payloads, const char *expected,
+                   uint64_t mode, int threads) {
+    const int64_t out_bytes = c->numel * bytes_of(c->out_dtype);
+    char *payload = calloc(1, (size_t)c->nbytes), *out = malloc((size_t)out_bytes);
+    const char *mine = payloads + (c->encoded - c->rank) * c->nbytes;
+    memcpy(payload, mine, 16); /* the header */
+    set_mode(mode);
+    int failed = JOIN(rhtcomm_encode, VARIANT)(
+        c->plan, c->plans, c->seed, c->step, c->bucket, c->hop, c->offset, c->encoded,
+        c->world_size, x, c->in_dtype, (uint8_t *)payload, c->nbytes, NULL, threads);
+    failed |= JOIN(rhtcomm_decode, VARIANT)(
+        c->plan, c->plans, c->seed, c->step, c->bucket, c->hop, c->offset, c->rank, c->world_size,
+        c->ranks, (const uint8_t *)payloads, c->nbytes, 0, out, c->out_dtype, threads);
+    failed |= get_mode() != mode;
+    set_mode(DEFAULT_MODE);
+    failed |= memcmp(payload, mine, (size_t)c->nbytes) != 0;
+    failed |= memcmp(out, expected, (size_t)out_bytes) != 0;
+    free(payload);
+    free(out);
+    return failed != 0;
+}
+
+int main(int count, char **arguments) {
+    int cases = 0, wrong = 0;
+    int64_t begins[2]; /* a mark that is also the version, and sizeof(Case) */
+    file = count == 2 ? fopen(arguments[1], "rb") : NULL;
+    if (!file || fread(begins, sizeof begins, 1, file) != 1 ||
+        begins[1] != (int64_t)sizeof(Case) || begins[0] != ABI) {
+        fprintf(stderr, "usage: driver FILE, made by cases.py of the same version\n");
+        return 2;
+    }
+    for (Case c; fread(&c, sizeof c, 1, file) == 1; cases++) {
+        char *tables[4];
+        for (int i = 0; i < 4; i++) tables[i] = read_bytes(c.tables[i]);
+        for (int i = 0; i < c.plans; i++) {
+            c.plan[i].levels = (float *)tables[0], c.plan[i].positions = (int32_t *)tables[1];
+            c.plan[i].boundaries = (float *)tables[2], c.plan[i].half_norms = (float *)tables[3];
+        }
+        char *x = read_bytes(c.numel * bytes_of(c.in_dtype));
+        char *payloads = read_bytes(c.ranks * c.nbytes);
+        char *expected = read_bytes(c.numel * bytes_of(c.out_dtype));
+        for (size_t i = 0; i < sizeof MODES / sizeof *MODES; i++)
+            for (int threads = 1; threads <= 2; threads++)
+                if (differs(&c, x, payloads, expected, MODES[i], threads)) {
+                    printf("case %d differs: quantizer %d, %d bits, mode %#llx, %d threads\n", cases,
+                           c.plan->quantizer, c.plan->bits, (unsigned long long)MODES[i],
+                           threads);
+                    wrong++;
+                }
+        for (int i = 0; i < 4; i++) free(tables[i]);
+        free(x), free(payloads), free(expected);
+    }
+    printf("%d cases, %d modes, 1 and 2 threads: %d differ\n", cases,
+           (int)(sizeof MODES / sizeof *MODES), wrong);
+    return wrong || !cases;
+}

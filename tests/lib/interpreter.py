@@ -1,0 +1,137 @@
+"""The Triton kernels in Triton's interpreter, in a process of its own.
+
+TRITON_INTERPRET must be set before Triton is imported, and then holds for the whole process.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from rhtcomm import Codec, Key
+from rhtcomm.kernels import kernel_for
+
+__all__ = [
+    "Interpreted",
+    "bits_of",
+    "both_ways",
+    "decode",
+    "encode_and_decode",
+    "interpret",
+    "moments_of",
+    "needs_triton",
+    "ranks_in_shards",
+    "tuned",
+]
+
+Interpreted = Callable[..., Any]  # the fixture of conftest.py
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def interpret() -> None:
+    """For the start of the process."""
+    os.environ.update(TRITON_INTERPRET="1", RHTCOMM_KERNELS="gpu")
+    torch.set_num_threads(1)
+
+
+def bits_of(x: torch.Tensor) -> torch.Tensor:
+    """(numel,) int32, so that 0 does not equal -0, while all NaN are one."""
+    return torch.where(x.isnan(), torch.nan, x.float()).view(torch.int32)
+
+
+def both_ways(
+    codec: Codec, xs: list[torch.Tensor], key: Key, offset: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All payloads, and the bits of the decoded mean."""
+    payloads = torch.stack(
+        [codec.encode(x, key, rank, len(xs), offset=offset) for rank, x in enumerate(xs)]
+    )
+    return payloads, decode(codec, payloads, key, xs[0].numel(), offset, dtype)
+
+
+def decode(
+    codec: Codec, payloads: torch.Tensor, key: Key, numel: int, offset: int, dtype: torch.dtype
+) -> torch.Tensor:
+    out = torch.empty(numel, dtype=dtype)
+    return bits_of(codec.decode_mean(payloads, key, numel, offset=offset, out=out))
+
+
+def encode_and_decode(case: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A case of golden/make.py."""
+    payloads = case.encode()
+    return payloads, case.decode(payloads)
+
+
+def in_shards(codec: Codec, x: torch.Tensor, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
+    """Payloads of three, and what they decode to."""
+    payloads = codec.encode(x, key, 1, 4, offset=codec.block, shards=3)
+    origin = {"offset": codec.block, "rank": 1, "world_size": 4}
+    return payloads, codec.decode_shards(payloads, key, x.numel(), **origin)
+
+
+def ranks_in_shards(
+    codec: Codec, xs: list[torch.Tensor], key: Key
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Payloads of all ranks, each in three shards, in rows that are too long; and their mean."""
+    numel = xs[0].numel()
+    coder, out = codec.coder(numel, 3), torch.empty(numel)
+    payloads = torch.zeros(len(xs), 3, coder.nbytes + 12, dtype=torch.uint8)
+    for rank, x in enumerate(xs):
+        coder.encode(x, key, 2 * codec.block, rank, len(xs), payloads[rank])
+    coder.decode(payloads, key, 2 * codec.block, 0, len(xs), out)
+    return payloads, out
+
+
+def moments_of(codec: Codec, x: torch.Tensor, key: Key) -> torch.Tensor:
+    """(B, 10), of tensors of whole blocks."""
+    payload, task = codec.encode(x, key), codec.task(x.numel())
+    moments = torch.full((task.blocks, 10), -1.0)
+    kernel_for(x.device, codec.quantizer).encode(task, key, 0, 0, 1, x, payload[None], moments)
+    return moments
+
+
+def tuned(codec: Codec, x: torch.Tensor, key: Key) -> tuple[torch.Tensor, list[int], list[int]]:
+    """What a payload decodes to, and the warps that were timed and those of each launch.
+
+    The clock says that two warps are fastest.
+    """
+    from rhtcomm.kernels import gpu
+
+    timed: list[int] = []
+    launched: list[int] = []
+
+    class Kernel:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            def launch(*args: Any, **options: Any) -> None:
+                launched.append(options["num_warps"])
+                self.kernel[grid](*args, **options)
+
+            return launch
+
+    class Clock(gpu.Tuner):
+        least = 2
+
+        def can_time(self, device: torch.device) -> bool:
+            return True
+
+        def seconds(self, call: Any) -> float:
+            call()
+            timed.append(launched[-1])
+            return abs(launched[-1] - 2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "encode_block", Kernel(gpu.encode_block))
+        patch.setattr(gpu, "decode_block", Kernel(gpu.decode_block))
+        patch.setattr(gpu, "tuner", Clock())
+        for _ in range(2):
+            payload = codec.encode(x, key)
+            mean = codec.decode_mean(payload[None], key, x.numel())
+    return mean, timed, launched
