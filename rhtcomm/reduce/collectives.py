@@ -95,10 +95,11 @@ def all_reduce(
             or no memory of its own (as a DTensor has none), the codec is a bare quantizer, the
             communicator a process group or another thing that is none, or the key no `Key`.
         ValueError: the algorithm is unknown, or asked for with a `Lattice`; the rotations are not
-            those of a codec or `Lattice` that has a fixed number; the segments are not as long as
-            the tensor; elements of the tensor share memory; or the residual has another shape,
-            dtype or device, or the codec cannot have one.
-        DisagreementError: on all ranks, naming the fields in which they differ.
+            1, 2 or 3, or not those of a codec or `Lattice` that has a fixed number; the segments
+            are not as long as the tensor; elements of the tensor share memory; or the residual has
+            another shape, dtype or device, or the codec cannot have one.
+        DisagreementError: on all ranks, naming the fields in which they differ: "arguments" where
+            some of the ranks alone were given what is refused above.
         RuntimeError: another user is sending over the communicator's process group.
         PayloadError: a payload that arrived is not what was expected. On two levels all ranks of
             a node raise it if one does. Ranks that received others may return the mean, so the run

@@ -40,7 +40,6 @@ def exchange(rank: int, world_size: int) -> int:
             ranks.start_broadcast(row_of(rank, 3, length)),
         ]
     results = [finish() for finish in in_flight]
-    ranks.settle()  # so that no rank leaves while another still starts its last exchange
     for index, length in enumerate(LENGTHS):
         gathered, received, collected, announced = results[4 * index : 4 * index + 4]
         of_all = torch.stack([row_of(sender, 0, length) for sender in everyone])

@@ -5,66 +5,47 @@ needs a GPU is skipped without one.
 """
 
 import contextlib
-import gc
+import copy
 import threading
-import weakref
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Ranks, limit
+from harness import Ranks
+from models import error_of_mean, gradients_of, mlp, wrapped
+from problems import numbers
+from states import FINE, TIMEOUT, TOLERANCE, submit
 from streams import AUTOGRADS, SIDE, Enqueuing, in_place_of_cuda
 from torch import nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from rhtcomm import Codec, HierarchicalCommunicator, QuicFL, TorchCommunicator
-from rhtcomm.hooks import RHTState, rht_hook
+from rhtcomm.hooks import RHTState
 from rhtcomm.hooks.connect import connect
-from rhtcomm.hooks.engines import StreamEngine, ThreadEngine, engine_for
+from rhtcomm.hooks.engines import Cuda, StreamEngine, ThreadEngine, engine_for
 from rhtcomm.reduce import Reducer
 from rhtcomm.wire import PayloadError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-TIMEOUT = timedelta(seconds=limit(50))
-FINE: dict[str, Any] = {"bits": 8, "block": 256, "min_numel": 0}
-# At 8 bits the error of the mean is 4.4e-5; that of anything else would be about 1.
-TOLERANCE = 1e-3
 
 
-def numbers(rank: int, step: int, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * rank + step))
-
-
-def net(seed: int = 0) -> nn.Module:
+def registered(state: RHTState, seed: int = 0, **options: Any) -> DistributedDataParallel:
+    """A model of several buckets."""
     torch.manual_seed(seed)
-    return nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
-
-
-def registered(model: nn.Module, state: RHTState, **options: Any) -> DistributedDataParallel:
-    ddp = DistributedDataParallel(model, bucket_cap_mb=0.01, **options)  # type: ignore[arg-type]
-    ddp.register_comm_hook(state, rht_hook)
+    ddp: DistributedDataParallel
+    ddp = wrapped(mlp(64, 64, 64, 64, 64), state, bucket_cap_mb=0.01, **options)
     return ddp
 
 
 def backward(ddp: nn.Module, rank: int, step: int) -> list[torch.Tensor]:
     """The gradients."""
     ddp.zero_grad()
-    ddp(numbers(rank, step, 8, 64)).square().mean().backward()
+    ddp(numbers(rank, step, shape=(8, 64))).square().mean().backward()
     return [parameter.grad.clone() for parameter in ddp.parameters()]  # type: ignore[union-attr]
-
-
-def submit(state: RHTState, buffer: torch.Tensor, index: int = 0, last: bool = True) -> Any:
-    bucket = SimpleNamespace(
-        buffer=lambda: buffer,
-        index=lambda: index,
-        is_last=lambda: last,
-        parameters=lambda: [buffer],
-    )
-    return state.submit(bucket)
 
 
 @contextlib.contextmanager
@@ -88,7 +69,7 @@ def train_on_streams(rank: int, world_size: int) -> tuple[list[torch.Tensor], li
     groups, threads = len(dist.distributed_c10d._world.pg_map), {*threading.enumerate()}
     with in_place_of_cuda() as streams:
         state = RHTState(**FINE)
-        ddp = registered(net(), state)
+        ddp = registered(state)
         gradients, asked = [], []
         for step in range(4):
             with no_look_at_numbers() if step else contextlib.nullcontext():
@@ -108,7 +89,7 @@ def train_on_streams(rank: int, world_size: int) -> tuple[list[torch.Tensor], li
 
 def train_on_a_thread(rank: int, world_size: int) -> list[torch.Tensor]:
     with RHTState(**FINE, timeout=TIMEOUT) as state:
-        ddp = registered(net(), state)
+        ddp = registered(state)
         gradients = [g for step in range(4) for g in backward(ddp, rank, step)]
         assert isinstance(state.engine, ThreadEngine)
     return gradients
@@ -146,7 +127,7 @@ def train_on_a_device_over_gloo(rank: int, world_size: int) -> list[torch.Tensor
     with in_place_of_cuda(enqueues=False) as streams:
         with RHTState(**FINE, timeout=TIMEOUT) as state:
             streams.host_may_wait = True
-            ddp = registered(net(), state)
+            ddp = registered(state)
             gradients = [g for step in range(4) for g in backward(ddp, rank, step)]
             assert isinstance(state.engine, ThreadEngine)
             worker: Any = state.engine.worker.submit(threading.get_ident).result()
@@ -223,7 +204,7 @@ def mix_levels(rank: int, world_size: int) -> list[str]:
         levels = [kind(dist.new_group()) for kind in kinds]
         state = RHTState(**FINE, communicator=HierarchicalCommunicator(*levels))
         with pytest.raises(ValueError, match="needs both levels of one kind") as caught:
-            submit(state, numbers(rank, 0, 1000))
+            submit(state, numbers(rank, 0, shape=(1000,)))
         messages.append(str(caught.value))
         state.close()
     return messages
@@ -243,22 +224,17 @@ def two_models_on_one_group(rank: int, world_size: int) -> list[float]:
     """In one backward pass, of one size: swapped messages would be taken for right."""
     errors = []
     with in_place_of_cuda() as streams:
-        models, twins = [net(0), net(1)], [net(0), net(1)]
-        states = [RHTState(**FINE) for _ in models]
-        first, second = (registered(m, s) for m, s in zip(models, states, strict=True))
+        states = [RHTState(**FINE) for _ in range(2)]
+        models = [registered(state, seed) for seed, state in enumerate(states)]
+        twins = [copy.deepcopy(model.module) for model in models]
         for step in range(3):
-            x = numbers(rank, step, 8, 64)
+            x = numbers(rank, step, shape=(8, 64))
             for model in (*models, *twins):
                 model.zero_grad()
-            second(first(x)).square().mean().backward()
+            models[1](models[0](x)).square().mean().backward()
             twins[1](twins[0](x)).square().mean().backward()
             for model, twin in zip(models, twins, strict=True):
-                for found, own in zip(model.parameters(), twin.parameters(), strict=True):
-                    exact = own.grad.double()  # type: ignore[union-attr]
-                    dist.all_reduce(exact)
-                    exact /= world_size
-                    lost = (found.grad.double() - exact).square().sum()  # type: ignore[union-attr]
-                    errors.append(float(lost / exact.square().sum()))
+                errors.append(error_of_mean(gradients_of(model), gradients_of(twin)))
         streams.host_may_wait = True
         for state in states:
             state.close()
@@ -294,10 +270,10 @@ def mistake_a_payload(rank: int, world_size: int) -> str:
         communicator = Replaying()
         states = [RHTState(**FINE, communicator=communicator) for _ in range(2)]
         for state in states:
-            submit(state, numbers(rank, 0, 1000))
-        submit(states[0], numbers(rank, 1, 1000))
+            submit(state, numbers(rank, 0, shape=(1000,)))
+        submit(states[0], numbers(rank, 1, shape=(1000,)))
         communicator.replay = True
-        submit(states[1], numbers(rank, 1, 1000))
+        submit(states[1], numbers(rank, 1, shape=(1000,)))
         states[0].close()
         with pytest.raises(PayloadError) as caught:
             states[1].close()
@@ -314,148 +290,60 @@ def begin_in_another_order(rank: int, world_size: int) -> None:
         communicator = Enqueuing()
         states = [RHTState(**FINE, communicator=communicator) for _ in range(2)]
         with pytest.raises(RuntimeError, match="states that were given its communicator before it"):
-            submit(states[rank], numbers(rank, 0, 1000))
+            submit(states[rank], numbers(rank, 0, shape=(1000,)))
 
 
 def test_states_that_begin_in_another_order_are_told_apart(ranks: Ranks) -> None:
     ranks.run(begin_in_another_order, 2)
 
 
-# ---- Errors -----------------------------------------------------------------------------------
-
-BOTH = pytest.mark.parametrize("enqueues", [True, False], ids=["stream", "thread"])
+# ---- Real streams -----------------------------------------------------------------------------
 
 
-def capture_a_graph(rank: int, world_size: int, enqueues: bool) -> list[str]:
-    """What backward() raises, and what comes of a bucket after the capture."""
-    group = dist.new_group()
-    with in_place_of_cuda(enqueues) as streams, pytest.MonkeyPatch.context() as patch:
-        state = RHTState(**FINE, timeout=TIMEOUT)
-        ddp = registered(net(), state, process_group=group)
-        if enqueues:
-            patch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
-        streams.capturing = True
-        with pytest.raises(RuntimeError) as captured:
-            backward(ddp, rank, 0)
-        streams.capturing = False
-        with pytest.raises(RuntimeError) as refused:
-            submit(state, numbers(rank, 1, 1000)).wait()
-        assert "start all_gather" not in {what for what, _ in streams.asked()}
-    dist.all_reduce(torch.zeros(1), group=group)  # DDP's, which may use NCCL too, is left alone
-    return [str(captured.value), str(refused.value)]
+def test_an_accelerator_is_asked_for_its_own_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, asked = torch.device("xpu", 1), []
+    stream = SimpleNamespace(device=device, record_event=lambda: "event")
+
+    def answer(of: object) -> Any:
+        asked.append(of)
+        return stream
+
+    for name in ("Stream", "stream", "current_stream"):
+        monkeypatch.setattr(torch.xpu, name, answer)
+    cuda = Cuda()
+    assert cuda.queues(device)
+    assert not cuda.queues(torch.device("cpu"))
+    assert not cuda.is_capturing(device)
+    assert cuda.new_stream(device) is stream
+    assert cuda.stream(stream) is stream
+    assert cuda.ready(device) == "event"
+    assert asked == [device, stream, device]
 
 
-@BOTH
-def test_a_cuda_graph_is_refused_by_name(enqueues: bool, ranks: Ranks) -> None:
-    for first, later in ranks.run(capture_a_graph, 2, enqueues):
-        assert first.startswith("rht_hook: a CUDA graph is being captured")
-        assert "an earlier bucket failed: rht_hook: a CUDA graph is being captured" in later
-
-
-class Breaking(Enqueuing):
-    """Breaks in the second step; what it does with a group that is its own, it cannot tell."""
-
-    exchanges = 0
-    enqueuing = True
-
-    def enqueues(self, device: str) -> bool:
-        return self.enqueuing
-
-    def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-        self.exchanges += 1
-        if self.exchanges > 2:  # the ranks compare their configurations in the first
-            raise RuntimeError("Connection closed by peer")
-        return super().start_all_gather(x)
-
-
-class CannotAbort(Breaking):
-    def abort(self) -> None:
-        raise ValueError("there is nobody to tell")
-
-
-class Nameless(Breaking):
-    def name_of(self, rank: int) -> str:
-        if self.exchanges > 2:
-            raise KeyError("no name")
-        return super().name_of(rank)
-
-
-def break_an_exchange(rank: int, world_size: int, kind: type[Breaking], enqueues: bool) -> Any:
-    """The error of the bucket, what it came from, and that of the next one."""
-    with in_place_of_cuda() as streams:
-        streams.host_may_wait = True
-        communicator = kind()
-        communicator.enqueuing = enqueues
-        state = RHTState(**FINE, communicator=communicator)
-        submit(state, numbers(rank, 0, 1000)).wait()
-        errors: list[Any] = []
-        for step in (1, 2):
-            try:
-                done = submit(state, numbers(rank, step, 1000))
-                errors.append("by the future")
-                done.wait()
-            except Exception as error:
-                errors += [str(error), str(error.__cause__)]
-        return errors
-
-
-def test_an_error_of_an_exchange_comes_out_on_the_calling_thread(ranks: Ranks) -> None:
-    for error, cause, later, _ in ranks.run(break_an_exchange, 2, Breaking, True):
-        assert "could not exchange bucket 0 of step 1: another rank died" in error
-        assert cause == "Connection closed by peer"
-        assert "an earlier bucket failed: rht_hook: rank" in later
-
-
-@BOTH
-@pytest.mark.parametrize("kind", [CannotAbort, Nameless])
-def test_a_bucket_ends_whatever_else_fails(
-    kind: type[Breaking], enqueues: bool, ranks: Ranks
-) -> None:
-    for errors in ranks.run(break_an_exchange, 2, kind, enqueues, timeout=30):
-        if not enqueues:
-            assert errors.pop(0) == "by the future"
-        error, _, *_, later, _ = errors
-        assert "Connection closed by peer" in error
-        assert "an earlier bucket failed" in later
-
-
-def fail_while_measuring(rank: int, world_size: int, enqueues: bool) -> str:
-    def broken(*_: Any) -> Any:
-        raise RuntimeError("there is no kernel")
-
-    with in_place_of_cuda(enqueues), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rhtcomm.reduce.reducer.between_nodes", broken)
-        state = RHTState(**FINE, nmse_every=1, timeout=TIMEOUT)
-        with pytest.raises(RuntimeError) as caught:
-            submit(state, numbers(rank, 0, 1000)).wait()
-        return str(caught.value)
-
-
-@BOTH
-def test_only_errors_of_the_transport_are_explained_so(enqueues: bool, ranks: Ranks) -> None:
-    for message in ranks.run(fail_while_measuring, 2, enqueues):
-        assert "there is no kernel" in message
-        assert "could not exchange" not in message
-
-
-def forget_a_failed_state(rank: int, world_size: int, how: str) -> bool:
-    """Whether the garbage collector took it."""
-    with in_place_of_cuda(how != "closed") as streams:
-        streams.host_may_wait = True
-        state = RHTState(**FINE, timeout=TIMEOUT)
-        submit(state, numbers(rank, 0, 1000)).wait()
-        streams.capturing = how == "capture"
-        buffer = numbers(rank, 1, 1000)
-        if how == "closed":
-            state.close()
-        with pytest.raises((RuntimeError, TypeError)):
-            submit(state, buffer.long() if how == "integers" else buffer).wait()
-        gone = weakref.ref(state)
-        del state
-        gc.collect()
-        return gone() is None
-
-
-@pytest.mark.parametrize("how", ["closed", "integers", "capture"])
-def test_a_state_that_failed_goes_with_its_model(how: str, ranks: Ranks) -> None:
-    assert ranks.run(forget_a_failed_state, 2, how) == [True, True]
+@needs_cuda
+def test_a_group_of_one_over_nccl() -> None:
+    device = torch.device("cuda", 0)
+    dist.init_process_group("nccl", store=HashStore(), rank=0, world_size=1, device_id=device)
+    try:
+        torch.manual_seed(0)
+        model = mlp(64, 64, 64, 64, 64).to(device)
+        twin = copy.deepcopy(model)
+        with RHTState(**FINE, error_feedback=True) as state:
+            ddp = wrapped(model, state, bucket_cap_mb=0.01)
+            for step in range(4):
+                x = numbers(0, step, shape=(8, 64)).to(device)
+                for one in (ddp, twin):
+                    one.zero_grad()
+                    one(x).square().mean().backward()
+                assert torch.equal(gradients_of(ddp), gradients_of(twin))
+            assert isinstance(state.engine, StreamEngine)
+            assert state.engine.topology.carriers() == [ddp.process_group]
+        communicator, x = TorchCommunicator(), torch.arange(64, dtype=torch.uint8, device=device)
+        assert torch.equal(communicator.start_all_gather(x)(), x[None])
+        assert torch.equal(communicator.start_all_to_all(x[None])(), x[None])
+        assert torch.equal(communicator.start_broadcast(x)(), x)
+        total = torch.ones(3, device=device)
+        communicator.all_reduce_(total)
+        assert torch.equal(total, torch.ones(3, device=device))
+    finally:
+        dist.destroy_process_group()

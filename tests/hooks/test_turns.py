@@ -3,25 +3,21 @@
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from groups import OfTheUser
 from harness import Ranks, limit
+from models import error_of_mean
+from problems import numbers
+from states import FINE, SOON, TOLERANCE, submit
 
-from rhtcomm import TorchCommunicator
 from rhtcomm.communicators import users
 from rhtcomm.hooks import RHTState
 from rhtcomm.hooks.turns import Turn
-
-SOON = timedelta(seconds=limit(30))
-FINE: dict[str, Any] = {"bits": 8, "block": 256, "min_numel": 0}
-TOLERANCE = 1e-3  # at 8 bits the error of the mean is 4.4e-5
-NUMEL = 1000
 
 
 class Shared:
@@ -130,46 +126,26 @@ def test_a_pass_that_fails_waits_for_nothing_and_keeps_no_turn() -> None:
     second.take()
 
 
-class OfTheUser(TorchCommunicator):
-    """The hook must go by it; on rank 0 it is slow."""
-
+class Slow(OfTheUser):
     def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         if self.rank == 0:
             time.sleep(0.2)
         return super().start_all_gather(x)
 
 
-def x_of(rank: int, step: int) -> torch.Tensor:
-    return torch.randn(NUMEL, generator=torch.Generator().manual_seed(100 * step + rank))
-
-
-def bucket(buffer: torch.Tensor, index: int, last: bool) -> Any:
-    return SimpleNamespace(
-        buffer=lambda: buffer,
-        index=lambda: index,
-        is_last=lambda: last,
-        parameters=lambda: [buffer],
-    )
-
-
-def error(found: torch.Tensor, step: int, world_size: int) -> float:
-    exact = torch.stack([x_of(rank, step) for rank in range(world_size)]).mean(dim=0)
-    return float((found - exact).square().sum() / exact.square().sum())
-
-
 def hand_over(state: RHTState, buffers: list[torch.Tensor], futures: list[Any], i: int) -> None:
-    futures.append(state.submit(bucket(buffers[i], i, last=i == 1)))
+    futures.append(submit(state, buffers[i], i, last=i == 1))
 
 
 def leave_buckets_to_the_end(rank: int, world_size: int, after: bool) -> list[float]:
     """Two states take turns, two passes for each step. Nobody waits for a bucket before all are
     handed over; or the last one comes outside of a pass, where it is waited for, as DDP does."""
-    communicator = OfTheUser(dist.new_group(timeout=SOON))
+    communicator = Slow(dist.new_group(timeout=SOON))
     states = [RHTState(**FINE, communicator=communicator) for _ in range(2)]
     errors = []
     for step in range(0, 12, 4):
         futures: list[Any] = []
-        means = [x_of(rank, step + i) for i in range(4)]
+        means = [numbers(rank, step + i, shape=(1000,)) for i in range(4)]
         for state, buffers in zip(states, (means[:2], means[2:]), strict=True):
             call = partial(hand_over, state, buffers, futures)
             backward(partial(call, 0))
@@ -180,7 +156,8 @@ def leave_buckets_to_the_end(rank: int, world_size: int, after: bool) -> list[fl
                 backward(partial(call, 1))
         for future in futures:
             future.wait()
-        errors += [error(mean, step + i, world_size) for i, mean in enumerate(means)]
+        for i, mean in enumerate(means):
+            errors.append(error_of_mean(mean, numbers(rank, step + i, shape=(1000,))))
     for state in states:
         state.close()
     return errors
