@@ -52,6 +52,8 @@ class Bucket:
     """Whether it is the last one of its step."""
     treatment: Treatment | None = None
     """How it travels, where it is not all of it by the state's codec."""
+    state: object = None
+    """Kept until the bucket is finished: connections end when the state goes."""
 
 
 class Cuda:

@@ -262,7 +262,7 @@ class RHTState:
             self._say_what_is_exact(buffer.dtype)
             key, ends = self._next(bucket.index(), bucket.is_last(), engine)
             treatment = self.policy.treatment(key.step, parameters)
-            done = engine.submit(Bucket(buffer, key, parameters, ends, treatment))
+            done = engine.submit(Bucket(buffer, key, parameters, ends, treatment, self))
         except BaseException as failure:
             self._give_up(bucket, failure)
             raise

@@ -78,12 +78,22 @@ class LateReceiver:
         return self.group.recv(*args)
 
 
+def late_settle(communicator: TorchCommunicator, wait: bool = True) -> None:
+    time.sleep(1 if wait else 0)
+    settle(communicator, wait)
+
+
+settle = TorchCommunicator.settle
+
+
 def leave_after_the_last_step(rank: int, world_size: int, how: str) -> None:
     """Rank 0 goes as soon as it has its mean; rank 1 asks for its own only later."""
     group: Any = TorchCommunicator.group
     late = property(lambda self: LateReceiver(group.fget(self), 0.5 * rank))
-    buffer = numbers(rank, shape=(2_000_000,))
-    shown = how == "last"
+    # Ranks ask for long messages before they send, and for short ones after it.
+    shape = (100_000 if how == "gone" else 2_000_000,)
+    buffer = numbers(rank, shape=shape)
+    shown = how != "left out"
     with pytest.MonkeyPatch.context() as patch:
         state = RHTState(**FINE, timeout=TIMEOUT)
         if not shown:  # DDP leaves out the last buckets of steps, which the second one shows
@@ -91,13 +101,19 @@ def leave_after_the_last_step(rank: int, world_size: int, how: str) -> None:
                 submit(state, buffer.clone(), index, last=False).wait()
         submit(state, buffer.clone(), last=False).wait()
         patch.setattr(TorchCommunicator, "group", late)
+        if how == "gone":
+            patch.setattr(TorchCommunicator, "settle", late_settle)
         submit(state, buffer, index=1, last=shown).wait()
-        state.engine.close()  # as Python's exit does
-    mean = sum(numbers(r, shape=(2_000_000,)) for r in range(world_size)) / world_size
+        if how == "gone":  # without close(), before the worker has settled
+            del state
+            gc.collect()
+        else:
+            state.engine.close()  # as Python's exit does
+    mean = sum(numbers(r, shape=shape) for r in range(world_size)) / world_size
     assert (buffer - mean).norm() < 0.01 * mean.norm()
 
 
-@pytest.mark.parametrize("how", ["last", "left out"])
+@pytest.mark.parametrize("how", ["last", "left out", "gone"])
 def test_a_rank_that_leaves_after_its_last_step_fails_nobody(how: str, ranks: Ranks) -> None:
     ranks.run(leave_after_the_last_step, 2, how)
 
