@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,6 +62,17 @@ def backward(ddp: nn.Module, rank: int, step: int = 0) -> torch.Tensor:
     ddp.zero_grad()
     ddp(numbers(rank, step, shape=(16, 32))).square().mean().backward()
     return torch.cat([p.grad.flatten() for p in ddp.parameters()])
+
+
+def in_backward(call: Callable[[], object]) -> None:
+    """Call something within a backward pass."""
+
+    def hook(gradient: torch.Tensor) -> None:
+        call()
+
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(hook)
+    x.clone().backward()
 
 
 def exact_mean(model: nn.Module, members: list[int], step: int = 0) -> torch.Tensor:
