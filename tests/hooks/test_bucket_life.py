@@ -6,7 +6,6 @@ emulated.
 """
 
 import contextlib
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from groups import OfTheUser
 from harness import Ranks, limit
-from models import gradients_of, in_backward, wrapped
+from models import LAZY, gradients_of, in_backward, wrapped
 from problems import numbers
 from states import BLOCK, TIMEOUT, Bucket
 from streams import in_place_of_cuda
@@ -26,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rhtcomm.hooks import RHTState, rht_hook
 
-LAZY = "lazy_bucket_allocation" in inspect.signature(DistributedDataParallel).parameters
 MANUAL = hasattr(DistributedDataParallel, "finalize_backward")
 STEPS = 4
 FEEDBACK: dict[str, Any] = {
@@ -111,7 +109,7 @@ def train(
     lives = Lives(copies=life == "emulated")
     options: dict[str, Any] = {"bucket_cap_mb": 0.005, "gradient_as_bucket_view": views}
     if life == "lazy":
-        options["lazy_bucket_allocation"] = True
+        options |= LAZY
     with in_place_of_cuda(kind == "stream") as streams:
         streams.host_may_wait = True
         if kind == "cpu":

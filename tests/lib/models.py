@@ -1,6 +1,7 @@
 """Models in DDP, their data, and what tests ask of their gradients."""
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rhtcomm.hooks import RHTState, rht_hook
+
+# What makes torch free DDP's buckets after each step, from 2.15 on.
+LAZY: dict[str, Any] = {"lazy_bucket_allocation": True}
+if not LAZY.keys() <= inspect.signature(DistributedDataParallel).parameters.keys():
+    LAZY = {}
 
 
 def mlp(*widths: int, bias: bool = True) -> nn.Module:
