@@ -9,10 +9,12 @@ set to zero after decoding, whatever was decoded.
 A value counts as zero if no bit but its sign is set: -0.0 does, NaN and subnormal numbers do not.
 """
 
+import ctypes
 import math
 import operator
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -155,11 +157,13 @@ def _nbytes(count: int) -> int:
 
 
 def _integers(x: torch.Tensor) -> npt.NDArray[np.signedinteger]:
-    """The bits of x; NumPy lacks bfloat16, and comparisons of floats may flush subnormals."""
-    array: npt.NDArray[np.signedinteger] = x.view(
-        torch.int32 if x.element_size() == 4 else torch.int16
-    ).numpy()
-    return array
+    """The bits of contiguous x, in its memory, which must outlive them.
+
+    NumPy lacks bfloat16, and comparisons of floats may flush subnormals. After `x.numpy()` torch
+    would refuse to resize the storage of x, by which some free it.
+    """
+    memory: Any = (ctypes.c_uint8 * x.nbytes).from_address(x.data_ptr())
+    return np.frombuffer(memory, dtype=np.int32 if x.element_size() == 4 else np.int16)
 
 
 def _any(bits: npt.NDArray[np.signedinteger], mask: int) -> bool:

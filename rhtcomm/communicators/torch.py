@@ -41,7 +41,7 @@ class TorchCommunicator(Communicator):
     """Exchanges over a torch.distributed process group of any backend.
 
     Args:
-        group: the process group, by default the world. After `abort` it is destroyed on Gloo.
+        group: the process group, by default the world; `abort` destroys it if all of it is on Gloo.
 
     Raises:
         RuntimeError: torch.distributed is not initialized, or this rank is not in the group.

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from groups import OfTheUser
 from harness import Ranks, limit
-from models import error_of_mean
+from models import error_of_mean, in_backward
 from problems import numbers
 from states import FINE, SOON, TOLERANCE, submit
 
@@ -56,28 +56,9 @@ def test_a_turn_is_kept_while_a_bucket_is_handed_over(monkeypatch: pytest.Monkey
     second.finish_bucket()
 
 
-class InBackward(torch.autograd.Function):
-    """Calls something in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, call: Callable[[], object]) -> torch.Tensor:
-        ctx.call = call
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
-        ctx.call()
-        return gradient, None
-
-
-def backward(call: Callable[[], object]) -> None:
-    x = torch.ones(1, requires_grad=True)
-    InBackward.apply(x, call).backward()
-
-
 def backward_ends(call: Callable[[], object]) -> None:
-    """`backward`, which fails the test where it waits for ever."""
-    thread = threading.Thread(target=backward, args=(call,), daemon=True)
+    """`in_backward`, which fails the test where it waits for ever."""
+    thread = threading.Thread(target=in_backward, args=(call,), daemon=True)
     thread.start()
     thread.join(limit(20))
     assert not thread.is_alive()
@@ -119,7 +100,7 @@ def test_a_pass_that_fails_waits_for_nothing_and_keeps_no_turn() -> None:
         raise KeyError("within the pass")
 
     with pytest.raises(KeyError):
-        backward(call)
+        in_backward(call)
     with pytest.raises(RuntimeError, match="state 1 would send by"):
         second.take()  # the bucket is not finished
     first.finish_bucket()
@@ -148,12 +129,12 @@ def leave_buckets_to_the_end(rank: int, world_size: int, after: bool) -> list[fl
         means = [numbers(rank, step + i, shape=(1000,)) for i in range(4)]
         for state, buffers in zip(states, (means[:2], means[2:]), strict=True):
             call = partial(hand_over, state, buffers, futures)
-            backward(partial(call, 0))
+            in_backward(partial(call, 0))
             if after:
                 call(1)
                 futures[-1].wait()
             else:
-                backward(partial(call, 1))
+                in_backward(partial(call, 1))
         for future in futures:
             future.wait()
         for i, mean in enumerate(means):

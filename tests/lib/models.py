@@ -1,7 +1,9 @@
 """Models in DDP, their data, and what tests ask of their gradients."""
 
 import copy
+import inspect
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +13,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rhtcomm.hooks import RHTState, rht_hook
+
+# What makes torch free DDP's buckets after each step, from 2.15 on.
+LAZY: dict[str, Any] = {"lazy_bucket_allocation": True}
+if not LAZY.keys() <= inspect.signature(DistributedDataParallel).parameters.keys():
+    LAZY = {}
 
 
 def mlp(*widths: int, bias: bool = True) -> nn.Module:
@@ -61,6 +68,17 @@ def backward(ddp: nn.Module, rank: int, step: int = 0) -> torch.Tensor:
     ddp.zero_grad()
     ddp(numbers(rank, step, shape=(16, 32))).square().mean().backward()
     return torch.cat([p.grad.flatten() for p in ddp.parameters()])
+
+
+def in_backward(call: Callable[[], object]) -> None:
+    """Call something within a backward pass."""
+
+    def hook(gradient: torch.Tensor) -> None:
+        call()
+
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(hook)
+    x.clone().backward()
 
 
 def exact_mean(model: nn.Module, members: list[int], step: int = 0) -> torch.Tensor:
