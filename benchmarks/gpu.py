@@ -54,7 +54,8 @@ PLANS = {
     "streams": Plan("device.streams:run", 75, 3),
     "memory": Plan("device.hook:memory", 50, 3),
     "sanitizer": Plan("device.tools:sanitizer", 75, 3),
-    "training": Plan("device.training:run", 65, 4),
+    "more": Plan("device.bits:more", 75, 3),
+    "training": Plan("device.training:run", 75, 4),
     "counters": Plan("device.tools:counters", 50, 5),
 }
 
@@ -162,7 +163,11 @@ class Run:
     def write(self) -> None:
         """Both files, each at once, so that neither is ever half of itself."""
         dry, parts = self.arguments.dry_run, list(self.parts.values())
-        command = shlex.join(["benchmarks/gpu.py", *sys.argv[1:]])
+        command = f"benchmarks/gpu.sh{' --dry-run' * dry}"
+        if list(self.plans) != list(PLANS):
+            command += f" --parts {shlex.join(self.plans)}"
+        if self.arguments.variants:
+            command += f" --variants {shlex.join(self.arguments.variants)}"
         content = {
             "dry_run": dry,
             "command": command,

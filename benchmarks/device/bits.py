@@ -1,5 +1,6 @@
 """(a) Payloads and means of the device against those that the C kernels of the CPU make."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from device.devices import Device, device_for
 from device.results import Results
 from rhtcomm.quantizers import Quantizer
 
-__all__ = ["Case", "numbers", "run"]
+__all__ = ["Case", "check", "more", "numbers", "run", "same"]
 
 KEY = rhtcomm.Key(2**63 + 1, step=2**31 + 7, bucket=3, hop=1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,19 +129,23 @@ def main_cases() -> Iterator[Case]:
         yield Case(rhtcomm.QuicFL(3), 2, torch.bfloat16, "chunk", tail=True, odd=True, block=block)
 
 
-def all_cases() -> Iterator[Case]:
-    """Those above, and then the whole product at 25 MiB."""
-    seen = set()
-    for case in main_cases():
-        seen.add(case)
-        yield case
-    for kind in quantizers().values():
-        for quantizer in kind:
-            for k in (2, 1, 3):
-                for dtype in DTYPES:
-                    case = Case(quantizer, k, dtype)
-                    if case not in seen:
-                        yield case
+def product() -> Iterator[Case]:
+    """Every quantizer, k and dtype at 25 MiB; the first third has each pair of two of them."""
+    for turn in range(3):
+        for kind in quantizers().values():
+            for i, quantizer in enumerate(kind):
+                for k in (1, 2, 3):
+                    yield Case(quantizer, k, DTYPES[(i + k + turn) % 3])
+
+
+def first_cases() -> list[Case]:
+    third = itertools.islice(product(), 3 * sum(map(len, quantizers().values())))
+    return list(dict.fromkeys([*main_cases(), *third]))
+
+
+def other_cases() -> list[Case]:
+    seen = {*first_cases()}
+    return [case for case in product() if case not in seen]
 
 
 def large_cases() -> Iterator[Case]:
@@ -151,34 +156,39 @@ def large_cases() -> Iterator[Case]:
     yield Case(rhtcomm.QuicFL(4, 1 / 512), 2, torch.float32, "large", tail=True)
     yield Case(rhtcomm.Eden(4), 2, torch.float32, "large", tail=True)
     yield Case(rhtcomm.QuicFL(1), 3, torch.bfloat16, "large")
-    yield Case(rhtcomm.VectorQuantizer(4), 3, torch.bfloat16, "large")
+    yield Case(rhtcomm.VectorQuantizer(4), 3, torch.float32, "large")
 
 
 def run(device: Device, results: Results) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-    children = max(2, cores * 3 // 4)
-    passes = [
-        ("25 MiB and smaller", list(all_cases()), children, results.left() * 0.8),
-        ("1 GiB", list(large_cases()), min(TOGETHER, children), 0.0),
-    ]
+    children = _cores() * 3 // 4
     if device.dry:
-        passes = [(what, cases[::9], n, left) for what, cases, n, left in passes]
-        passes[0] = (*passes[0][:1], passes[0][1][:10], *passes[0][2:])
-    for what, cases, count, share in passes:
-        _check_all(what, cases, count, share, device, results)
+        _check_all("25 MiB and smaller", first_cases()[::18], children, 1.0, device, results)
+        _check_all("1 GiB", [*large_cases()][:1], children, 1.0, device, results)
+        return
+    _check_all("25 MiB and smaller", first_cases(), children, 0.75, device, results)
+    _check_all("1 GiB", [*large_cases()], TOGETHER, 1.0, device, results)
+
+
+def more(device: Device, results: Results) -> None:
+    """The rest of the product, next to parts that are not timed."""
+    cases = other_cases()[:: 60 if device.dry else 1]
+    _check_all("25 MiB, the rest of the product", cases, _cores() // 2, 1.0, device, results)
+
+
+def _cores() -> int:
+    return max(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
 
 
 def _check_all(
     what: str, cases: list[Case], children: int, share: float, device: Device, results: Results
 ) -> None:
-    """`share`: the seconds that may be gone when the last one begins; 0: all that are left."""
-    started, done, wrong = results.left(), 0, 0
-    reserve = started - share if share else 0.0
+    """`share`: of the time that is left, what these may take."""
+    reserve, done, wrong = (1 - share) * results.left(), 0, 0
     outcomes = each(
         check,
         [(case, device.dry) for case in cases],
         children=children,
-        threads=2,
+        threads=2 if children > TOGETHER else 4,
         seconds=60,
         left=lambda: results.left() - reserve,
     )

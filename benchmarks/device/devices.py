@@ -143,7 +143,7 @@ class Cpu:
 
     dry = True
     torch = torch.device("cpu")
-    chunk, bucket, large = 16 * 1024, 32 * 1024, 48 * 1024
+    chunk, bucket, large = 16 << 10, 16 << 10, 32 << 10
     cache, steps, rounds = 0, 4, 1
 
     def kernels(self) -> AbstractContextManager[object]:
@@ -229,7 +229,6 @@ def _versions() -> dict[str, object]:
         "Triton": triton.__version__,
         "NumPy": numpy.__version__,
         "Python": sys.version.split()[0],
-        "kernel": platform.release(),
     }
 
 

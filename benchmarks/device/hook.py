@@ -1,13 +1,16 @@
 """The hook between two ranks in one process, bucket by bucket: (c) waits and (e) memory."""
 
 import functools
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from device.bits import numbers, same
 from device.devices import Device
@@ -34,9 +37,9 @@ def codec_of(bits: int = 4, quantizer: Any = "quic_fl") -> Codec:
 class Twins:
     """A state of two ranks, and the steps that it took."""
 
-    def __init__(self, engine: str, **options: Any) -> None:
+    def __init__(self, engine: str, group: dist.ProcessGroup | None = None, **options: Any) -> None:
         self.codec, self.steps = codec_of(**options), 0
-        self._twin = Twin(self.codec, ENGINES[engine])
+        self._twin = Twin(self.codec, ENGINES[engine], group)
         self.state = RHTState(communicator=self._twin, min_numel=0, **options)
 
     def submit(self, x: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
@@ -53,8 +56,8 @@ class Twins:
 
 
 @contextmanager
-def twins(engine: str, **options: Any) -> Iterator[Twins]:
-    made = Twins(engine, **options)
+def twins(engine: str, group: dist.ProcessGroup | None = None, **options: Any) -> Iterator[Twins]:
+    made = Twins(engine, group, **options)
     try:
         yield made
     finally:
@@ -67,16 +70,40 @@ def waits(device: Device, results: Results) -> None:
     for quantizer in ("quic_fl", "eden"):
         for engine in ENGINES:
             numel = (device.chunk if quantizer == "eden" else device.bucket) // 4
-            total += _steps_without_waits(engine, quantizer, numel, device, results)
+            total += _steps_without_waits(engine, quantizer, numel, None, device, results)
+    with _group_of_one(device) as group:
+        numel = device.bucket // 4
+        total += _steps_without_waits("StreamEngine", "quic_fl", numel, group, device, results)
     results.target("Runs of the hook in which the host waited for the device", total, 0, "")
 
 
+@contextmanager
+def _group_of_one(device: Device) -> Iterator[dist.ProcessGroup]:
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group(
+            "gloo" if device.dry else "nccl",
+            init_method=f"file://{folder}/store",
+            rank=0,
+            world_size=1,
+            device_id=None if device.dry else device.torch,
+        )
+        assert dist.group.WORLD is not None
+        yield dist.group.WORLD
+        dist.destroy_process_group()
+
+
 def _steps_without_waits(
-    engine: str, quantizer: Any, numel: int, device: Device, results: Results
+    engine: str,
+    quantizer: Any,
+    numel: int,
+    group: dist.ProcessGroup | None,
+    device: Device,
+    results: Results,
 ) -> int:
     steps, rounds = (30, 3) if not device.dry else (3, 1)
     x = numbers(numel, torch.float32)
-    with twins(engine, quantizer=quantizer) as two:
+    with twins(engine, group, quantizer=quantizer) as two:
         buckets = [x.to(device.torch, copy=True) for _ in range(steps)]
         for _ in range(rounds):  # compiles, makes streams, pins memory
             two.submit(x.to(device.torch, copy=True)).wait()
@@ -103,6 +130,7 @@ def _steps_without_waits(
         results.row(
             "Buckets of the hook between two ranks in one process",
             engine=engine,
+            exchange="NCCL, 1 rank" if group else "none",
             quantizer=quantizer,
             MiB=numel * 4 / 2**20,
             steps=len(seconds),

@@ -200,11 +200,13 @@ def markdown(command: str, date: str, dry: bool, parts: Sequence[Part]) -> str:
 def summary(dry: bool, parts: Sequence[Part], most: int = 40) -> str:
     """The end of what is printed, of at most so many lines."""
     lines = [DRY if dry else "The run in short:"]
-    lines += [f"{p.name:10} {p.seconds:4.0f} s  {p.outcome}"[:150] for p in parts]
-    lines += [f"* {sentence(target, dry)}" for part in parts for target in part.targets]
+    of_parts = [f"{p.name}: {p.outcome} ({p.seconds:.0f} s)" for p in parts]
+    lines += ["; ".join(of_parts[i : i + 4]) for i in range(0, len(of_parts), 4)]
+    targets = [f"* {sentence(target, dry)}" for part in parts for target in part.targets]
     failures = [f"! {part.name}: {failure}" for part in parts for failure in part.failures]
-    room = most - len(lines) - 1
+    room = max(3, most - len(lines) - len(targets) - 1)
     lines += [failure.replace("\n", " ")[:250] for failure in failures[:room]]
     if len(failures) > room:
-        lines = [*lines[: most - 1], f"! {len(failures)} failures in all"]
+        lines.append(f"! and {len(failures) - room} failures more, in gpu.md")
+    lines += targets
     return "\n".join(lines[:most])
