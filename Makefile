@@ -40,7 +40,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch findings/*.sh .ci/run
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch benchmarks/*.sh findings/*.sh .ci/run
 
 sanitize: $(VENV)/.installed
 	$(BIN)/cmake -S . -B build/sanitize -DRHTCOMM_SANITIZE=address,undefined

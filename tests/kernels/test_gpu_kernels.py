@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda import needs_cuda
 from harness import limit
 from interpreter import (
     Interpreted,
@@ -34,7 +35,6 @@ from rhtcomm.moments import block_moments
 from rhtcomm.quantizers import Quantizer
 from rhtcomm.wire import HEADER_BYTES
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 QUANTIZERS: tuple[Quantizer, ...] = (
     *(QuicFL(bits) for bits in range(1, 9)),
     *(QuicFL(bits, exact_fraction=FRACTION) for bits in range(1, 9)),
@@ -352,22 +352,24 @@ def test_without_triton_the_reference_runs_and_says_so_once() -> None:
 
 @needs_cuda
 @needs_triton
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
-@pytest.mark.parametrize("rotations", [1, 2, 3])
-def test_same_bits_on_a_gpu(quantizer: Quantizer, rotations: int) -> None:
-    """As the kernels of the CPU, which have the bits of the reference."""
-    for size, dtype in zip((32, 512, 4096, 1 << 14), (*DTYPES, torch.float32), strict=True):
-        codec, key = Codec(quantizer, rotations, size), Key(2**63 + 1, bucket=2, hop=3)
-        xs = tensors(int(9.3 * size), 3, size, dtype)
-        xs[0][3 * size + 5] = float("inf")
-        payloads, mean = both_ways(codec, xs, key, 5 * size, dtype)
-        on_gpu = [x.cuda() for x in xs]
-        found = torch.stack(
-            [codec.encode(x, key, rank, 3, offset=5 * size) for rank, x in enumerate(on_gpu)]
-        )
-        assert torch.equal(found.cpu(), payloads)
-        out = codec.decode_mean(found, key, len(xs[0]), offset=5 * size, out=on_gpu[0]).cpu()
-        assert torch.equal(bits_of(out), mean)
+@pytest.mark.parametrize("case", range(len(QUANTIZERS)), ids=lambda i: repr(QUANTIZERS[i]))
+def test_same_bits_on_a_gpu(case: int) -> None:
+    """As the kernels of the CPU, which have the bits of the reference.
+
+    `benchmarks/gpu.py` compares all of them at 4096, with each number of rotations and dtype.
+    """
+    size, rotations = (512, 1 << 14, 32, 4096)[case % 4], 1 + case // 4 % 3
+    codec, key = Codec(QUANTIZERS[case], rotations, size), Key(2**63 + 1, bucket=2, hop=3)
+    xs = tensors(int(9.3 * size), 3, size, DTYPES[case // 2 % 3])
+    xs[0][3 * size + 5] = float("inf")
+    payloads, mean = both_ways(codec, xs, key, 5 * size, xs[0].dtype)
+    on_gpu = [x.cuda() for x in xs]
+    found = torch.stack(
+        [codec.encode(x, key, rank, 3, offset=5 * size) for rank, x in enumerate(on_gpu)]
+    )
+    assert torch.equal(found.cpu(), payloads)
+    out = codec.decode_mean(found, key, len(xs[0]), offset=5 * size, out=on_gpu[0]).cpu()
+    assert torch.equal(bits_of(out), mean)
 
 
 @needs_cuda
