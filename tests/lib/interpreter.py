@@ -21,6 +21,7 @@ __all__ = [
     "decode",
     "encode_and_decode",
     "interpret",
+    "mend",
     "moments_of",
     "needs_triton",
     "ranks_in_shards",
@@ -28,15 +29,36 @@ __all__ = [
 ]
 
 Interpreted = Callable[..., Any]  # the fixture of conftest.py
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
+has_triton = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not has_triton, reason="Triton is not installed")
 
 
 def interpret() -> None:
     """For the start of the process."""
     os.environ.update(TRITON_INTERPRET="1", RHTCOMM_KERNELS="gpu")
     torch.set_num_threads(1)
+    mend()
+
+
+def mend() -> None:
+    """Let loops run over a scalar argument, as Triton 3.7 does.
+
+    In the interpreter a scalar is an array of shape (1,), of which Triton 3.6 makes an `int` in a
+    way that NumPy 2.4 no longer accepts.
+    """
+    if not has_triton:
+        return
+    from triton import __version__
+    from triton.runtime import interpreter
+
+    if __version__.startswith("3.6."):
+        patch = interpreter._patch_lang_tensor
+
+        def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+            patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda scalar: scalar.handle.data.item())
+
+        interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 def bits_of(x: torch.Tensor) -> torch.Tensor:
