@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ __all__ = [
     "encode_and_decode",
     "interpret",
     "mend",
+    "misused",
     "moments_of",
     "needs_triton",
     "ranks_in_shards",
@@ -41,10 +43,13 @@ def interpret() -> None:
 
 
 def mend() -> None:
-    """Let loops run over a scalar argument, as Triton 3.7 does.
+    """Make up for what Triton's interpreter does otherwise from version to version.
 
-    In the interpreter a scalar is an array of shape (1,), of which Triton 3.6 makes an `int` in a
-    way that NumPy 2.4 no longer accepts.
+    In the interpreter a scalar is an array of shape (1,), of which Triton 3.6 makes an `int`, for
+    loops over a scalar argument, in a way that NumPy 2.4 no longer accepts.
+
+    Up to Triton 3.7 `tl.fma` rounds twice, on devices and later once; and `umulhi` of negative
+    int32 is wrong. So an AssertionError meets kernels for which either would matter.
     """
     if not has_triton:
         return
@@ -59,6 +64,29 @@ def mend() -> None:
             scope.set_attr(tensor, "__index__", lambda scalar: scalar.handle.data.item())
 
         interpreter._patch_lang_tensor = patch_lang_tensor
+
+    builder = interpreter.InterpreterBuilder
+    fma, umulhi = builder.create_fma, builder.create_umulhi
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        product = x.data.astype(np.float64) * y.data
+        exact = np.isclose(product, x.data * y.data, rtol=0, atol=0, equal_nan=True)
+        assert exact.all(), "tl.fma of products that are not exact rounds once, or twice"
+        return fma(self, x, y, z)
+
+    def create_umulhi(self: Any, x: Any, y: Any) -> Any:
+        unsigned = x.data.dtype.kind == y.data.dtype.kind == "u"
+        assert unsigned, "umulhi of signed integers is wrong in the interpreter"
+        return umulhi(self, x, y)
+
+    builder.create_fma, builder.create_umulhi = create_fma, create_umulhi
+
+
+def misused(name: str, argument: object) -> object:
+    """What a kernel of misuses.py makes of it."""
+    import misuses
+
+    return getattr(misuses, name)(argument)
 
 
 def bits_of(x: torch.Tensor) -> torch.Tensor:
