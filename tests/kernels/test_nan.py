@@ -1,10 +1,9 @@
 """Every kernel writes the canonical NaN of a dtype."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from harness import in_fresh_process
+from interpreter import needs_triton
 from libraries import needs_library, variants
 from problems import CANONICAL_NAN, DTYPES
 
@@ -92,7 +91,7 @@ for quantizer in (QuicFL(2, 1 / 512), Eden(2)):
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_triton_writes_the_canonical_nan() -> None:
     lines = in_fresh_process(INTERPRETED, TRITON_INTERPRET="1", RHTCOMM_KERNELS="gpu")
     assert lines == [f"0x7fc00000 {nan}" for nan in CANONICAL_NAN.values()] * 2
