@@ -228,6 +228,7 @@ def _serve(connection: Connection, log: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA")
     while True:
         try:
             file_name, name, group, args = pickle.loads(connection.recv_bytes())
