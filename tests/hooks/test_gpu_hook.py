@@ -244,7 +244,6 @@ def mean_of_twins(codec: Codec, x: torch.Tensor, key: Key) -> torch.Tensor:
 
 @needs_cuda
 @BOTH
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.parametrize("quantizer", ["quic_fl", "eden"])
 def test_nothing_makes_the_host_wait(quantizer: Any, enqueues: bool) -> None:
     with RHTState(quantizer=quantizer) as probe:

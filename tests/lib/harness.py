@@ -228,6 +228,7 @@ def _serve(connection: Connection, log: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    # As a thread's first work on CUDA is a product, which autograd's may be.
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA")
     while True:
         try:
