@@ -21,6 +21,7 @@ from rhtcomm.deferred import DeferredChecks
 from rhtcomm.kernels import gpu
 from rhtcomm.kernels.triton_kernels.hadamard import hadamard
 from rhtcomm.kernels.triton_kernels.memory import round_to, to_float32
+from rhtcomm.kernels.triton_kernels.order import to_memory, to_threads
 from rhtcomm.rotation import hadamard as reference_hadamard
 from rhtcomm.wire import HEADER_BYTES
 
@@ -31,21 +32,23 @@ DTYPES = (torch.float32, torch.bfloat16)
 SIZES = {"large": "1 GiB", "bucket": "25 MiB", "chunk": "2.8 MiB (a chunk)"}
 BLOCKS = (1024, 2048, 8192, 16384)
 LINKS = (25, 100, 200, 400)  # Gbit/s
-# Options of a launch in place of its own, by name: `num_warps`, `num_stages`, constants of the
-# kernels. To compare another way to do something, give the kernels a constant for it, and add it
-# here (or to a dict of this name in rhtcomm.kernels.gpu). None may change a bit.
+# Options of a launch in place of its own, by name: of Triton, and constants of the kernels. To
+# compare another way to do something, give the kernels a constant for it. None may change a bit.
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    **{f"{warps} warps": {"num_warps": warps} for warps in (1, 2, 4, 8)},
-    **getattr(gpu, "VARIANTS", {}),
+    **{f"{count} registers": {"maxnreg": count} for count in (128, 168)},
+    **{f"{count} warps": {"num_warps": count, "WARPS": count} for count in (1, 4)},
 }
 
 
 @triton.jit
-def hadamard_kernel(x, y, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr):
+def hadamard_kernel(x, y, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr, WARPS: tl.constexpr):
+    NEAR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    THREADS: tl.constexpr = min(32 * WARPS, SIZE // NEAR)
     index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    transformed = hadamard(to_float32(tl.load(x + index)), SIZE, LOG_SIZE)
-    tl.store(y + index, round_to(transformed, y.dtype.element_ty))
+    block = to_threads(to_float32(tl.load(x + index)), SIZE, NEAR, THREADS)
+    block = to_memory(hadamard(block, SIZE, LOG_SIZE, NEAR, THREADS), SIZE, NEAR, THREADS)
+    tl.store(y + index, round_to(block, y.dtype.element_ty, False))
 
 
 # Variants ----------------------------------------------------------------------------------------
@@ -182,9 +185,9 @@ def copy_seconds(nbytes: int, device: Device) -> float:
 
 def transform(x: torch.Tensor, y: torch.Tensor, size: int) -> Callable[[], object]:
     launch = hadamard_kernel[(x.numel() // size,)]
-    warps = gpu.warps_for(rhtcomm.QuicFL(4), size)
+    warps = gpu.warps_for(size)
     options = {"num_warps": warps, "enable_fp_fusion": False}
-    return functools.partial(launch, x, y, size, size.bit_length() - 1, **options)
+    return functools.partial(launch, x, y, size, size.bit_length() - 1, warps, **options)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -265,7 +268,7 @@ def variants_table(rate: float, device: Device, results: Results) -> None:
     if device.dry:
         cases = cases[:1]
     for case, name in itertools.product(cases, list(VARIANTS)[: 2 if device.dry else None]):
-        if case.rotations == 1 and "warps" in name and name != "2 warps":
+        if case.rotations == 1 and "warps" in name:
             continue
         if results.left() < 10:
             results.say("no time was left for all variants")
