@@ -132,7 +132,7 @@ def count(kernel: CompiledKernel, size: int) -> Counts:
         if name in ("LDS", "STS", "SHFL"):
             words += threads / size * (4 if "128" in modifiers else 2 if "64" in modifiers else 1)
         elif name in ("LDSM", "STSM"):
-            words += threads / size * int(modifiers[-1])
+            words += threads / size * (int(modifiers[-1]) if modifiers[-1].isdigit() else 1)
     registers, spilled = (
         int(found[1]) if (found := re.search(rf"{name}:(\d+)", usage)) else 0
         for name in ("REG", "STACK")
