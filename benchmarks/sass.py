@@ -24,7 +24,8 @@ from lib.report import RESULTS, table
 BLOCK = 4096
 MULTIPROCESSORS, CLOCK, COPY = 132, 1.755e9, 3.0e12  # of an H100: Hz, and bytes per second
 # Of a multiprocessor, for each clock: instructions of 32 threads that are issued and, of threads,
-# results of float and of integer instructions, conversions to integers, words of shared memory.
+# results of float and of integer instructions, conversions to integers, words of shared memory
+# and of the cache that is one with it.
 ISSUED, FLOATS, INTEGERS, CONVERSIONS, WORDS = 4 * 32, 128, 64, 16, 32
 CONFLICTS = 3.5  # most words that one of 32 banks has, of 32 at random: its mean
 REGISTERS, SHARED, PROGRAMS = 65536, 227 << 10, 32
@@ -32,13 +33,12 @@ REGISTERS, SHARED, PROGRAMS = 65536, 227 << 10, 32
 
 def clocks(counts: Counts) -> dict[str, float]:
     """Of a multiprocessor for a coordinate, by what would take them."""
-    looked_up = counts.names["LDS"]  # reads of one word are those of tables
     return {
         "instructions": counts.total / ISSUED,
         "floats": counts.kind("float") / FLOATS,
         "integers": (counts.kind("integer") - counts.names["F2I"]) / INTEGERS,
         "conversions": counts.names["F2I"] / CONVERSIONS,
-        "shared memory": (counts.words + (CONFLICTS - 1) * looked_up) / WORDS,
+        "shared memory": (counts.words + (CONFLICTS - 1) * counts.looked_up) / WORDS,
     }
 
 

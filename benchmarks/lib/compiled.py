@@ -92,7 +92,9 @@ class Counts:
 
     Args:
         names: how often each instruction occurs.
-        words: of 4 bytes, that a coordinate moves to or from shared memory or between threads.
+        words: of 4 bytes, that a coordinate moves to or from shared memory or between threads, or
+            looks up in a table in memory.
+        looked_up: those of tables, from which threads read one word each.
         registers: of a thread.
         spilled: bytes of a thread that do not fit in registers.
         shared: bytes of a program's shared memory.
@@ -101,6 +103,7 @@ class Counts:
 
     names: Counter[str]
     words: float
+    looked_up: float
     registers: int
     spilled: int
     shared: int
@@ -125,19 +128,21 @@ def count(kernel: CompiledKernel, size: int) -> Counts:
         usage = run("cuobjdump", "--dump-resource-usage", file.name)
     threads = 32 * kernel.metadata.num_warps
     names: Counter[str] = Counter()
-    words = 0.0
+    words = looked_up = 0.0
     for instruction in executed(sass):
         name, *modifiers = instruction.split(".")
         names[name] += threads / size
-        if name in ("LDS", "STS", "SHFL"):
-            words += threads / size * (4 if "128" in modifiers else 2 if "64" in modifiers else 1)
+        if name in ("LDS", "STS", "SHFL", "LDG"):
+            wide = 4 if "128" in modifiers else 2 if "64" in modifiers else 1
+            words += threads / size * wide * (name != "LDG" or wide == 1)
+            looked_up += threads / size * (wide == 1 and name in ("LDS", "LDG"))
         elif name in ("LDSM", "STSM"):
             words += threads / size * (int(modifiers[-1]) if modifiers[-1].isdigit() else 1)
     registers, spilled = (
         int(found[1]) if (found := re.search(rf"{name}:(\d+)", usage)) else 0
         for name in ("REG", "STACK")
     )
-    return Counts(names, words, registers, spilled, kernel.metadata.shared, threads)
+    return Counts(names, words, looked_up, registers, spilled, kernel.metadata.shared, threads)
 
 
 def run(tool: str, *arguments: str) -> str:

@@ -38,7 +38,7 @@ def test_the_slowest_limit_bounds_the_speed() -> None:
     from lib.compiled import Counts
 
     names = Counter({"FADD": 24.0, "LOP3": 16.0, "F2I": 1.0, "LDS": 1.0})
-    counts = Counts(names, 9.0, 168, 0, 16 << 10, 64)
+    counts = Counts(names, 9.0, 1.0, 168, 0, 16 << 10, 64)
     assert sass.clocks(counts) == {
         "instructions": 42 / 128,
         "floats": 24 / 128,
