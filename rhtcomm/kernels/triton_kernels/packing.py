@@ -3,7 +3,7 @@
 The field of width w follows the wider ones, of BITS & -2 w bits in all, in a code and in the bytes
 of a block. A byte holds fields of coordinates that are COUNT w / 8 apart, and is one of 4 in a
 word. The codes of a block begin at a multiple of 4 bytes and no more, so words are written and
-read. Next to each other lie NEAR // 4 words of one thread.
+read.
 """
 
 import triton
@@ -11,52 +11,77 @@ import triton.language as tl
 
 
 @triton.jit
-def push(word, fields, FIELDS: tl.constexpr, WIDTH: tl.constexpr):
-    """Pushes the upper WIDTH bits of fields (words, FIELDS) into words from below, the last first.
-
-    One instruction for each, since a funnel shift takes the upper bits of one register into the
-    lower ones of another.
-    """
-    if FIELDS == 1:
-        return (word << WIDTH) | (tl.reshape(fields, word.shape) >> (32 - WIDTH))
+def columns_of(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """x (ROWS, COLUMNS): a tuple of its columns, (ROWS,) each."""
+    if COLUMNS == 1:
+        return (tl.reshape(x, [ROWS]),)
     else:
-        halves = tl.reshape(fields, [word.shape[0], 2, FIELDS // 2])
-        first, last = tl.split(tl.permute(halves, (0, 2, 1)))
-        word = push(word, last, FIELDS // 2, WIDTH)
-        return push(word, first, FIELDS // 2, WIDTH)
+        even, odd = tl.split(tl.reshape(x, [ROWS, COLUMNS // 2, 2]))
+        evens = columns_of(even, ROWS, COLUMNS // 2)
+        odds = columns_of(odd, ROWS, COLUMNS // 2)
+        columns = ()
+        for pair in tl.static_range(COLUMNS // 2):
+            columns += (evens[pair], odds[pair])
+        return columns
+
+
+@triton.jit
+def join_runs(runs, RUNS: tl.constexpr, WORDS: tl.constexpr):
+    """A tuple of RUNS tensors (WORDS,), one behind the other: (RUNS WORDS,)."""
+    if RUNS == 1:
+        return runs[0]
+    elif RUNS == 2:
+        return tl.reshape(tl.permute(tl.join(runs[0], runs[1]), (1, 0)), [2 * WORDS])
+    else:
+        pairs = tl.join(tl.join(runs[0], runs[2]), tl.join(runs[1], runs[3]))
+        return tl.reshape(tl.permute(pairs, (1, 2, 0)), [4 * WORDS])
 
 
 @triton.jit
 def store_field(
-    codes, to, COUNT: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, NEAR: tl.constexpr
+    codes,
+    to,
+    COUNT: tl.constexpr,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):
+    """codes: a tuple of 4 PARTS tensors, PARTS for each byte of a word."""
     if BITS & WIDTH:
         BEFORE: tl.constexpr = BITS & (-2 * WIDTH)
         LANES: tl.constexpr = 8 // WIDTH
-        WORDS: tl.constexpr = COUNT // LANES // 4
-        BESIDE: tl.constexpr = min(max(NEAR // 4, 1), WORDS)
-        fields = tl.reshape(
-            codes << (BITS - BEFORE - WIDTH), [LANES, WORDS // BESIDE, BESIDE, 2, 2]
-        )
-        even, odd = tl.split(tl.permute(fields, (2, 1, 0, 3, 4)))
-        octet0, octet2 = tl.split(even)
-        octet1, octet3 = tl.split(odd)
-        words = push(tl.zeros([WORDS], tl.uint32), octet3, LANES, WIDTH)
-        words = push(words, octet2, LANES, WIDTH)
-        words = push(words, octet1, LANES, WIDTH)
-        words = push(words, octet0, LANES, WIDTH)
-        words = tl.permute(tl.reshape(words, [BESIDE, WORDS // BESIDE]), (1, 0))
-        tl.store(to + BEFORE * COUNT // 32 + tl.arange(0, WORDS), tl.reshape(words, [WORDS]))
+        RUNS: tl.constexpr = PARTS // LANES
+        WORDS: tl.constexpr = COUNT // (4 * PARTS)
+        runs = ()
+        for run in tl.static_range(RUNS):
+            word = tl.zeros([WORDS], tl.uint32)
+            for octet in tl.static_range(4):  # from the last to the first
+                for lane in tl.static_range(LANES):
+                    code = codes[4 * ((LANES - 1 - lane) * RUNS + run) + 3 - octet]
+                    # One instruction shifts the upper bits of one register into another.
+                    word = (word << WIDTH) | ((code << (BITS - BEFORE - WIDTH)) >> (32 - WIDTH))
+            word = tl.permute(tl.reshape(word, [BESIDE, WORDS // BESIDE]), (1, 0))
+            runs += (tl.reshape(word, [WORDS]),)
+        index = tl.arange(0, COUNT * WIDTH // 32)
+        tl.store(to + BEFORE * COUNT // 32 + index, join_runs(runs, RUNS, WORDS))
 
 
 @triton.jit
 def store_codes(codes, to, COUNT: tl.constexpr, BITS: tl.constexpr, NEAR: tl.constexpr):
-    """The upper BITS bits of codes (COUNT,) uint32, in memory order -> COUNT BITS / 8 bytes."""
+    """The upper BITS bits of codes (COUNT,) uint32, in memory order -> COUNT BITS / 8 bytes.
+
+    Codes are cut into as many parts as the narrowest field has in a byte, the same for all fields:
+    otherwise the compiler would arrange registers for each field, and compute all codes for each.
+    """
     to = to.to(tl.pointer_type(tl.uint32))
-    store_field(codes, to, COUNT, BITS, 8, NEAR)
-    store_field(codes, to, COUNT, BITS, 4, NEAR)
-    store_field(codes, to, COUNT, BITS, 2, NEAR)
-    store_field(codes, to, COUNT, BITS, 1, NEAR)
+    PARTS: tl.constexpr = 8 // (BITS & -BITS)
+    WORDS: tl.constexpr = COUNT // (4 * PARTS)
+    BESIDE: tl.constexpr = min(max(NEAR // 4, 1), WORDS)  # words of a thread, one after the other
+    parts = tl.permute(tl.reshape(codes, [PARTS, WORDS // BESIDE, BESIDE, 4]), (2, 1, 0, 3))
+    parts = columns_of(tl.reshape(parts, [WORDS, 4 * PARTS]), WORDS, 4 * PARTS)
+    for log in tl.static_range(4):
+        store_field(parts, to, COUNT, BITS, 8 >> log, PARTS, BESIDE)
 
 
 @triton.jit
