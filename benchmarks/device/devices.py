@@ -82,7 +82,7 @@ class Gpu:
         call()
         torch.cuda.synchronize()
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(50_000_000)  # cycles, about 30 ms: the host is slower than the device
+        torch.cuda._sleep(100_000_000)  # cycles, about 60 ms: the host is slower than the device
         start.record()
         for _ in range(calls):
             call()
