@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from device.bits import numbers, same
 from device.devices import Device
 from device.results import Results
+from device.tensors import numbers, same
 from lib.twin import Bucket, Twin, mean_of_twins
 from rhtcomm import Codec, Key
 from rhtcomm.hooks import RHTState

@@ -3,9 +3,9 @@
 import torch
 
 import rhtcomm
-from device.bits import numbers
 from device.devices import Device, device_for
 from device.results import Results
+from device.tensors import numbers
 from rhtcomm.quantizers import Quantizer
 
 __all__ = ["COUNTED", "ENDED", "SANITIZED", "count", "sanitize", "sanitize_one"]
