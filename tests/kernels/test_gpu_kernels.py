@@ -337,9 +337,18 @@ def test_the_device_and_the_environment_choose_the_kernel() -> None:
 
 def test_without_triton_the_reference_runs_and_says_so_once() -> None:
     said, *chosen, refused = choose("cuda", "", "", "gpu", before="sys.modules['triton'] = None")
-    assert "Triton cannot be imported" in said
+    assert "Triton cannot be used" in said
     assert chosen == ["reference", "reference"]
     assert "pip install 'rhtcomm[gpu]'" in refused
+
+
+def test_a_triton_that_is_too_old_is_not_used() -> None:
+    """Triton 3.5, that of torch 2.9, cannot compile the kernels."""
+    old = "import types; sys.modules['triton'] = types.SimpleNamespace(__version__='3.5.1')"
+    said, *chosen, refused = choose("cuda", "", "", "gpu", before=old)
+    assert "3.5.1, but the kernels need 3.6" in said
+    assert chosen == ["reference", "reference"]
+    assert "3.5.1, but the kernels need 3.6" in refused
 
 
 # On a GPU ----------------------------------------------------------------------------------------
