@@ -109,8 +109,8 @@ def quantizers() -> dict[str, list[Quantizer]]:
 def main_cases() -> Iterator[Case]:
     """Those that are timed, and that together span everything."""
     for dtype in (torch.float32, torch.bfloat16):
-        for k in (2, 1, 3):
-            yield Case(rhtcomm.QuicFL(4), k, dtype)
+        for b, k in ((4, 2), (4, 1), (4, 3), (2, 2), (8, 2), (1, 2)):
+            yield Case(rhtcomm.QuicFL(b), k, dtype)
     for i, quantizer in enumerate(q for kind in quantizers().values() for q in kind):
         yield Case(quantizer, 1 + i % 3, DTYPES[i // 3 % 3], "chunk", tail=True, odd=True)
     yield Case(rhtcomm.Eden(2, biased=True), 2, torch.float32, "chunk", tail=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lib.processes import ROOT
 from rhtcomm.hooks import engines
 from rhtcomm.kernels import use
 
@@ -190,6 +191,10 @@ def device_for(dry: bool) -> Device:
         RuntimeError: there is no GPU.
     """
     if dry:
+        sys.path.append(str(ROOT / "tests" / "lib"))
+        from interpreter import mend  # which runs the kernels in the tests too
+
+        mend()
         engines.Cuda = _NoStreams  # type: ignore[misc]
         return Cpu()
     if not torch.cuda.is_available():
