@@ -11,9 +11,11 @@ import rhtcomm
 from device.children import Failed, each
 from device.devices import Device, device_for
 from device.results import Results
+from device.tensors import numbers, same
+from rhtcomm.kernels import gpu, kernel_for
 from rhtcomm.quantizers import Quantizer
 
-__all__ = ["Case", "check", "more", "numbers", "run", "same"]
+__all__ = ["Case", "check", "more", "run"]
 
 KEY = rhtcomm.Key(2**63 + 1, step=2**31 + 7, bucket=3, hop=1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,13 +45,6 @@ class Case:
         return f"{kind}, {self.size}, block {self.block}" + (", odd" if self.odd else "")
 
 
-def numbers(count: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Made on the CPU, so that both sides have the same."""
-    generator = torch.Generator().manual_seed(seed)
-    some = torch.randn(min(count, (1 << 22) - 5), generator=generator)
-    return some.repeat(-(-count // some.numel()))[:count].to(dtype)
-
-
 def make_odd_(x: torch.Tensor, block: int) -> None:
     """One of the first blocks each, as far as there are so many."""
     rows = x[: x.numel() // block * block].view(-1, block)
@@ -72,14 +67,6 @@ def tensors(case: Case, device: Device) -> list[torch.Tensor]:
     return xs
 
 
-def same(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """All bits, but that all NaN are one."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.itemsize]
-    if torch.equal(x.view(whole), y.view(whole)):
-        return True
-    return bool(((x.view(whole) == y.view(whole)) | (x.isnan() & y.isnan())).all())
-
-
 def check(case: Case, dry: bool) -> None:
     """Raise AssertionError unless all bits are those of the CPU."""
     device, codec = device_for(dry), case.codec
@@ -88,6 +75,8 @@ def check(case: Case, dry: bool) -> None:
     numel = xs[0].numel()
     mean = codec.decode_mean(payloads, KEY, numel, out=torch.empty_like(xs[0]))
     with device.kernels():
+        kernel = kernel_for(device.torch, case.quantizer)
+        assert kernel is gpu, f"the device runs {kernel} and not the Triton kernels"
         there = payloads.to(device.torch)
         for i, x in enumerate(xs):
             own = x.to(device.torch)
@@ -120,8 +109,8 @@ def quantizers() -> dict[str, list[Quantizer]]:
 def main_cases() -> Iterator[Case]:
     """Those that are timed, and that together span everything."""
     for dtype in (torch.float32, torch.bfloat16):
-        for k in (2, 1, 3):
-            yield Case(rhtcomm.QuicFL(4), k, dtype)
+        for b, k in ((4, 2), (4, 1), (4, 3), (2, 2), (8, 2), (1, 2)):
+            yield Case(rhtcomm.QuicFL(b), k, dtype)
     for i, quantizer in enumerate(q for kind in quantizers().values() for q in kind):
         yield Case(quantizer, 1 + i % 3, DTYPES[i // 3 % 3], "chunk", tail=True, odd=True)
     yield Case(rhtcomm.Eden(2, biased=True), 2, torch.float32, "chunk", tail=True)

@@ -6,6 +6,7 @@ other than by an assertion is replaced by a new one.
 
 import contextlib
 import multiprocessing as mp
+import pickle
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,14 +44,14 @@ class Child:
     def call(self, seconds: float, function: Callable[..., Any], *args: object) -> None:
         self.deadline = time.monotonic() + seconds
         with contextlib.suppress(OSError):  # it has died, as `outcome` will tell
-            self.connection.send((function, args))
+            self.connection.send_bytes(pickle.dumps((function, args)))
 
     def outcome(self) -> Any:
         """What the call returned, or `Failed`."""
         if not self.connection.poll(max(0.0, self.deadline - time.monotonic())):
             return Failed("it did not end in its time")
         try:
-            return self.connection.recv()
+            return pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
             self._process.join(5)
             return Failed(f"its process ended with exit code {self._process.exitcode}")
@@ -65,7 +66,7 @@ def _serve(connection: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
     while True:
         try:
-            function, args = connection.recv()
+            function, args = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
@@ -74,7 +75,7 @@ def _serve(connection: Connection, threads: int) -> None:
             outcome = Failed(_line(error), traceback.format_exc(), poisoned=False)
         except BaseException as error:
             outcome = Failed(_line(error), traceback.format_exc())
-        connection.send(outcome)
+        connection.send_bytes(pickle.dumps(outcome))  # `send` would put tensors in shared memory
 
 
 def _line(error: BaseException) -> str:

@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 
 import rhtcomm
-from device.bits import Case, check, numbers
+from device.bits import Case, check
 from device.children import Failed, each
 from device.devices import Device, device_for
 from device.results import Results
+from device.small import SANITIZED, sanitize_one
+from device.tensors import numbers
 from rhtcomm.cost import CodecSpeed, plan
 from rhtcomm.deferred import DeferredChecks
 from rhtcomm.kernels import gpu
@@ -104,19 +106,21 @@ def compile_ahead(device: Device, results: Results) -> None:
     main = [Case(rhtcomm.QuicFL(4), 2, dtype) for dtype in DTYPES]
     # Where a payload's codes do not begin at a multiple of 16 bytes, there are other kernels.
     tasks += [(check, replace(case, size="chunk"), device.dry) for case in main]
-    tasks += [(check, Case(rhtcomm.QuicFL(2), 2, torch.float32, "chunk"), device.dry)]
+    for quantizer in (rhtcomm.QuicFL(2), rhtcomm.QuicFL(8), rhtcomm.Eden(4)):
+        tasks += [(check, Case(quantizer, 2, torch.float32, "chunk"), device.dry)]
     tasks += [(check_transform, dtype, 4096, device.dry) for dtype in DTYPES]
     tasks += [
         (check_variant, name, case, device.dry)
-        for case, name in itertools.product(main, list(VARIANTS)[1:])
+        for case, name in itertools.product(main, filter(VARIANTS.get, VARIANTS))
     ]
     tasks += [(check_transform, dt, n, device.dry) for dt in DTYPES for n in (256, 1024, 16384)]
     tasks += [
         (check, Case(rhtcomm.QuicFL(4), 2, torch.float32, block=block), device.dry)
         for block in BLOCKS
     ]
+    tasks += [(sanitize_one, quantizer, device.dry) for quantizer in SANITIZED]
     if device.dry:
-        tasks = [*tasks[:1], *tasks[3:6:2]]
+        tasks = [tasks[0], *(task for task in tasks if task[0] is check_variant)][:2]
     for task, outcome in each(
         _call, tasks, children=2 if device.dry else 4, threads=2, seconds=90, left=results.left
     ):

@@ -1,6 +1,7 @@
 """The hook between two ranks in one process, bucket by bucket: (c) waits and (e) memory."""
 
 import functools
+import gc
 import os
 import statistics
 import tempfile
@@ -12,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from device.bits import numbers, same
 from device.devices import Device
 from device.results import Results
+from device.tensors import numbers, same
 from lib.twin import Bucket, Twin, mean_of_twins
 from rhtcomm import Codec, Key
 from rhtcomm.hooks import RHTState
@@ -88,9 +89,12 @@ def _group_of_one(device: Device) -> Iterator[dist.ProcessGroup]:
             world_size=1,
             device_id=None if device.dry else device.torch,
         )
-        assert dist.group.WORLD is not None
-        yield dist.group.WORLD
-        dist.destroy_process_group()
+        try:
+            assert dist.group.WORLD is not None
+            yield dist.group.WORLD
+        finally:
+            gc.collect()  # what refers to the group goes before it
+            dist.destroy_process_group()
 
 
 def _steps_without_waits(
@@ -103,6 +107,7 @@ def _steps_without_waits(
 ) -> int:
     steps, rounds = (30, 3) if not device.dry else (3, 1)
     x = numbers(numel, torch.float32)
+    device_us = None
     with twins(engine, group, quantizer=quantizer) as two:
         buckets = [x.to(device.torch, copy=True) for _ in range(steps)]
         for _ in range(rounds):  # compiles, makes streams, pins memory
@@ -126,6 +131,8 @@ def _steps_without_waits(
                 expected = mean_of_twins(two.codec, x, two.key(first + step))
                 if not same(means[step].cpu(), expected):
                     results.failure(f"{engine}, {quantizer}, step {step}: differs from the CPU's")
+            own = x.to(device.torch, copy=True)
+            device_us = 1e6 * device.queued_seconds(functools.partial(two.step, own), 5)
 
         results.row(
             "Buckets of the hook between two ranks in one process",
@@ -135,6 +142,7 @@ def _steps_without_waits(
             MiB=numel * 4 / 2**20,
             steps=len(seconds),
             **{"host waited": error is not None, "host, us a bucket": _median_us(seconds)},
+            **{"device, us a bucket": device_us},
         )
     return int(error is not None)
 

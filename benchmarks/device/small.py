@@ -3,17 +3,21 @@
 import torch
 
 import rhtcomm
-from device.bits import numbers
-from device.devices import Device
+from device.devices import Device, device_for
 from device.results import Results
+from device.tensors import numbers
+from rhtcomm.quantizers import Quantizer
 
-__all__ = ["COUNTED", "ENDED", "count", "sanitize"]
+__all__ = ["COUNTED", "ENDED", "SANITIZED", "count", "sanitize", "sanitize_one"]
 
 KEY = rhtcomm.Key(1)
 ENDED = "all kernels ended"
 # k and dtype of what is counted: an encode and a decode of each, in this order, once to compile and
 # once to count.
 COUNTED = ((2, torch.float32), (2, torch.bfloat16), (1, torch.float32))
+
+
+SANITIZED = (rhtcomm.QuicFL(4), rhtcomm.QuicFL(3, 1 / 512), rhtcomm.Eden(4))
 
 
 def both_ways(codec: rhtcomm.Codec, x: torch.Tensor, device: Device) -> None:
@@ -23,11 +27,16 @@ def both_ways(codec: rhtcomm.Codec, x: torch.Tensor, device: Device) -> None:
     device.synchronize()
 
 
+def sanitize_one(quantizer: Quantizer, dry: bool) -> None:
+    """A few blocks and a tail."""
+    device = device_for(dry)
+    x = numbers((17 if not dry else 1) * 4096 - 777, torch.float32).to(device.torch)
+    both_ways(rhtcomm.Codec(quantizer, 2), x, device)
+
+
 def sanitize(device: Device, results: Results) -> None:
-    """Some quantizers, a few blocks and a tail."""
-    for quantizer in (rhtcomm.QuicFL(4), rhtcomm.QuicFL(3, 1 / 512), rhtcomm.Eden(4)):
-        x = numbers((17 if not device.dry else 1) * 4096 - 777, torch.float32).to(device.torch)
-        both_ways(rhtcomm.Codec(quantizer, 2), x, device)
+    for quantizer in SANITIZED:
+        sanitize_one(quantizer, device.dry)
     print(ENDED)
 
 

@@ -113,7 +113,7 @@ def counters(device: Device, results: Results) -> None:
         results.say("ncu is not here, so no counters were read")
         return
     count = 2 * len(COUNTED)
-    options = ["--clock-control", "none", "--set", "full", "--import-source", "no"]
+    options = ["--clock-control", "none", "--set", "full"]
     options += ["--kernel-name", "regex:(en|de)code_block", "--launch-skip", str(count)]
     options += ["--launch-count", str(count), "--csv", "--page", "raw"]
     code, output = watch(tool, options, "count", device, results.left() - 3)
@@ -137,6 +137,9 @@ def rows_of(output: str) -> list[dict[str, Any]]:
     if not starts:
         return []
     table = list(csv.reader(io.StringIO("\n".join(lines[starts[0] :]))))
-    names, units, *rows = (row for row in table if len(row) == len(table[0]))
+    table = [row for row in table if len(row) == len(table[0])]
+    if len(table) < 3:
+        return []
+    names, units, *rows = table
     units_by_name = {f"unit of {name}": unit for name, unit in zip(names, units, strict=True)}
     return [{**units_by_name, **dict(zip(names, row, strict=True))} for row in rows]

@@ -167,3 +167,27 @@ def test_the_counters_of_ncu_are_read() -> None:
         **{"ID": "0", "Process ID": "7", "a__b.sum": "1.5"},
         **{"unit of ID": "", "unit of Process ID": "", "unit of a__b.sum": "ms"},
     }
+
+
+def test_calls_that_crash_or_hang_harm_no_others() -> None:
+    from device.children import Failed, each
+
+    calls = {
+        "1 + 1": 2,
+        "1 / 0": "ZeroDivisionError: division by zero",
+        "__import__('os')._exit(3)": "its process ended with exit code 3",
+        "__import__('time').sleep(1000)": "it did not end in its time",
+        "2 + 2": 4,
+    }
+    found = {
+        call: outcome.reason if isinstance(outcome, Failed) else outcome
+        for (call,), outcome in each(
+            eval,
+            [(call,) for call in calls],
+            children=2,
+            threads=1,
+            seconds=limit(8),
+            left=lambda: 1.0,
+        )
+    }
+    assert found == calls
