@@ -21,7 +21,7 @@ def columns_of(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         odds = columns_of(odd, ROWS, COLUMNS // 2)
         columns = ()
         for pair in tl.static_range(COLUMNS // 2):
-            columns += (evens[pair], odds[pair])
+            columns += (evens[pair], odds[pair])  # type: ignore[assignment]
         return columns
 
 
@@ -62,7 +62,7 @@ def store_field(
                     # One instruction shifts the upper bits of one register into another.
                     word = (word << WIDTH) | ((code << (BITS - BEFORE - WIDTH)) >> (32 - WIDTH))
             word = tl.permute(tl.reshape(word, [BESIDE, WORDS // BESIDE]), (1, 0))
-            runs += (tl.reshape(word, [WORDS]),)
+            runs += (tl.reshape(word, [WORDS]),)  # type: ignore[assignment]
         index = tl.arange(0, COUNT * WIDTH // 32)
         tl.store(to + BEFORE * COUNT // 32 + index, join_runs(runs, RUNS, WORDS))
 
