@@ -128,6 +128,12 @@ def choose(device: str, quantizer: type[Quantizer]) -> Kernel:
             f"RHTCOMM_KERNELS={wanted}, but it has none for {quantizer.__name__} on "
             f"{device}; unset it"
         )
+    if device in ("cpu", "cuda"):
+        logging.getLogger("rhtcomm").warning(
+            "there are no kernels for %s yet; the torch reference takes their place, at less than "
+            "a thirtieth of their speed",
+            quantizer.__name__,
+        )
     return reference
 
 
