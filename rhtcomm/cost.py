@@ -223,8 +223,8 @@ def predict(
         found.append(prediction("all_gather", b, len(lengths), sent, others, seconds, nmse))
         lengths = [chunk.stop - chunk.start for chunk in split_into_chunks(numel, codec.block, n)]
         shards = (split_into_shards(length, codec.block, n) for length in lengths)
-        longest = (max(shard.stop - shard.start for shard in of_chunk) for of_chunk in shards)
-        sent = 2 * others * sum(map(codec.nbytes, longest))
+        longest = (max(codec.nbytes(s.stop - s.start) for s in of_chunk) for of_chunk in shards)
+        sent = 2 * others * sum(longest)
         seconds = (speed.encode + (mean_of_all + speed.encode) / n + speed.decode) * numel
         found.append(prediction("two_shot", b, len(lengths), sent, 2 * others, seconds, 2 * nmse))
     return tuple(found)

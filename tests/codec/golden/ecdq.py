@@ -6,7 +6,6 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
-
 from golden.literal import (
     CODEBOOKS,
     Array,
@@ -179,7 +178,7 @@ def encode(form: Form, origin: Origin, x: Array, rank: int) -> bytes:
 def encode_unit(
     form: Form, origin: Origin, rank: int, x: Array, offset: int
 ) -> tuple[bytes, bytes]:
-    count, size = x.shape
+    size = x.shape[1]
     length, f32 = form.unit_bytes(x.size), np.float32
     v = dither(origin, rank, offset, x.size)
     classes = [len(form.rows) * each // 65536 for each in v]

@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests/codec python -m golden.make_ecdq
 
-writes it. As make.py does for the other quantizers; what it says of vectors.npz holds for ecdq.npz too.
+writes it, as make.py does for the other quantizers. What it says of vectors.npz holds here too.
 """
 
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from golden.make import Case, canonical, digest
+
 from rhtcomm import ECDQ, Codec, Key
 
 __all__ = ["CASES", "PATH", "read"]
@@ -29,9 +29,7 @@ def of_every_width() -> list[Case]:
         recipe = ("gaussian", "heavy")[quarters % 2]
         name = f"ECDQ{bits:g}-k{codec.rotations}-d{block}"
         key, offset = Key(seed=quarters << 32, step=7, bucket=quarters), 5 * block
-        cases.append(
-            Case(name, codec, 2 * block + 77, key, 2, 1, 3, offset, dtype, dtype, recipe)
-        )
+        cases.append(Case(name, codec, 2 * block + 77, key, 2, 1, 3, offset, dtype, dtype, recipe))
     return cases
 
 
