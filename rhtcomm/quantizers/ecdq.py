@@ -191,7 +191,11 @@ class Table:
     Args:
         frequencies: (C, 2 K + 1) int64, row c for v in [c / C, (c + 1) / C), column k + K for k.
         starts: (C, 2 K + 1) int64, the first slot of each.
-        symbols: (C 2^P,) int64, the column of each slot.
+        slots: (C 2^P,) uint32, of each slot 2^24 times its symbol's column, plus 2^12 times its
+            frequency, plus the slot's place among the symbol's.
+        entries: (C (2 K + 1), 2) uint32, of each symbol the frequency f, plus 2^13 times the first
+            slot, plus 2^26 s, 2^s >= f; and m = ceil(2^(31 + s) / f). They are for the C kernels,
+            where x // f = (x m) >> (31 + s) for all x < 2^(32 - P) f.
         step: 2^16 D.
         rate: bits of 2^16 coordinates without the spread.
         spread: bits in addition, for 2^16 coordinates.
@@ -199,7 +203,8 @@ class Table:
 
     frequencies: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]
-    symbols: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.uint32]
+    entries: npt.NDArray[np.uint32]
     step: int
     rate: int
     spread: int
@@ -238,11 +243,8 @@ class Table:
         return (v * self.classes) >> 16
 
     def lookup(self, device: torch.device) -> rans.Lookup:
-        columns = self.symbols.reshape(self.classes, -1)
-        frequency = np.take_along_axis(self.frequencies, columns, axis=1)
-        bias = np.arange(columns.shape[1]) - np.take_along_axis(self.starts, columns, axis=1)
-        arrays = (self.symbols, frequency.flatten(), bias.flatten())
-        return rans.Lookup(*(tensor_of(array, device) for array in arrays))
+        slots = tensor_of(self.slots.astype(np.int64), device)
+        return rans.Lookup(slots >> 24, (slots >> 12) & 0xFFF, slots & 0xFFF)
 
 
 @once
@@ -250,13 +252,18 @@ class Table:
 def _table(bits: float) -> Table:
     arrays = codebooks.load("ecdq")
     frequencies = arrays[f"b{bits:g}"].astype(np.int64)
-    ends = frequencies.cumsum(axis=1)
-    columns = np.arange(frequencies.shape[1])
+    starts = frequencies.cumsum(axis=1) - frequencies
+    columns = np.broadcast_to(np.arange(frequencies.shape[1]), frequencies.shape).flatten()
+    f, start = frequencies.flatten(), starts.flatten()
+    place = np.concatenate([np.arange(count) for count in f])
+    shift = np.array([(int(count) - 1).bit_length() for count in f])
+    inverse = -(-(1 << (31 + shift)) // f)
     step, rate, spread = (int(number) for number in arrays[f"b{bits:g}/unit"])
     return Table(
         frequencies=frequencies,
-        starts=ends - frequencies,
-        symbols=np.concatenate([np.repeat(columns, row) for row in frequencies]),
+        starts=starts,
+        slots=(np.repeat((columns << 24) + (f << 12), f) + place).astype(np.uint32),
+        entries=np.stack([f + (start << 13) + (shift << 26), inverse], 1).astype(np.uint32),
         step=step,
         rate=rate,
         spread=spread,

@@ -9,6 +9,7 @@ from golden import ecdq
 from golden.literal import Origin
 from golden.make import Case, canonical, digest
 from golden.make_ecdq import CASES, read
+from libraries import needs_library, variants
 
 from rhtcomm.kernels import reference, use
 from rhtcomm.versions import ARITHMETIC, WIRE
@@ -44,11 +45,21 @@ def test_vectors_are_of_these_versions_and_cases() -> None:
 
 
 @named
-def test_kernels(case: Case) -> None:
+def test_reference(case: Case) -> None:
     payloads = stored(case)
     with use(reference):
         check(case.encode().numpy(), case, "payloads")
         check(canonical(case.decode(payloads)), case, "mean")
+
+
+@needs_library
+@named
+def test_c_kernels(case: Case) -> None:
+    payloads = stored(case)
+    for kernel in variants().values():
+        with use(kernel):
+            check(case.encode().numpy(), case, "payloads")
+            check(canonical(case.decode(payloads)), case, "mean")
 
 
 @named
