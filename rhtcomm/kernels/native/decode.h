@@ -78,11 +78,22 @@ static int add_quic_fl(const Decoding *d, const Plan *plan, Scratch s, int64_t o
 static void add_ecdq(const Decoding *d, const Plan *plan, Scratch s, int64_t offset, Sent sent,
                      float down) {
     const uint8_t *dither = draw_dither(plan, &d->origin, offset, s.dither);
-    for (int64_t i = 0; i < sent.ranks; i++) {
-        float scale;
-        memcpy(&scale, sent.scale + i * sent.stride, 4);
-        const uint32_t shift = stratum(&d->origin, d->origin.rank + i);
-        ecdq_add(plan, s.lanes + i, dither, shift, scale * down, i == 0, (u32 *)s.room, s.y);
+    float *const room[2] = {s.room, s.sum};
+    for (int64_t i = 0; i < sent.ranks; i += 2) {
+        const int count = i + 1 < sent.ranks ? 2 : 1;
+        uint32_t strata[2];
+        for (int k = 0; k < count; k++) strata[k] = stratum(&d->origin, d->origin.rank + i + k);
+        ecdq_values(plan, s.lanes + i, count, dither, strata, room);
+        for (int k = 0; k < count; k++) {
+            float scale;
+            memcpy(&scale, sent.scale + (i + k) * sent.stride, 4);
+            scale *= down;
+            for (int64_t j = 0; j < plan->size; j += LANES) {
+                vf value = load(room[k] + j) * scale;
+                if (i + k) value = load(s.y + j) + value;
+                store(s.y + j, value);
+            }
+        }
     }
 }
 

@@ -80,7 +80,7 @@ static int encode_block(const Encoding *e, const Plan *plan, const Scratch *scra
     if (plan->quantizer == ECDQ)
         scale = ecdq_encode(plan, s.y, rms, peak, factor,
                             draw_dither(plan, &e->origin, offset, s.dither),
-                            stratum(&e->origin, e->origin.rank), s.lanes, (u32 *)s.sum);
+                            stratum(&e->origin, e->origin.rank), s.lanes);
     else if (plan->quantizer == QUIC_FL)
         scale = quic_fl_encode(plan, s.y, rms, peak, draw_dither(plan, &e->origin, offset, s.dither),
                                stratum(&e->origin, e->origin.rank), s.room, (i32 *)s.sum, s.codes,

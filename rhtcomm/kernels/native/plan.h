@@ -37,7 +37,7 @@ typedef struct {
     const int32_t *positions; /* QUIC_FL: positions at the nodes */
     const float *boundaries;  /* EDEN: 2^b - 1 */
     const float *half_norms;  /* VECTOR: |c_i|^2 / 2 of 128 */
-    const uint32_t *symbols;  /* ECDQ: C (2 K + 1) pairs, see rans.h */
+    const uint64_t *symbols;  /* ECDQ: C (2 K + 1), see rans.h */
     const uint32_t *slots;    /* ECDQ: C 2^P, see rans.h */
 } Plan;
 

@@ -12,69 +12,176 @@ typedef struct {
     const uint8_t *edge; /* encoding: words must not lie before it; decoding: the end of the unit */
 } Lanes;
 
-/* A symbol that is encoded: its frequency f (10 bits are enough, 13 reserved), the first of its slots
- * (13 bits), and s for which 2^s >= f; the smallest integer above 2^(31 + s) / f. */
-INLINE uint32_t frequency_of(uint32_t entry) { return entry & 0x1fff; }
-INLINE uint32_t start_of(uint32_t entry) { return entry >> 13 & 0x1fff; }
-INLINE uint32_t shift_of(uint32_t entry) { return 31 + (entry >> 26); }
+/* A symbol that is encoded has two numbers. The lower 32 bits hold its frequency f (13 bits), the first
+ * of its slots (13 bits), and s, 2^s >= f; the upper ones the least integer m >= 2^(31 + s) / f. */
+enum { FIELD = 0x1fff };
 
 /* A slot that is decoded: its symbol's column (8 bits), frequency (12), and slot - start (12). */
-INLINE uint32_t column_of(uint32_t entry) { return entry >> 24; }
+enum { SLOT_FIELD = 0xfff };
 
-/* Encodes the symbols of `steps` steps, the last one first. Returns 0 where their words reach the edge.
- * The words of a step lie before those of the step behind it; where they overrun the edge, then by at
- * most STEP_BYTES. */
-static int rans_encode(const Plan *plan, Lanes *lanes, const u32 *index, int64_t steps) {
-    const int precision = plan->precision;
-    const uint32_t total = 1u << precision;
-    const u32 *table = plan->symbols;
-    uint8_t *next = lanes->next;
+#if defined(__AVX2__)
+enum { VECTORS = CODER_LANES / LANES };
+
+/* The numbers of LANES symbols. */
+INLINE void load_symbols(const uint64_t *symbols, vu *entry, vu *inverse) {
 #if defined(__AVX512F__)
-    __m512i x[2];
-    for (int i = 0; i < 2; i++) x[i] = _mm512_loadu_si512(lanes->x + 16 * i);
-    const __m512i odd = _mm512_set1_epi64((int64_t)0xffffffff00000000u);
+    const __m512i low = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i high = _mm512_or_si512(low, _mm512_set1_epi32(1));
+    __m512i a = _mm512_loadu_si512(symbols), b = _mm512_loadu_si512(symbols + 8);
+    *entry = (vu)_mm512_permutex2var_epi32(a, low, b);
+    *inverse = (vu)_mm512_permutex2var_epi32(a, high, b);
+#else
+    __m256 a = _mm256_loadu_ps((const float *)symbols), b = _mm256_loadu_ps((const float *)(symbols + 4));
+    __m256i low = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88));
+    __m256i high = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd));
+    *entry = (vu)_mm256_permute4x64_epi64(low, 0xd8);
+    *inverse = (vu)_mm256_permute4x64_epi64(high, 0xd8);
+#endif
+}
+
+/* Products of the lower halves of 64-bit lanes, shifted right by the lower 6 bits of `shift`. */
+INLINE vl multiply_shift(vl a, vl b, vl shift) {
+#if defined(__AVX512F__)
+    return (vl)_mm512_srlv_epi64(_mm512_mul_epu32((__m512i)a, (__m512i)b), (__m512i)(shift & 63));
+#else
+    return (vl)_mm256_srlv_epi64(_mm256_mul_epu32((__m256i)a, (__m256i)b), (__m256i)(shift & 63));
+#endif
+}
+
+INLINE vu divide(vu x, vu inverse, vu shift) {
+    vl even = multiply_shift((vl)x, (vl)inverse, (vl)shift);
+    vl odd = multiply_shift((vl)x >> 32, (vl)inverse >> 32, (vl)shift >> 32);
+    return (vu)(even | odd << 32);
+}
+
+/* One bit for each lane, whether a >= b. */
+INLINE uint32_t at_least(vu a, vu b) {
+#if defined(__AVX512F__)
+    return _mm512_cmpge_epu32_mask((__m512i)a, (__m512i)b);
+#else
+    __m256i larger = _mm256_max_epu32((__m256i)a, (__m256i)b);
+    __m256i same = _mm256_cmpeq_epi32(larger, (__m256i)a);
+    return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(same));
+#endif
+}
+
+INLINE vu select_lanes(uint32_t mask, vu yes, vu no) {
+#if defined(__AVX512F__)
+    return (vu)_mm512_mask_mov_epi32((__m512i)no, (__mmask16)mask, (__m512i)yes);
+#else
+    vu bit;
+    for (int i = 0; i < LANES; i++) bit[i] = 1u << i;
+    vu set = (vu)((((vu){0} + mask) & bit) != 0);
+    return (vu)_mm256_blendv_epi8((__m256i)no, (__m256i)yes, (__m256i)set);
+#endif
+}
+
+#if !defined(__AVX512F__)
+/* The lanes 0 .. 7 as bytes, and 0xff for each bit of a mask. */
+INLINE uint64_t all_lanes(void) { return 0x0706050403020100u; }
+INLINE uint64_t bytes_of_mask(uint32_t mask) { return _pdep_u64(mask, 0x0101010101010101u) * 255; }
+INLINE __m256i lane_numbers(uint64_t bytes) {
+    return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes));
+}
+#endif
+
+/* Stores the lower halves of those lanes that the mask has, in order, before `next`; what lies before
+ * them may change too. Returns where they begin. */
+INLINE uint8_t *store_before(uint8_t *next, uint32_t mask, vu x) {
+    const int count = __builtin_popcount(mask);
+#if defined(__AVX512F__)
+    __m512i packed = _mm512_maskz_compress_epi32((__mmask16)mask, (__m512i)x);
+    next -= 2 * count;
+    _mm256_mask_storeu_epi16(next, (__mmask16)((1u << count) - 1), _mm512_cvtepi32_epi16(packed));
+    return next;
+#else
+    uint64_t lanes = _pext_u64(all_lanes(), bytes_of_mask(mask));
+    lanes = lanes << (8 * ((8 - count) / 2)) << (8 * ((9 - count) / 2)); /* they are the last */
+    __m256i packed = _mm256_permutevar8x32_epi32((__m256i)(x & 0xffff), lane_numbers(lanes));
+    __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
+    _mm_storeu_si128((__m128i *)(next - 16), words);
+    return next - 2 * count;
+#endif
+}
+
+/* Each lane that the mask has gets the next word. */
+INLINE vu load_words(const uint8_t *next, uint32_t mask) {
+#if defined(__AVX512F__)
+    __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)next));
+    return (vu)_mm512_maskz_expand_epi32((__mmask16)mask, words);
+#else
+    __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)next));
+    uint64_t lanes = _pdep_u64(all_lanes(), bytes_of_mask(mask));
+    return (vu)_mm256_permutevar8x32_epi32(words, lane_numbers(lanes));
+#endif
+}
+
+/* Four loads from a table; on most processors they take less time than a gather instruction. */
+INLINE __m128i look_up_four(const u32 *table, __m128i index) {
+    const uint64_t a = (uint64_t)_mm_cvtsi128_si64(index), b = (uint64_t)_mm_extract_epi64(index, 1);
+    __m128i found = _mm_cvtsi32_si128((int)table[(uint32_t)a]);
+    found = _mm_insert_epi32(found, (int)table[a >> 32], 1);
+    found = _mm_insert_epi32(found, (int)table[(uint32_t)b], 2);
+    return _mm_insert_epi32(found, (int)table[b >> 32], 3);
+}
+
+INLINE vu look_up_lanes(const u32 *table, vu index) {
+#if defined(__AVX512F__)
+    __m256i low = _mm512_castsi512_si256((__m512i)index);
+    __m256i high = _mm512_extracti64x4_epi64((__m512i)index, 1);
+#else
+    __m256i low = (__m256i)index;
+#endif
+    __m128i first = look_up_four(table, _mm256_castsi256_si128(low));
+    __m128i second = look_up_four(table, _mm256_extracti128_si256(low, 1));
+    low = _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
+#if defined(__AVX512F__)
+    first = look_up_four(table, _mm256_castsi256_si128(high));
+    second = look_up_four(table, _mm256_extracti128_si256(high, 1));
+    high = _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
+    return (vu)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#else
+    return (vu)low;
+#endif
+}
+#endif
+
+/* Encodes `steps` steps of symbols, the last one first. Returns 0 where their words reach the edge;
+ * they overrun it by less than STATE_BYTES. */
+static int rans_encode(const Plan *plan, Lanes *lanes, const uint64_t *symbols, int64_t steps) {
+    const int to_limit = 32 - plan->precision;
+    const uint32_t total = 1u << plan->precision;
+    uint8_t *next = lanes->next;
+#if defined(__AVX2__)
+    vu x[VECTORS];
+    memcpy(x, lanes->x, sizeof x);
     for (int64_t step = steps - 1; step >= 0; step--) {
-        const u32 *of_step = index + CODER_LANES * step;
-        for (int i = 1; i >= 0; i--) {
-            __m512i at = _mm512_loadu_si512(of_step + 16 * i);
-            __m512i entry = _mm512_i32gather_epi32(at, table, 8);
-            __m512i inverse = _mm512_i32gather_epi32(at, table + 1, 8);
-            __m512i f = _mm512_and_si512(entry, _mm512_set1_epi32(0x1fff));
-            __m512i start = _mm512_and_si512(_mm512_srli_epi32(entry, 13), _mm512_set1_epi32(0x1fff));
-            __m512i shift = _mm512_add_epi32(_mm512_srli_epi32(entry, 26), _mm512_set1_epi32(31));
-            __m512i limit = _mm512_sll_epi32(f, _mm_cvtsi32_si128(32 - precision));
-            __mmask16 emits = _mm512_cmpge_epu32_mask(x[i], limit);
-            __m256i words = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(emits, x[i]));
-            int count = __builtin_popcount(emits);
-            next -= 2 * count;
-            _mm256_mask_storeu_epi16(next, (__mmask16)((1u << count) - 1), words);
-            x[i] = _mm512_mask_srli_epi32(x[i], emits, x[i], 16);
-            /* q = x // f, the even lanes and then the odd ones */
-            __m512i even_shift = _mm512_and_si512(shift, _mm512_set1_epi64(63));
-            __m512i q = _mm512_srlv_epi64(_mm512_mul_epu32(x[i], inverse), even_shift);
-            __m512i q1 = _mm512_mul_epu32(_mm512_srli_epi64(x[i], 32), _mm512_srli_epi64(inverse, 32));
-            q1 = _mm512_srlv_epi64(q1, _mm512_srli_epi64(shift, 32));
-            q = _mm512_or_si512(q, _mm512_and_si512(_mm512_slli_epi64(q1, 32), odd));
-            __m512i rest = _mm512_sub_epi32(_mm512_set1_epi32((int)total), f);
-            x[i] = _mm512_add_epi32(_mm512_add_epi32(x[i], start), _mm512_mullo_epi32(q, rest));
+#pragma GCC unroll 4
+        for (int i = VECTORS - 1; i >= 0; i--) {
+            vu entry, inverse;
+            load_symbols(symbols + CODER_LANES * step + LANES * i, &entry, &inverse);
+            vu f = entry & FIELD;
+            const uint32_t emits = at_least(x[i], f << to_limit);
+            next = store_before(next, emits, x[i]);
+            x[i] = select_lanes(emits, x[i] >> 16, x[i]);
+            x[i] += (entry >> 13 & FIELD) + divide(x[i], inverse, (entry >> 26) + 31) * (total - f);
         }
         if (next < lanes->edge) return 0;
     }
-    for (int i = 0; i < 2; i++) _mm512_storeu_si512(lanes->x + 16 * i, x[i]);
+    memcpy(lanes->x, x, sizeof x);
 #else
     for (int64_t step = steps - 1; step >= 0; step--) {
-        const u32 *of_step = index + CODER_LANES * step;
         for (int i = CODER_LANES - 1; i >= 0; i--) {
-            const uint32_t entry = table[2 * of_step[i]], inverse = table[2 * of_step[i] + 1];
-            const uint32_t f = frequency_of(entry);
+            const uint32_t entry = (uint32_t)symbols[CODER_LANES * step + i];
+            const uint32_t inverse = symbols[CODER_LANES * step + i] >> 32, f = entry & FIELD;
             uint32_t x = lanes->x[i];
             const uint16_t word = (uint16_t)x;
-            const int emits = (uint64_t)x >= (uint64_t)f << (32 - precision);
+            const int emits = x >= f << to_limit;
             memcpy(next - 2, &word, 2); /* overwritten where it is not emitted */
             next -= 2 * emits;
             x = emits ? x >> 16 : x;
-            const uint32_t q = (uint32_t)((uint64_t)x * inverse >> shift_of(entry));
-            lanes->x[i] = x + start_of(entry) + q * (total - f);
+            const uint32_t quotient = (uint32_t)((uint64_t)x * inverse >> (31 + (entry >> 26)));
+            lanes->x[i] = x + (entry >> 13 & FIELD) + quotient * (total - f);
         }
         if (next < lanes->edge) return 0;
     }
@@ -83,59 +190,72 @@ static int rans_encode(const Plan *plan, Lanes *lanes, const u32 *index, int64_t
     return 1;
 }
 
-/* Decodes `steps` steps: column[j] is the symbol of coordinate j, whose class's slots begin at base[j]
- * of the table. Never reads outside of the unit. */
-static void rans_decode(const Plan *plan, Lanes *lanes, const u32 *base, int64_t steps, u32 *column) {
-    const int precision = plan->precision;
-    const u32 *table = plan->slots;
-    const uint8_t *next = lanes->next, *end = lanes->edge;
-    uint8_t rest[STEP_BYTES];
-#if defined(__AVX512F__)
-    const __m512i mask = _mm512_set1_epi32((1 << precision) - 1), low = _mm512_set1_epi32(0xfff);
-    __m512i x[2];
-    for (int i = 0; i < 2; i++) x[i] = _mm512_loadu_si512(lanes->x + 16 * i);
-#endif
-    for (int64_t step = 0; step < steps; step++, base += CODER_LANES, column += CODER_LANES) {
-        const uint8_t *from = next;
-        if (end - next < STEP_BYTES) { /* behind the end of the unit are zeros */
-            memset(rest, 0, STEP_BYTES);
-            memcpy(rest, next, (size_t)(end - next));
-            from = rest;
-        }
-        const uint8_t *begin = from;
-#if defined(__AVX512F__)
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; i++) {
-            __m512i slot = _mm512_and_si512(x[i], mask);
-            slot = _mm512_add_epi32(slot, _mm512_loadu_si512(base + 16 * i));
-            __m512i entry = _mm512_i32gather_epi32(slot, table, 4);
-            __m512i f = _mm512_and_si512(_mm512_srli_epi32(entry, 12), low);
-            __m512i high = _mm512_srl_epi32(x[i], _mm_cvtsi32_si128(precision));
-            x[i] = _mm512_add_epi32(_mm512_mullo_epi32(f, high), _mm512_and_si512(entry, low));
-            _mm512_storeu_si512(column + 16 * i, _mm512_srli_epi32(entry, 24));
-            __mmask16 reads = _mm512_cmplt_epu32_mask(x[i], _mm512_set1_epi32(1 << 16));
-            __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
-            words = _mm512_maskz_expand_epi32(reads, words);
-            x[i] = _mm512_mask_or_epi32(x[i], reads, _mm512_slli_epi32(x[i], 16), words);
-            from += 2 * __builtin_popcount(reads);
-        }
-#else
-        for (int i = 0; i < CODER_LANES; i++) {
-            uint32_t x = lanes->x[i];
-            const uint32_t entry = table[base[i] + (x & ((1u << precision) - 1))];
-            x = (entry >> 12 & 0xfff) * (x >> precision) + (entry & 0xfff);
-            column[i] = column_of(entry);
-            uint16_t word;
-            memcpy(&word, from, 2);
-            const int reads = x < 1u << 16;
-            from += 2 * reads;
-            lanes->x[i] = reads ? x << 16 | word : x;
-        }
-#endif
-        next = least(end - next, from - begin) + next;
+/* Where the words of a step are: at `next`, or where the unit ends before, copied to `room`. Behind the
+ * end of the unit are zeros. */
+INLINE const uint8_t *words_of_step(const uint8_t *next, const uint8_t *end, uint8_t *room) {
+    if (__builtin_expect(end - next >= STEP_BYTES, 1)) return next;
+    memset(room, 0, STEP_BYTES);
+    memcpy(room, next, (size_t)(end - next));
+    return room;
+}
+
+/* Decodes one step: column[j] is the symbol of lane j, whose class's slots begin at base[j] of the
+ * table; the two may be the same memory. Returns the next word. */
+INLINE const uint8_t *decode_step(const u32 *table, int precision, uint32_t *states,
+                                  const uint8_t *next, const uint8_t *end, const u32 *base,
+                                  u32 *column) {
+    uint8_t room[STEP_BYTES];
+    const uint8_t *from = words_of_step(next, end, room), *begin = from;
+    const uint32_t mask = (1u << precision) - 1;
+#if defined(__AVX2__)
+    vu *x = (vu *)states;
+#pragma GCC unroll 4
+    for (int i = 0; i < VECTORS; i++) {
+        vu slot = look_up_lanes(table, (x[i] & mask) + *(const vu *)(base + LANES * i));
+        *(vu *)(column + LANES * i) = slot >> 24;
+        vu state = (slot >> 12 & SLOT_FIELD) * (x[i] >> precision) + (slot & SLOT_FIELD);
+        const uint32_t reads = at_least((vu){0} + 0xffff, state);
+        x[i] = select_lanes(reads, state << 16 | load_words(from, reads), state);
+        from += 2 * __builtin_popcount(reads);
     }
-#if defined(__AVX512F__)
-    for (int i = 0; i < 2; i++) _mm512_storeu_si512(lanes->x + 16 * i, x[i]);
+#else
+    for (int i = 0; i < CODER_LANES; i++) {
+        const uint32_t slot = table[base[i] + (states[i] & mask)];
+        const uint32_t x = (slot >> 12 & SLOT_FIELD) * (states[i] >> precision) + (slot & SLOT_FIELD);
+        uint16_t word;
+        memcpy(&word, from, 2);
+        const int reads = x < 1u << 16;
+        from += 2 * reads;
+        states[i] = reads ? x << 16 | word : x;
+        column[i] = slot >> 24;
+    }
 #endif
-    lanes->next = (uint8_t *)next;
+    return next + least(end - next, from - begin);
+}
+
+/* Decodes `steps` steps of `count` units, one or two: two side by side take less time than one behind
+ * the other. Never reads outside of the units. */
+INLINE void decode_steps(const Plan *plan, Lanes *lanes, const int count, u32 *const *base,
+                         int64_t steps) {
+    uint32_t states[2][CODER_LANES] __attribute__((aligned(64)));
+    const uint8_t *next[2], *end[2];
+    for (int k = 0; k < count; k++) {
+        memcpy(states[k], lanes[k].x, STATE_BYTES);
+        next[k] = lanes[k].next, end[k] = lanes[k].edge;
+    }
+    for (int64_t j = 0; j < CODER_LANES * steps; j += CODER_LANES)
+        for (int k = 0; k < count; k++)
+            next[k] = decode_step(plan->slots, plan->precision, states[k], next[k], end[k],
+                                  base[k] + j, base[k] + j);
+    for (int k = 0; k < count; k++) {
+        memcpy(lanes[k].x, states[k], STATE_BYTES);
+        lanes[k].next = (uint8_t *)next[k];
+    }
+}
+
+static void rans_decode(const Plan *plan, Lanes *lanes, int count, u32 *const *base, int64_t steps) {
+    if (count == 2)
+        decode_steps(plan, lanes, 2, base, steps);
+    else
+        decode_steps(plan, lanes, 1, base, steps);
 }
