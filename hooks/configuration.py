@@ -1,23 +1,23 @@
 """The codec that a state's arguments describe."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from ..codec import Codec
 from ..lattice import Lattice
-from ..quantizers import Eden, QuicFL, VectorQuantizer
+from ..quantizers import ECDQ, Eden, QuicFL, VectorQuantizer
 from ..reduce import check_error_feedback
 
 __all__ = ["Quantizer", "codec_for"]
 
-Quantizer = Literal["quic_fl", "eden", "vector", "lattice"]
+Quantizer = Literal["quic_fl", "ecdq", "eden", "vector", "lattice"]
 
 _EDEN: dict[str, type[Eden] | type[VectorQuantizer]] = {"eden": Eden, "vector": VectorQuantizer}
 _LATTICE = "lattice"
-_QUANTIZERS = ("quic_fl", *_EDEN, _LATTICE)
+_QUANTIZERS = ("quic_fl", "ecdq", *_EDEN, _LATTICE)
 
 
 def codec_for(
-    bits: int,
+    bits: float,
     quantizer: Quantizer,
     rotations: int | Literal["auto"] | None,
     block: int,
@@ -36,7 +36,7 @@ def codec_for(
 
 
 def _codec(
-    bits: int,
+    bits: Any,  # quantizers check it
     quantizer: str,
     rotations: int | Literal["auto"] | None,
     block: int,
@@ -54,6 +54,8 @@ def _codec(
         )
     if quantizer == "quic_fl":
         return Codec(QuicFL(bits, exact_fraction), rotations, block)
+    if quantizer == "ecdq":
+        return Codec(ECDQ(bits), rotations, block)
     if quantizer != _LATTICE:
         return Codec(_EDEN[quantizer](bits, biased=error_feedback), rotations, block)
     if isinstance(rotations, str):

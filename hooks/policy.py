@@ -8,14 +8,14 @@ from functools import cache
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..arguments import integer
+from ..arguments import integer, number
 from ..codec import Codec
 from ..lattice import Lattice
 from ..reduce import Treatment
 
 __all__ = ["Bits", "Exclude", "Policy"]
 
-Bits = int | Callable[[Sequence[torch.Tensor]], int]
+Bits = float | Callable[[Sequence[torch.Tensor]], float]
 Exclude = Sequence[str] | Callable[[torch.Tensor], bool]
 
 _UNCOMPRESSED = Treatment(None)
@@ -39,7 +39,7 @@ class Policy:
     def __init__(
         self,
         bits: Bits,
-        codec: Callable[[int], Codec | Lattice],
+        codec: Callable[[float], Codec | Lattice],
         warmup_steps: int,
         exclude: Exclude,
         owner: str,
@@ -125,7 +125,7 @@ class Policy:
     def _work_out(self, parameters: Sequence[torch.Tensor]) -> Treatment:
         codec = self.codec
         if self._bits is not None:
-            codec = self._codec(integer(self._bits(parameters), self._owner, "what bits() returns"))
+            codec = self._codec(number(self._bits(parameters), self._owner, "what bits() returns"))
         exact = tuple(self._is_excluded(parameter) for parameter in parameters)
         if all(exact) and exact:
             return Treatment(None)

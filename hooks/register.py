@@ -39,7 +39,8 @@ def register(model: nn.Module, bits: Bits = 4, **options: Any) -> "Handle":
     Args:
         model: in DistributedDataParallel, or something that wraps such a model: what
             torch.compile, Lightning Fabric or Accelerate return.
-        bits: bits per coordinate, 1 to 8, or a function of a bucket's parameters.
+        bits: bits per coordinate, 1 to 8 ("ecdq": 1 to 6, in quarters), or a function of a
+            bucket's parameters.
         options: of `RHTState`.
 
     Raises:

@@ -59,9 +59,12 @@ def make_parser() -> argparse.ArgumentParser:
 def add_hook_options(parser: argparse.ArgumentParser) -> None:
     hook = parser.add_argument_group("gradient communication")
     hook.add_argument("--hook", choices=("none", "fp16", "bf16", "powersgd", "rht"), default="rht")
-    hook.add_argument("--bits", type=int, default=4, help="rht: bits per coordinate")
+    hook.add_argument("--bits", type=bits, default=4, help="rht: bits per coordinate")
     hook.add_argument(
-        "--quantizer", choices=("quic_fl", "eden", "vector"), default="quic_fl", help="rht"
+        "--quantizer",
+        choices=("quic_fl", "ecdq", "eden", "vector"),
+        default="quic_fl",
+        help="rht",
     )
     hook.add_argument(
         "--exact-fraction",
@@ -119,6 +122,10 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 def fraction(text: str) -> float:
     return float(Fraction(text))
+
+
+def bits(text: str) -> float:
+    return float(text) if "." in text else int(text)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from rhtcomm.communicators import HierarchicalCommunicator, MPICommunicator, Tor
 from rhtcomm.cost import plan
 from rhtcomm.lattice import Lattice
 from rhtcomm.moments import choose_rotations
-from rhtcomm.quantizers import Eden, QuicFL, VectorQuantizer
+from rhtcomm.quantizers import ECDQ, Eden, QuicFL, VectorQuantizer
 from rhtcomm.randomness import Key
 from rhtcomm.reduce import (
     DisagreementError,
@@ -29,6 +29,7 @@ from rhtcomm.wire import PayloadError
 __version__ = PACKAGE
 
 __all__ = [
+    "ECDQ",
     "Codec",
     "DisagreementError",
     "Eden",

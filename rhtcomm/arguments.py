@@ -2,7 +2,7 @@
 
 import operator
 
-__all__ = ["check_bool", "check_type", "integer"]
+__all__ = ["check_bool", "check_type", "integer", "number"]
 
 
 def integer(value: object, owner: str, name: str) -> int:
@@ -11,6 +11,16 @@ def integer(value: object, owner: str, name: str) -> int:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{owner}: {name}={value!r} must be an integer") from None
+
+
+def number(value: object, owner: str, name: str) -> float:
+    """A plain int or float, whatever number was given; TypeError where it is none."""
+    if isinstance(value, float):
+        return float(value)
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{owner}: {name}={value!r} must be a number") from None
 
 
 def check_bool(value: object, owner: str, name: str) -> None:

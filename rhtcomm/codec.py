@@ -30,7 +30,7 @@ class Codec:
     """Compresses flat tensors; immutable and stateless, so one may serve many threads.
 
     Args:
-        quantizer: `QuicFL`, `Eden` or `VectorQuantizer`.
+        quantizer: `QuicFL`, `ECDQ`, `Eden` or `VectorQuantizer`.
         rotations: randomized Hadamard transforms, 1 to 3, or "auto"; by default as many as the
             quantizer's promise needs for every input. With "auto" that is what `encode` takes
             unless it is told another number, while every payload says how many transforms its own

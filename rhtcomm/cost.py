@@ -23,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -30,7 +31,7 @@ from rhtcomm.codebooks import EXPECTED_VNMSE
 from rhtcomm.codec import Codec
 from rhtcomm.communicators import ring_bytes
 from rhtcomm.kernels import kernel_for
-from rhtcomm.quantizers import QuicFL
+from rhtcomm.quantizers import ECDQ, QuicFL
 from rhtcomm.randomness import Key
 from rhtcomm.reduce.split import split_into_chunks, split_into_shards
 
@@ -39,6 +40,13 @@ __all__ = ["CodecSpeed", "Plan", "Prediction", "measure_codec", "plan"]
 FRAMING = 1514 / 1448
 # What compression must gain to be worth its error and another dependency.
 WORTHWHILE = 1.1
+
+PlanQuantizer = Literal["quic_fl", "ecdq"]
+_BITS: dict[str, list[float]] = {
+    "quic_fl": list(range(1, 9)),
+    "ecdq": [quarters / 4 for quarters in range(4, 25)],
+}
+_BITS_IN_WORDS = {"quic_fl": "1 to 8", "ecdq": "1, 1.25, 1.5, ..., 6"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Prediction:
     """One way to exchange a bucket."""
 
     algorithm: str  # "float32", "bf16", "all_gather" or "two_shot"
-    bits: int
+    bits: float
     bytes_sent: int  # per rank, without what frames add
     chunks: int
     link_seconds: float
@@ -70,7 +78,7 @@ class Prediction:
 
     @property
     def name(self) -> str:
-        return f"{self.bits} bits, {self.algorithm}" if self.bits <= 8 else self.algorithm
+        return f"{self.bits:g} bits, {self.algorithm}" if self.bits <= 8 else self.algorithm
 
 
 @dataclass(frozen=True)
@@ -116,10 +124,11 @@ def plan(
     link_gbps: float,
     *,
     latency: float = 50e-6,
-    bits: Sequence[int] = tuple(range(1, 9)),
+    bits: Sequence[float] | None = None,
     max_nmse: float = 0.03,
-    speeds: Mapping[int, CodecSpeed] | None = None,
+    speeds: Mapping[float, CodecSpeed] | None = None,
     slowdown: float = 1.0,
+    quantizer: PlanQuantizer = "quic_fl",
 ) -> Plan:
     """Predict the exchange of a bucket by each configuration, and recommend one.
 
@@ -130,7 +139,7 @@ def plan(
         world_size: n, ranks, each with a link of its own.
         link_gbps: rate of a link in each direction, in Gbit/s (10^9 bits per second).
         latency: L, seconds for a message to arrive.
-        bits: the numbers of bits to consider, 1 to 8.
+        bits: the numbers of bits to consider; by default 1 to 8 of QUIC-FL, 1 to 6 of ECDQ.
         max_nmse: the largest squared error allowed, relative to what is encoded, summed over the
             encodings a gradient goes through (all_gather: one, two_shot: two). The default allows
             QUIC-FL's 4 bits in both.
@@ -139,6 +148,7 @@ def plan(
         slowdown: s, how much slower the codec runs in training than measured. A rank keeps two
             cores busy, one with the codec, one with the transport. Where fewer are free, s is 2
             over their number, as `benchmarks/scaling.md` checks.
+        quantizer: "quic_fl" or "ecdq".
 
     Raises:
         ValueError: an argument is out of its range.
@@ -148,14 +158,21 @@ def plan(
             f"rhtcomm.plan: numel={numel}, link_gbps={link_gbps} and slowdown={slowdown} must be "
             f"positive, world_size={world_size} at least 2, latency={latency} not negative"
         )
-    if not bits or not set(bits) <= set(EXPECTED_VNMSE["quic_fl"]):
-        raise ValueError(f"rhtcomm.plan: bits={tuple(bits)} must be some of 1 to 8")
+    if quantizer not in _BITS:
+        raise ValueError(f'rhtcomm.plan: quantizer={quantizer!r} must be "quic_fl" or "ecdq"')
+    if bits is None:
+        bits = [int(b) for b in _BITS[quantizer] if b % 1 == 0]
+    if not bits or not set(bits) <= set(_BITS[quantizer]):
+        raise ValueError(
+            f"rhtcomm.plan: bits={tuple(bits)} must be some of {_BITS_IN_WORDS[quantizer]}"
+        )
+    codecs = {b: _codec(quantizer, b) for b in bits}
     if speeds is None:
-        speeds = {b: measure_codec(b) for b in bits}
+        speeds = {b: measure_codec(b, quantizer=quantizer) for b in bits}
     if missing := set(bits) - set(speeds):
         raise ValueError(f"rhtcomm.plan: speeds lack {sorted(missing)} bits, which bits ask for")
 
-    predictions = predict(numel, world_size, link_gbps, latency, bits, speeds, slowdown)
+    predictions = predict(numel, world_size, link_gbps, latency, codecs, speeds, slowdown)
 
     def fastest(of_them: Sequence[Prediction]) -> Prediction | None:
         return min(of_them, key=lambda p: p.seconds, default=None)
@@ -173,15 +190,15 @@ def predict(
     world_size: int,
     link_gbps: float,
     latency: float,
-    bits: Sequence[int],
-    speeds: Mapping[int, CodecSpeed],
+    codecs: Mapping[float, Codec],
+    speeds: Mapping[float, CodecSpeed],
     slowdown: float,
 ) -> tuple[Prediction, ...]:
-    """The formula at the top, for each configuration; arguments as of `plan`."""
+    """The formula at the top, for each codec, by its bits; arguments as of `plan`."""
 
     def prediction(
         algorithm: str,
-        bits: int,
+        bits: float,
         chunks: int,
         sent: int,
         messages: int,
@@ -192,13 +209,13 @@ def predict(
         return Prediction(algorithm, bits, sent, chunks, link, codec * slowdown, nmse)
 
     n, others = world_size, world_size - 1
-    cast = statistics.median(speeds[b].cast for b in bits)
+    cast = statistics.median(speeds[b].cast for b in codecs)
     found = [
         prediction("float32", 32, 1, ring_bytes(4 * numel, n), 2 * others, 0.0, 0.0),
         prediction("bf16", 16, 1, ring_bytes(2 * numel, n), 2 * others, cast * numel, 2.0**-18),
     ]
-    for b in bits:
-        codec, speed, nmse = Codec(QuicFL(b)), speeds[b], EXPECTED_VNMSE["quic_fl"][b]
+    for b, codec in codecs.items():
+        speed, nmse = speeds[b], _vnmse(codec)
         lengths = [chunk.stop - chunk.start for chunk in split_into_chunks(numel, codec.block, 1)]
         sent = others * sum(map(codec.nbytes, lengths))
         mean_of_all = speed.decode + others * speed.decode_more
@@ -206,22 +223,39 @@ def predict(
         found.append(prediction("all_gather", b, len(lengths), sent, others, seconds, nmse))
         lengths = [chunk.stop - chunk.start for chunk in split_into_chunks(numel, codec.block, n)]
         shards = (split_into_shards(length, codec.block, n) for length in lengths)
-        longest = (max(shard.stop - shard.start for shard in of_chunk) for of_chunk in shards)
-        sent = 2 * others * sum(map(codec.nbytes, longest))
+        longest = (max(codec.nbytes(s.stop - s.start) for s in of_chunk) for of_chunk in shards)
+        sent = 2 * others * sum(longest)
         seconds = (speed.encode + (mean_of_all + speed.encode) / n + speed.decode) * numel
         found.append(prediction("two_shot", b, len(lengths), sent, 2 * others, seconds, 2 * nmse))
     return tuple(found)
 
 
-def measure_codec(bits: int, numel: int = 1 << 20, repeats: int = 7) -> CodecSpeed:
+def _codec(quantizer: PlanQuantizer, bits: float) -> Codec:
+    if quantizer == "ecdq":
+        return Codec(ECDQ(bits))
+    return Codec(QuicFL(int(bits)))
+
+
+def _vnmse(codec: Codec) -> float:
+    quantizer = codec.quantizer
+    if isinstance(quantizer, ECDQ):
+        return quantizer.vnmse
+    assert isinstance(quantizer, QuicFL)
+    return EXPECTED_VNMSE["quic_fl"][quantizer.bits]
+
+
+def measure_codec(
+    bits: float, numel: int = 1 << 20, repeats: int = 7, quantizer: PlanQuantizer = "quic_fl"
+) -> CodecSpeed:
     """Speed of the codec on this CPU, with torch's threads: the fastest of a few calls.
 
     Args:
-        bits: of QUIC-FL, 1 to 8.
+        bits: of the quantizer.
         numel: coordinates of the tensor that is encoded.
         repeats: calls of each kind, of which the fastest counts.
+        quantizer: "quic_fl" or "ecdq".
     """
-    codec, key = Codec(QuicFL(bits)), Key(seed=0)
+    codec, key = _codec(quantizer, bits), Key(seed=0)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(numel, generator=generator, dtype=torch.float32, device="cpu")
     one, three = (
@@ -260,7 +294,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--link-gbps", type=float, required=True, help="Gbit/s each way")
     parser.add_argument("--latency", type=float, default=50e-6, help="seconds per message")
-    parser.add_argument("--bits", type=int, nargs="+", default=list(range(1, 9)), help="of QUIC-FL")
+    parser.add_argument("--quantizer", choices=_BITS, default="quic_fl", help="default: quic_fl")
+    parser.add_argument("--bits", type=float, nargs="+", help="default: all whole numbers")
     parser.add_argument(
         "--max-nmse",
         type=float,
@@ -283,7 +318,9 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"rhtcomm.plan: threads={args.threads} must be positive")
         torch.set_num_threads(args.threads)
     numel = int(args.mebibytes * 2**18) if args.numel is None else args.numel
-    kernels = getattr(kernel_for(torch.device("cpu"), QuicFL(4)), "variant", "reference")
+    kernels = getattr(
+        kernel_for(torch.device("cpu"), _codec(args.quantizer, 4).quantizer), "variant", "reference"
+    )
     print(
         f"{numel:,} coordinates, {args.world_size} ranks, {args.link_gbps:g} Gbit/s; "
         f"codec measured here with {torch.get_num_threads()} thread(s), kernels: {kernels}\n"
@@ -297,6 +334,7 @@ def run(args: argparse.Namespace) -> None:
             bits=args.bits,
             max_nmse=args.max_nmse,
             slowdown=args.slowdown,
+            quantizer=args.quantizer,
         )
     )
     print("This is for the exchange alone: what the backward pass hides of it cannot be saved.")

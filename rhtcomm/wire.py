@@ -8,13 +8,14 @@
     4       4                  check of key, rank, world size, offset, numel and owner
     8       8                  fingerprint of the configuration
     16      4 n_1              scales of the n_1 full blocks, float32
-            n_1 (d_1 b / 8     their packed codes, block by block (see bitpack), each followed by
-             + e(d_1))         its exact coordinates (QuicFL.exact_bytes, zero by default)
-            4 + d_2 b / 8      the same of the tail block, if there is one
-             + e(d_2)
+            nbytes(n_1, d_1)   their codes (`Quantizer.nbytes`): block by block the packed codes
+                               (see bitpack), and of QuicFL's exact mode its exact coordinates; of
+                               ECDQ unit by unit (see rans)
+            4 + nbytes(1, d_2) the same of the tail block, if there is one
 
 The values of a block are decoded in units of its scale: the root mean square of the block (EDEN:
-times a correction). NaN marks a block that held inf or NaN, zero a block of zeros.
+times a correction; ECDQ: a quarter of the grid's step). NaN marks a block that held inf or NaN,
+zero a block of zeros.
 """
 
 import sys
@@ -66,7 +67,7 @@ class Section(NamedTuple):
     def views(self, payloads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """payloads (..., nbytes) uint8 -> scales (..., B) float32 and codes (..., B, row bytes).
 
-        A row is the d b / 8 bytes of a block's packed codes and, of a QuicFL, its `exact_bytes(d)`.
+        For quantizers whose units are blocks: a row has the codes of one.
         """
         codes = payloads[..., self.codes : self.stop]
         return (
@@ -74,15 +75,27 @@ class Section(NamedTuple):
             codes.view(*payloads.shape[:-1], self.blocks.count, -1),
         )
 
+    def part(
+        self, payloads: torch.Tensor, rows: slice, quantizer: Quantizer
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """payloads (..., nbytes) uint8 -> scales (..., R) float32 and codes (..., n) of R blocks.
+
+        They are whole units: `rows` begins where a unit does.
+        """
+        begin, end = (
+            self.codes + quantizer.nbytes(row, self.blocks.size) for row in (rows.start, rows.stop)
+        )
+        scales = payloads[..., self.scales : self.codes].view(torch.float32)
+        return scales[..., rows], payloads[..., begin:end]
+
 
 @lru_cache(maxsize=1024)  # every training step asks for the same ones
 def layout(quantizer: Quantizer, block: int, numel: int) -> tuple[Section, ...]:
     """The sections of the payload of `numel` coordinates: full blocks, then a tail."""
     sections, scales = [], HEADER_BYTES
     for blocks in split_into_blocks(numel, block):
-        exact = quantizer.exact_bytes(blocks.size) if isinstance(quantizer, QuicFL) else 0
         codes = scales + 4 * blocks.count
-        stop = codes + blocks.count * (blocks.size * quantizer.bits // 8 + exact)
+        stop = codes + quantizer.nbytes(blocks.count, blocks.size)
         sections.append(Section(blocks, scales, codes, stop))
         scales = stop
     return tuple(sections)

@@ -31,7 +31,7 @@ import torch
 from rhtcomm.kernels import cpu, reference
 from rhtcomm.kernels.task import Task
 from rhtcomm.once import once
-from rhtcomm.quantizers import Quantizer
+from rhtcomm.quantizers import ECDQ, Quantizer
 from rhtcomm.randomness import Key
 
 __all__ = ["DTYPES", "Kernel", "Task", "choose", "kernel_for", "use"]
@@ -118,15 +118,21 @@ def choose(device: str, quantizer: type[Quantizer]) -> Kernel:
         raise ValueError(f"RHTCOMM_KERNELS={wanted!r} must be 'reference', 'cpu' or 'gpu'")
     if wanted == "reference":
         return reference
-    if quantizer in cpu.QUANTIZERS:  # the same as gpu's
-        if device == "cpu" and wanted != "gpu":
-            return _for_cpu(wanted, os.environ.get("RHTCOMM_CPU") or None)
-        if device in ("cpu", "cuda") and wanted != "cpu":
-            return _for_gpu(device, wanted)
+    if quantizer in cpu.QUANTIZERS and device == "cpu" and wanted != "gpu":
+        return _for_cpu(wanted, os.environ.get("RHTCOMM_CPU") or None)
+    on_gpu = quantizer in cpu.QUANTIZERS and quantizer is not ECDQ
+    if on_gpu and device in ("cpu", "cuda") and wanted != "cpu":
+        return _for_gpu(device, wanted)
     if wanted is not None:
         raise RuntimeError(
             f"RHTCOMM_KERNELS={wanted}, but it has none for {quantizer.__name__} on "
             f"{device}; unset it"
+        )
+    if device == "cuda":
+        logging.getLogger("rhtcomm").warning(
+            "there are no Triton kernels for %s yet; the much slower torch reference is in use on "
+            "CUDA tensors",
+            quantizer.__name__,
         )
     return reference
 

@@ -23,7 +23,7 @@ EXPORT int JOIN(rhtcomm_encode, VARIANT)(const Plan *plans, int count, uint64_t 
     const Origin origin = {{(uint32_t)seed, seed >> 32}, bucket, step, hop,
                            offset, rank, world_size};
     const Encoding call = {origin, x, dtype, payloads, stride, moments};
-    return for_each_block(plans, count, encode_block, &call, threads);
+    return for_each_unit(plans, count, encode_unit, &call, 1, threads);
 }
 
 /* Decodes the mean of payloads of `ranks` adjacent ranks, from `rank` on, to the tensor `out`. Payloads
@@ -36,13 +36,13 @@ EXPORT int JOIN(rhtcomm_decode, VARIANT)(const Plan *plans, int count, uint64_t 
     const Origin origin = {{(uint32_t)seed, seed >> 32}, bucket, step, hop,
                            offset, rank, world_size};
     const Decoding call = {origin, ranks, payloads, rank_stride, shard_stride, out, dtype};
-    return for_each_block(plans, count, decode_block, &call, threads);
+    return for_each_unit(plans, count, decode_unit, &call, ranks, threads);
 }
 
 #ifdef DISPATCH
 /* Detects a library that was built from another version than the Python code; raise it when a
  * function or Plan changes. */
-enum { ABI = 5 };
+enum { ABI = 6 };
 EXPORT int rhtcomm_abi(void) { return (ABI << 16) + (int)sizeof(Plan); }
 
 /* Of the calling thread; see floating_point.py. */

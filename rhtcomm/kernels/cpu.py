@@ -16,7 +16,7 @@ import torch
 from rhtcomm.floating_point import default_mode
 from rhtcomm.kernels.task import Task
 from rhtcomm.memory import address_of
-from rhtcomm.quantizers import Eden, QuicFL, VectorQuantizer
+from rhtcomm.quantizers import ECDQ, Eden, QuicFL, VectorQuantizer
 from rhtcomm.randomness import Key
 from rhtcomm.wire import Section
 
@@ -32,10 +32,10 @@ __all__ = [
     "plans_of",
 ]
 
-QUANTIZERS = (QuicFL, Eden, VectorQuantizer)  # in the order of native/plan.h
+QUANTIZERS = (QuicFL, Eden, VectorQuantizer, ECDQ)  # in the order of native/plan.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of native/plan.h
 _NUMBER_OF = {dtype: number for number, dtype in enumerate(DTYPES)}
-ABI = 5  # of cpu.c
+ABI = 6  # of cpu.c
 _NAME = "rhtcomm_cpu.*"
 _NO_MEMORY = "rhtcomm: no memory for the scratch of the C kernels; use smaller blocks"
 
@@ -60,6 +60,9 @@ class Plan(ctypes.Structure):
         ("numel", ctypes.c_int64),
         ("offset", ctypes.c_int64),
         ("blocks", ctypes.c_int64),
+        ("unit", ctypes.c_int64),
+        ("unit_bytes", ctypes.c_int64),
+        ("last_unit_bytes", ctypes.c_int64),
         ("scales", ctypes.c_int64),
         ("codes", ctypes.c_int64),
         ("exact_capacity", ctypes.c_int64),
@@ -72,11 +75,18 @@ class Plan(ctypes.Structure):
         ("middle", ctypes.c_int32),
         ("nodes_per_sigma", ctypes.c_float),
         ("inverse_bound", ctypes.c_float),
+        ("per_step", ctypes.c_float),
+        ("quarter_step", ctypes.c_float),
+        ("precision", ctypes.c_int32),
+        ("class_bits", ctypes.c_int32),
+        ("largest", ctypes.c_int32),
         ("biased", ctypes.c_int32),
         ("levels", ctypes.c_void_p),
         ("positions", ctypes.c_void_p),
         ("boundaries", ctypes.c_void_p),
         ("half_norms", ctypes.c_void_p),
+        ("symbols", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
     )
 
 
@@ -233,20 +243,27 @@ def _check_abi(library: ctypes.CDLL, path: Path) -> None:
 @default_mode()
 def _plan(task: Task, section: Section) -> Plan:
     quantizer, blocks, rotations = task.quantizer, section.blocks, task.rotation.rotations
+    unit = quantizer.unit(blocks.size)
     plan = Plan(
         size=blocks.size,
         shards=task.shards,
         numel=task.numel,
         offset=blocks.offset,
         blocks=blocks.count,
+        unit=unit,
+        unit_bytes=quantizer.nbytes(unit, blocks.size),
+        last_unit_bytes=quantizer.nbytes((blocks.count - 1) % unit + 1, blocks.size),
         scales=section.scales,
         codes=section.codes,
         normalization=blocks.size ** (-rotations / 2),
         rotations=rotations,
         quantizer=QUANTIZERS.index(type(quantizer)),
-        bits=quantizer.bits,
         group=quantizer.group,
     )
+    if isinstance(quantizer, ECDQ):
+        _fill_ecdq(plan, quantizer)
+        return plan
+    plan.bits = int(quantizer.bits)
     if isinstance(quantizer, QuicFL):
         plan.exact_capacity = quantizer.exact_capacity(blocks.size)
         levels = quantizer.table
@@ -264,3 +281,12 @@ def _plan(task: Task, section: Section) -> Plan:
         plan.levels = codebook.codewords.ctypes.data
         plan.half_norms = codebook.half_norms.ctypes.data
     return plan
+
+
+def _fill_ecdq(plan: Plan, quantizer: ECDQ) -> None:
+    table = quantizer.table
+    plan.inverse_bound = table.inverse_bound
+    plan.per_step, plan.quarter_step = table.per_step, table.quarter_step
+    plan.precision, plan.largest = table.precision, table.largest
+    plan.class_bits = table.classes.bit_length() - 1
+    plan.symbols, plan.slots = (array.ctypes.data for array in (table.entries, table.slots))

@@ -14,11 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from rhtcomm.bitpack import pack, unpack
 from rhtcomm.floating_point import assign_, default_mode
 from rhtcomm.kernels.task import Task
 from rhtcomm.moments import block_moments
-from rhtcomm.quantizers import Quantizer, QuicFL
 from rhtcomm.randomness import Key
 from rhtcomm.rotation import Blocks
 from rhtcomm.wire import Section
@@ -29,6 +27,7 @@ __all__ = ["decode", "encode"]
 # cache or, on other devices, many enough for a launch to have enough to do.
 _BATCH = {"cpu": 1 << 17}
 _LARGE_BATCH = 1 << 24
+_UNITS = 32
 
 
 @default_mode(pool=True)
@@ -52,16 +51,12 @@ def encode(
         if moments is not None:
             moments[done : done + blocks.count] = block_moments(values, up)
         y = rotation.rotate(values, key, blocks.offset, signs_of)
-        drawn, scale_of_y = quantizer.encode(y, key, blocks.offset, rank, world_size)
-        scale = scale_of_y * blocks.size ** (-rotation.rotations / 2) * up
+        octets, scale = quantizer.compress(y, key, blocks.offset, rank, world_size)
+        scale = scale * blocks.size ** (-rotation.rotations / 2) * up
         scale = scale.clamp(max=torch.finfo(torch.float32).max)  # Eden's can exceed it
-        packed = pack(drawn, quantizer.bits * quantizer.group)
-        if isinstance(quantizer, QuicFL) and quantizer.exact_fraction:
-            exact = quantizer.encode_exact(y, scale_of_y, key, blocks.offset, rank, world_size)
-            packed = torch.cat([packed, exact], dim=1)
-        scales, codes = section.views(payloads[shard])
-        scales[rows] = torch.where(finite, scale, torch.nan)
-        codes[rows] = packed
+        scales, codes = section.part(payloads[shard], rows, quantizer)
+        scales[:] = torch.where(finite, scale, torch.nan)
+        codes[:] = octets
         done += blocks.count
 
 
@@ -78,11 +73,11 @@ def decode(
     ranks, rotation, quantizer = len(payloads), task.rotation, task.quantizer
     shared = quantizer.rotation == "shared"
     for section, shard, rows, coordinates, blocks in _batches(task, offset, out.device):
-        scales, codes = (view[:, rows] for view in section.views(payloads[:, shard]))
+        scales, codes = section.part(payloads[:, shard], rows, quantizer)
         down, up, finite = _powers_of_two(scales.t())
         total = None
         for i in range(ranks):
-            values = _values(quantizer, codes[i], key, blocks, rank + i, world_size)
+            values = quantizer.expand(codes[i], blocks, key, rank + i, world_size)
             values = values * (scales[i] * down)[:, None]
             if not shared:
                 values = rotation.unrotate(values, key, blocks.offset, rank + i)
@@ -94,22 +89,6 @@ def decode(
         mean = torch.where(finite[:, None], mean, torch.nan)
         target = out[coordinates]
         assign_(target, mean.flatten()[: target.numel()])
-
-
-def _values(
-    quantizer: Quantizer,
-    packed: torch.Tensor,
-    key: Key,
-    blocks: Blocks,
-    rank: int,
-    world_size: int,
-) -> torch.Tensor:
-    """What packed codes and exact coordinates stand for, without the scale: (B, d)."""
-    codes = unpack(packed, quantizer.bits * quantizer.group, blocks.size // quantizer.group)
-    values = quantizer.decode(codes, key, blocks.offset, rank, world_size)
-    if isinstance(quantizer, QuicFL) and quantizer.exact_fraction:
-        quantizer.decode_exact(values, packed[:, blocks.size * quantizer.bits // 8 :])
-    return values
 
 
 class _Batch(NamedTuple):
@@ -125,7 +104,10 @@ class _Batch(NamedTuple):
 def _batches(task: Task, offset: int, device: torch.device) -> Iterator[_Batch]:
     for section in task.sections:
         size = section.blocks.size
+        unit = task.quantizer.unit(size)
         step = max(1, _BATCH.get(device.type, _LARGE_BATCH) // size)
+        if unit > 1:  # the steps of a unit come one after the other, so many go side by side
+            step = _UNITS * unit
         for shard in range(task.shards):
             end = (shard + 1) * task.numel
             for row in range(0, section.blocks.count, step):

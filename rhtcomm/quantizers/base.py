@@ -8,9 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rhtcomm.bitpack import pack, unpack
 from rhtcomm.randomness import Key
+from rhtcomm.rotation import Blocks
 
 __all__ = [
+    "Packed",
     "Quantizer",
     "check_bits",
     "eden_scale",
@@ -22,9 +25,10 @@ __all__ = [
 
 
 class Quantizer(Hashable, Protocol):
-    """Maps rotated blocks to codes and one scale per block, and codes back to values; hashable.
+    """Maps rotated blocks to bytes and one scale per block, and bytes back to values; hashable.
 
-    A code stands for `group` adjacent coordinates and has `bits` bits for each of them.
+    A code stands for `group` adjacent coordinates. A unit is a run of blocks that are coded
+    together; the last one of a payload may be shorter.
 
     `rotation` says what unbiasedness of a mean over ranks needs: with "shared" all ranks rotate by
     the same signs, sum their values in the rotated domain and undo one rotation; with "per_rank"
@@ -36,7 +40,7 @@ class Quantizer(Hashable, Protocol):
     rotations: ClassVar[int]
 
     @property
-    def bits(self) -> int: ...
+    def bits(self) -> float: ...
 
     @property
     def group(self) -> int: ...
@@ -51,15 +55,49 @@ class Quantizer(Hashable, Protocol):
         """Differs between tables that decode differently."""
         ...
 
-    def encode(
+    def unit(self, size: int) -> int:
+        """How many blocks of `size` coordinates make a unit."""
+        ...
+
+    def nbytes(self, count: int, size: int) -> int:
+        """Bytes of `count` adjacent blocks of `size` coordinates, from the beginning of a unit on,
+        without their scales; a multiple of 4."""
+        ...
+
+    def compress(
         self, y: torch.Tensor, key: Key, offset: int, rank: int, world_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """y (B, d) float32 -> codes (B, d / group) uint8 and scale (B,) float32.
+        """y (B, d) float32 -> octets (nbytes(B, d),) uint8 and scale (B,) float32.
 
-        They stand for y ~ scale * decode(codes).
+        They stand for y ~ scale * expand(octets).
         `offset` is that of y[0, 0] in its bucket, a multiple of 16. All y are finite, and their
         squares can be summed over a block without overflow; a block of zeros has scale 0.
         """
+        ...
+
+    def expand(
+        self, octets: torch.Tensor, blocks: Blocks, key: Key, rank: int, world_size: int
+    ) -> torch.Tensor:
+        """octets (nbytes(B, d),) uint8 -> values (B, d) float32, without the scale.
+
+        `blocks` are B of size d, by their offset in the bucket.
+        """
+        ...
+
+
+class Packed(Protocol):
+    """The bytes of quantizers whose codes have `group` times `bits` bits, block by block."""
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def group(self) -> int: ...
+
+    def encode(
+        self, y: torch.Tensor, key: Key, offset: int, rank: int, world_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """y (B, d) float32 -> codes (B, d / group) uint8 and scale (B,) float32."""
         ...
 
     def decode(
@@ -67,6 +105,25 @@ class Quantizer(Hashable, Protocol):
     ) -> torch.Tensor:
         """codes (B, d / group) uint8 -> values (B, d) float32, without the scale."""
         ...
+
+    def unit(self, size: int) -> int:
+        return 1
+
+    def nbytes(self, count: int, size: int) -> int:
+        return count * (size * self.bits // 8)
+
+    def compress(
+        self, y: torch.Tensor, key: Key, offset: int, rank: int, world_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scale = self.encode(y, key, offset, rank, world_size)
+        return pack(codes, self.bits * self.group).flatten(), scale
+
+    def expand(
+        self, octets: torch.Tensor, blocks: Blocks, key: Key, rank: int, world_size: int
+    ) -> torch.Tensor:
+        packed = octets.view(blocks.count, -1)
+        codes = unpack(packed, self.bits * self.group, blocks.size // self.group)
+        return self.decode(codes, key, blocks.offset, rank, world_size)
 
 
 def check_bits(owner: str, bits: int) -> None:

@@ -17,6 +17,7 @@ from rhtcomm.arguments import check_bool
 from rhtcomm.floating_point import default_mode
 from rhtcomm.once import once
 from rhtcomm.quantizers.base import (
+    Packed,
     check_bits,
     eden_scale,
     fingerprint_of,
@@ -29,7 +30,7 @@ __all__ = ["Eden"]
 
 
 @dataclass(frozen=True)
-class Eden:
+class Eden(Packed):
     """Smaller error than QuicFL for one sender; unbiased over the rotation, not for a given one.
 
     Hence every rank rotates by signs of its own, and fewer than two transforms leave a bias on

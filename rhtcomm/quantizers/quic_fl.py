@@ -35,8 +35,15 @@ import torch
 from rhtcomm import codebooks
 from rhtcomm.floating_point import default_mode
 from rhtcomm.once import once
-from rhtcomm.quantizers.base import check_bits, fingerprint_of, root_mean_square, tensor_of
+from rhtcomm.quantizers.base import (
+    Packed,
+    check_bits,
+    fingerprint_of,
+    root_mean_square,
+    tensor_of,
+)
 from rhtcomm.randomness import Key, dither, stratum
+from rhtcomm.rotation import Blocks
 
 __all__ = ["QuicFL"]
 
@@ -45,7 +52,7 @@ EXACT_FRACTION = 1 / 512
 
 
 @dataclass(frozen=True)
-class QuicFL:
+class QuicFL(Packed):
     """Unbiased for every input and every number of rotations.
 
     By default the codes cover [-5, 5] root mean squares of a block. With exact_fraction=1/512 they
@@ -97,6 +104,28 @@ class QuicFL:
         units of the scale, float16. Entries that are not needed have index -1 and value 0.
         """
         return self.exact_capacity(size) * (_index_dtype(size).itemsize + 2)
+
+    def nbytes(self, count: int, size: int) -> int:
+        return super().nbytes(count, size) + count * self.exact_bytes(size)
+
+    def compress(
+        self, y: torch.Tensor, key: Key, offset: int, rank: int, world_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        octets, scale = super().compress(y, key, offset, rank, world_size)
+        if self.exact_fraction:
+            exact = self.encode_exact(y, scale, key, offset, rank, world_size)
+            octets = torch.cat([octets.view(len(y), -1), exact], dim=1).flatten()
+        return octets, scale
+
+    def expand(
+        self, octets: torch.Tensor, blocks: Blocks, key: Key, rank: int, world_size: int
+    ) -> torch.Tensor:
+        if not self.exact_fraction:
+            return super().expand(octets, blocks, key, rank, world_size)
+        rows, edge = octets.view(blocks.count, -1), super().nbytes(1, blocks.size)
+        values = super().expand(rows[:, :edge].flatten(), blocks, key, rank, world_size)
+        self.decode_exact(values, rows[:, edge:])
+        return values
 
     def encode(
         self, y: torch.Tensor, key: Key, offset: int, rank: int, world_size: int

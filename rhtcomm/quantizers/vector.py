@@ -21,6 +21,7 @@ from rhtcomm.arguments import check_bool
 from rhtcomm.floating_point import default_mode
 from rhtcomm.once import once
 from rhtcomm.quantizers.base import (
+    Packed,
     eden_scale,
     fingerprint_of,
     root_mean_square,
@@ -32,7 +33,7 @@ __all__ = ["VectorQuantizer"]
 
 
 @dataclass(frozen=True)
-class VectorQuantizer:
+class VectorQuantizer(Packed):
     """Smaller error than Eden at the same bits; unbiased over the rotation, not for a given one.
 
     Hence every rank rotates by signs of its own, and fewer than three transforms leave a bias on

@@ -283,7 +283,9 @@ class _TwoShot:
         self._calls = [owned_by(range(alike))]
         self._calls += [owned_by(range(i, i + 1)) for i in range(alike, len(shards))]
         self._mine = owned_by(range(communicator.rank, communicator.rank + 1))
-        self._shape = (communicator.world_size, self._calls[0].nbytes)
+        # A shorter shard may take more bytes, if it has a tail (ECDQ).
+        longest = max(shards.nbytes for shards in self._calls)
+        self._shape = (communicator.world_size, longest)
 
     def course(self, job: Job, used: torch.Tensor) -> Course:
         mine, width = self._mine, self._shape[1]

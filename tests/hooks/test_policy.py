@@ -238,7 +238,7 @@ def half(_: Any) -> float:
     return 0.5
 
 
-@pytest.mark.parametrize(("bits", "message"), [(nine, "bits=9"), (half, "bits() returns=0.5")])
+@pytest.mark.parametrize(("bits", "message"), [(nine, "bits=9"), (half, "bits=0.5")])
 def test_bits_out_of_range_are_refused(bits: Any, message: str, ranks: Ranks) -> None:
     for found in ranks.run(ask_for_too_much, 2, bits):
         assert message in found

@@ -7,19 +7,19 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from libraries import FRACTION, QUANTIZERS, both_ways, choose, needs_library, variants
+from libraries import ECDQS, FRACTION, QUANTIZERS, both_ways, choose, needs_library, variants
 from problems import DTYPES
 
-from rhtcomm import Codec, Eden, Key, QuicFL, RandomizedHadamard, VectorQuantizer
+from rhtcomm import ECDQ, Codec, Eden, Key, QuicFL, RandomizedHadamard, VectorQuantizer
 from rhtcomm.kernels import reference, use
 from rhtcomm.quantizers import Quantizer
 from rhtcomm.wire import HEADER_BYTES
 
 
 @needs_library
-@settings(max_examples=170, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
-    quantizer=st.sampled_from(QUANTIZERS),
+    quantizer=st.sampled_from((*QUANTIZERS, *ECDQS)),
     rotations=st.integers(1, 3),
     log_block=st.integers(5, 13),
     blocks=st.floats(0.01, 3.5),
@@ -34,6 +34,8 @@ from rhtcomm.wire import HEADER_BYTES
 @example(QuicFL(4), 2, 12, 3.0, 2, (torch.float32, torch.float32), 1.0, None, 0, 0, 1)
 @example(QuicFL(4, FRACTION), 1, 13, 3.3, 2, (torch.float32, torch.float16), 1.0, None, 0, 0, 2)
 @example(Eden(8), 3, 12, 2.3, 3, (torch.bfloat16, torch.float16), 1.0, 30.0, 7, 1, 2)
+@example(ECDQ(4), 1, 12, 17.3, 2, (torch.float32, torch.float32), 1.0, None, 3, 1, 2)
+@example(ECDQ(1), 2, 9, 140.1, 3, (torch.bfloat16, torch.float16), 1e38, 30.0, 7, 1, 3)
 @example(VectorQuantizer(2), 3, 9, 2.3, 3, (torch.float16, torch.bfloat16), 1.0, None, 7, 1, 2)
 def test_same_bits_as_the_reference(
     quantizer: Quantizer,
@@ -71,7 +73,9 @@ def test_same_bits_as_the_reference(
 
 
 @needs_library
-@pytest.mark.parametrize("quantizer", [QuicFL(4), QuicFL(3, FRACTION), Eden(2)], ids=repr)
+@pytest.mark.parametrize(
+    "quantizer", [QuicFL(4), QuicFL(3, FRACTION), Eden(2), ECDQ(2.5)], ids=repr
+)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_shards_are_those_of_the_reference(quantizer: Quantizer, threads: int) -> None:
     codec, count, key = Codec(quantizer, block=512), 5, Key(3)
@@ -157,9 +161,9 @@ def check_that_all_decode_alike(codec: Codec, payloads: torch.Tensor, key: Key, 
 
 
 @needs_library
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
+@pytest.mark.parametrize("quantizer", [*QUANTIZERS, *ECDQS], ids=repr)
 def test_random_payloads_decode_alike_and_in_bounds(quantizer: Quantizer) -> None:
-    codec, numel, key = Codec(quantizer, block=256), 256 * 3 + 77, Key(quantizer.bits)
+    codec, numel, key = Codec(quantizer, block=256), 256 * 3 + 77, Key(int(quantizer.bits))
     check_that_all_decode_alike(codec, random_payloads(codec, numel, 3, key), key, numel)
 
 

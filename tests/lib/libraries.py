@@ -9,11 +9,12 @@ import pytest
 import torch
 from harness import limit
 
-from rhtcomm import Codec, Eden, Key, QuicFL, VectorQuantizer
+from rhtcomm import ECDQ, Codec, Eden, Key, QuicFL, VectorQuantizer
 from rhtcomm.kernels import Kernel, cpu, use
 from rhtcomm.quantizers import Quantizer
 
 __all__ = [
+    "ECDQS",
     "FRACTION",
     "PATH",
     "QUANTIZERS",
@@ -36,6 +37,7 @@ QUANTIZERS: tuple[Quantizer, ...] = (
     *(Eden(bits) for bits in range(1, 9)),
     *(VectorQuantizer(bits) for bits in (1, 2, 4)),
 )
+ECDQS: tuple[Quantizer, ...] = tuple(ECDQ(bits) for bits in (1, 1.75, 2, 2.5, 3, 4, 5, 6))
 
 
 def variants() -> dict[str, cpu.Library]:

@@ -16,10 +16,11 @@ SERVES_ALL = {"arguments", "memory", "floating_point", "once", "versions"}
 LAYERS = {
     "randomness": set[str](),
     "bitpack": set[str](),
+    "rans": set[str](),
     "segments": set[str](),
     "codebooks": set[str](),
     "rotation": {"randomness"},
-    "quantizers": {"randomness", "codebooks"},
+    "quantizers": {"randomness", "rotation", "bitpack", "rans", "codebooks"},
     "moments": {"rotation"},
     "communicators": set[str](),
 }

@@ -9,9 +9,10 @@ import torch
 from harness import Ranks, limit
 
 import rhtcomm
-from rhtcomm import Codec, Key, QuicFL, TorchCommunicator
+from rhtcomm import ECDQ, Codec, Key, QuicFL, TorchCommunicator
 from rhtcomm.__main__ import main
 from rhtcomm.cost import CodecSpeed, Plan, Prediction, measure_codec, plan
+from rhtcomm.reduce.split import split_into_chunks
 
 SPEED = CodecSpeed(encode=2e-9, decode=3e-9, decode_more=5e-10, cast=1e-9)
 SPEEDS = dict.fromkeys(range(1, 9), SPEED)
@@ -116,6 +117,8 @@ def test_it_says_when_compression_will_not_pay() -> None:
         ({"bits": [4, 9]}, r"bits=\(4, 9\) must be some of 1 to 8"),
         ({"bits": []}, r"bits=\(\) must be some of 1 to 8"),
         ({"speeds": {2: SPEED}, "bits": [2, 4]}, r"speeds lack \[4\]"),
+        ({"quantizer": "ecdq", "bits": [6.5]}, r"bits=\(6\.5,\) must be some of 1, 1\.25"),
+        ({"quantizer": "eden"}, r"quantizer='eden' must be"),
     ],
 )
 def test_arguments_out_of_range_are_named(change: dict[str, object], message: str) -> None:
@@ -166,3 +169,16 @@ def test_nothing_to_count_is_refused(given: str) -> None:
         pytest.raises(SystemExit, match=given.removeprefix("--").replace(" ", "=")),
     ):
         main()
+
+
+def test_ecdq_may_be_planned_with() -> None:
+    speeds = dict.fromkeys(range(1, 7), SPEED) | {2.5: SPEED}
+    found = plan(1 << 20, 2, 1.0, speeds=speeds, bits=(2, 2.5), quantizer="ecdq", max_nmse=0.06)
+    (match,) = (p for p in found.predictions if (p.algorithm, p.bits) == ("all_gather", 2.5))
+    assert match.nmse == ECDQ(2.5).vnmse
+    chunks = split_into_chunks(1 << 20, 4096, 1)
+    lengths = [Codec(ECDQ(2.5)).nbytes(chunk.stop - chunk.start) for chunk in chunks]
+    assert match.bytes_sent == sum(lengths)
+    assert found.recommended.name == "2.5 bits, all_gather"
+    by_default = plan(5000, 2, 1.0, speeds=speeds, quantizer="ecdq")
+    assert sorted({p.bits for p in by_default.predictions}) == [*range(1, 7), 16, 32]

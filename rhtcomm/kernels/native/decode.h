@@ -1,6 +1,7 @@
 /* Decoding of one block: the mean of what K ranks sent of it. */
 #pragma once
 #include "blocks.h"
+#include "ecdq.h"
 #include "eden.h"
 #include "formats.h"
 #include "hadamard.h"
@@ -73,6 +74,32 @@ static int add_quic_fl(const Decoding *d, const Plan *plan, Scratch s, int64_t o
     return finite;
 }
 
+/* The same of the next block of a unit. */
+static void add_ecdq(const Decoding *d, const Plan *plan, Scratch s, int64_t offset, Sent sent,
+                     float down) {
+    const uint8_t *dither = draw_dither(plan, &d->origin, offset, s.dither);
+    float *const room[2] = {s.room, s.sum};
+    for (int64_t i = 0; i < sent.ranks; i += SIDE_BY_SIDE) {
+        const int count = (int)least(SIDE_BY_SIDE, sent.ranks - i);
+        uint32_t strata[2];
+        for (int k = 0; k < count; k++) strata[k] = stratum(&d->origin, d->origin.rank + i + k);
+        if (count == 2)
+            ecdq_values_of_two(plan, s.lanes + i, dither, strata, room);
+        else
+            ecdq_values_of_one(plan, s.lanes + i, dither, strata, room);
+        for (int k = 0; k < count; k++) {
+            float scale;
+            memcpy(&scale, sent.scale + (i + k) * sent.stride, 4);
+            scale *= down;
+            for (int64_t j = 0; j < plan->size; j += LANES) {
+                vf value = load(room[k] + j) * scale;
+                if (i + k) value = load(s.y + j) + value;
+                store(s.y + j, value);
+            }
+        }
+    }
+}
+
 /* s.sum <- the sum of the ranks' blocks, each of which has a rotation of its own. */
 static void add_unrotated(const Decoding *d, const Plan *plan, Scratch s, int64_t offset, Sent sent,
                           float down, const void *out) {
@@ -92,10 +119,8 @@ static void add_unrotated(const Decoding *d, const Plan *plan, Scratch s, int64_
     }
 }
 
-/* A BlockFunction. */
-static void decode_block(const void *call, const Plan *plan, const Scratch *scratch, Block block) {
+static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scratch, Block block) {
     const Scratch s = *scratch; /* a copy, which no vector that is stored may alias */
-    const Decoding *d = call;
     const int64_t size = plan->size, offset = d->origin.offset + block.offset;
     const float normalization = (float)(plan->normalization / (double)d->ranks);
     const uint8_t *payload = d->payloads + block.shard * d->shard_stride;
@@ -106,10 +131,11 @@ static void decode_block(const void *call, const Plan *plan, const Scratch *scra
     float down, up;
     powers_of_two(peak, &down, &up);
     int finite = peak < 0x7f800000;
+    if (plan->quantizer == ECDQ) add_ecdq(d, plan, s, offset, sent, down); /* finite or not */
     if (!finite) {
         for (int64_t j = 0; j < size; j++) to[j] = NAN;
-    } else if (plan->quantizer == QUIC_FL) {
-        finite = add_quic_fl(d, plan, s, offset, sent, down);
+    } else if (plan->quantizer == QUIC_FL || plan->quantizer == ECDQ) {
+        if (plan->quantizer == QUIC_FL) finite = add_quic_fl(d, plan, s, offset, sent, down);
         const uint8_t *signs = unrotate(d, plan, s, offset, 0, out);
         for (int64_t j = 0; j < size; j += LANES)
             store(to + j, apply_signs(load(s.y + j), signs, j) * normalization * up);
@@ -122,4 +148,19 @@ static void decode_block(const void *call, const Plan *plan, const Scratch *scra
         for (int64_t j = 0; j < size; j++)
             if (to[j] != to[j]) to[j] = NAN;
     if (to == s.y) write_block(to, d->dtype, block.numel, out);
+}
+
+/* A UnitFunction. */
+static void decode_unit(const void *call, const Plan *plan, const Scratch *s, Unit unit) {
+    const Decoding *d = call;
+    for (int64_t i = 0; plan->quantizer == ECDQ && i < d->ranks; i++) {
+        Lanes *lanes = s->lanes + i;
+        const uint8_t *codes =
+            d->payloads + unit.shard * d->shard_stride + i * d->rank_stride + unit.packed;
+        memcpy(lanes->x, codes, STATE_BYTES);
+        lanes->next = (uint8_t *)codes + STATE_BYTES;
+        lanes->edge = codes + unit.bytes;
+    }
+    for (int64_t i = 0; i < unit.count; i++)
+        decode_block(d, plan, s, block_of(plan, unit, i));
 }

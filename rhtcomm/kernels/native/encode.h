@@ -3,6 +3,7 @@
 #include <float.h>
 
 #include "blocks.h"
+#include "ecdq.h"
 #include "eden.h"
 #include "formats.h"
 #include "hadamard.h"
@@ -46,7 +47,8 @@ static float rotate(const Encoding *e, const Plan *plan, Scratch s, int64_t offs
                     const float *from, float factor, const char *next, uint32_t *peak) {
     const Origin *origin = &e->origin;
     const int64_t size = plan->size, width = bytes_of(e->dtype);
-    const uint32_t rank = plan->quantizer == QUIC_FL ? 0 : (uint32_t)origin->rank;
+    const int shared = plan->quantizer == QUIC_FL || plan->quantizer == ECDQ;
+    const uint32_t rank = shared ? 0 : (uint32_t)origin->rank;
     for (int i = 0; i < plan->rotations - 1; i++, from = s.y, factor = 1.0f, next = NULL)
         hadamard(s.y, from, size, draw_signs(plan, origin, i, rank, offset, s.signs), factor, next,
                  width);
@@ -55,10 +57,10 @@ static float rotate(const Encoding *e, const Plan *plan, Scratch s, int64_t offs
     return sqrtf(sum * (1.0f / (float)size));
 }
 
-/* A BlockFunction. */
-static void encode_block(const void *call, const Plan *plan, const Scratch *scratch, Block block) {
+/* Returns 0 where its unit does not fit (ECDQ), whose scales `factor` multiplies. */
+static int encode_block(const Encoding *e, const Plan *plan, const Scratch *scratch, Block block,
+                        float factor) {
     const Scratch s = *scratch; /* a copy, which no vector that is stored may alias */
-    const Encoding *e = call;
     const int64_t size = plan->size, offset = e->origin.offset + block.offset;
     const char *x = e->x + block.offset * bytes_of(e->dtype);
     uint8_t *payload = e->payloads + block.shard * e->stride, *packed = payload + block.packed;
@@ -75,7 +77,11 @@ static void encode_block(const void *call, const Plan *plan, const Scratch *scra
     if (e->moments) block_moments(from, size, down, up, e->moments + block.number * MOMENTS);
     const char *next = x + size * bytes_of(e->dtype);
     float rms = rotate(e, plan, s, offset, from, down, next, &peak);
-    if (plan->quantizer == QUIC_FL)
+    if (plan->quantizer == ECDQ)
+        scale = ecdq_encode(plan, s.y, rms, peak, factor,
+                            draw_dither(plan, &e->origin, offset, s.dither),
+                            stratum(&e->origin, e->origin.rank), s.lanes);
+    else if (plan->quantizer == QUIC_FL)
         scale = quic_fl_encode(plan, s.y, rms, peak, draw_dither(plan, &e->origin, offset, s.dither),
                                stratum(&e->origin, e->origin.rank), s.room, (i32 *)s.sum, s.codes,
                                packed + code_bytes(plan));
@@ -83,7 +89,40 @@ static void encode_block(const void *call, const Plan *plan, const Scratch *scra
         scale = eden_encode(plan, s.y, rms, s.room, s.sum, s.codes);
     else
         scale = vector_encode(plan, s.y, rms, s.room, s.sum, s.codes);
+    if (scale < 0) return 0;
     scale = finite ? fminf(scale * (float)plan->normalization * up, FLT_MAX) : NAN;
     memcpy(payload + block.scale, &scale, 4);
-    pack(s.codes, size / plan->group, plan->bits * plan->group, packed);
+    if (plan->quantizer != ECDQ) pack(s.codes, size / plan->group, plan->bits * plan->group, packed);
+    return 1;
+}
+
+/* From the last block to the first, the words from the end of the unit on. */
+static int encode_blocks(const Encoding *e, const Plan *plan, const Scratch *s, Unit unit,
+                         uint8_t *codes, float factor) {
+    Lanes *lanes = s->lanes;
+    for (int i = 0; i < CODER_LANES; i++) lanes->x[i] = 1 << 16;
+    lanes->edge = codes + STATE_BYTES;
+    lanes->next = codes + unit.bytes;
+    for (int64_t i = unit.count - 1; i >= 0; i--)
+        if (!encode_block(e, plan, s, block_of(plan, unit, i), factor)) return 0;
+    const int64_t words = codes + unit.bytes - lanes->next;
+    memmove(codes + STATE_BYTES, lanes->next, (size_t)words);
+    memset(codes + STATE_BYTES + words, 0, (size_t)(unit.bytes - STATE_BYTES - words));
+    memcpy(codes, lanes->x, STATE_BYTES);
+    return 1;
+}
+
+/* A UnitFunction. */
+static void encode_unit(const void *call, const Plan *plan, const Scratch *s, Unit unit) {
+    const Encoding *e = call;
+    if (plan->quantizer != ECDQ) {
+        for (int64_t i = 0; i < unit.count; i++)
+            encode_block(e, plan, s, block_of(plan, unit, i), 1.0f);
+        return;
+    }
+    uint8_t *payload = e->payloads + unit.shard * e->stride;
+    for (int i = 0; i < ATTEMPTS; i++)
+        if (encode_blocks(e, plan, s, unit, payload + unit.packed, factors[i])) return;
+    encode_blocks(e, plan, s, unit, payload + unit.packed, 0.0f); /* its scales are zeros, or NaN */
+    memset(payload + unit.packed, 0, (size_t)unit.bytes);
 }

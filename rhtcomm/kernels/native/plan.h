@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
-enum { QUIC_FL, EDEN, VECTOR };
+enum { QUIC_FL, EDEN, VECTOR, ECDQ };
 enum { SIGNS = 0, DITHER = 3 };
 
 /* The blocks of one size in the payloads of a tensor: what is the same in all calls on tensors of one
@@ -14,22 +14,31 @@ typedef struct {
     int64_t numel;        /* coordinates in a shard */
     int64_t offset;       /* coordinates from the beginning of a shard to its first block */
     int64_t blocks;       /* B, in a shard */
+    int64_t unit;         /* blocks that are coded together; the last of a shard may be fewer */
+    int64_t unit_bytes, last_unit_bytes; /* of the codes of a unit, and of a shard's last one */
     int64_t scales, codes;  /* bytes from the beginning of a payload to those of the first block */
     int64_t exact_capacity; /* QUIC_FL: C, exact coordinates that a block has room for */
     double normalization; /* d^(-k/2) */
     int32_t rotations;    /* k */
     int32_t quantizer;    /* QUIC_FL, EDEN or VECTOR */
-    int32_t bits;         /* b */
+    int32_t bits;         /* b; not of ECDQ */
     int32_t group;        /* g, coordinates that a code stands for */
     int32_t shared_bits;  /* QUIC_FL: l */
     int32_t middle;       /* QUIC_FL: node of zero, times 2^16 */
     float nodes_per_sigma;/* QUIC_FL: times 2^16 */
-    float inverse_bound;  /* QUIC_FL */
+    float inverse_bound;  /* QUIC_FL, ECDQ */
+    float per_step;       /* ECDQ: 2^16 / D */
+    float quarter_step;   /* ECDQ: D / 4 */
+    int32_t precision;    /* ECDQ: P */
+    int32_t class_bits;   /* ECDQ: C = 2^class_bits */
+    int32_t largest;      /* ECDQ: K */
     int32_t biased;       /* EDEN, VECTOR: whether the scale is that of least squared error */
     const float *levels;      /* QUIC_FL: 2^(b+l) levels; EDEN: 2^b centroids; VECTOR: 256 x g */
     const int32_t *positions; /* QUIC_FL: positions at the nodes */
     const float *boundaries;  /* EDEN: 2^b - 1 */
     const float *half_norms;  /* VECTOR: |c_i|^2 / 2 of 128 */
+    const uint64_t *symbols;  /* ECDQ: C (2 K + 1), see rans.h */
+    const uint32_t *slots;    /* ECDQ: C 2^P, see rans.h */
 } Plan;
 
 /* What the random numbers of a call depend on. */

@@ -3,27 +3,31 @@
 #include <stdlib.h>
 
 #include "philox.h"
+#include "rans.h"
 
 typedef struct {
     float *y, *sum, *room; /* d each */
     uint8_t *codes;
     uint32_t *dither, *signs;
+    Lanes *lanes; /* ECDQ: of K ranks */
 } Scratch;
 
 enum { PHILOX_OVERRUN = 8 * SETS * LANES };
 
-static size_t scratch_bytes(int64_t size) {
+static size_t scratch_bytes(int64_t size, int64_t ranks) {
     size_t bytes = (size_t)size * (3 * sizeof(float) + 1);
     bytes += (size_t)size + PHILOX_OVERRUN;         /* dither */
     bytes += (size_t)size / 8 + 2 * PHILOX_OVERRUN; /* signs */
-    return (bytes + 63) / 64 * 64;
+    bytes = (bytes + 63) / 64 * 64;
+    return bytes + ((size_t)ranks * sizeof(Lanes) + 63) / 64 * 64;
 }
 
 /* All NULL where there is no memory. Its owner frees y. */
-static Scratch allocate_scratch(int64_t size) {
+static Scratch allocate_scratch(int64_t size, int64_t ranks) {
     Scratch s = {0};
-    char *memory = aligned_alloc(64, scratch_bytes(size));
+    char *memory = aligned_alloc(64, scratch_bytes(size, ranks));
     if (!memory) return s;
+    s.lanes = (Lanes *)(memory + scratch_bytes(size, 0));
     s.y = (float *)memory, memory += 4 * size;
     s.sum = (float *)memory, memory += 4 * size;
     s.room = (float *)memory, memory += 4 * size;

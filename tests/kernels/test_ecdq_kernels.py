@@ -1,0 +1,95 @@
+"""ECDQ's C kernels where it differs from other quantizers: units that do not fit, and tables."""
+
+import pytest
+import torch
+from libraries import ECDQS, both_ways, needs_library, variants
+from problems import gaussian
+
+from rhtcomm import ECDQ, Codec, Key, RandomizedHadamard
+from rhtcomm.kernels import cpu, reference, use
+from rhtcomm.randomness import dither
+
+pytestmark = needs_library
+KEY = Key(seed=3)
+
+
+def that_overflows(bits: float, numel: int) -> torch.Tensor:
+    """x whose rotation is 2, -2 or 0, wherever its dither makes that expensive."""
+    table = ECDQ(bits).table
+    _, v = dither(KEY, 0, numel, 0, torch.device("cpu"))
+    v = v.long()
+    length = table.precision - torch.from_numpy(table.frequencies).double().log2()
+
+    def cost(y: float) -> torch.Tensor:
+        k = (int(y * table.per_step) + v) >> 16
+        return length[table.class_of(v), k + table.largest]
+
+    y = torch.where(cost(2.0) > cost(-2.0), 2.0, -2.0)
+    longer = (torch.maximum(cost(2.0), cost(-2.0)) - cost(0.0)).view(-1, 4096)
+    kept = torch.zeros_like(longer).scatter(1, longer.topk(1024, dim=1).indices, 1.0)
+    y = (y * kept.flatten()).float().view(-1, 4096)
+    return RandomizedHadamard(1, 4096).unrotate(y, KEY, 0).flatten() / 4096
+
+
+@pytest.mark.parametrize("bits", [1, 1.75, 2.5])
+def test_units_that_do_not_fit_are_those_of_the_reference(bits: float) -> None:
+    codec, numel = Codec(ECDQ(bits)), 3 << 16
+    x = gaussian(numel, 1)
+    x[1 << 16 : 2 << 16] = that_overflows(bits, numel)[1 << 16 : 2 << 16]
+    x[4096 * 17 : 4096 * 18] = torch.inf  # a block of the unit that is coded again
+    expected = both_ways(reference, codec, [x], KEY, 0, torch.float32)
+    (section,) = codec.layout(numel)
+    scales, _ = section.part(expected[0][0], slice(0, 48), codec.quantizer)
+    factor = scales / codec.quantizer.table.quarter_step  # type: ignore[attr-defined]
+    rms = x.view(-1, 4096).square().mean(dim=1).sqrt()
+    coarse = (factor / rms)[18:32]
+    assert bool((coarse > 1.01).all()), "it was meant not to fit"
+    for name, kernel in variants().items():
+        found = both_ways(kernel, codec, [x], KEY, 0, torch.float32)
+        assert torch.equal(found[0], expected[0]), name
+        assert torch.equal(found[1], expected[1]), name
+
+
+def test_units_that_never_fit_are_those_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their length is cut, since no input is known that needs it."""
+    monkeypatch.setattr(ECDQ, "unit_bytes", lambda self, numel: 132 if numel else 0)
+    codec, x = Codec(ECDQ(2)), gaussian(20 * 4096 + 13)  # a length of its own: layouts are kept
+    x[4096 * 3] = torch.nan
+    with use(reference):
+        expected = codec.encode(x, KEY)
+    codes = codec.layout(len(x))[0].codes
+    assert not expected[codes : codes + 132].any()
+    for name, kernel in variants().items():
+        with use(kernel):
+            payload = torch.full_like(expected, 0xA5)
+            codec.encode(x, KEY, out=payload)
+        assert torch.equal(payload, expected), name
+
+
+@pytest.mark.parametrize("quantizer", ECDQS, ids=repr)
+def test_plans_own_the_tables_that_they_point_into(quantizer: ECDQ) -> None:
+    plans = cpu.plans_of(Codec(quantizer, 1, 1024).task(1024))
+    (plan,) = plans.array
+    table = plans.table
+    assert {plan.symbols, plan.slots} == {
+        table.entries.ctypes.data,  # type: ignore[attr-defined]
+        table.slots.ctypes.data,  # type: ignore[attr-defined]
+    }
+    assert plan.levels is plan.positions is plan.boundaries is plan.half_norms is None
+    assert quantizer.table is table
+
+
+@pytest.mark.parametrize("quarters", range(4, 25))
+def test_division_by_multiplication_is_exact(quarters: int) -> None:
+    """x // f = (x m) >> (31 + s) up to the largest x < 2^(32 - P) f: where x m / 2^(31 + s) exceeds
+    x / f by less than 1 / f, that is where x (m f - 2^(31 + s)) < 2^(31 + s)."""
+    table = ECDQ(quarters / 4).table
+    for (entry, inverse), f in zip(
+        table.entries.tolist(), table.frequencies.flatten().tolist(), strict=True
+    ):
+        shift = 31 + (entry >> 26)
+        assert entry & 0x1FFF == f
+        assert inverse < 1 << 32
+        assert ((f << (32 - table.precision)) - 1) * (inverse * f - (1 << shift)) < 1 << shift
+    assert int(table.frequencies.max()) < 1 << 12
+    assert table.frequencies.shape[1] <= 1 << 8
