@@ -120,19 +120,12 @@ def choose(device: str, quantizer: type[Quantizer]) -> Kernel:
         return reference
     if quantizer in cpu.QUANTIZERS and device == "cpu" and wanted != "gpu":
         return _for_cpu(wanted, os.environ.get("RHTCOMM_CPU") or None)
-    on_gpu = quantizer in cpu.QUANTIZERS and quantizer is not ECDQ
-    if on_gpu and device in ("cpu", "cuda") and wanted != "cpu":
-        return _for_gpu(device, wanted)
+    if quantizer in cpu.QUANTIZERS and device in ("cpu", "cuda") and wanted != "cpu":
+        return _for_gpu(device, wanted, quantizer is ECDQ)
     if wanted is not None:
         raise RuntimeError(
             f"RHTCOMM_KERNELS={wanted}, but it has none for {quantizer.__name__} on "
             f"{device}; unset it"
-        )
-    if device == "cuda":
-        logging.getLogger("rhtcomm").warning(
-            "there are no Triton kernels for %s yet; the much slower torch reference is in use on "
-            "CUDA tensors",
-            quantizer.__name__,
         )
     return reference
 
@@ -198,13 +191,13 @@ def _source() -> str:
 
 
 @once
-def _for_gpu(device: str, wanted: str | None) -> Kernel:
+def _for_gpu(device: str, wanted: str | None, in_units: bool) -> Kernel:
     try:
         from triton import __version__
 
         if tuple(map(int, __version__.split(".")[:2])) < (3, 6):
             raise ImportError(f"it is version {__version__}, but the kernels need 3.6 or newer")
-        from rhtcomm.kernels import gpu
+        from rhtcomm.kernels import gpu, gpu_units
     except ImportError as missing:
         remedy = "pip install 'rhtcomm[gpu]', with torch 2.10 or newer"
         if wanted:
@@ -224,4 +217,4 @@ def _for_gpu(device: str, wanted: str | None) -> Kernel:
             f"process, not on {device}, because TRITON_INTERPRET "
             f"{'is' if gpu.interpreted() else 'is not'} set; change that, or RHTCOMM_KERNELS"
         )
-    return gpu
+    return gpu_units if in_units else gpu

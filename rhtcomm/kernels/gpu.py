@@ -35,7 +35,21 @@ from rhtcomm.randomness import Key, stratum
 from rhtcomm.rotation import Blocks, RandomizedHadamard
 from rhtcomm.wire import Section
 
-__all__ = ["MAX_BLOCK", "QUANTIZERS", "decode", "encode", "interpreted", "tuner", "warps_for"]
+__all__ = [
+    "MAX_BLOCK",
+    "QUANTIZERS",
+    "decode",
+    "encode",
+    "interpreted",
+    "launch",
+    "launches",
+    "on_device",
+    "run",
+    "too_large",
+    "tuner",
+    "warps_for",
+    "words_of",
+]
 
 QUANTIZERS = (QuicFL, Eden, VectorQuantizer)
 MAX_BLOCK = 1 << 14  # what the registers of one program hold; larger blocks take the reference
@@ -57,7 +71,7 @@ def encode(
     payloads: torch.Tensor,
     moments: torch.Tensor | None = None,
 ) -> None:
-    if _too_large(task):
+    if too_large(task):
         reference.encode(task, key, offset, rank, world_size, x, payloads, moments)
         return
     rotation, quantizer = task.rotation, task.quantizer
@@ -66,10 +80,10 @@ def encode(
     levels = quantizer.table if isinstance(quantizer, QuicFL) else None
     done = 0
     with torch.cuda.device_of(x):
-        for section, shard, blocks in _launches(task):
+        for section, shard, blocks in launches(task):
             coordinates = x[blocks.offset : min(blocks.stop, (shard + 1) * task.numel)]
             scales, codes = section.views(payloads[shard])
-            _launch(
+            launch(
                 encode_block,
                 blocks.count,
                 _shape(rotation, quantizer, blocks, coordinates.numel()),
@@ -80,7 +94,7 @@ def encode(
                 table,
                 thresholds,
                 coordinates.numel(),
-                *_words_of(key, offset + blocks.offset),
+                *words_of(key, offset + blocks.offset),
                 rank if quantizer.rotation == "per_rank" else 0,
                 stratum(rank, world_size),
                 blocks.size ** (-rotation.rotations / 2),
@@ -102,17 +116,17 @@ def decode(
     payloads: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    if _too_large(task):
+    if too_large(task):
         reference.decode(task, key, offset, rank, world_size, payloads, out)
         return
     rotation, quantizer, ranks = task.rotation, task.quantizer, len(payloads)
     assert isinstance(quantizer, QUANTIZERS)
     (table,) = _tables(quantizer, out.device, encoding=False)
     with torch.cuda.device_of(out):
-        for section, shard, blocks in _launches(task):
+        for section, shard, blocks in launches(task):
             target = out[blocks.offset : min(blocks.stop, (shard + 1) * task.numel)]
             scales, codes = section.views(payloads[:, shard])
-            _launch(
+            launch(
                 decode_block,
                 blocks.count,
                 _shape(rotation, quantizer, blocks, target.numel()),
@@ -121,7 +135,7 @@ def decode(
                 target,
                 table,
                 target.numel(),
-                *_words_of(key, offset + blocks.offset),
+                *words_of(key, offset + blocks.offset),
                 rank,
                 ranks,
                 scales.stride(0),
@@ -132,18 +146,18 @@ def decode(
             )
 
 
-def _too_large(task: Task) -> bool:
+def too_large(task: Task) -> bool:
     return any(section.blocks.size > MAX_BLOCK for section in task.sections)
 
 
-def _launches(task: Task) -> Iterator[tuple[Section, int, Blocks]]:
+def launches(task: Task) -> Iterator[tuple[Section, int, Blocks]]:
     """The blocks of one launch each: their section, shard, and offset in the tensor."""
     for section in task.sections:
         for shard in range(task.shards):
             yield section, shard, section.blocks.shifted(shard * task.numel)
 
 
-def _words_of(key: Key, offset: int) -> tuple[int, ...]:
+def words_of(key: Key, offset: int) -> tuple[int, ...]:
     """offset, seed, bucket, step and hop as the kernels take them: int32 of the same bits."""
     words = (
         offset // 16,
@@ -188,7 +202,7 @@ tuner = Tuner()
 _one_at_a_time = Lock() if interpreted() else nullcontext()  # the interpreter knows no threads
 
 
-def _launch(
+def launch(
     kernel: Any,
     programs: int,
     shape: dict[str, Any],
@@ -201,27 +215,28 @@ def _launch(
     The default block, 4096, is not tuned, which would make the first bucket slow.
     """
 
-    def launch(warps: int) -> None:
+    def launched(warps: int) -> None:
         options = shape | constants | {"num_warps": warps, "WARPS": warps}
-        with _one_at_a_time:
-            kernel[(programs,)](x, *others, **options)
+        run(kernel, (programs,), x, *others, **options)
 
     warps = shape["num_warps"]
     if shape["SIZE"] != 4096 and programs >= tuner.least:
         dtypes = tuple(t.dtype for t in (x, *others) if isinstance(t, torch.Tensor))
         what = (kernel, x.device, dtypes, *shape.items())
-        warps = tuner.warps(what, warps, shape["SIZE"], x.device, launch)
-    launch(warps)
+        warps = tuner.warps(what, warps, shape["SIZE"], x.device, launched)
+    launched(warps)
+
+
+def run(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
+    with _one_at_a_time:
+        kernel[grid](*arguments, **options)
 
 
 @once
 def _tables(
     quantizer: QuicFL | Eden | VectorQuantizer, device: torch.device, encoding: bool
 ) -> tuple[torch.Tensor, ...]:
-    """On the device; they have arrived on return, so any stream may read them.
-
-    The first one is what codes are looked up in, filled up with zeros to a power of two.
-    """
+    """The first one is what codes are looked up in, filled up with zeros to a power of two."""
     tables: tuple[npt.NDArray[Any], ...]
     if isinstance(quantizer, QuicFL):
         positions = quantizer.table.positions << (16 - quantizer.bits)
@@ -233,8 +248,15 @@ def _tables(
     flat = tables[0].ravel()
     padded = np.pad(flat, (0, (1 << (flat.size - 1).bit_length()) - flat.size))
     tables = (padded, *tables[1 : 1 + encoding])
-    # No tensor that stays may be an inference tensor, and no copy may wait for what the current
-    # stream waits for, while `once` holds its lock.
+    return on_device(device, *tables)
+
+
+def on_device(device: torch.device, *tables: npt.NDArray[Any]) -> tuple[torch.Tensor, ...]:
+    """Copies of tables, which have arrived on return, so any stream may read them.
+
+    For functions that are called `once`: no tensor that stays may be an inference tensor, and no
+    copy may wait for what the current stream waits for, while `once` holds its lock.
+    """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     with torch.inference_mode(False), torch.cuda.stream(stream):
         return tuple(tensor_of(table, device) for table in tables)

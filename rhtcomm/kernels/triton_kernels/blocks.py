@@ -18,10 +18,11 @@ _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _VOLATILE = [  # arguments that differ from call to call: no kernels of their own for 1 and 16 k
     *("numel", "offset", "seed_low", "seed_high", "bucket", "step", "hop", "rank", "stratum"),
     *("ranks", "scale_stride", "code_stride", "world_size"),
+    *("unit_bytes", "steps", "room", "column_stride"),
 ]
 
 
-def _jit(kernel):
+def jit(kernel):
     names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
     return triton.jit(kernel, do_not_specialize=[name for name in _VOLATILE if name in names])
 
@@ -49,7 +50,40 @@ def load_block(x, block, numel, moments, SIZE: tl.constexpr, WHOLE: tl.constexpr
     return x, up, finite
 
 
-@_jit
+@triton.jit
+def store_scale(to, scale, normalization, up, finite):
+    scale = scale * normalization * up
+    scale = tl.where(scale > _LARGEST, _LARGEST, scale)
+    tl.store(to, tl.where(finite, scale, float("nan")))
+
+
+@triton.jit
+def store_mean(
+    total,
+    out,
+    block,
+    numel,
+    normalization,
+    up,
+    finite,
+    NAN: tl.constexpr,
+    SIZE: tl.constexpr,
+    NEAR: tl.constexpr,
+    THREADS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Stores total (SIZE,), in thread order, times the rest; NAN says whether it may hold NaN."""
+    dtype: tl.constexpr = out.dtype.element_ty
+    # A scalar that is computed stays in a register; a constant would be loaded for each use.
+    mean = to_memory(total * tl.where(finite, normalization, 0.0) * up, SIZE, NEAR, THREADS)
+    index = block * SIZE + tl.arange(0, SIZE)
+    if finite:
+        store(out + index, round_to(mean, dtype, NAN), index < numel, WHOLE)
+    else:
+        store(out + index, tl.broadcast_to(nan_of(dtype), [SIZE]), index < numel, WHOLE)
+
+
+@jit
 def encode_block(
     x,
     scales,
@@ -101,9 +135,7 @@ def encode_block(
             BIASED, ROTATIONS, SIZE, LOG_SIZE, NEAR, THREADS,
         )
     # fmt: on
-    scale = scale * normalization * up
-    scale = tl.where(scale > _LARGEST, _LARGEST, scale)
-    tl.store(scales + block, tl.where(finite, scale, float("nan")))
+    store_scale(scales + block, scale, normalization, up, finite)
 
 
 @triton.jit
@@ -116,7 +148,7 @@ def largest_scale(scales, ranks, scale_stride):
     return largest
 
 
-@_jit
+@jit
 def decode_block(
     scales,
     packed,
@@ -167,11 +199,9 @@ def decode_block(
             down, BITS, GROUP, ROTATIONS, SIZE, LOG_SIZE, NEAR, THREADS,
         )
     # fmt: on
-    dtype: tl.constexpr = out.dtype.element_ty
-    # A scalar that is computed stays in a register; a constant would be loaded for each use.
-    mean = to_memory(total * tl.where(finite, normalization, 0.0) * up, SIZE, NEAR, THREADS)
-    index = block * SIZE + tl.arange(0, SIZE)
-    if finite:
-        store(out + index, round_to(mean, dtype, CAPACITY > 0), index < numel, WHOLE)
-    else:
-        store(out + index, tl.broadcast_to(nan_of(dtype), [SIZE]), index < numel, WHOLE)
+    NAN: tl.constexpr = CAPACITY > 0  # coordinates that travel exactly may be anything
+    # fmt: off
+    store_mean(
+        total, out, block, numel, normalization, up, finite, NAN, SIZE, NEAR, THREADS, WHOLE
+    )
+    # fmt: on
