@@ -3,39 +3,20 @@
 import pytest
 import torch
 from libraries import ECDQS, both_ways, needs_library, variants
-from problems import gaussian
+from problems import gaussian, that_overflows
 
-from rhtcomm import ECDQ, Codec, Key, RandomizedHadamard
+from rhtcomm import ECDQ, Codec, Key
 from rhtcomm.kernels import cpu, reference, use
-from rhtcomm.randomness import dither
 
 pytestmark = needs_library
 KEY = Key(seed=3)
-
-
-def that_overflows(bits: float, numel: int) -> torch.Tensor:
-    """x whose rotation is 2, -2 or 0, wherever its dither makes that expensive."""
-    table = ECDQ(bits).table
-    _, v = dither(KEY, 0, numel, 0, torch.device("cpu"))
-    v = v.long()
-    length = table.precision - torch.from_numpy(table.frequencies).double().log2()
-
-    def cost(y: float) -> torch.Tensor:
-        k = (int(y * table.per_step) + v) >> 16
-        return length[table.class_of(v), k + table.largest]
-
-    y = torch.where(cost(2.0) > cost(-2.0), 2.0, -2.0)
-    longer = (torch.maximum(cost(2.0), cost(-2.0)) - cost(0.0)).view(-1, 4096)
-    kept = torch.zeros_like(longer).scatter(1, longer.topk(1024, dim=1).indices, 1.0)
-    y = (y * kept.flatten()).float().view(-1, 4096)
-    return RandomizedHadamard(1, 4096).unrotate(y, KEY, 0).flatten() / 4096
 
 
 @pytest.mark.parametrize("bits", [1, 1.75, 2.5])
 def test_units_that_do_not_fit_are_those_of_the_reference(bits: float) -> None:
     codec, numel = Codec(ECDQ(bits)), 3 << 16
     x = gaussian(numel, 1)
-    x[1 << 16 : 2 << 16] = that_overflows(bits, numel)[1 << 16 : 2 << 16]
+    x[1 << 16 : 2 << 16] = that_overflows(bits, numel, KEY)[1 << 16 : 2 << 16]
     x[4096 * 17 : 4096 * 18] = torch.inf  # a block of the unit that is coded again
     expected = both_ways(reference, codec, [x], KEY, 0, torch.float32)
     (section,) = codec.layout(numel)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from rhtcomm import Codec, Key
+from rhtcomm import ECDQ, Codec, Key
 from rhtcomm.kernels import kernel_for
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "needs_triton",
     "ranks_in_shards",
     "tuned",
+    "with_units_of",
 ]
 
 Interpreted = Callable[..., Any]  # the fixture of conftest.py
@@ -155,6 +156,14 @@ def moments_of(codec: Codec, x: torch.Tensor, key: Key) -> torch.Tensor:
     moments = torch.full((task.blocks, 10), -1.0)
     kernel_for(x.device, codec.quantizer).encode(task, key, 0, 0, 1, x, payload[None], moments)
     return moments
+
+
+def with_units_of(nbytes: int, codec: Codec, x: torch.Tensor, key: Key) -> torch.Tensor:
+    """A payload of ECDQ whose units have so many bytes, whatever they need."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ECDQ, "unit_bytes", lambda self, numel: nbytes if numel else 0)
+        codec = Codec(codec.quantizer, codec.rotations, codec.block)  # layouts are kept
+        return codec.encode(x, key, out=torch.full((codec.nbytes(len(x)),), 165, dtype=torch.uint8))
 
 
 def tuned(codec: Codec, x: torch.Tensor, key: Key) -> tuple[torch.Tensor, list[int], list[int]]:

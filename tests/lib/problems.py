@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rhtcomm import Codec, Eden, QuicFL
+from rhtcomm import ECDQ, Codec, Eden, Key, QuicFL, RandomizedHadamard
+from rhtcomm.randomness import dither
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -60,6 +61,24 @@ def adversarial(size: int = 4096) -> dict[str, torch.Tensor]:
         "sparse": sparse,
         "lognormal": lognormal(size, 4),
     }
+
+
+def that_overflows(bits: float, numel: int, key: Key) -> torch.Tensor:
+    """x whose rotation is 2, -2 or 0, wherever its dither makes that expensive for ECDQ."""
+    table = ECDQ(bits).table
+    _, v = dither(key, 0, numel, 0, torch.device("cpu"))
+    v = v.long()
+    length = table.precision - torch.from_numpy(table.frequencies).double().log2()
+
+    def cost(y: float) -> torch.Tensor:
+        k = (int(y * table.per_step) + v) >> 16
+        return length[table.class_of(v), k + table.largest]
+
+    y = torch.where(cost(2.0) > cost(-2.0), 2.0, -2.0)
+    longer = (torch.maximum(cost(2.0), cost(-2.0)) - cost(0.0)).view(-1, 4096)
+    kept = torch.zeros_like(longer).scatter(1, longer.topk(1024, dim=1).indices, 1.0)
+    y = (y * kept.flatten()).float().view(-1, 4096)
+    return RandomizedHadamard(1, 4096).unrotate(y, key, 0).flatten() / 4096
 
 
 def sylvester_row(size: int, row: int) -> FloatArray:
