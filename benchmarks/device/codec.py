@@ -93,7 +93,7 @@ def check_variant(name: str, case: Case, dry: bool) -> None:
 
 def check_transform(dtype: torch.dtype, size: int, dry: bool) -> None:
     device = device_for(dry)
-    x = numbers(64 * size if not dry else size, dtype).to(device.torch)
+    x = numbers(64 * size if not dry else size, dtype, 0, device.torch)
     y = torch.full_like(x, 0.125)
     transform(x, y, size)()
     expected = reference_hadamard(x.cpu().float().view(-1, size)).flatten().to(dtype)
@@ -158,7 +158,7 @@ def times(case: Case, device: Device) -> Times:
     """Of the kernels alone, without headers."""
     nbytes = getattr(device, case.size)
     codec = case.codec
-    x = numbers(nbytes // case.dtype.itemsize, case.dtype).to(device.torch)
+    x = numbers(nbytes // case.dtype.itemsize, case.dtype, 0, device.torch)
     copies = max(4, -(-device.cache // nbytes)) if nbytes < device.cache else 1
     xs = [x.clone() for _ in range(copies)]
     with device.kernels():
@@ -181,7 +181,7 @@ def times(case: Case, device: Device) -> Times:
 
 def copy_seconds(nbytes: int, device: Device) -> float:
     copies = max(4, -(-device.cache // nbytes)) if nbytes < device.cache else 1
-    x = numbers(nbytes // 4, torch.float32).to(device.torch)
+    x = numbers(nbytes // 4, torch.float32, 0, device.torch)
     pairs = [(x.clone(), torch.empty_like(x)) for _ in range(copies)]
     calls = [functools.partial(to.copy_, x) for x, to in pairs]
     return device.seconds(calls * (4 if copies == 1 else 1))
@@ -251,7 +251,7 @@ def more_rows(rate: float, device: Device, results: Results) -> None:
 def transform_table(rate: float, device: Device, results: Results) -> None:
     for size, dtype in itertools.product((4096, 16384, 1024, 256), DTYPES):
         nbytes = device.large
-        x = numbers(nbytes // dtype.itemsize, dtype).to(device.torch)
+        x = numbers(nbytes // dtype.itemsize, dtype, 0, device.torch)
         x = x[: x.numel() // size * size]
         y = torch.empty_like(x)
         ratio = device.seconds([transform(x, y, size)] * 4) / (2 * x.nbytes / rate)
@@ -297,7 +297,7 @@ def call_rows(device: Device, results: Results) -> None:
     """Whole calls with headers and checks, as the hook makes them: time of the device."""
     codec = rhtcomm.Codec(rhtcomm.QuicFL(4))
     for dtype in DTYPES[: 1 if device.dry else None]:
-        x = numbers(device.bucket // dtype.itemsize, dtype).to(device.torch)
+        x = numbers(device.bucket // dtype.itemsize, dtype, 0, device.torch)
         with device.kernels():
             coder = codec.coder(x.numel(), 1, device.torch)
             pair = torch.empty(2, 1, coder.nbytes, dtype=torch.uint8, device=device.torch)
@@ -382,7 +382,7 @@ def run(device: Device, results: Results) -> None:
         )
         results.fact(**{"copy, TB/s": f"{rate / 1e12:.2f}"})
         main_table(rate, device, results)
-        x = numbers(device.large // 4, torch.float32).to(device.torch)
+        x = numbers(device.large // 4, torch.float32, 0, device.torch)
         codec = rhtcomm.Codec(rhtcomm.QuicFL(4))
         clocks = device.clocks(functools.partial(codec.encode, x, KEY))
         del x

@@ -158,7 +158,7 @@ def memory(device: Device, results: Results) -> None:
         for bits, dtype in ((4, torch.float32), (4, torch.bfloat16), (8, torch.float32)):
             worst = 0.0
             for nbytes in sizes:
-                x = numbers(nbytes // dtype.itemsize, dtype).to(device.torch)
+                x = numbers(nbytes // dtype.itemsize, dtype, 0, device.torch)
                 with twins(engine, bits=bits) as two:
                     two.step(x)
                     step = functools.partial(two.step, x)

@@ -5,11 +5,13 @@ import torch
 __all__ = ["numbers", "same"]
 
 
-def numbers(count: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Made on the CPU, so that both sides have the same."""
+def numbers(
+    count: int, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Drawn on the CPU, so that they are the same everywhere; they repeat after 4 million."""
     generator = torch.Generator().manual_seed(seed)
-    some = torch.randn(min(count, (1 << 22) - 5), generator=generator)
-    return some.repeat(-(-count // some.numel()))[:count].to(dtype)
+    some = torch.randn(min(count, (1 << 22) - 5), generator=generator).to(dtype).to(device)
+    return some.repeat(-(-count // some.numel()))[:count]
 
 
 def same(x: torch.Tensor, y: torch.Tensor) -> bool:

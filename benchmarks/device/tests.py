@@ -35,6 +35,7 @@ def run(device: Device, results: Results) -> None:
     # What other packages plug into pytest may warn, or take part.
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    environment |= {"RHTCOMM_TEST_PATIENCE": "3"}  # they compile, while others do so too
     with tempfile.TemporaryDirectory() as folder:  # not the checkout, which would be imported
         path = Path(folder) / "log"
         # Not a pipe, which pytest's workers may keep open.

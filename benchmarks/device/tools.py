@@ -114,7 +114,7 @@ def counters(device: Device, results: Results) -> None:
         return
     count = 2 * len(COUNTED)
     options = ["--clock-control", "none", "--set", "full"]
-    options += ["--kernel-name", "regex:(en|de)code_block", "--launch-skip", str(count)]
+    options += ["--kernel-name", "regex:.*code_block.*", "--launch-skip", str(count)]
     options += ["--launch-count", str(count), "--csv", "--page", "raw"]
     code, output = watch(tool, options, "count", device, results.left() - 3)
     kernels = rows_of(output)
