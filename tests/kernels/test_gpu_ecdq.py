@@ -11,6 +11,7 @@ import torch
 from interpreter import (
     Interpreted,
     both_ways,
+    both_ways_in_short_units,
     decode,
     moments_of,
     needs_triton,
@@ -43,7 +44,7 @@ def check(found: Any, expected: Any) -> None:
 def test_same_bits_as_the_reference(interpreted: Interpreted, case: int) -> None:
     size, ranks = (64, 256, 1024)[case % 3], 1 + case % 3
     codec = Codec(ECDQ(BITS[case]), 1 + case // 3 % 3, size)
-    xs = [(gaussian(2000, rank) / (1 + rank)).to(DTYPES[case % 3]) for rank in range(ranks)]
+    xs = [(gaussian(1100, rank) / (1 + rank)).to(DTYPES[case % 3]) for rank in range(ranks)]
     if case % 2:
         xs[0][size : size + 2] = torch.inf
         xs[-1][:size] = 0
@@ -56,17 +57,17 @@ def test_shards_have_units_of_their_own(interpreted: Interpreted) -> None:
     check(interpreted(ranks_in_shards, codec, xs, KEY), ranks_in_shards(codec, xs, KEY))
 
 
-def test_whole_units_and_those_that_do_not_fit(interpreted: Interpreted) -> None:
+def test_units_of_several_blocks_and_those_that_do_not_fit(interpreted: Interpreted) -> None:
     """The second unit takes another factor; the third is short, and the last block a tail."""
-    codec, numel = Codec(ECDQ(1)), (2 << 16) + 4096 + 100
+    codec, numel, unit = Codec(ECDQ(1)), 5 * 4096 + 101, 2 * 4096
     x = gaussian(numel, 1)
-    x[1 << 16 : 2 << 16] = that_overflows(1, 2 << 16, KEY)[1 << 16 :]
-    expected = both_ways(codec, [x], KEY, 0, torch.float32)
-    section = codec.layout(numel)[0]
-    scales, _ = section.part(expected[0][0], slice(0, 33), codec.quantizer)
-    steps = scales / x[: 33 * 4096].view(33, -1).square().mean(dim=1).sqrt()
-    assert bool((steps[16:32] > 1.01 * steps[:16].median()).all()), "it was meant not to fit"
-    check(interpreted(both_ways, codec, [x], KEY, 0, torch.float32), expected)
+    x[unit : 2 * unit] = that_overflows(1, 2 * unit, KEY)[unit:]
+    expected = both_ways_in_short_units(codec, x, KEY)
+    scales = expected[0][0, 16 : 16 + 4 * 5].view(torch.float32)
+    steps = scales / x[: 5 * 4096].view(5, -1).square().mean(dim=1).sqrt()
+    assert bool((steps[2:4] > 1.01 * steps[0]).all()), "it was meant not to fit"
+    found = interpreted(both_ways_in_short_units, codec, x, KEY)
+    check(found, expected)
 
 
 def test_units_that_never_fit(interpreted: Interpreted) -> None:

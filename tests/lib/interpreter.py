@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import rhtcomm.quantizers.ecdq
 from rhtcomm import ECDQ, Codec, Key
 from rhtcomm.kernels import kernel_for
 
@@ -20,6 +21,7 @@ __all__ = [
     "Interpreted",
     "bits_of",
     "both_ways",
+    "both_ways_in_short_units",
     "decode",
     "encode_and_decode",
     "has_triton",
@@ -164,6 +166,15 @@ def with_units_of(nbytes: int, codec: Codec, x: torch.Tensor, key: Key) -> torch
         patch.setattr(ECDQ, "unit_bytes", lambda self, numel: nbytes if numel else 0)
         codec = Codec(codec.quantizer, codec.rotations, codec.block)  # layouts are kept
         return codec.encode(x, key, out=torch.full((codec.nbytes(len(x)),), 165, dtype=torch.uint8))
+
+
+def both_ways_in_short_units(
+    codec: Codec, x: torch.Tensor, key: Key
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `both_ways`, of ECDQ with units of two blocks of 4096."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rhtcomm.quantizers.ecdq, "UNIT", 2 * 4096)
+        return both_ways(codec, [x], key, 0, torch.float32)
 
 
 def tuned(codec: Codec, x: torch.Tensor, key: Key) -> tuple[torch.Tensor, list[int], list[int]]:
