@@ -12,7 +12,7 @@ from device.children import Failed, each
 from device.devices import Device, device_for
 from device.results import Results
 from device.tensors import numbers, same
-from rhtcomm.kernels import gpu, kernel_for
+from rhtcomm.kernels import kernel_for, reference
 from rhtcomm.quantizers import Quantizer
 
 __all__ = ["Case", "check", "more", "run"]
@@ -76,7 +76,7 @@ def check(case: Case, dry: bool) -> None:
     mean = codec.decode_mean(payloads, KEY, numel, out=torch.empty_like(xs[0]))
     with device.kernels():
         kernel = kernel_for(device.torch, case.quantizer)
-        assert kernel is gpu, f"the device runs {kernel} and not the Triton kernels"
+        assert kernel is not reference, "the device runs plain torch and not the Triton kernels"
         there = payloads.to(device.torch)
         for i, x in enumerate(xs):
             own = x.to(device.torch)
@@ -113,6 +113,8 @@ def main_cases() -> Iterator[Case]:
             yield Case(rhtcomm.QuicFL(b), k, dtype)
     for i, quantizer in enumerate(q for kind in quantizers().values() for q in kind):
         yield Case(quantizer, 1 + i % 3, DTYPES[i // 3 % 3], "chunk", tail=True, odd=True)
+    for i, bits in enumerate((4, 1, 2.5, 6)):
+        yield Case(rhtcomm.ECDQ(bits), 1 + i % 2, DTYPES[i % 3], "chunk", tail=True, odd=True)
     yield Case(rhtcomm.Eden(2, biased=True), 2, torch.float32, "chunk", tail=True)
     for block in (32, 1024, 8192, 16384):
         yield Case(rhtcomm.QuicFL(3), 2, torch.bfloat16, "chunk", tail=True, odd=True, block=block)

@@ -295,8 +295,9 @@ def variants_table(rate: float, device: Device, results: Results) -> None:
 
 def call_rows(device: Device, results: Results) -> None:
     """Whole calls with headers and checks, as the hook makes them: time of the device."""
-    codec = rhtcomm.Codec(rhtcomm.QuicFL(4))
-    for dtype in DTYPES[: 1 if device.dry else None]:
+    codecs = [rhtcomm.Codec(rhtcomm.QuicFL(4)), rhtcomm.Codec(rhtcomm.ECDQ(4))]
+    cases = list(itertools.product(codecs, DTYPES))
+    for codec, dtype in cases[: 1 if device.dry else None]:
         x = numbers(device.bucket // dtype.itemsize, dtype, 0, device.torch)
         with device.kernels():
             coder = codec.coder(x.numel(), 1, device.torch)
@@ -311,7 +312,9 @@ def call_rows(device: Device, results: Results) -> None:
 
             encode = functools.partial(coder.encode, x, KEY, 0, 0, 2, pair[0])
             results.row(
-                "Whole calls for 25 MiB, b = 4, k = 2, with headers, us of the device",
+                "Whole calls for 25 MiB, b = 4, with headers, us of the device",
+                quantizer=type(codec.quantizer).__name__,
+                k=codec.default_rotations,
                 dtype=_name(dtype),
                 encode=1e6 * device.queued_seconds(encode),
                 **{"decode K = 2": 1e6 * device.queued_seconds(decode)},

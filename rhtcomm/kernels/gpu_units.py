@@ -7,7 +7,8 @@ it: attempts with all factors are launched, and units that have been encoded tak
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ from rhtcomm.wire import Section
 __all__ = ["decode", "encode"]
 
 
-class Units(NamedTuple):
+@dataclass(frozen=True)
+class Units:
     """Units of one length, with the blocks of one launch.
 
     Args:

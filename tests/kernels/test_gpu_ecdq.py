@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda import needs_cuda
 from interpreter import (
     Interpreted,
     both_ways,
@@ -21,7 +22,7 @@ from interpreter import (
 from problems import DTYPES, gaussian, that_overflows
 
 from rhtcomm import ECDQ, Codec, Key
-from rhtcomm.kernels import reference, use
+from rhtcomm.kernels import choose, reference, use
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("_on_reference")]
 KEY = Key(2**64 - 3, step=2**32 - 1, bucket=2**31 + 5, hop=3)
@@ -96,3 +97,20 @@ def test_moments_are_those_of_the_input(interpreted: Interpreted) -> None:
     codec, x = Codec(ECDQ(2), block=256), gaussian(4 * 256, 2)
     found = interpreted(moments_of, codec, x, KEY)
     assert torch.allclose(found, moments_of(codec, x, KEY), rtol=1e-6)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [1, 4])
+def test_same_bits_on_a_gpu(bits: int, dtype: torch.dtype) -> None:
+    codec, numel = Codec(ECDQ(bits)), (3 << 16) + 4096 + 100
+    xs = [gaussian(numel, rank).to(dtype) for rank in range(2)]
+    xs[0][1 << 16 : 2 << 16] = that_overflows(bits, 2 << 16, KEY)[1 << 16 :].to(dtype)
+    payloads = torch.stack([codec.encode(x, KEY, rank, 2) for rank, x in enumerate(xs)])
+    mean = codec.decode_mean(payloads, KEY, numel, out=torch.empty_like(xs[0]))
+    with use(choose("cuda", ECDQ)):
+        for rank, x in enumerate(xs):
+            assert torch.equal(codec.encode(x.cuda(), KEY, rank, 2).cpu(), payloads[rank])
+        out = torch.empty(numel, dtype=dtype, device="cuda")
+        codec.decode_mean(payloads.cuda(), KEY, numel, out=out)
+    assert torch.equal(out.cpu(), mean)
