@@ -189,9 +189,9 @@ def _shape(
 
 
 def warps_for(size: int) -> int:
-    """Warps of a program: the most with which a thread has a coordinate for each thread.
+    """Warps of a program: the largest number for which threads^2 <= size.
 
-    Then transforms exchange nothing between threads one by one, see
+    Then a thread can hold a row of as many coordinates as there are threads, see
     `rhtcomm.kernels.triton_kernels.hadamard`. Blocks of 4096, for which this gives two warps, are
     not tuned at run time (`benchmarks/gpu.sh` compares); for others it is where tuning begins.
     """
@@ -239,8 +239,9 @@ def _tables(
     """The first one is what codes are looked up in, filled up with zeros to a power of two."""
     tables: tuple[npt.NDArray[Any], ...]
     if isinstance(quantizer, QuicFL):
+        # As uint32: the highest bit of a code is their sign bit.
         positions = quantizer.table.positions << (16 - quantizer.bits)
-        tables = (positions, positions) if encoding else (quantizer.table.levels,)
+        tables = (positions, positions[:1]) if encoding else (quantizer.table.levels,)
     elif isinstance(quantizer, Eden):
         tables = (quantizer.table.centroids, quantizer.table.boundaries)
     else:

@@ -38,7 +38,9 @@ def load_block(x, block, numel, moments, SIZE: tl.constexpr, WHOLE: tl.constexpr
     x = to_float32(load(at, index < numel, WHOLE))
     down, up, finite = powers_of_two(largest_magnitude(x))
     x *= down
-    if not finite:  # zeros come from nowhere, so that this stays a branch: selections take time
+    # A load that reads nothing gives the zeros. For constants the compiler would select for each
+    # coordinate; a load stays in a branch.
+    if not finite:
         x = to_float32(load(at, index < 0, False))
     if moments is not None:
         squares = x * x
@@ -74,7 +76,8 @@ def store_mean(
 ):
     """Stores total (SIZE,), in thread order, times the rest; NAN says whether it may hold NaN."""
     dtype: tl.constexpr = out.dtype.element_ty
-    # A scalar that is computed stays in a register; a constant would be loaded for each use.
+    # `where` changes no result, since what is not finite is not stored. It makes a scalar that stays
+    # in a register; an argument would be loaded for each use.
     mean = to_memory(total * tl.where(finite, normalization, 0.0) * up, SIZE, NEAR, THREADS)
     index = block * SIZE + tl.arange(0, SIZE)
     if finite:

@@ -51,7 +51,7 @@ def transform_rows(x, ROWS: tl.constexpr, LENGTH: tl.constexpr):
 def hadamard(x, SIZE: tl.constexpr, LOG: tl.constexpr, NEAR: tl.constexpr, THREADS: tl.constexpr):
     """The transform of x (SIZE,), in thread order."""
     FAR: tl.constexpr = SIZE // (THREADS * NEAR)
-    if THREADS * THREADS <= SIZE:  # a thread has room for a row as long as there are threads
+    if THREADS * THREADS <= SIZE:  # rows of THREADS coordinates fit in one thread
         x = tl.permute(tl.reshape(x, [FAR, NEAR, THREADS]), (0, 2, 1))
         x = transform_rows(tl.reshape(x, [FAR * THREADS, NEAR]), FAR * THREADS, NEAR)
         x = transform_rows(tl.reshape(x, [NEAR * FAR, THREADS]), NEAR * FAR, THREADS)

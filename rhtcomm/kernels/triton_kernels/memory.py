@@ -38,11 +38,11 @@ def look_up(
 ):
     """table[index], index (SIZE,) in thread order and below ENTRIES.
 
-    The table has as many entries as the next power of two. One that is small next to the block is
-    copied to shared memory, where 32 threads that read 32 entries wait for each other less.
+    The table is padded to the next power of two. If that is at most half the block, it is copied to
+    shared memory, where 32 threads that read 32 entries wait for each other less.
     """
     LENGTH: tl.constexpr = triton.next_power_of_2(ENTRIES)
-    if 2 * LENGTH <= SIZE and THREADS > 32:  # one warp would shuffle the table
+    if 2 * LENGTH <= SIZE and THREADS > 32:  # within one warp Triton gathers by shuffles
         return tl.gather(tl.load(table + tl.arange(0, LENGTH)), index, 0)
     else:
         return to_threads(

@@ -125,7 +125,7 @@ def quic_fl_scale(
 
 @triton.jit
 def quic_fl_codes(
-    nodes,
+    y,
     dither,
     positions,
     BITS: tl.constexpr,
@@ -141,10 +141,10 @@ def quic_fl_codes(
     positions and change no code.
 
     Args:
-        nodes: y in 2^-16 of the distance of two nodes of the table.
+        y: (SIZE,) in units of 2^-16 of the distance between two nodes of the table.
     """
     u = (dither & 0xFFFF).to(tl.int32, bitcast=True)
-    node = (nodes.to(tl.int32) + (u + MIDDLE)) >> 16
+    node = (y.to(tl.int32) + (u + MIDDLE)) >> 16
     position = look_up(positions, node, (MIDDLE >> 15) + 1, SIZE, NEAR, THREADS)
     return position.to(tl.uint32, bitcast=True) + (dither >> BITS)
 

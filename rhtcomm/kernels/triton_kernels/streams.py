@@ -38,7 +38,9 @@ def draw_words(key, purposes, calls, CALLS: tl.constexpr):
     step = tl.full([CALLS], 0, tl.uint32) + key[3].to(tl.uint32, bitcast=True)
     low, high = key[0].to(tl.uint32, bitcast=True), key[1].to(tl.uint32, bitcast=True)
     w0, w1, w2, w3 = philox(calls, bucket, step, purposes, low, high)
-    lower = tl.permute(tl.join(w0, w1), (1, 0))  # in thread order until the end, see `order`
+    lower = tl.permute(
+        tl.join(w0, w1), (1, 0)
+    )  # calls stay the last axis: threads keep what they drew
     upper = tl.permute(tl.join(w2, w3), (1, 0))
     words = tl.permute(tl.join(lower, upper), (1, 2, 0))
     return tl.reshape(words, [4 * CALLS])
@@ -95,7 +97,7 @@ def draw_dither(
 ):
     """(SIZE,) uint32: v in the upper and u in the lower half, see `rhtcomm.randomness.dither`.
 
-    In thread order. `stratum`, in 1/256, moves both modulo one, which changes nothing but their
+    In thread order. `stratum`, 0 .. 255 in 1/256, moves both modulo one, which changes nothing but their
     upper bytes. In a word of four coordinates these are two bytes of the word as it is drawn, for
     coordinates 0 and 2 the even ones, for 1 and 3 the odd ones. So all four bytes are moved at once
     and each coordinate takes two from there.
