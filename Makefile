@@ -5,7 +5,7 @@
 # make sanitize   runs the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc)
 # make slurm  runs launch/slurm.sbatch under a real Slurm of two nodes on this machine, as root; skips
 #             where slurm-wlm or munge is missing
-# make matrix   runs the core tests on the oldest and the newest versions (downloads up to 12 GB)
+# make matrix   runs the core tests on the oldest and the newest versions (downloads up to 18 GB)
 # make cross   checks the C kernels under qemu on aarch64 and riscv64, and by clang, where installed
 # make        lists these
 
@@ -40,7 +40,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch findings/*.sh .ci/run
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch benchmarks/*.sh findings/*.sh .ci/run
 
 sanitize: $(VENV)/.installed
 	$(BIN)/cmake -S . -B build/sanitize -DRHTCOMM_SANITIZE=address,undefined
