@@ -63,8 +63,9 @@ def mend() -> None:
     In the interpreter a scalar is an array of shape (1,), of which Triton 3.6 makes an `int`, for
     loops over a scalar argument, in a way that NumPy 2.4 no longer accepts.
 
-    In the interpreter `tl.fma` rounds twice up to Triton 3.7; later, and on devices, once. And `umulhi` of negative
-    int32 is wrong. So an AssertionError meets kernels for which either would matter.
+    In the interpreter `tl.fma` rounds twice up to Triton 3.7; later, and on devices, once. And
+    `umulhi` of negative int32 is wrong. So an AssertionError meets kernels for which either would
+    matter.
     """
     if not has_triton:
         return

@@ -76,8 +76,8 @@ def store_mean(
 ):
     """Stores total (SIZE,), in thread order, times the rest; NAN says whether it may hold NaN."""
     dtype: tl.constexpr = out.dtype.element_ty
-    # `where` changes no result, since what is not finite is not stored. It makes a scalar that stays
-    # in a register; an argument would be loaded for each use.
+    # `where` changes no result, since what is not finite is not stored. It makes a scalar that
+    # stays in a register; an argument would be loaded for each use.
     mean = to_memory(total * tl.where(finite, normalization, 0.0) * up, SIZE, NEAR, THREADS)
     index = block * SIZE + tl.arange(0, SIZE)
     if finite:

@@ -97,10 +97,10 @@ def draw_dither(
 ):
     """(SIZE,) uint32: v in the upper and u in the lower half, see `rhtcomm.randomness.dither`.
 
-    In thread order. `stratum`, 0 .. 255 in 1/256, moves both modulo one, which changes nothing but their
-    upper bytes. In a word of four coordinates these are two bytes of the word as it is drawn, for
-    coordinates 0 and 2 the even ones, for 1 and 3 the odd ones. So all four bytes are moved at once
-    and each coordinate takes two from there.
+    In thread order. `stratum`, 0 .. 255 in 1/256, moves both modulo one, which changes nothing but
+    their upper bytes. In a word of four coordinates these are two bytes of the word as it is drawn,
+    for coordinates 0 and 2 the even ones, for 1 and 3 the odd ones. So all four bytes are moved at
+    once and each coordinate takes two from there.
     """
     calls = sixteenth + tl.arange(0, SIZE // 16).to(tl.uint32)
     purposes = tl.full([SIZE // 16], 0, tl.uint32) + (hop + _DITHER).to(tl.uint32, bitcast=True)
