@@ -18,11 +18,11 @@ from triton.compiler import ASTSource, CompiledKernel
 import rhtcomm
 from rhtcomm.kernels import gpu
 
-__all__ = ["Counts", "compiled", "count"]
+__all__ = ["Counts", "compiled", "count", "source_of"]
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-TYPES |= {torch.uint8: "*u8", torch.int32: "*i32"}
+TYPES |= {torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32"}
 KINDS = {  # of SASS instructions, by the beginnings of their names
     "float": ("FADD", "FMUL", "FFMA", "HADD2", "HFMA2", "MUFU"),
     "memory": ("LDG", "STG", "LDL", "STL"),
@@ -61,6 +61,7 @@ def compiled(
         )
     (launch,) = launches
     launch |= options
+    launch["WARPS"] = launch["num_warps"]
     source, own = source_of(kernel, launch)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=own)
 
