@@ -38,7 +38,7 @@ __all__ = ["Bucket", "Cuda", "Engine", "StreamEngine", "ThreadEngine", "engine_f
 Future = torch.futures.Future[torch.Tensor]
 
 _log = logging.getLogger("rhtcomm")
-_ROW = 32  # coordinates of a segment that is a row, at least
+_ROW = 64  # coordinates of a segment that is a row, at least
 
 
 @dataclass(slots=True)
@@ -347,9 +347,10 @@ def _lengths(bucket: Bucket) -> tuple[int, ...]:
 
 
 def _rows(parameter: torch.Tensor, length: int) -> int:
-    """How many segments a parameter is: its rows, if the bits that tell which are used are few.
+    """How many segments a parameter is: its rows, unless they are short.
 
-    (One bit a row is at most 1.6% of the payload with 2 bits per coordinate.)
+    With `_ROW` coordinates each, the bits that say which are used are 0.8% of a payload with 2 bits
+    per coordinate, and finding out takes about 2% of the codec's time.
     """
     rows = parameter.shape[0] if parameter.dim() > 1 else 1
     return rows if length >= _ROW * rows > 0 else 1

@@ -64,7 +64,7 @@ def test_used_rows_are_found_and_others_restored(
 
 # ---- The hook ---------------------------------------------------------------------------------
 
-SYMBOLS, WIDTH = 50, 40
+SYMBOLS, WIDTH = 50, 64
 
 
 class Words(nn.Module):
@@ -75,7 +75,7 @@ class Words(nn.Module):
         torch.manual_seed(0)
         self.scale = nn.Parameter(torch.ones(7, dtype=dtype))
         self.embedding = nn.Embedding(SYMBOLS, WIDTH, dtype=dtype)
-        self.narrow = nn.Parameter(torch.randn(90, 3, dtype=dtype))
+        self.narrow = nn.Parameter(torch.randn(9, 63, dtype=dtype))
 
     def forward(self, symbols: torch.Tensor) -> torch.Tensor:
         rows = self.embedding(symbols)
@@ -155,7 +155,7 @@ def test_rows_that_no_rank_met_do_not_move(
 def test_a_bit_a_row_is_sent(ranks: Ranks) -> None:
     found = ranks.run(train, 2, torch.float32, 0, {})[0]
     sent = found[1][2] - found[0][2]
-    numel = 7 + SYMBOLS * WIDTH + 90 * 3
+    numel = 7 + SYMBOLS * WIDTH + 9 * 63
     with_one = ranks.run(send_flat, 2, numel)[0]
     # Three parameters would be one word; 50 rows and two others are two.
     assert sent - with_one == 4 * math.ceil((SYMBOLS + 2) / 32)
