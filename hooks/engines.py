@@ -38,6 +38,7 @@ __all__ = ["Bucket", "Cuda", "Engine", "StreamEngine", "ThreadEngine", "engine_f
 Future = torch.futures.Future[torch.Tensor]
 
 _log = logging.getLogger("rhtcomm")
+_ROW = 64  # coordinates of a segment that is a row, at least
 
 
 @dataclass(slots=True)
@@ -172,10 +173,12 @@ class Engine:
             exact = self._exact_mean(buffer, residual)
         # Where others may use the connections after this step, they must be settled before.
         settle = bucket.ends and not self.topology.private
+        lengths = _lengths(bucket)
         report = reducer.mean_(
             buffer,
             key,
-            lengths=_lengths(bucket),
+            lengths=lengths,
+            rows=tuple(map(_rows, bucket.parameters, lengths)),
             residual=residual,
             treatment=bucket.treatment,
             settle=settle,
@@ -336,8 +339,18 @@ def engine_for(device: torch.device, reducer: Reducer) -> type[Engine]:
 
 
 def _lengths(bucket: Bucket) -> tuple[int, ...]:
-    """Of the parameters in the bucket: the segments of its buffer."""
+    """Of the parameters in the bucket's buffer."""
     lengths = tuple(map(torch.Tensor.numel, bucket.parameters))
     if sum(lengths) == bucket.buffer.numel():
         return lengths
     return tuple(map(numel_of, bucket.parameters))
+
+
+def _rows(parameter: torch.Tensor, length: int) -> int:
+    """How many segments a parameter is: its rows, unless they are short.
+
+    With `_ROW` coordinates each, the bits that say which are used are 0.8% of a payload with 2 bits
+    per coordinate, and finding out takes about 2% of the codec's time.
+    """
+    rows = parameter.shape[0] if parameter.dim() > 1 else 1
+    return rows if length >= _ROW * rows > 0 else 1

@@ -1,10 +1,12 @@
-"""Parameters of a bucket whose gradients are zeros on all ranks.
+"""Parameters of a bucket, and rows of them, whose gradients are zeros on all ranks.
 
-The gradient of a layer that no rank used is zero, and so is its mean. But a block of a codec holds
-coordinates of several parameters, so the noise of one would come back in the zeros of the next, and
-Adam makes full steps of noise, however small. So ranks send one bit for each segment, that is for
-the coordinates of one parameter: whether anything in it is not zero. What is zero on all ranks is
-set to zero after decoding, whatever was decoded.
+The gradient of a layer that no rank used is zero, and so is its mean; likewise the rows of an
+embedding for symbols that no rank met. But a block of a codec holds coordinates of several rows and
+parameters, so the noise of one would come back in the zeros of the next, and Adam makes full steps
+of noise, however small: what was learned of rare symbols would be lost between their turns. So
+ranks send one bit for each segment, that is for the coordinates of one parameter or of one row:
+whether anything in it is not zero. What is zero on all ranks is set to zero after decoding,
+whatever was decoded.
 
 A value counts as zero if no bit but its sign is set: -0.0 does, NaN and subnormal numbers do not.
 """
@@ -13,8 +15,7 @@ import ctypes
 import math
 import operator
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,19 +24,43 @@ import torch
 __all__ = ["Segments", "merge_", "pack", "unpack"]
 
 
+class _Part(NamedTuple):
+    """`rows` segments of one length, one behind the other."""
+
+    offset: int
+    """Where the first one begins in the tensor."""
+    rows: int
+    length: int
+    """Of each."""
+    first: int
+    """The number of the first one."""
+
+    def of(self, x: Any) -> Any:
+        """Its coordinates of x (numel,): a view (rows, length)."""
+        run = x[self.offset : self.offset + self.rows * self.length]
+        return run.reshape(self.rows, self.length)
+
+    def flags(self, used: Any) -> Any:
+        """What `used`, an array with an entry for each segment, has of it: a view (rows,)."""
+        return used[self.first : self.first + self.rows]
+
+
 class Segments:
     """Runs that follow each other and make up a flat tensor; empty ones are left out.
 
     Args:
-        lengths: of the runs; None: the whole tensor is one.
-        numel: of the tensor.
+        lengths: of the tensors that were flattened; None: one.
+        numel: of the flat tensor.
+        rows: how many segments, of one length, each of those tensors is; None: one.
 
     Raises:
         TypeError: a length is no integer.
         ValueError: a length is negative, or their sum is not numel.
     """
 
-    def __init__(self, lengths: Sequence[int] | None, numel: int) -> None:
+    def __init__(
+        self, lengths: Sequence[int] | None, numel: int, rows: Sequence[int] | None = None
+    ) -> None:
         try:
             runs = [numel] if lengths is None else list(map(operator.index, lengths))
         except TypeError:
@@ -50,12 +75,23 @@ class Segments:
                 "coordinates; give the length of each of its parts, in their order"
             )
         self.given = tuple(runs)
-        self.lengths = [length for length in runs if length]
-        self._edges = [0, *accumulate(self.lengths)]
-        self._offsets = np.array(self._edges[:-1], dtype=np.int64)
+        self._parts: list[_Part] = []
+        offset = first = 0
+        for length, count in zip(runs, rows or [1] * len(runs), strict=True):
+            if length:
+                self._parts.append(_Part(offset, count, length // count, first))
+                offset, first = offset + length, first + count
+        self._count = first
+        offsets = [part.offset + part.length * np.arange(part.rows) for part in self._parts]
+        self._offsets = np.concatenate([np.empty(0, np.int64), *offsets])
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self._count
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of all segments."""
+        return [part.length for part in self._parts for _ in range(part.rows)]
 
     def used(self, x: torch.Tensor) -> torch.Tensor:
         """Which segments of contiguous x (numel,) are not zeros throughout.
@@ -86,8 +122,11 @@ class Segments:
         magnitude = np.iinfo(bits.dtype).max  # all bits but the sign
         # The first coordinate of a gradient that is not zero seldom is.
         used = bits[self._offsets] & magnitude != 0
-        for i in np.flatnonzero(~used):
-            used[i] = _any(bits[self._edges[i] + 1 : self._edges[i + 1]], magnitude)
+        for part in self._parts if not used.all() else ():
+            flags = part.flags(used)
+            unclear = np.flatnonzero(~flags)
+            if len(unclear):
+                flags[unclear] = _any(part.of(bits), unclear, magnitude)
         octets = np.zeros(_nbytes(len(used)), np.uint8)
         octets[: -(-len(used) // 8)] = np.packbits(used, bitorder="little")
         return torch.from_numpy(octets)
@@ -100,15 +139,23 @@ class Segments:
             return
         bits = _integers(x)
         values = None if value is None else _integers(value)
-        for i in np.flatnonzero(flags == 0):
-            run = slice(self._edges[i], self._edges[i + 1])
-            bits[run] = 0 if values is None else values[run]
+        for part in self._parts:
+            unused = np.flatnonzero(part.flags(flags) == 0)
+            if len(unused):
+                part.of(bits)[unused] = 0 if values is None else part.of(values)[unused]
 
     # On a device, where to look at a number would stop the host, all numbers are read.
 
     def _used_on_device(self, x: torch.Tensor) -> torch.Tensor:
-        largest = torch.stack(torch._foreach_norm(x.split(self.lengths), math.inf))
-        used = largest != 0  # NaN is not
+        whole = [part.of(x).view(-1) for part in self._parts if part.rows == 1]
+        norms = iter(torch._foreach_norm(whole, math.inf) if whole else ())
+        largest = [
+            next(norms).view(1)
+            if part.rows == 1
+            else torch.linalg.vector_norm(part.of(x), math.inf, dim=1)
+            for part in self._parts
+        ]
+        used = torch.cat(largest) != 0  # NaN is not
         return pack(torch.nn.functional.pad(used, (0, 8 * _nbytes(len(self)) - len(self))))
 
     def _restore_on_device_(
@@ -116,7 +163,7 @@ class Segments:
     ) -> None:
         mask = unpack(used)[: len(self)] == 0
         if len(self) > 1:
-            starts = torch.tensor(self._edges[:-1])
+            starts = torch.from_numpy(self._offsets)
             if x.device.type == "cuda":  # from other memory a copy makes the host wait
                 starts = starts.pin_memory()
             # The sum up to a coordinate of these is 1 where its segment is unused, else 0.
@@ -166,11 +213,21 @@ def _integers(x: torch.Tensor) -> npt.NDArray[np.signedinteger]:
     return np.frombuffer(memory, dtype=np.int32 if x.element_size() == 4 else np.int16)
 
 
-def _any(bits: npt.NDArray[np.signedinteger], mask: int) -> bool:
-    """Whether any number has a bit of the mask; looks a little further each time."""
-    start, size = 0, 64
-    while start < len(bits):
-        if np.bitwise_or.reduce(bits[start : start + size]) & mask:
-            return True
-        start, size = start + size, 4 * size
-    return False
+def _any(
+    bits: npt.NDArray[np.signedinteger], rows: npt.NDArray[np.int64], mask: int
+) -> npt.NDArray[np.bool_]:
+    """Whether any number in these rows of (count, length) has a bit of the mask.
+
+    It looks further into a row each time.
+    """
+    found = np.zeros(len(bits), np.bool_)
+    left, start, size = rows, 0, 64
+    while len(left) and start < bits.shape[1]:
+        ahead = bits[:, start : start + size]
+        if 4 * len(left) > len(bits):  # all at once is faster than a copy of those that are left
+            hit = np.bitwise_or.reduce(ahead, axis=1)[left] & mask != 0
+        else:
+            hit = np.bitwise_or.reduce(ahead[left], axis=1) & mask != 0
+        found[left[hit]] = True
+        left, start, size = left[~hit], start + size, 16 * size
+    return found[rows]

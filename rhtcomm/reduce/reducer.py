@@ -142,6 +142,7 @@ class Reducer:
         key: Key,
         *,
         lengths: tuple[int, ...] | None = None,
+        rows: tuple[int, ...] | None = None,
         residual: torch.Tensor | None = None,
         treatment: Treatment | None = None,
         settle: bool = True,
@@ -154,7 +155,7 @@ class Reducer:
             flat: (numel,) floating, contiguous. What is neither float32 nor a 16-bit number
                 travels exactly, in its own dtype.
             key: the same on all ranks, and another one for each call.
-            lengths: of the segments, see `rhtcomm.segments`; None: one.
+            lengths, rows: of the segments, see `rhtcomm.segments`; None: one.
             residual: (numel,) float32: error feedback, see `rhtcomm.reduce.feedback`.
             treatment: the same on all ranks; None: `flat` is compressed by the reducer's codec.
             settle: whether to wait until the others have what this rank sent.
@@ -162,8 +163,11 @@ class Reducer:
         Raises:
             PayloadError: a payload that arrived is not what was expected.
         """
-        place = (flat.numel(), flat.dtype, flat.device, lengths, treatment)
-        route = self._routes.get(place) or self._make_route(place, flat, key, lengths, treatment)
+        place = (flat.numel(), flat.dtype, flat.device, lengths, rows, treatment)
+        route = self._routes.get(place)
+        if route is None:
+            segments = Segments(lengths, flat.numel(), rows)
+            route = self._make_route(place, flat, key, segments, treatment)
         self.clock.restart()
         # What kernels compute is safe from the mode that the thread is in.
         if residual is None and not route.by_torch:
@@ -176,11 +180,10 @@ class Reducer:
         place: tuple[object, ...],
         flat: torch.Tensor,
         key: Key,
-        lengths: tuple[int, ...] | None,
+        segments: Segments,
         treatment: Treatment | None,
     ) -> Route:
         topology, numel = self.topology, flat.numel()
-        segments = Segments(lengths, numel)
         treatment = treatment or Treatment(self.codec)
         if treatment.compare and topology.world_size > 1:
             self._agree_on(treatment, key, flat.device)
