@@ -162,7 +162,7 @@ def test_the_program_goes_on_where_it_stopped(tmp_path: Path) -> None:
             check=True,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=limit(240),
         )
         return done.stdout
 
