@@ -40,8 +40,11 @@ def both_ways(
     random = torch.Generator().manual_seed(5)
     garbage = torch.randint(256, payloads.shape, dtype=torch.uint8, generator=random)
     for section in task.sections:
-        scales = torch.randn(ranks, 1, section.blocks.count, generator=random).view(torch.uint8)
-        garbage[..., section.scales : section.scales + scales.shape[-1]] = scales
+        scales = torch.randn(ranks, 1, section.blocks.count, generator=random)
+        odd = scales[0, 0, 1:7]  # but in the first block
+        odd.copy_(torch.tensor([torch.inf, torch.nan, 1e-45, -3e38, -torch.inf, -0.0])[: len(odd)])
+        octets = scales.view(torch.uint8)
+        garbage[..., section.scales : section.scales + octets.shape[-1]] = octets
     for given in (payloads, garbage):
         out = torch.zeros(shift + numel, dtype=xs[0].dtype)[shift:]
         kernel.decode(task, KEY, offset, 0, ranks, given, out)
@@ -112,6 +115,27 @@ def test_same_bits_as_the_reference(case: Case, units_of: Callable[..., None]) -
         found = both_ways(kernel, codec, xs, case.shift)
     assert set(launched) == set(KERNELS[kernel.__name__.rsplit(".", 1)[1]])
     for one, other in zip(found, both_ways(reference, codec, xs, case.shift), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_blocks_of_extreme_values() -> None:
+    from emulated import emulated
+
+    from rhtcomm.kernels import gpu
+
+    codec, rows = Codec(QuicFL(4), 2, 256), gaussian(9 * 256).view(9, 256)
+    rows[0] *= 1e-42
+    rows[1] *= 1e-38
+    rows[2] = rows[2].sign() * 3e38
+    rows[3, 5], rows[4, 6] = torch.inf, torch.nan
+    rows[5], rows[6] = 0, -0.0
+    rows[7] = rows[7].abs()
+    rows[8] = 0
+    rows[8, 3] = -1.5
+    xs = [rows.flatten()[:-10], rows.flip(1).flatten()[10:].clone()]
+    with emulated():
+        found = both_ways(gpu, codec, xs)
+    for one, other in zip(found, both_ways(reference, codec, xs), strict=True):
         assert torch.equal(one, other)
 
 
