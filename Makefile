@@ -5,7 +5,7 @@
 # make sanitize   runs the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc)
 # make slurm  runs launch/slurm.sbatch under a real Slurm of two nodes on this machine, as root; skips
 #             where slurm-wlm or munge is missing
-# make matrix   runs the core tests on the oldest and the newest versions (downloads up to 12 GB)
+# make matrix   runs the core tests on the oldest and the newest versions (downloads up to 18 GB)
 # make cross   checks the C kernels under qemu on aarch64 and riscv64, and by clang, where installed
 # make        lists these
 
@@ -40,14 +40,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch findings/*.sh .ci/run
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch benchmarks/*.sh findings/*.sh .ci/run
 
 sanitize: $(VENV)/.installed
 	$(BIN)/cmake -S . -B build/sanitize -DRHTCOMM_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize
 	RHTCOMM_TEST_LIBRARY=build/sanitize/rhtcomm_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest -s tests/kernels/test_kernels.py -k "not environment"
+	$(BIN)/python -m pytest -s tests/kernels/test_kernels.py tests/kernels/test_ecdq_kernels.py -k "not environment"
 
 slurm: $(VENV)/.installed
 	PYTHONPATH=tests/lib $(BIN)/python tests/launch/slurm_local.py

@@ -1,334 +1,250 @@
-"""The Triton kernels on a GPU: bits first, then times against what the memory allows.
+"""The Triton kernels and the hook on a GPU: bits, speed, streams, memory.
 
-    python benchmarks/gpu.py                     all of it, in less than ten minutes
-    python benchmarks/gpu.py --quick             b = 4 and k = 2 alone
-    python benchmarks/gpu.py --warps 1 2 4 8     compare numbers of warps per program, b = 4, k = 2
+    benchmarks/gpu.sh                        installs the checkout for this run, and does all of it
+    python benchmarks/gpu.py                 all of it, in less than nine minutes
+    python benchmarks/gpu.py --dry-run       the same on a CPU at toy sizes, with a made-up clock
+    python benchmarks/gpu.py --parts codec   one part; --variants NAME ... chooses among launches
 
-A row is printed only after encode and decode gave, on a whole bucket, the bits of the CPU's
-kernels. Times are of the device alone: many calls in a CUDA graph, over as many tensors as do not
-fit in the second-level cache. The floor of a row is the time that its bytes (each input read once,
-each output written once) take at the rate of a device-to-device copy of 1 GiB in the same run; its
-share of the roofline is the floor over the time.
+Each part is a process of its own with a time limit, so that one that crashes or hangs costs no
+other. What is found is written to gpu.json and gpu.md in the folder of --out row by row; gpu.md can
+be copied to results/ as it is. Logs lie beside them. The parts are in benchmarks/device.
 """
 
 import argparse
-import functools
-import itertools
+import contextlib
+import faulthandler
+import importlib
 import json
-import multiprocessing as mp
 import os
-import statistics
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package is not installed
 
-import torch
+from device.results import Part, Results, markdown, summary
 
-import rhtcomm
-from lib.processes import ROOT, TRAINER, torchrun
-from lib.report import table
-from rhtcomm.deferred import DeferredChecks
-from rhtcomm.wire import HEADER_BYTES
-
-try:
-    import triton
-    import triton.language as tl
-
-    from rhtcomm.kernels import gpu
-    from rhtcomm.kernels.triton_kernels.hadamard import hadamard
-    from rhtcomm.kernels.triton_kernels.memory import round_to, to_float32
-except ImportError as missing:
-    sys.exit(f"benchmarks/gpu.py needs Triton ({missing}): pip install 'rhtcomm[gpu]'")
-
-KEY = rhtcomm.Key(seed=1)
-BITS, ROTATIONS = (1, 2, 4, 8), (1, 2, 3)
-DTYPES = (torch.float32, torch.bfloat16)
-SIZES = {"25 MiB": 25 << 20, "1 GiB": 1 << 30}  # bytes of the tensor
-CACHE = 256 << 20  # bytes that surely do not fit in the second-level cache
-TARGET = 0.6
-
-
-@triton.jit
-def hadamard_kernel(x, y, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    transformed = hadamard(to_float32(tl.load(x + index)), SIZE, LOG_SIZE)
-    tl.store(y + index, round_to(transformed, y.dtype.element_ty))
-
-
-def device_time(calls: Iterable[Callable[[], object]], rounds: int = 20) -> float:
-    """Median seconds of a call, all of them in one CUDA graph."""
-    calls = list(calls)
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    seconds = []
-    for _ in range(rounds):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        seconds.append(1e-3 * start.elapsed_time(stop) / len(calls))
-    return statistics.median(seconds)
-
-
-def copy_rate() -> float:
-    """Bytes a second, read and written, of a device-to-device copy of 1 GiB."""
-    x = torch.randint(0, 256, (1 << 30,), dtype=torch.uint8, device="cuda")
-    y = torch.empty_like(x)
-    return 2 * x.nbytes / device_time([functools.partial(y.copy_, x)] * 4)
-
-
-def numbers(nbytes: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """On the CPU, so that both sides have the same."""
-    generator = torch.Generator().manual_seed(seed)
-    some = torch.randn(1 << 22, generator=generator)
-    count = nbytes // dtype.itemsize
-    return some.repeat(-(-count // some.numel()))[:count].to(dtype)
+TOTAL = 530.0  # seconds that all of it may take
+ORDERLY = 5.0  # seconds before its limit at which a part should end by itself
 
 
 @dataclass(frozen=True)
-class Case:
-    bits: int
-    rotations: int
-    dtype: torch.dtype
-    block: int = 4096
+class Plan:
+    """Of a part: its function, its seconds, and what runs at the same time."""
 
-    @property
-    def codec(self) -> rhtcomm.Codec:
-        return rhtcomm.Codec(rhtcomm.QuicFL(self.bits), self.rotations, self.block)
-
-    def check(self, nbytes: int) -> None:
-        """Raise unless a payload and the mean of two have the bits that the CPU gives them."""
-        x = numbers(nbytes, self.dtype)
-        x = x[: x.numel() - 777]  # a tail block too
-        on_gpu = x.cuda()
-        payloads = [self.codec.encode(x, KEY, rank, 2) for rank in range(2)]
-        for rank, payload in enumerate(payloads):
-            if not torch.equal(self.codec.encode(on_gpu, KEY, rank, 2).cpu(), payload):
-                raise AssertionError(f"encode differs from the CPU's: {self}")
-        stacked = torch.stack(payloads)
-        mean = self.codec.decode_mean(stacked, KEY, x.numel(), out=torch.empty_like(x))
-        on_gpu.fill_(float("nan"))
-        self.codec.decode_mean(stacked.cuda(), KEY, x.numel(), out=on_gpu)
-        if not torch.equal(on_gpu.cpu(), mean):
-            raise AssertionError(f"decode differs from the CPU's: {self}")
-
-    def times(self, nbytes: int) -> tuple[float, float, int]:
-        """Seconds of encode and of decode (K = 1), and the bytes that either must move."""
-        codec, x = self.codec, numbers(nbytes, self.dtype).cuda()
-        payload = codec.encode(x, KEY)
-        copies = max(4, -(-CACHE // nbytes)) if nbytes < CACHE else 1
-        xs = [x.clone() for _ in range(copies)]
-        payloads = [payload.clone() for _ in range(copies)]
-        task, origin = codec.task(x.numel()), (KEY, 0, 0, 1)
-        encodes, decodes = [], []
-        for tensor, target in zip(xs, payloads, strict=True):
-            encodes.append(functools.partial(gpu.encode, task, *origin, tensor, target[None]))
-            decodes.append(functools.partial(gpu.decode, task, *origin, target[None, None], tensor))
-        moved = x.nbytes + payload.numel() - HEADER_BYTES
-        return device_time(encodes), device_time(decodes), moved
+    function: str  # module:name
+    seconds: float
+    group: int
 
 
-def compile_case(case: Case) -> None:
-    """Fill Triton's cache on disk; several processes do so at once."""
-    x = torch.randn(20 * case.block - 777, device="cuda").to(case.dtype)
-    whole = x[: 16 * case.block]  # kernels differ where rows do not begin at multiples of 16 bytes
-    payload = case.codec.encode(whole, KEY)
-    case.codec.decode_mean(payload[None], KEY, whole.numel(), out=whole)
-    case.codec.decode_mean(case.codec.encode(x, KEY)[None], KEY, x.numel(), out=x)
+# In the order of importance. Only what is not timed shares the machine.
+PLANS = {
+    "machine": Plan("device.machine:run", 60, 0),
+    "tests": Plan("device.tests:run", 145, 0),
+    "bits": Plan("device.bits:run", 165, 0),
+    "ahead": Plan("device.codec:compile_ahead", 145, 0),
+    "codec": Plan("device.codec:run", 95, 1),
+    "waits": Plan("device.hook:waits", 35, 2),
+    "streams": Plan("device.streams:run", 75, 3),
+    "memory": Plan("device.hook:memory", 50, 3),
+    "sanitizer": Plan("device.tools:sanitizer", 75, 3),
+    "more": Plan("device.bits:more", 75, 3),
+    "training": Plan("device.training:run", 75, 4),
+    "counters": Plan("device.tools:counters", 50, 5),
+}
 
 
-def compile_all(cases: list[Case]) -> None:
-    start = time.perf_counter()
-    jobs = min(8, os.cpu_count() or 1)
-    with ProcessPoolExecutor(jobs, mp_context=mp.get_context("spawn")) as pool:
-        list(pool.map(compile_case, cases))
-    print(f"{len(cases)} pairs of kernels compiled in {time.perf_counter() - start:.0f} s\n")
+class Running:
+    """A part's process."""
 
-
-def kernel_tables(cases: list[Case], rate: float) -> list[list[str]]:
-    """Prints a table a size; returns the rows of b = 4 and k = 2 of the largest."""
-    summary = []
-    header = ["dtype", "k", "b", "encode, us", "of roofline", "to copy", "decode, us"]
-    header += ["of roofline", "to copy"]
-    for size, nbytes in SIZES.items():
-        rows = []
-        for case in cases:
-            encode, decode, moved = case.times(nbytes)
-            copy = 2 * nbytes / rate
-            rows.append([str(case.dtype).removeprefix("torch."), str(case.rotations)])
-            rows[-1].append(str(case.bits))
-            for what, seconds in (("encode", encode), ("decode, K = 1", decode)):
-                share = moved / rate / seconds
-                rows[-1] += [f"{1e6 * seconds:.1f}", f"{share:.0%}", f"{seconds / copy:.2f}"]
-                if size == "1 GiB" and (case.bits, case.rotations) == (4, 2):
-                    met = "met" if share >= TARGET else "missed"
-                    summary.append([what, rows[-1][0], f"{share:.0%}", f"{TARGET:.0%}", met])
-        print(f"QUIC-FL, a tensor of {size}:\n\n{table(header, rows)}", flush=True)
-    return summary
-
-
-def hadamard_table(rate: float) -> None:
-    rows = []
-    for dtype, size in itertools.product(DTYPES, (256, 1024, 4096, 16384)):
-        nbytes = SIZES["1 GiB"]
-        x = numbers(nbytes, dtype).cuda()
-        y = torch.empty_like(x)
-        warps = gpu.warps_for(rhtcomm.QuicFL(4), size)
-        launch = hadamard_kernel[(x.numel() // size,)]
-        log_size = size.bit_length() - 1
-        call = functools.partial(
-            launch, x, y, size, log_size, num_warps=warps, enable_fp_fusion=False
-        )
-        call()
-        expected = rhtcomm.rotation.hadamard(x[: 64 * size].cpu().float().view(-1, size))
-        if not torch.equal(y[: 64 * size].cpu(), expected.flatten().to(dtype)):
-            raise AssertionError(f"the transform of {size} differs from the CPU's")
-        seconds, floor = device_time([call] * 4), 2 * nbytes / rate
-        rows.append([str(dtype).removeprefix("torch."), str(size)])
-        rows[-1] += [f"{1e6 * seconds:.0f}", f"{floor / seconds:.0%}"]
-    print("The transform alone, without signs, 1 GiB read and written:\n")
-    print(table(["dtype", "block", "time, us", "of the copy's rate"], rows), flush=True)
-
-
-def call_table() -> None:
-    """What a call costs the host, which must stay ahead of the device."""
-    codec, x = rhtcomm.Codec(rhtcomm.QuicFL(4)), torch.randn(25 << 18, device="cuda")
-    payload = codec.encode(x, KEY)[None]
-    checks = DeferredChecks()
-    rows = []
-    calls: dict[str, Callable[[], object]] = {
-        "encode": lambda: codec.encode(x, KEY),
-        "decode_mean, K = 1": lambda: codec.decode_mean(payload, KEY, x.numel(), out=x),
-    }
-    for name, call in calls.items():
-        seconds = []
-        for _ in range(50):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            with checks.deferring():
-                call()
-            seconds.append(time.perf_counter() - start)
-            checks.raise_failed(wait=True)
-        rows.append([name, f"{1e6 * statistics.median(seconds):.0f}"])
-    print("Time that the host needs to launch a call for 25 MiB of float32:\n")
-    print(table(["", "us"], rows), flush=True)
-
-
-def warps_table(warps: list[int], rate: float) -> None:
-    rows, chosen = [], gpu.warps_for
-    for dtype, count in itertools.product(DTYPES, warps):
-        gpu.warps_for = lambda quantizer, size, count=count: count
-        encode, decode, moved = Case(4, 2, dtype).times(SIZES["1 GiB"])
-        rows.append([str(dtype).removeprefix("torch."), str(count)])
-        rows[-1] += [f"{moved / rate / seconds:.0%}" for seconds in (encode, decode)]
-    gpu.warps_for = chosen
-    print("Share of the roofline, b = 4, k = 2, 1 GiB, blocks of 4096:\n")
-    print(table(["dtype", "warps", "encode", "decode, K = 1"], rows))
-
-
-def blocks_table(rate: float) -> None:
-    """Other blocks than 4096, for which the first call looks for the best number of warps."""
-    rows = []
-    for block in (1024, 2048, 8192, 16384):
-        case = Case(4, 2, torch.float32, block)
-        case.check(SIZES["25 MiB"])
-        gpu.tuner.fastest.clear()  # what was found for another size
-        encode, decode, moved = case.times(SIZES["1 GiB"])
-        rows.append([str(block)])
-        rows[-1] += [f"{moved / rate / seconds:.0%}" for seconds in (encode, decode)]
-        rows[-1].append(", ".join(map(str, gpu.tuner.fastest.values())))
-    print("Share of the roofline, b = 4, k = 2, 1 GiB of float32, warps by measurement:\n")
-    print(table(["block", "encode", "decode, K = 1", "warps of each"], rows), flush=True)
-
-
-def training_table(steps: int) -> None:
-    """Two ranks on this GPU over Gloo; a functional test, no measurement."""
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, options in {
-            "float32": ["--hook=none"],
-            "rhtcomm, 4 bits": ["--hook=rht", "--bits=4"],
-            "rhtcomm, 2 bits": ["--hook=rht", "--bits=2"],
-        }.items():
-            path = Path(folder) / "summary.json"
-            model = ["--layers=4", "--width=128", "--heads=4", f"--steps={steps}", "--warmup=10"]
-            command = [*torchrun(2), TRAINER, "--backend=gloo", "--device=cuda", *model]
-            command += [f"--summary={path}", *options]
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=180
+    def __init__(self, part: Part, plan: Plan, limit: float, folder: Path, given: list[str]):
+        self.part, self.limit, self.started = part, limit, time.monotonic()
+        self.rows, self.log = folder / f"{part.name}.jsonl", folder / f"{part.name}.log"
+        command = [sys.executable, __file__, "--part", plan.function, "--rows", str(self.rows)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, "--seconds", str(limit - ORDERLY), *given],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
-            if done.returncode:
-                raise AssertionError(f"training by {name} failed:\n{done.stdout}\n{done.stderr}")
-            summary: dict[str, Any] = json.loads(path.read_text())
-            rows.append([name, loss_of(summary)])
-    print(f"Two ranks on one GPU over Gloo, {steps} steps of the demo model:\n")
-    print(table(["gradients", "validation loss, nats a byte"], rows), flush=True)
+        part.status = "runs"
+
+    def ended(self) -> bool:
+        """Whether it has, by itself or because its time was up."""
+        part, code = self.part, self.process.poll()
+        part.seconds = time.monotonic() - self.started
+        if code is None and part.seconds < self.limit:
+            return False
+        part.status = "done"
+        if code is None:
+            self.end()
+            part.status = f"did not end within {self.limit:.0f} s"
+        elif code:
+            part.status = f"failed, exit code {code}"
+        if part.status != "done":
+            part.log = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+        self.end()
+        return True
+
+    def end(self) -> None:
+        """With all processes that it has left; one that hangs says where."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGUSR1)
+            time.sleep(1)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
-def loss_of(summary: dict[str, Any]) -> str:
-    loss = float(summary["final_val_loss"])
-    if not loss < 3:  # 5.5 untrained, 2.7 on CPU
-        raise AssertionError(f"the model did not learn: {summary}")
-    return f"{loss:.4f}"
+class Run:
+    """All parts that were asked for, and what is written about them."""
+
+    def __init__(self, arguments: argparse.Namespace, plans: dict[str, Plan]) -> None:
+        self.arguments, self.plans, self.out = arguments, plans, arguments.out
+        self.parts = {name: Part(name) for name in plans}
+        started = arguments.started or time.time()
+        self.deadline = time.monotonic() + TOTAL - (time.time() - started)
+        self.date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(started))
+
+    def all(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for group in sorted({plan.group for plan in self.plans.values()}):
+                self.group(group, Path(folder))
+
+    def group(self, group: int, folder: Path) -> None:
+        running = []
+        given = ["--dry-run"] * self.arguments.dry_run
+        if self.arguments.variants:
+            given += ["--variants", *self.arguments.variants]
+        for name, plan in self.plans.items():
+            limit = min(plan.seconds, self.deadline - time.monotonic() - 2)
+            if plan.group != group:
+                continue
+            if limit < 2:
+                self.parts[name].status = "no time was left"
+                continue
+            running.append(Running(self.parts[name], plan, limit, folder, given))
+        try:
+            self.write()
+            while running:
+                time.sleep(0.2)
+                news = False
+                for one in list(running):
+                    ended = one.ended()
+                    news |= one.part.read(one.rows) or ended
+                    if ended:
+                        running.remove(one)
+                        self.keep_log(one)
+                if news:
+                    self.write()
+        finally:
+            for one in running:
+                one.part.status = "was cut short"
+                one.end()
+                one.part.read(one.rows)
+                self.keep_log(one)
+            self.write()
+
+    def keep_log(self, one: Running) -> None:
+        name = "tests.log" if one.part.name == "tests" else "parts.log"
+        with (self.out / name).open("a") as log:
+            log.write(f"==== {one.part.name}: {one.part.outcome}\n")
+            log.write(one.log.read_text(errors="replace")[-4_000_000:])
+        print(f"{one.part.name}: {one.part.outcome}, {one.part.seconds:.0f} s", flush=True)
+
+    def write(self) -> None:
+        """Both files, each at once, so that neither is ever half of itself."""
+        dry, parts = self.arguments.dry_run, list(self.parts.values())
+        command = f"benchmarks/gpu.sh{' --dry-run' * dry}"
+        if list(self.plans) != list(PLANS):
+            command += f" --parts {shlex.join(self.plans)}"
+        if self.arguments.variants:
+            command += f" --variants {shlex.join(self.arguments.variants)}"
+        content = {
+            "dry_run": dry,
+            "command": command,
+            "date": self.date,
+            "parts": [
+                {"name": p.name, "outcome": p.outcome, "seconds": p.seconds, "found": p.found}
+                for p in parts
+            ],
+        }
+        for name, text in (
+            ("gpu.json", json.dumps(content, indent=1)),
+            ("gpu.md", markdown(command, self.date, dry, parts)),
+        ):
+            (self.out / f".{name}").write_text(text)
+            (self.out / f".{name}").rename(self.out / name)
 
 
-def heading() -> str:
-    properties = torch.cuda.get_device_properties(0)
-    return (
-        f"# benchmarks/gpu.py {' '.join(sys.argv[1:])}\n\n{properties.name}, "
-        f"{properties.multi_processor_count} multiprocessors, "
-        f"{properties.total_memory / 2**30:.0f} GiB; CUDA {torch.version.cuda or torch.version.hip}"
-        f", torch {torch.__version__}, Triton {triton.__version__}, Python "
-        f"{sys.version.split()[0]}\n"
-    )
+def plans_of(names: Sequence[str]) -> dict[str, Plan]:
+    """Those of the parts, or of name:seconds, a module on the path that has a function `run`."""
+    plans = {}
+    for name in names:
+        if name in PLANS:
+            plans[name] = PLANS[name]
+        else:
+            module, _, seconds = name.partition(":")
+            plans[module] = Plan(f"{module}:run", float(seconds or 60), 0)
+    return plans
 
 
-def main() -> None:
+def run_part(arguments: argparse.Namespace) -> None:
+    """In the process of a part."""
+    faulthandler.register(signal.SIGUSR1)
+    if arguments.variants:
+        from device import codec
+
+        chosen = {name: codec.VARIANTS[name] for name in arguments.variants}
+        codec.VARIANTS.clear()
+        codec.VARIANTS.update(chosen)
+    from device.devices import device_for
+
+    module, _, function = arguments.part.partition(":")
+    results = Results(arguments.rows, arguments.seconds)
+    getattr(importlib.import_module(module), function)(device_for(arguments.dry_run), results)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="b = 4 and k = 2 alone")
-    parser.add_argument("--warps", type=int, nargs="+", help="compare these, and nothing else")
-    parser.add_argument("--steps", type=int, default=60, help="of training")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU; measures nothing")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of results")
+    parser.add_argument("--parts", nargs="+", default=list(PLANS), metavar="NAME[:SECONDS]")
+    parser.add_argument("--variants", nargs="+", help="of codec.py, to compare these alone")
+    parser.add_argument("--started", type=float, help="when the nine minutes began, by time.time()")
+    for name, kind in (("--part", str), ("--rows", Path), ("--seconds", float)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/gpu.py: there is no GPU here, so nothing was measured")
-    print(heading())
-    rate = copy_rate()
-    print(f"A device-to-device copy of 1 GiB moves {rate / 1e12:.2f} TB/s, read and written.\n")
-    if arguments.warps:
-        warps_table(arguments.warps, rate)
-        return
-    bits, rotations = ((4,), (2,)) if arguments.quick else (BITS, ROTATIONS)
-    cases = [Case(b, k, dtype) for dtype in DTYPES for k in rotations for b in bits]
-    compile_all(cases)
-    for case in cases:
-        case.check(SIZES["25 MiB"])
-        if (case.bits, case.rotations) == (4, 2):
-            case.check(SIZES["1 GiB"])
-    print(f"{len(cases)} codecs have the bits of the CPU at 25 MiB, b = 4 and k = 2 at 1 GiB.\n")
-    summary = kernel_tables(cases, rate)
-    blocks_table(rate)
-    hadamard_table(rate)
-    call_table()
-    training_table(arguments.steps)
-    print("b = 4, k = 2, 1 GiB, of the roofline:\n")
-    print(table(["", "dtype", "reached", "target", ""], summary))
+    if arguments.dry_run:  # before Triton is imported
+        os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if arguments.part:
+        run_part(arguments)
+        return 0
+    if not arguments.dry_run:
+        import torch
+
+        if not torch.cuda.is_available():
+            print("benchmarks/gpu.py: there is no GPU here, so nothing was measured; try --dry-run")
+            return 1
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in ("tests.log", "parts.log"):
+        (arguments.out / name).unlink(missing_ok=True)
+    run = Run(arguments, plans_of(arguments.parts))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    try:
+        run.all()
+    finally:
+        print(f"\n{summary(arguments.dry_run, list(run.parts.values()))}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,7 +13,7 @@ Quantizer = Literal["quic_fl", "ecdq", "eden", "vector", "lattice"]
 
 _EDEN: dict[str, type[Eden] | type[VectorQuantizer]] = {"eden": Eden, "vector": VectorQuantizer}
 _LATTICE = "lattice"
-_QUANTIZERS = ("quic_fl", "ecdq", *_EDEN, _LATTICE)
+_QUANTIZERS = ("quic_fl", *_EDEN, "ecdq", _LATTICE)
 
 
 def codec_for(

@@ -172,7 +172,7 @@ class Segments:
             )
             mask = torch.zeros(x.numel(), dtype=torch.int8, device=x.device)
             mask.scatter_(0, starts.to(x.device, non_blocking=True), steps)
-            mask = mask.cumsum(0, dtype=torch.int8).view(torch.bool)
+            mask = mask.cumsum_(0).view(torch.bool)  # no second one
         if value is None:
             x.masked_fill_(mask, 0)
         else:

@@ -200,15 +200,19 @@ def _source() -> str:
 @once
 def _for_gpu(device: str, wanted: str | None) -> Kernel:
     try:
+        from triton import __version__
+
+        if tuple(map(int, __version__.split(".")[:2])) < (3, 6):
+            raise ImportError(f"it is version {__version__}, but the kernels need 3.6 or newer")
         from rhtcomm.kernels import gpu
     except ImportError as missing:
-        remedy = "pip install 'rhtcomm[gpu]'"
+        remedy = "pip install 'rhtcomm[gpu]', with torch 2.10 or newer"
         if wanted:
             raise RuntimeError(
-                f"RHTCOMM_KERNELS={wanted}, but Triton cannot be imported ({missing}): {remedy}"
+                f"RHTCOMM_KERNELS={wanted}, but Triton cannot be used ({missing}): {remedy}"
             ) from missing
         logging.getLogger("rhtcomm").warning(
-            "Triton cannot be imported (%s), so the much slower torch reference is in use on "
+            "Triton cannot be used (%s), so the much slower torch reference is in use on "
             "CUDA tensors: %s",
             missing,
             remedy,

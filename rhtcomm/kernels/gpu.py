@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 import triton
@@ -81,7 +82,7 @@ def encode(
                 coordinates.numel(),
                 *_words_of(key, offset + blocks.offset),
                 rank if quantizer.rotation == "per_rank" else 0,
-                256 * stratum(rank, world_size),
+                stratum(rank, world_size),
                 blocks.size ** (-rotation.rotations / 2),
                 BIASED=getattr(quantizer, "biased", False),
                 INVERSE_BOUND=levels.inverse_bound if levels else 0.0,
@@ -168,21 +169,19 @@ def _shape(
         "SIZE": blocks.size,
         "LOG_SIZE": blocks.size.bit_length() - 1,
         "WHOLE": numel == blocks.count * blocks.size,
-        "num_warps": warps_for(quantizer, blocks.size),
+        "num_warps": warps_for(blocks.size),
         "enable_fp_fusion": False,
     }
 
 
-def warps_for(quantizer: Quantizer, size: int) -> int:
-    """Warps of a program: 128 coordinates a thread, or 64 where those would not fit in registers.
+def warps_for(size: int) -> int:
+    """Warps of a program: the most with which a thread has a coordinate for each thread.
 
-    By the instructions that ptxas makes of the kernels, fewer threads with more registers are
-    better, since strides inside a thread need no shuffle. That holds for blocks of 4096, which are
-    not tuned at run time (`python benchmarks/gpu.py --warps` compares); for others it is where
-    tuning begins.
+    Then transforms exchange nothing between threads one by one, see
+    `rhtcomm.kernels.triton_kernels.hadamard`. Blocks of 4096, for which this gives two warps, are
+    not tuned at run time (`benchmarks/gpu.sh` compares); for others it is where tuning begins.
     """
-    light = isinstance(quantizer, QuicFL) and not quantizer.exact_fraction
-    return max(1, size // (4096 if light else 2048))
+    return max(1, (1 << (size.bit_length() - 1) // 2) // 32)
 
 
 tuner = Tuner()
@@ -203,7 +202,7 @@ def _launch(
     """
 
     def launch(warps: int) -> None:
-        options = shape | constants | {"num_warps": warps}
+        options = shape | constants | {"num_warps": warps, "WARPS": warps}
         with _one_at_a_time:
             kernel[(programs,)](x, *others, **options)
 
@@ -219,16 +218,21 @@ def _launch(
 def _tables(
     quantizer: QuicFL | Eden | VectorQuantizer, device: torch.device, encoding: bool
 ) -> tuple[torch.Tensor, ...]:
-    """On the device; they have arrived on return, so any stream may read them."""
+    """On the device; they have arrived on return, so any stream may read them.
+
+    The first one is what codes are looked up in, filled up with zeros to a power of two.
+    """
     tables: tuple[npt.NDArray[Any], ...]
     if isinstance(quantizer, QuicFL):
-        positions = quantizer.table.positions
+        positions = quantizer.table.positions << (16 - quantizer.bits)
         tables = (positions, positions) if encoding else (quantizer.table.levels,)
     elif isinstance(quantizer, Eden):
         tables = (quantizer.table.centroids, quantizer.table.boundaries)
     else:
         tables = (quantizer.table.codewords, quantizer.table.half_norms)
-    tables = tables[: 1 + encoding]
+    flat = tables[0].ravel()
+    padded = np.pad(flat, (0, (1 << (flat.size - 1).bit_length()) - flat.size))
+    tables = (padded, *tables[1 : 1 + encoding])
     # No tensor that stays may be an inference tensor, and no copy may wait for what the current
     # stream waits for, while `once` holds its lock.
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None

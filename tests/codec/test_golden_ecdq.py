@@ -9,8 +9,9 @@ from golden import ecdq
 from golden.literal import Origin
 from golden.make import Case, canonical, digest
 from golden.make_ecdq import CASES, read
-from libraries import needs_library, variants
+from libraries import PATH, needs_library, variants
 
+from rhtcomm import ECDQ, Codec, Key
 from rhtcomm.kernels import reference, use
 from rhtcomm.versions import ARITHMETIC, WIRE
 
@@ -76,3 +77,23 @@ def test_encoder_by_the_document(case: Case) -> None:
     for rank, payload in enumerate(stored(case), case.first_rank):
         found = ecdq.encode(*by_the_document(case), case.input(rank).float().numpy(), rank)
         assert found == payload.numpy().tobytes(), f"rank {rank}"
+
+
+@pytest.mark.parametrize("word", [0, 1, 3, 0xFFFF])
+@pytest.mark.parametrize("bits", [1, 2.5, 4, 6])
+def test_words_behind_the_end_are_zeros(bits: float, word: int) -> None:
+    """States that begin below 2^16 take rare symbols, which read more words than there are."""
+    case = Case(f"{bits:g}", Codec(ECDQ(bits), block=1024), 2048, Key(9))
+    payload = case.encode()
+    start = case.codec.layout(case.numel)[0].codes
+    payload[0, start : start + 128].view(torch.int32).copy_(torch.arange(32) % 5)
+    words = payload[0, start + 128 :].view(torch.int16)
+    words.fill_(word - (word >> 15 << 16))
+    words[-1] = 77  # read early, or not at all
+    with use(reference):
+        found = canonical(case.decode(payload))
+    by_document = ecdq.decode(*by_the_document(case), [payload[0].numpy().tobytes()], 0, "float32")
+    assert np.array_equal(found, by_document)
+    for kernel in variants().values() if PATH else ():
+        with use(kernel):
+            assert np.array_equal(canonical(case.decode(payload)), found)

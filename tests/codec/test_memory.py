@@ -1,6 +1,5 @@
 """What tensors may be given, and that what is refused leaves nothing behind."""
 
-import importlib.util
 import pickle
 from collections.abc import Callable
 from hashlib import blake2b
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from harness import in_fresh_process
+from interpreter import has_triton
 
 from rhtcomm import Codec, Eden, Key, Lattice, QuicFL, RandomizedHadamard, VectorQuantizer
 from rhtcomm.kernels import choose, cpu, use
@@ -326,7 +326,7 @@ def kernels() -> list[str]:
     return [
         "reference",
         *(["cpu"] if cpu.library_path() else []),
-        *(["gpu"] if importlib.util.find_spec("triton") else []),
+        *(["gpu"] if has_triton else []),
     ]
 
 

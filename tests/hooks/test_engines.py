@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cuda import needs_cuda
 from harness import Ranks
 from models import error_of_mean, gradients_of, mlp, wrapped
 from problems import numbers
@@ -29,8 +30,6 @@ from rhtcomm.hooks.connect import connect
 from rhtcomm.hooks.engines import Cuda, StreamEngine, ThreadEngine, engine_for
 from rhtcomm.reduce import Reducer
 from rhtcomm.wire import PayloadError
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 def registered(state: RHTState, seed: int = 0, **options: Any) -> DistributedDataParallel:

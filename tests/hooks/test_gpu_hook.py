@@ -5,25 +5,24 @@ The logic of the checks runs on CPU tensors too; what needs a GPU is skipped wit
 
 from collections.abc import Callable
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from cuda import needs_cuda, no_host_waits
 from harness import Ranks, limit
 from streams import in_place_of_cuda
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 
-from rhtcomm import Codec, Key, QuicFL, TorchCommunicator
-from rhtcomm.communicators import Communicator
+from lib.twin import Bucket, Twin, mean_of_twins
+from rhtcomm import Codec, Eden, Key, QuicFL, TorchCommunicator
 from rhtcomm.deferred import DeferredChecks
 from rhtcomm.hooks import RHTState, rht_hook
-from rhtcomm.wire import HEADER_BYTES, PayloadError
+from rhtcomm.wire import PayloadError
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 NUMEL, KEY = 1000, Key(3, step=4)
 TIMEOUT = timedelta(seconds=limit(50))
 BOTH = pytest.mark.parametrize("enqueues", [True, False], ids=["stream", "thread"])
@@ -128,19 +127,6 @@ class Tampering(TorchCommunicator):
         return tampered
 
 
-class Bucket(SimpleNamespace):
-    """What the hook uses of DDP's GradBucket, which Python cannot make: the step's only bucket."""
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "Bucket":
-        return cls(
-            buffer=lambda: tensor,
-            index=lambda: 0,
-            is_last=lambda: True,
-            parameters=lambda: [tensor],
-        )
-
-
 def send(state: RHTState, x: torch.Tensor) -> Any:
     """What comes of one bucket, or the error."""
     try:
@@ -191,7 +177,10 @@ def profiled(rank: int, world_size: int) -> set[str]:
     everything = _ExperimentalConfig(profile_all_threads=True)
     with RHTState(min_numel=0, timeout=TIMEOUT) as state:
         send(state, x_of(rank))
-        with profile(activities=[ProfilerActivity.CPU], experimental_config=everything) as seen:
+        # Without acc_events torch 2.11 warns that it keeps the events of one cycle, which suffices.
+        with profile(
+            activities=[ProfilerActivity.CPU], experimental_config=everything, acc_events=True
+        ) as seen:
             send(state, x_of(rank))
     return {event.key for event in seen.key_averages()}
 
@@ -204,61 +193,27 @@ def test_a_profile_has_named_ranges(ranks: Ranks) -> None:
 # On a GPU ----------------------------------------------------------------------------------------
 
 
-class Twin(Communicator):
-    """Two ranks, the other of which sends what this one does; nothing leaves the device."""
-
-    rank, world_size, bytes_sent = 0, 2, 0
-
-    def __init__(self, codec: Codec, numel: int, device: str, enqueues: bool) -> None:
-        self._enqueues = enqueues
-        x, keys = torch.zeros(numel), [Key(0, step) for step in range(20)]
-        payloads = torch.stack([codec.encode(x, key, 1, 2) for key in keys])
-        self.headers = payloads[:, :HEADER_BYTES].to(device)
-        self.nbytes, self.step = codec.nbytes(numel), 0
-
-    def ring_bytes(self, nbytes: int) -> int:
-        return nbytes
-
-    def enqueues(self, device: str) -> bool:
-        return self._enqueues
-
-    def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-        gathered = x.expand(2, -1).contiguous()
-        if x.numel() == self.nbytes:
-            gathered[1, :HEADER_BYTES] = self.headers[self.step]
-            self.step += 1
-        return lambda: gathered
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return self.start_all_gather(x)()
-
-
-def mean_of_twins(codec: Codec, x: torch.Tensor, key: Key) -> torch.Tensor:
-    payloads = torch.stack([codec.encode(x, key, rank, 2) for rank in range(2)])
-    payloads[1, HEADER_BYTES:] = payloads[0, HEADER_BYTES:]
-    return codec.decode_mean(payloads, key, x.numel())
-
-
 @needs_cuda
 @BOTH
 @pytest.mark.parametrize("quantizer", ["quic_fl", "eden"])
-def test_nothing_makes_the_host_wait(quantizer: Any, enqueues: bool) -> None:
-    with RHTState(quantizer=quantizer) as probe:
-        codec = probe.codec
-    assert isinstance(codec, Codec)
-    xs = torch.randn(8, 100_000, generator=torch.Generator().manual_seed(1))
-    communicator: Any = Twin(codec, 100_000, "cuda", enqueues)
-    with RHTState(quantizer=quantizer, communicator=communicator) as state:
-        buckets = [Bucket.of(x.clone().to("cuda")) for x in xs]
-        for bucket in buckets[:3]:  # compiles, makes streams, pins memory
-            state.submit(bucket).wait()
+@pytest.mark.parametrize("parameters", [1, 40])
+def test_nothing_makes_the_host_wait(quantizer: Any, parameters: int, enqueues: bool) -> None:
+    codec = Codec(Eden(4) if quantizer == "eden" else QuicFL(4))
+    twin, numel = Twin(codec, enqueues), 1 << 20  # more than one chunk
+    xs = torch.randn(8, numel, generator=torch.Generator().manual_seed(1))
+    with RHTState(quantizer=quantizer, communicator=twin) as state:
+        buckets = [Bucket.of(x.clone().to("cuda"), parameters=parameters) for x in xs]
+
+        def submit(step: int) -> torch.futures.Future[torch.Tensor]:
+            twin.expect(Key(0, step), numel, parameters)
+            return state.submit(buckets[step])
+
+        for step in range(3):  # compiles, makes streams, pins memory
+            submit(step).wait()
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            futures = [state.submit(bucket) for bucket in buckets[3:]]
+        with no_host_waits():
+            futures = [submit(step) for step in range(3, 8)]
             means = [future.wait() for future in futures]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         for step, mean in enumerate(means, 3):
             assert torch.equal(mean.to("cpu"), mean_of_twins(codec, xs[step], Key(0, step)))
 
@@ -267,15 +222,38 @@ def test_nothing_makes_the_host_wait(quantizer: Any, enqueues: bool) -> None:
 @BOTH
 def test_the_hook_waits_for_gradients_and_results_wait_for_the_hook(enqueues: bool) -> None:
     codec, numel = Codec(QuicFL(4)), 1 << 20
-    communicator: Any = Twin(codec, numel, "cuda", enqueues)
-    with RHTState(communicator=communicator) as state:
+    twin = Twin(codec, enqueues)
+    with RHTState(communicator=twin) as state:
         for step in range(10):
             x = torch.randn(numel, generator=torch.Generator().manual_seed(step))
             late, pinned = torch.zeros(numel, device="cuda"), x.pin_memory()
+            twin.expect(Key(0, step), numel)
             torch.cuda._sleep(10_000_000)
             late.copy_(pinned, non_blocking=True)
             found = state.submit(Bucket.of(late)).wait().clone()
             assert torch.equal(found.to("cpu"), mean_of_twins(codec, x, Key(0, step)))
+
+
+@needs_cuda
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_takes_little_memory(enqueues: bool, dtype: torch.dtype) -> None:
+    """At most 0.6 of the bucket and 32 MiB, in addition to the gradients and the tables."""
+    codec, numel = Codec(QuicFL(4)), (100 << 20) // dtype.itemsize
+    twin, x = Twin(codec, enqueues), torch.randn(numel, device="cuda").to(dtype)
+    with RHTState(communicator=twin) as state:
+
+        def step(number: int) -> None:
+            twin.expect(Key(0, number), numel, 12)
+            state.submit(Bucket.of(x, parameters=12)).wait()
+            torch.cuda.synchronize()
+
+        step(0)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(1)
+        extra = torch.cuda.max_memory_allocated() - before
+    assert extra <= 0.6 * x.nbytes + (32 << 20), f"{extra / 2**20:.0f} MiB for a bucket of 100"
 
 
 def train(rank: int, world_size: int, device: str) -> list[torch.Tensor]:

@@ -3,11 +3,13 @@
 TRITON_INTERPRET must be set before Triton is imported, and then holds for the whole process.
 """
 
-import importlib.util
 import os
 from collections.abc import Callable
+from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +22,10 @@ __all__ = [
     "both_ways",
     "decode",
     "encode_and_decode",
+    "has_triton",
     "interpret",
+    "mend",
+    "misused",
     "moments_of",
     "needs_triton",
     "ranks_in_shards",
@@ -28,15 +33,72 @@ __all__ = [
 ]
 
 Interpreted = Callable[..., Any]  # the fixture of conftest.py
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
+
+
+def _has_triton() -> bool:
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:  # builds for other devices have other names
+        return find_spec("triton") is not None
+    return tuple(map(int, version.split(".")[:2])) >= (3, 6)
+
+
+has_triton = _has_triton()
+needs_triton = pytest.mark.skipif(not has_triton, reason="Triton 3.6 is not installed")
 
 
 def interpret() -> None:
     """For the start of the process."""
     os.environ.update(TRITON_INTERPRET="1", RHTCOMM_KERNELS="gpu")
     torch.set_num_threads(1)
+    mend()
+
+
+def mend() -> None:
+    """Make up for what Triton's interpreter does otherwise from version to version.
+
+    In the interpreter a scalar is an array of shape (1,), of which Triton 3.6 makes an `int`, for
+    loops over a scalar argument, in a way that NumPy 2.4 no longer accepts.
+
+    Up to Triton 3.7 `tl.fma` rounds twice, on devices and later once; and `umulhi` of negative
+    int32 is wrong. So an AssertionError meets kernels for which either would matter.
+    """
+    if not has_triton:
+        return
+    from triton import __version__
+    from triton.runtime import interpreter
+
+    if __version__.startswith("3.6."):
+        patch = interpreter._patch_lang_tensor
+
+        def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+            patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda scalar: scalar.handle.data.item())
+
+        interpreter._patch_lang_tensor = patch_lang_tensor
+
+    builder = interpreter.InterpreterBuilder
+    fma, umulhi = builder.create_fma, builder.create_umulhi
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        product = x.data.astype(np.float64) * y.data
+        exact = np.isclose(product, x.data * y.data, rtol=0, atol=0, equal_nan=True)
+        assert exact.all(), "tl.fma of products that are not exact rounds once, or twice"
+        return fma(self, x, y, z)
+
+    def create_umulhi(self: Any, x: Any, y: Any) -> Any:
+        unsigned = x.data.dtype.kind == y.data.dtype.kind == "u"
+        assert unsigned, "umulhi of signed integers is wrong in the interpreter"
+        return umulhi(self, x, y)
+
+    builder.create_fma, builder.create_umulhi = create_fma, create_umulhi
+
+
+def misused(name: str, argument: object) -> object:
+    """What a kernel of misuses.py makes of it."""
+    import misuses
+
+    return getattr(misuses, name)(argument)
 
 
 def bits_of(x: torch.Tensor) -> torch.Tensor:

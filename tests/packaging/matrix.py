@@ -1,5 +1,7 @@
 """The core tests on the oldest supported, the pinned and the newest versions: `make matrix`.
 
+The oldest Triton that is supported is newer than the oldest torch, so it has a pair of its own.
+
 Each pair of Python and torch has an environment of its own in build/matrix, into which the wheel is
 installed. It prints a Markdown table, and fails if a test did or none was run. A pair whose
 Python or torch cannot be had is skipped, with the reason. A torch from PyPI is a CUDA build on
@@ -21,16 +23,23 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "matrix"
+OLDEST_TRITON = ("3.12", "2.11.0")  # has Triton 3.6, the floor of the extra gpu
 NEWEST = ("3.13", "2.15.0")  # that the tests have been run on; raise them together
 CORE = (
     "codec communicators hooks kernels lib packaging/test_names.py plan quantizers reduce rotation"
 )
 # Of these, what takes minutes, or needs more than the package and pytest.
 LEFT_OUT = (
-    "communicators/test_mpi.py hooks/test_faults.py hooks/test_gpu_hook.py "
-    "kernels/test_compilers.py kernels/test_gpu_kernels.py quantizers/test_statistics.py"
+    "communicators/test_mpi.py hooks/test_faults.py kernels/test_compilers.py "
+    "quantizers/test_statistics.py"
 )
-COLUMNS = ("python", "torch", "numpy", "passed", "failed", "skipped", "remark")
+COLUMNS = ("python", "torch", "triton", "numpy", "passed", "failed", "skipped", "remark")
+VERSIONS = ("torch", "triton", "numpy")
+VERSION = """
+from importlib.metadata import distributions
+import sys
+print(*(found.version for found in distributions(name=sys.argv[1])))
+"""
 
 
 class Skipped(Exception):
@@ -75,10 +84,9 @@ class Pair:
         (suite,) = ElementTree.parse(report).iter("testsuite")
         numbers = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "skipped")}
         failed = numbers["failures"] + int(suite.get("errors", 0))
-        versions = "import torch, numpy; print(torch.__version__, numpy.__version__)"
-        torch, numpy = call(python, "-c", versions).split()
         return {
-            **{"torch": torch, "numpy": numpy, "failed": str(failed)},
+            **{name: call(python, "-c", VERSION, name).strip() for name in VERSIONS},
+            "failed": str(failed),
             "passed": str(numbers["tests"] - failed - numbers["skipped"]),
             "skipped": str(numbers["skipped"]),
         }
@@ -93,7 +101,7 @@ def call(*command: str) -> str:
 
 
 def pairs() -> list[Pair]:
-    """The floors of pyproject.toml, the pins of constraints.txt under this Python, the newest."""
+    """The floors of pyproject.toml, the oldest Triton, the pins of constraints.txt, the newest."""
     if wanted := os.environ.get("MATRIX"):
         return [Pair(*pair.split(":")) for pair in wanted.split()]
     project, pins = (ROOT / name for name in ("pyproject.toml", "constraints.txt"))
@@ -107,6 +115,7 @@ def pairs() -> list[Pair]:
     lowest = found(r'"numpy>=([\d.]+)"', project)
     return [
         Pair(floor, found(r'"torch>=([\d.]+)"', project), f"=={lowest}.*"),
+        Pair(*OLDEST_TRITON),
         Pair(here, found(r"^torch==([\d.]+)", pins)),
         Pair(*NEWEST),
     ]

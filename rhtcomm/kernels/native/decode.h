@@ -79,11 +79,14 @@ static void add_ecdq(const Decoding *d, const Plan *plan, Scratch s, int64_t off
                      float down) {
     const uint8_t *dither = draw_dither(plan, &d->origin, offset, s.dither);
     float *const room[2] = {s.room, s.sum};
-    for (int64_t i = 0; i < sent.ranks; i += 2) {
-        const int count = i + 1 < sent.ranks ? 2 : 1;
+    for (int64_t i = 0; i < sent.ranks; i += SIDE_BY_SIDE) {
+        const int count = (int)least(SIDE_BY_SIDE, sent.ranks - i);
         uint32_t strata[2];
         for (int k = 0; k < count; k++) strata[k] = stratum(&d->origin, d->origin.rank + i + k);
-        ecdq_values(plan, s.lanes + i, count, dither, strata, room);
+        if (count == 2)
+            ecdq_values_of_two(plan, s.lanes + i, dither, strata, room);
+        else
+            ecdq_values_of_one(plan, s.lanes + i, dither, strata, room);
         for (int k = 0; k < count; k++) {
             float scale;
             memcpy(&scale, sent.scale + (i + k) * sent.stride, 4);

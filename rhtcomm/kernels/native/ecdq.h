@@ -35,21 +35,81 @@ static float ecdq_encode(const Plan *plan, const float *y, float rms, uint32_t p
     return scale * plan->quarter_step;
 }
 
-/* room <- the values of the next block of `count` ranks, one or two, in units of their scales. */
-static void ecdq_values(const Plan *plan, Lanes *lanes, int count, const uint8_t *dither,
-                        const uint32_t *strata, float *const *room) {
-    const int to_class = 16 - plan->class_bits;
-    u32 *base[2] = {(u32 *)room[0], (u32 *)room[1]};
+/* The integers of the grid, given the columns of their symbols and the upper bytes of their dithers. */
+#define GRID(column, g) (512 * ((column) - largest) - 2 * (g) + 255)
+
+#if defined(__AVX2__)
+/* The upper bytes of the v of LANES coordinates. */
+INLINE vu shared_bytes(const uint8_t *dither, uint32_t stratum) {
+#if defined(__AVX512F__)
+    vu bytes = (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)dither));
+#else
+    vu bytes = (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)dither));
+#endif
+    return (bytes + stratum) & 0xff;
+}
+#endif
+
+/* Units that are decoded side by side, which on vectors takes less time than one behind the other. */
+#if defined(__AVX2__)
+enum { SIDE_BY_SIDE = 2 };
+#else
+enum { SIDE_BY_SIDE = 1 };
+#endif
+
+/* values[k] <- those of the next block of the k-th unit, in units of its scale. */
+INLINE void ecdq_values(const Plan *plan, Lanes *lanes, const int count, const uint8_t *dither,
+                        const uint32_t *strata, float *const *values) {
+    const u32 *table = plan->slots;
+    const int precision = plan->precision, to_class = 8 - plan->class_bits;
+    const int32_t largest = plan->largest;
+    const int64_t size = plan->size;
+#if defined(__AVX2__)
+    vu states[2][VECTORS]; /* in registers, where there are enough */
+#pragma GCC unroll 2
     for (int k = 0; k < count; k++)
-        for (int64_t j = 0; j < plan->size; j += LANES) {
-            vu v = shared_dither(dither, j, strata[k]);
-            *(vu *)(base[k] + j) = (v >> to_class) << plan->precision;
+#pragma GCC unroll 4
+        for (int i = 0; i < VECTORS; i++) states[k][i] = *(const vu *)(lanes[k].x + LANES * i);
+#endif
+    for (int64_t j = 0; j < size; j += CODER_LANES)
+#pragma GCC unroll 2
+        for (int k = 0; k < count; k++) {
+            uint8_t room[STEP_BYTES];
+            const uint8_t *from = words_of_step(lanes[k].next, lanes[k].edge, room), *begin = from;
+            float *to = values[k] + j;
+#if defined(__AVX2__)
+#pragma GCC unroll 4
+            for (int i = 0; i < VECTORS; i++) {
+                vu g = shared_bytes(dither + j + LANES * i, strata[k]);
+                vu base = (g >> to_class) << precision;
+                vi slot = (vi)decode_lanes(table, precision, base, &states[k][i], &from);
+                vi grid = GRID((vi)((vu)slot >> 24), (vi)g);
+                store(to + LANES * i, __builtin_convertvector(grid, vf) * 0x1p-7f);
+            }
+#else
+            for (int i = 0; i < CODER_LANES; i++) {
+                const uint8_t g = (uint8_t)(dither[j + i] + strata[k]);
+                const uint32_t base = (uint32_t)(g >> to_class) << precision;
+                uint32_t slot = decode_lane(table, precision, base, lanes[k].x + i, &from);
+                to[i] = (float)GRID((int32_t)(slot >> 24), g) * 0x1p-7f;
+            }
+#endif
+            lanes[k].next += least(lanes[k].edge - lanes[k].next, from - begin);
         }
-    rans_decode(plan, lanes, count, base, plan->size / CODER_LANES);
+#if defined(__AVX2__)
+#pragma GCC unroll 2
     for (int k = 0; k < count; k++)
-        for (int64_t j = 0; j < plan->size; j += LANES) {
-            vi g = (vi)(shared_dither(dither, j, strata[k]) >> 8);
-            vi grid = 512 * (*(const vi *)(base[k] + j) - plan->largest) - 2 * g + 255;
-            store(room[k] + j, __builtin_convertvector(grid, vf) * 0x1p-7f);
-        }
+#pragma GCC unroll 4
+        for (int i = 0; i < VECTORS; i++) *(vu *)(lanes[k].x + LANES * i) = states[k][i];
+#endif
+}
+
+static void ecdq_values_of_one(const Plan *plan, Lanes *lanes, const uint8_t *dither,
+                               const uint32_t *strata, float *const *values) {
+    ecdq_values(plan, lanes, 1, dither, strata, values);
+}
+
+static void ecdq_values_of_two(const Plan *plan, Lanes *lanes, const uint8_t *dither,
+                               const uint32_t *strata, float *const *values) {
+    ecdq_values(plan, lanes, 2, dither, strata, values);
 }

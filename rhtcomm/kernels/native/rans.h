@@ -16,7 +16,7 @@ typedef struct {
  * of its slots (13 bits), and s, 2^s >= f; the upper ones the least integer m >= 2^(31 + s) / f. */
 enum { FIELD = 0x1fff };
 
-/* A slot that is decoded: its symbol's column (8 bits), frequency (12), and slot - start (12). */
+/* A slot that is decoded has its symbol's column (8 bits), frequency (12), and slot - start (12). */
 enum { SLOT_FIELD = 0xfff };
 
 #if defined(__AVX2__)
@@ -119,10 +119,11 @@ INLINE vu load_words(const uint8_t *next, uint32_t mask) {
 /* Four loads from a table; on most processors they take less time than a gather instruction. */
 INLINE __m128i look_up_four(const u32 *table, __m128i index) {
     const uint64_t a = (uint64_t)_mm_cvtsi128_si64(index), b = (uint64_t)_mm_extract_epi64(index, 1);
-    __m128i found = _mm_cvtsi32_si128((int)table[(uint32_t)a]);
-    found = _mm_insert_epi32(found, (int)table[a >> 32], 1);
-    found = _mm_insert_epi32(found, (int)table[(uint32_t)b], 2);
-    return _mm_insert_epi32(found, (int)table[b >> 32], 3);
+    __m128i low = _mm_cvtsi32_si128((int)table[(uint32_t)a]);
+    __m128i high = _mm_cvtsi32_si128((int)table[(uint32_t)b]);
+    low = _mm_insert_epi32(low, (int)table[a >> 32], 1);
+    high = _mm_insert_epi32(high, (int)table[b >> 32], 1);
+    return _mm_unpacklo_epi64(low, high);
 }
 
 INLINE vu look_up_lanes(const u32 *table, vu index) {
@@ -176,10 +177,10 @@ static int rans_encode(const Plan *plan, Lanes *lanes, const uint64_t *symbols, 
             const uint32_t inverse = symbols[CODER_LANES * step + i] >> 32, f = entry & FIELD;
             uint32_t x = lanes->x[i];
             const uint16_t word = (uint16_t)x;
-            const int emits = x >= f << to_limit;
+            const uint32_t emits = x >= f << to_limit; /* which no branch could predict */
             memcpy(next - 2, &word, 2); /* overwritten where it is not emitted */
             next -= 2 * emits;
-            x = emits ? x >> 16 : x;
+            x >>= 16 * emits;
             const uint32_t quotient = (uint32_t)((uint64_t)x * inverse >> (31 + (entry >> 26)));
             lanes->x[i] = x + (entry >> 13 & FIELD) + quotient * (total - f);
         }
@@ -199,63 +200,28 @@ INLINE const uint8_t *words_of_step(const uint8_t *next, const uint8_t *end, uin
     return room;
 }
 
-/* Decodes one step: column[j] is the symbol of lane j, whose class's slots begin at base[j] of the
- * table; the two may be the same memory. Returns the next word. */
-INLINE const uint8_t *decode_step(const u32 *table, int precision, uint32_t *states,
-                                  const uint8_t *next, const uint8_t *end, const u32 *base,
-                                  u32 *column) {
-    uint8_t room[STEP_BYTES];
-    const uint8_t *from = words_of_step(next, end, room), *begin = from;
-    const uint32_t mask = (1u << precision) - 1;
+/* Decodes a symbol, given where the slots of its class begin; returns its slot. */
+INLINE uint32_t decode_lane(const u32 *table, int precision, uint32_t base, uint32_t *state,
+                            const uint8_t **next) {
+    const uint32_t slot = table[base + (*state & ((1u << precision) - 1))];
+    const uint32_t x = (slot >> 12 & SLOT_FIELD) * (*state >> precision) + (slot & SLOT_FIELD);
+    uint16_t word;
+    memcpy(&word, *next, 2);
+    const uint32_t reads = x < 1u << 16; /* which no branch could predict */
+    *next += 2 * reads;
+    *state = x << 16 * reads | (word & (0u - reads));
+    return slot;
+}
+
 #if defined(__AVX2__)
-    vu *x = (vu *)states;
-#pragma GCC unroll 4
-    for (int i = 0; i < VECTORS; i++) {
-        vu slot = look_up_lanes(table, (x[i] & mask) + *(const vu *)(base + LANES * i));
-        *(vu *)(column + LANES * i) = slot >> 24;
-        vu state = (slot >> 12 & SLOT_FIELD) * (x[i] >> precision) + (slot & SLOT_FIELD);
-        const uint32_t reads = at_least((vu){0} + 0xffff, state);
-        x[i] = select_lanes(reads, state << 16 | load_words(from, reads), state);
-        from += 2 * __builtin_popcount(reads);
-    }
-#else
-    for (int i = 0; i < CODER_LANES; i++) {
-        const uint32_t slot = table[base[i] + (states[i] & mask)];
-        const uint32_t x = (slot >> 12 & SLOT_FIELD) * (states[i] >> precision) + (slot & SLOT_FIELD);
-        uint16_t word;
-        memcpy(&word, from, 2);
-        const int reads = x < 1u << 16;
-        from += 2 * reads;
-        states[i] = reads ? x << 16 | word : x;
-        column[i] = slot >> 24;
-    }
+/* The same of LANES lanes. */
+INLINE vu decode_lanes(const u32 *table, int precision, vu base, vu *states, const uint8_t **next) {
+    const vu x = *states;
+    vu slot = look_up_lanes(table, (x & ((1u << precision) - 1)) + base);
+    vu state = (slot >> 12 & SLOT_FIELD) * (x >> precision) + (slot & SLOT_FIELD);
+    const uint32_t reads = at_least((vu){0} + 0xffff, state);
+    *states = select_lanes(reads, state << 16 | load_words(*next, reads), state);
+    *next += 2 * __builtin_popcount(reads);
+    return slot;
+}
 #endif
-    return next + least(end - next, from - begin);
-}
-
-/* Decodes `steps` steps of `count` units, one or two: two side by side take less time than one behind
- * the other. Never reads outside of the units. */
-INLINE void decode_steps(const Plan *plan, Lanes *lanes, const int count, u32 *const *base,
-                         int64_t steps) {
-    uint32_t states[2][CODER_LANES] __attribute__((aligned(64)));
-    const uint8_t *next[2], *end[2];
-    for (int k = 0; k < count; k++) {
-        memcpy(states[k], lanes[k].x, STATE_BYTES);
-        next[k] = lanes[k].next, end[k] = lanes[k].edge;
-    }
-    for (int64_t j = 0; j < CODER_LANES * steps; j += CODER_LANES)
-        for (int k = 0; k < count; k++)
-            next[k] = decode_step(plan->slots, plan->precision, states[k], next[k], end[k],
-                                  base[k] + j, base[k] + j);
-    for (int k = 0; k < count; k++) {
-        memcpy(lanes[k].x, states[k], STATE_BYTES);
-        lanes[k].next = (uint8_t *)next[k];
-    }
-}
-
-static void rans_decode(const Plan *plan, Lanes *lanes, int count, u32 *const *base, int64_t steps) {
-    if (count == 2)
-        decode_steps(plan, lanes, 2, base, steps);
-    else
-        decode_steps(plan, lanes, 1, base, steps);
-}

@@ -4,23 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-from rhtcomm.kernels.triton_kernels.hadamard import (
-    powers_of_two,
-    root_mean_square,
-    rotate,
-    unrotate,
-)
-from rhtcomm.kernels.triton_kernels.memory import load, round_to, store, to_float32
-from rhtcomm.kernels.triton_kernels.nearest import eden_nearest, eden_scale, look_up, vector_nearest
-from rhtcomm.kernels.triton_kernels.packing import load_codes, store_codes
-from rhtcomm.kernels.triton_kernels.quic_fl import (
-    put_exact,
-    quic_fl_codes,
-    quic_fl_scale,
-    quic_fl_values,
-    store_exact,
-)
-from rhtcomm.kernels.triton_kernels.streams import draw_dither, shift_dither
+from rhtcomm.kernels.triton_kernels.hadamard import largest_magnitude, powers_of_two
+from rhtcomm.kernels.triton_kernels.memory import load, nan_of, round_to, store, to_float32
+from rhtcomm.kernels.triton_kernels.nearest import nearest_decode, nearest_encode
+from rhtcomm.kernels.triton_kernels.order import to_memory, to_threads
+from rhtcomm.kernels.triton_kernels.quic_fl import quic_fl_decode, quic_fl_encode
 from rhtcomm.moments import MOMENTS
 
 __all__ = ["decode_block", "encode_block"]
@@ -28,7 +16,7 @@ __all__ = ["decode_block", "encode_block"]
 _MOMENTS = tl.constexpr(MOMENTS)
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _VOLATILE = [  # arguments that differ from call to call: no kernels of their own for 1 and 16 k
-    *("numel", "offset", "seed_low", "seed_high", "bucket", "step", "hop", "rank", "shift"),
+    *("numel", "offset", "seed_low", "seed_high", "bucket", "step", "hop", "rank", "stratum"),
     *("ranks", "scale_stride", "code_stride", "world_size"),
 ]
 
@@ -45,10 +33,12 @@ def load_block(x, block, numel, moments, SIZE: tl.constexpr, WHOLE: tl.constexpr
     A block that is not finite becomes zeros. Stores its moments, see `block_moments`, unless None.
     """
     index = block * SIZE + tl.arange(0, SIZE)
-    x = to_float32(load(x + index, index < numel, WHOLE))
-    peak = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
-    down, up, finite = powers_of_two(peak)
-    x = tl.where(finite, x * down, 0.0)
+    at = x + index
+    x = to_float32(load(at, index < numel, WHOLE))
+    down, up, finite = powers_of_two(largest_magnitude(x))
+    x *= down
+    if not finite:  # zeros come from nowhere, so that this stays a branch: selections take time
+        x = to_float32(load(at, index < 0, False))
     if moments is not None:
         squares = x * x
         to = moments + block * _MOMENTS
@@ -75,7 +65,7 @@ def encode_block(
     step,
     hop,
     rank,
-    shift,
+    stratum,
     normalization,
     QUANTIZER: tl.constexpr,
     BITS: tl.constexpr,
@@ -89,32 +79,28 @@ def encode_block(
     SIZE: tl.constexpr,
     LOG_SIZE: tl.constexpr,
     WHOLE: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
-    COUNT: tl.constexpr = SIZE // GROUP
+    NEAR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth  # 16 bytes
+    THREADS: tl.constexpr = min(32 * WARPS, SIZE // NEAR)
     block = tl.program_id(0).to(tl.int64)
     key = (seed_low, seed_high, bucket, step)
     sixteenth = offset.to(tl.uint32, bitcast=True) + block.to(tl.uint32) * (SIZE // 16)
     x, up, finite = load_block(x, block, numel, moments, SIZE, WHOLE)
+    x = to_threads(x, SIZE, NEAR, THREADS)
     packed += block * (BITS * SIZE // 8 + 4 * CAPACITY)
-    y = rotate(x, key, hop + 256 * rank, sixteenth, SIZE, LOG_SIZE, ROTATIONS)
+    # fmt: off
     if QUANTIZER == "QuicFL":
-        scale = quic_fl_scale(y, INVERSE_BOUND, CAPACITY, SIZE, LOG_SIZE)
-        dither = draw_dither(key, hop, sixteenth, SIZE)
-        u, v = shift_dither(dither, shift)
-        if CAPACITY > 0:
-            exact = tl.abs(y) * INVERSE_BOUND > scale
-            store_exact(y, exact, u, scale, packed + BITS * SIZE // 8, CAPACITY, SIZE)
-            y = tl.where(exact, 0.0, y)
-        codes = quic_fl_codes(y, u, v, scale, table, NODES_PER_SIGMA, MIDDLE)
+        scale = quic_fl_encode(
+            x, packed, table, key, hop, sixteenth, stratum, BITS, CAPACITY, INVERSE_BOUND,
+            NODES_PER_SIGMA, MIDDLE, ROTATIONS, SIZE, LOG_SIZE, NEAR, THREADS,
+        )
     else:
-        rms = root_mean_square(y, SIZE, LOG_SIZE)
-        z = y * tl.where(rms > 0, tl.div_rn(1.0, rms), 0.0)
-        if QUANTIZER == "Eden":
-            codes = eden_nearest(z, thresholds, BITS)
-        else:
-            codes = vector_nearest(tl.reshape(z, [COUNT, GROUP]), table, thresholds, COUNT, GROUP)
-        scale = eden_scale(rms, z, look_up(codes, table, COUNT, GROUP), BIASED, SIZE, LOG_SIZE)
-    store_codes(codes, packed, COUNT, BITS * GROUP)
+        scale = nearest_encode(
+            x, packed, table, thresholds, key, hop + 256 * rank, sixteenth, QUANTIZER, BITS, GROUP,
+            BIASED, ROTATIONS, SIZE, LOG_SIZE, NEAR, THREADS,
+        )
+    # fmt: on
     scale = scale * normalization * up
     scale = tl.where(scale > _LARGEST, _LARGEST, scale)
     tl.store(scales + block, tl.where(finite, scale, float("nan")))
@@ -158,34 +144,34 @@ def decode_block(
     SIZE: tl.constexpr,
     LOG_SIZE: tl.constexpr,
     WHOLE: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
+    NEAR: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth  # 16 bytes
+    THREADS: tl.constexpr = min(32 * WARPS, SIZE // NEAR)
     block = tl.program_id(0).to(tl.int64)
     key = (seed_low, seed_high, bucket, step)
     sixteenth = offset.to(tl.uint32, bitcast=True) + block.to(tl.uint32) * (SIZE // 16)
     packed += block * (BITS * SIZE // 8 + 4 * CAPACITY)
     scales += block
     down, up, finite = powers_of_two(largest_scale(scales, ranks, scale_stride))
+    # fmt: off
     if QUANTIZER == "QuicFL":
-        dither = draw_dither(key, hop, sixteenth, SIZE) >> 24  # all that receivers need
-    # Adding to -0 changes no value, not even -0.
-    total = tl.full([SIZE], -(1 << 31), tl.int32).to(tl.float32, bitcast=True)
-    for _ in range(ranks):
-        factor = tl.load(scales) * down
-        codes = load_codes(packed, SIZE // GROUP, BITS * GROUP)
-        if QUANTIZER == "QuicFL":
-            values = quic_fl_values(codes, dither, table, rank, world_size, SHARED_BITS)
-            if CAPACITY > 0:
-                values = put_exact(values, packed + BITS * SIZE // 8, CAPACITY, SIZE)
-            total += values * factor
-        else:
-            values = look_up(codes, table, SIZE // GROUP, GROUP) * factor
-            purpose = hop + 256 * rank
-            total += unrotate(values, key, purpose, sixteenth, SIZE, LOG_SIZE, ROTATIONS)
-        scales += scale_stride
-        packed += code_stride
-        rank += 1
-    if QUANTIZER == "QuicFL":
-        total = unrotate(total, key, hop, sixteenth, SIZE, LOG_SIZE, ROTATIONS)
-    mean = tl.where(finite, total * normalization * up, float("nan"))
+        total = quic_fl_decode(
+            scales, packed, table, key, hop, sixteenth, rank, ranks, world_size, scale_stride,
+            code_stride, down, BITS, CAPACITY, SHARED_BITS, ROTATIONS, SIZE, LOG_SIZE, NEAR,
+            THREADS,
+        )
+    else:
+        total = nearest_decode(
+            scales, packed, table, key, hop, sixteenth, rank, ranks, scale_stride, code_stride,
+            down, BITS, GROUP, ROTATIONS, SIZE, LOG_SIZE, NEAR, THREADS,
+        )
+    # fmt: on
+    dtype: tl.constexpr = out.dtype.element_ty
+    # A scalar that is computed stays in a register; a constant would be loaded for each use.
+    mean = to_memory(total * tl.where(finite, normalization, 0.0) * up, SIZE, NEAR, THREADS)
     index = block * SIZE + tl.arange(0, SIZE)
-    store(out + index, round_to(mean, out.dtype.element_ty), index < numel, WHOLE)
+    if finite:
+        store(out + index, round_to(mean, dtype, CAPACITY > 0), index < numel, WHOLE)
+    else:
+        store(out + index, tl.broadcast_to(nan_of(dtype), [SIZE]), index < numel, WHOLE)

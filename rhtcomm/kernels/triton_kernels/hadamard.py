@@ -1,8 +1,9 @@
-"""Transforms and sums."""
+"""Transforms and sums; see `order` for the orders of coordinates."""
 
 import triton
 import triton.language as tl
 
+from rhtcomm.kernels.triton_kernels.order import to_memory, to_threads
 from rhtcomm.kernels.triton_kernels.streams import change_signs
 
 
@@ -29,33 +30,98 @@ def butterflies(x, SIZE: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def hadamard(x, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr):
-    for log in tl.static_range(LOG_SIZE):
-        x = butterflies(x, SIZE, 1 << log)
+def transform_rows(x, ROWS: tl.constexpr, LENGTH: tl.constexpr):
+    """The transforms of the rows of x (ROWS, LENGTH), as (LENGTH, ROWS).
+
+    The halves of a tensor that is split become tensors of their own, so each thread must hold
+    whole rows. If it does not yet, they are moved there once, through shared memory, and back where
+    the result is needed: 4 accesses of 16 bytes for 4 coordinates. Shuffles would take one access
+    for each coordinate and stride.
+    """
+    if LENGTH == 1:
+        return tl.reshape(x, [1, ROWS])
+    else:
+        even, odd = tl.split(tl.reshape(x, [ROWS, LENGTH // 2, 2]))
+        sums = transform_rows(even + odd, ROWS, LENGTH // 2)
+        differences = transform_rows(even - odd, ROWS, LENGTH // 2)
+        return tl.reshape(tl.permute(tl.join(sums, differences), (0, 2, 1)), [LENGTH, ROWS])
+
+
+@triton.jit
+def hadamard(x, SIZE: tl.constexpr, LOG: tl.constexpr, NEAR: tl.constexpr, THREADS: tl.constexpr):
+    """The transform of x (SIZE,), in thread order."""
+    FAR: tl.constexpr = SIZE // (THREADS * NEAR)
+    if THREADS * THREADS <= SIZE:  # a thread has room for a row as long as there are threads
+        x = tl.permute(tl.reshape(x, [FAR, NEAR, THREADS]), (0, 2, 1))
+        x = transform_rows(tl.reshape(x, [FAR * THREADS, NEAR]), FAR * THREADS, NEAR)
+        x = transform_rows(tl.reshape(x, [NEAR * FAR, THREADS]), NEAR * FAR, THREADS)
+        x = tl.permute(tl.reshape(x, [THREADS, NEAR, FAR]), (1, 0, 2))
+        x = transform_rows(tl.reshape(x, [NEAR * THREADS, FAR]), NEAR * THREADS, FAR)
+        return tl.reshape(x, [SIZE])
+    else:
+        x = to_memory(x, SIZE, NEAR, THREADS)
+        for log in tl.static_range(LOG):
+            x = butterflies(x, SIZE, 1 << log)
+        return to_threads(x, SIZE, NEAR, THREADS)
+
+
+@triton.jit
+def rotate(
+    x,
+    signs,
+    ROTATIONS: tl.constexpr,
+    SIZE: tl.constexpr,
+    LOG: tl.constexpr,
+    NEAR: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """x (SIZE,) and the result in thread order; see `draw_signs`."""
+    for stream in tl.static_range(ROTATIONS):
+        x = change_signs(x, signs[stream], SIZE, NEAR, THREADS)
+        x = hadamard(x, SIZE, LOG, NEAR, THREADS)
     return x
 
 
 @triton.jit
-def rotate(x, key, purpose, sixteenth, SIZE: tl.constexpr, LOG: tl.constexpr, K: tl.constexpr):
-    for stream in tl.static_range(K):
-        x = hadamard(change_signs(x, key, purpose + stream, sixteenth, SIZE), SIZE, LOG)
-    return x
-
-
-@triton.jit
-def unrotate(y, key, purpose, sixteenth, SIZE: tl.constexpr, LOG: tl.constexpr, K: tl.constexpr):
-    for undone in tl.static_range(K):
-        y = hadamard(y, SIZE, LOG)
-        y = change_signs(y, key, purpose + (K - 1 - undone), sixteenth, SIZE)
+def unrotate(
+    y,
+    signs,
+    ROTATIONS: tl.constexpr,
+    SIZE: tl.constexpr,
+    LOG: tl.constexpr,
+    NEAR: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """y (SIZE,) and the result in thread order; see `draw_signs`."""
+    for undone in tl.static_range(ROTATIONS):
+        y = hadamard(y, SIZE, LOG, NEAR, THREADS)
+        y = change_signs(y, signs[ROTATIONS - 1 - undone], SIZE, NEAR, THREADS)
     return y
 
 
 @triton.jit
-def tree_sum(x, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr):
-    """The upper half is added to the lower until one is left; sums of two have but one order."""
-    for log in tl.static_range(LOG_SIZE):
+def tree_sum(x, SIZE: tl.constexpr, LOG: tl.constexpr, NEAR: tl.constexpr, THREADS: tl.constexpr):
+    """The upper half of memory is added to the lower until one is left, x (SIZE,) in thread order.
+
+    Sums of two have but one order.
+    """
+    for log in tl.static_range(LOG):
+        if SIZE >> log == NEAR * THREADS:  # until here both orders have the same halves
+            x = to_memory(x, NEAR * THREADS, NEAR, THREADS)
         x = tl.sum(tl.reshape(x, [2, SIZE >> (log + 1)]), axis=0)
     return tl.sum(x, axis=0)  # the one, as a scalar
+
+
+@triton.jit
+def largest_magnitude(x):
+    """The largest magnitude of x (SIZE,) float32, as its bits: they have the same order.
+
+    Of the positive numbers the largest has the largest bits, of the negative ones too, where bits
+    count as unsigned.
+    """
+    positive = tl.max(x.to(tl.int32, bitcast=True), axis=0)
+    negative = tl.max(x.to(tl.uint32, bitcast=True), axis=0) & 0x7FFFFFFF
+    return tl.maximum(positive, negative.to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -68,5 +134,8 @@ def powers_of_two(peak):
 
 
 @triton.jit
-def root_mean_square(y, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr):
-    return tl.sqrt_rn(tree_sum(y * y, SIZE, LOG_SIZE) * (1.0 / SIZE))
+def root_mean_square(
+    y, SIZE: tl.constexpr, LOG: tl.constexpr, NEAR: tl.constexpr, THREADS: tl.constexpr
+):
+    """Of y (SIZE,) in thread order."""
+    return tl.sqrt_rn(tree_sum(y * y, SIZE, LOG, NEAR, THREADS) * (1.0 / SIZE))

@@ -1,11 +1,14 @@
 """Memory and precisions.
 
-bfloat16 is converted by its bits, which takes next to no time, since Triton's interpreter does not
-round it to nearest even.
+Triton's interpreter does not round to the nearest bfloat16, so there it is done by bits.
 """
 
 import triton
 import triton.language as tl
+
+from rhtcomm.kernels.triton_kernels.order import to_memory, to_threads
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -25,6 +28,29 @@ def store(pointers, x, mask, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def look_up(
+    table,
+    index,
+    ENTRIES: tl.constexpr,
+    SIZE: tl.constexpr,
+    NEAR: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """table[index], index (SIZE,) in thread order and below ENTRIES.
+
+    The table has as many entries as the next power of two. One that is small next to the block is
+    copied to shared memory, where 32 threads that read 32 entries wait for each other less.
+    """
+    LENGTH: tl.constexpr = triton.next_power_of_2(ENTRIES)
+    if 2 * LENGTH <= SIZE and THREADS > 32:  # one warp would shuffle the table
+        return tl.gather(tl.load(table + tl.arange(0, LENGTH)), index, 0)
+    else:
+        return to_threads(
+            tl.load(table + to_memory(index, SIZE, NEAR, THREADS)), SIZE, NEAR, THREADS
+        )
+
+
+@triton.jit
 def to_float32(x):
     if x.dtype == tl.bfloat16:
         bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
@@ -34,15 +60,25 @@ def to_float32(x):
 
 
 @triton.jit
-def round_to(x, DTYPE: tl.constexpr):
-    if tl.bfloat16 == DTYPE:
+def round_to(x, DTYPE: tl.constexpr, NAN: tl.constexpr):
+    """x (n,) float32 to the nearest of DTYPE; NAN says whether x may hold NaN, which become one."""
+    if tl.bfloat16 == DTYPE and _INTERPRETED:
         bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        bits = tl.where(x == x, bits, 0x7FC0)
-        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    elif tl.float16 == DTYPE:
-        bits = tl.where(x == x, x.to(tl.float16).to(tl.uint16, bitcast=True), 0x7E00)
-        return bits.to(tl.uint16).to(tl.float16, bitcast=True)
+        bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+        rounded = bits.to(tl.bfloat16, bitcast=True)
     else:
-        bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
-        return bits.to(tl.uint32).to(tl.float32, bitcast=True)
+        rounded = x.to(DTYPE)
+    if NAN:
+        rounded = tl.where(x == x, rounded, nan_of(DTYPE))
+    return rounded
+
+
+@triton.jit
+def nan_of(DTYPE: tl.constexpr):
+    """The NaN that all kernels give."""
+    if tl.bfloat16 == DTYPE:
+        return tl.full([], 0x7FC0, tl.uint16).to(tl.bfloat16, bitcast=True)
+    elif tl.float16 == DTYPE:
+        return tl.full([], 0x7E00, tl.uint16).to(tl.float16, bitcast=True)
+    else:
+        return tl.full([], 0x7FC00000, tl.uint32).to(tl.float32, bitcast=True)

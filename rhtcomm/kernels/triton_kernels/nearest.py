@@ -3,7 +3,91 @@
 import triton
 import triton.language as tl
 
-from rhtcomm.kernels.triton_kernels.hadamard import tree_sum, wrap
+from rhtcomm.kernels.triton_kernels.hadamard import (
+    root_mean_square,
+    rotate,
+    tree_sum,
+    unrotate,
+    wrap,
+)
+from rhtcomm.kernels.triton_kernels.memory import look_up
+from rhtcomm.kernels.triton_kernels.order import to_memory, to_threads
+from rhtcomm.kernels.triton_kernels.packing import load_codes, store_codes
+from rhtcomm.kernels.triton_kernels.streams import draw_signs
+
+
+@triton.jit
+def nearest_encode(
+    x,
+    packed,
+    table,
+    thresholds,
+    key,
+    purpose,
+    sixteenth,
+    QUANTIZER: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BIASED: tl.constexpr,
+    ROTATIONS: tl.constexpr,
+    SIZE: tl.constexpr,
+    LOG: tl.constexpr,
+    NEAR: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Stores the codes of x (SIZE,), in thread order, and returns the scale."""
+    COUNT: tl.constexpr = SIZE // GROUP
+    signs = draw_signs(key, purpose, sixteenth, ROTATIONS, SIZE)
+    y = rotate(x, signs, ROTATIONS, SIZE, LOG, NEAR, THREADS)
+    rms = root_mean_square(y, SIZE, LOG, NEAR, THREADS)
+    z = y * tl.where(rms > 0, tl.div_rn(1.0, rms), 0.0)
+    in_memory = to_memory(z, SIZE, NEAR, THREADS)
+    if QUANTIZER == "Eden":
+        codes = eden_nearest(in_memory, thresholds, BITS)
+    else:
+        groups = tl.reshape(in_memory, [COUNT, GROUP])
+        codes = vector_nearest(groups, table, thresholds, COUNT, GROUP)
+    upper = codes.to(tl.uint32, bitcast=True) << (32 - BITS * GROUP)
+    store_codes(upper, packed, COUNT, BITS * GROUP, NEAR // GROUP)
+    values = look_up_groups(codes, table, BITS * GROUP, COUNT, GROUP, NEAR, THREADS)
+    return eden_scale(rms, z, values, BIASED, SIZE, LOG, NEAR, THREADS)
+
+
+@triton.jit
+def nearest_decode(
+    scales,
+    packed,
+    table,
+    key,
+    hop,
+    sixteenth,
+    rank,
+    ranks,
+    scale_stride,
+    code_stride,
+    down,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROTATIONS: tl.constexpr,
+    SIZE: tl.constexpr,
+    LOG: tl.constexpr,
+    NEAR: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """The sum of what `ranks` ranks sent, times `down`, each unrotated: (SIZE,) in thread order."""
+    COUNT: tl.constexpr = SIZE // GROUP
+    # Adding to -0 changes no value, not even -0.
+    total = tl.full([SIZE], -(1 << 31), tl.int32).to(tl.float32, bitcast=True)
+    for _ in range(ranks):
+        factor = tl.load(scales) * down
+        codes = load_codes(packed, COUNT, BITS * GROUP)
+        values = look_up_groups(codes, table, BITS * GROUP, COUNT, GROUP, NEAR, THREADS)
+        signs = draw_signs(key, hop + 256 * rank, sixteenth, ROTATIONS, SIZE)
+        total += unrotate(values * factor, signs, ROTATIONS, SIZE, LOG, NEAR, THREADS)
+        scales += scale_stride
+        packed += code_stride
+        rank += 1
+    return total
 
 
 @triton.jit
@@ -56,17 +140,41 @@ def vector_nearest(z, codewords, half_norms, COUNT: tl.constexpr, GROUP: tl.cons
 
 
 @triton.jit
-def look_up(codes, table, COUNT: tl.constexpr, GROUP: tl.constexpr):
-    """What codes (COUNT,) stand for, (COUNT GROUP,) float32: GROUP entries of a table per code."""
+def look_up_groups(
+    codes,
+    table,
+    BITS: tl.constexpr,
+    COUNT: tl.constexpr,
+    GROUP: tl.constexpr,
+    NEAR: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """What codes (COUNT,) of BITS bits, in memory order, stand for: GROUP entries each.
+
+    Returns:
+        (COUNT GROUP,) float32 in thread order.
+    """
+    SIZE: tl.constexpr = COUNT * GROUP
     index = codes[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    return tl.load(table + tl.reshape(index, [COUNT * GROUP]))
+    index = to_threads(tl.reshape(index, [SIZE]), SIZE, NEAR, THREADS)
+    return look_up(table, index, GROUP << BITS, SIZE, NEAR, THREADS)
 
 
 @triton.jit
-def eden_scale(rms, z, values, BIASED: tl.constexpr, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr):
-    agreement = tree_sum(z * values, SIZE, LOG_SIZE)
+def eden_scale(
+    rms,
+    z,
+    values,
+    BIASED: tl.constexpr,
+    SIZE: tl.constexpr,
+    LOG: tl.constexpr,
+    NEAR: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Of z and its values, both (SIZE,) in thread order."""
+    agreement = tree_sum(z * values, SIZE, LOG, NEAR, THREADS)
     if BIASED:
-        correction = tl.div_rn(agreement, tree_sum(values * values, SIZE, LOG_SIZE))
+        correction = tl.div_rn(agreement, tree_sum(values * values, SIZE, LOG, NEAR, THREADS))
     else:
-        correction = tl.div_rn(tree_sum(z * z, SIZE, LOG_SIZE), agreement)
+        correction = tl.div_rn(tree_sum(z * z, SIZE, LOG, NEAR, THREADS), agreement)
     return tl.where(rms > 0, rms * correction, 0.0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from rhtcomm import Codec, Eden, Key, QuicFL, VectorQuantizer
+from rhtcomm import ECDQ, Codec, Eden, Key, QuicFL, VectorQuantizer
 from rhtcomm.kernels import Task, cpu, reference, use
 from rhtcomm.quantizers import Quantizer
 
@@ -26,6 +26,7 @@ QUANTIZERS: tuple[Quantizer, ...] = (
     *(Eden(bits) for bits in range(1, 9)),
     *(Eden(bits, biased=True) for bits in (1, 4)),
     *(VectorQuantizer(bits) for bits in (1, 2, 4)),
+    *(ECDQ(bits) for bits in (1, 2.5, 3, 4, 6)),
 )
 # Ordinary; subnormal in float32 and in float16; near the largest; with a NaN.
 MAGNITUDES = (1.0, 1e-38, 1e-41, 3e-8, 3e38, math.inf)
@@ -41,7 +42,7 @@ class Case(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("encoded", "rank", "ranks", "world_size", "offset")),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_int64) for name in ("step", "bucket", "hop")),
-        ("tables", ctypes.c_int64 * 4),
+        ("tables", ctypes.c_int64 * 6),
         ("plan", cpu.Plan * 2),
     )
 
@@ -130,6 +131,7 @@ def _case(
     plans = (cpu.Plan * 2)(*cpu.plans_of(task).array)
     for plan in plans:
         plan.levels = plan.positions = plan.boundaries = plan.half_norms = None
+        plan.symbols = plan.slots = None
     tables = _tables(task.quantizer)
     yield bytes(
         Case(
@@ -147,7 +149,7 @@ def _case(
             step=key.step,
             bucket=key.bucket,
             hop=key.hop,
-            tables=(ctypes.c_int64 * 4)(*map(len, tables)),
+            tables=(ctypes.c_int64 * 6)(*map(len, tables)),
             plan=plans,
         )
     )
@@ -160,9 +162,10 @@ def _bytes(x: torch.Tensor) -> bytes:
 
 
 def _tables(quantizer: Quantizer) -> list[bytes]:
-    """In the order of `Plan`: levels, positions, boundaries, half_norms."""
+    """In the order of `Plan`: levels, positions, boundaries, half_norms, symbols, slots."""
     table = quantizer.table  # type: ignore[attr-defined]
-    names = (("levels", "centroids", "codewords"), ("positions",), ("boundaries",), ("half_norms",))
+    levels, *others = ("levels", "centroids", "codewords"), "positions", "boundaries", "half_norms"
+    names = (levels, *((name,) for name in (*others, "entries", "slots")))
     return [
         next((getattr(table, name).tobytes() for name in of if hasattr(table, name)), b"")
         for of in names

@@ -6,10 +6,12 @@
 #include "../../../rhtcomm/kernels/cpu.c"
 #include <stdio.h>
 
+enum { TABLES = 6 };
+
 typedef struct {
     int64_t plans, numel, in_dtype, out_dtype, nbytes, encoded, rank, ranks, world_size, offset;
     uint64_t seed;
-    int64_t step, bucket, hop, tables[4];
+    int64_t step, bucket, hop, tables[TABLES];
     Plan plan[2];
 } Case;
 
@@ -73,11 +75,12 @@ int main(int count, char **arguments) {
         return 2;
     }
     for (Case c; fread(&c, sizeof c, 1, file) == 1; cases++) {
-        char *tables[4];
-        for (int i = 0; i < 4; i++) tables[i] = read_bytes(c.tables[i]);
+        char *tables[TABLES];
+        for (int i = 0; i < TABLES; i++) tables[i] = read_bytes(c.tables[i]);
         for (int i = 0; i < c.plans; i++) {
             c.plan[i].levels = (float *)tables[0], c.plan[i].positions = (int32_t *)tables[1];
             c.plan[i].boundaries = (float *)tables[2], c.plan[i].half_norms = (float *)tables[3];
+            c.plan[i].symbols = (uint64_t *)tables[4], c.plan[i].slots = (uint32_t *)tables[5];
         }
         char *x = read_bytes(c.numel * bytes_of(c.in_dtype));
         char *payloads = read_bytes(c.ranks * c.nbytes);
@@ -90,7 +93,7 @@ int main(int count, char **arguments) {
                            threads);
                     wrong++;
                 }
-        for (int i = 0; i < 4; i++) free(tables[i]);
+        for (int i = 0; i < TABLES; i++) free(tables[i]);
         free(x), free(payloads), free(expected);
     }
     printf("%d cases, %d modes, 1 and 2 threads: %d differ\n", cases,
