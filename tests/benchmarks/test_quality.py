@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import ROOT, limit
 
 import quality
 from lib import problems
 from quality import BASE, Losses, Run
 
-ROOT = Path(__file__).resolve().parents[2]
 EVERY = [*problems.PROBLEMS]
 
 
