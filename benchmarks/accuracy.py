@@ -25,6 +25,7 @@ from lib.gradients import DEMO, SMALL, gradients
 from lib.progress import progress
 from lib.report import RESULTS, heading, table
 from rhtcomm import (
+    ECDQ,
     Codec,
     Eden,
     Key,
@@ -111,6 +112,7 @@ def methods() -> dict[str, dict[str, Method]]:
         "QuicFL, exact mode": {
             f"b = {b}": by_codec(QuicFL(b, exact_fraction=1 / 512)) for b in bits
         },
+        "ECDQ": {f"b = {b:g}": by_codec(ECDQ(b)) for b in (1, 1.5, 2, 2.5, 3, 4, 5, 6)},
         "Eden": {f"b = {b}": by_codec(Eden(b)) for b in bits},
         "VectorQuantizer": {f"b = {b}": by_codec(VectorQuantizer(b)) for b in (1, 2, 4)},
         "Lattice": {f"b = {b}": by_lattice(b) for b in bits},
@@ -211,6 +213,9 @@ def plot(points: Points, path: Path) -> None:
                 x, y, style, markersize=4, color=f"C{index}" if index < 10 else "k", label=name
             )
         axis.axhline(1, color="k", linestyle=":", label="Gaussian rate-distortion bound")
+        rates = torch.linspace(1, 8, 100)
+        bound = 4**rates / (4**rates - 1)
+        axis.plot(rates, bound, color="k", linestyle="--", label="the same for unbiased codes")
         axis.set(yscale="log", title=problem)
         axis.set_ylim(0.8, 3000)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
