@@ -1,5 +1,7 @@
 """The emulator of PTX by itself: what it computes, and what it refuses."""
 
+from collections.abc import Callable
+
 import ptx
 import pytest
 import torch
@@ -46,16 +48,18 @@ def result(body: str) -> list[int]:
         ("mov.b32 {%rs1, %rs2}, %r1; mov.b32 %r9, {%rs2, %rs1};", lambda i: i << 16),
         ("prmt.b32 %r9, %r1, %r98, 0x1011U;", lambda i: i << 16),
         ("shf.l.wrap.b32 %r9, %r1, %r2, 8;", lambda i: 4 * i << 8),
-        ("cvt.rn.f32.u32 %r3, %r1; cvt.rn.bf16x2.f32 %r9, %r3, 0f3F808000;", None),
         ("mov.u32 %r9, 7; setp.gt.u32 %p1, %r1, 40; @%p1 mov.u32 %r9, 8;", lambda i: 7 + (i > 40)),
     ],
 )
-def test_what_instructions_compute(body: str, expected) -> None:
-    if expected is None:  # the low half is 1 + 2^-8, a tie that becomes 1
-        x = torch.arange(64).bfloat16().view(torch.int16).int()
-        assert result(body) == ((x << 16) + 0x3F80).tolist()
-    else:
-        assert result(body) == [expected(i) for i in range(64)]
+def test_what_instructions_compute(body: str, expected: Callable[[int], int]) -> None:
+    assert result(body) == [expected(i) for i in range(64)]
+
+
+def test_bfloat16_is_rounded_to_even() -> None:
+    """The low half is 1 + 2^-8, as far from 1 as from the next bfloat16."""
+    body = "cvt.rn.f32.u32 %r3, %r1; cvt.rn.bf16x2.f32 %r9, %r3, 0f3F808000;"
+    high = torch.arange(64).bfloat16().view(torch.int16).int()
+    assert result(body) == ((high << 16) + 0x3F80).tolist()
 
 
 def test_threads_that_part_meet_again() -> None:
@@ -110,7 +114,15 @@ def test_matrices_are_transposed_as_documented() -> None:
         ("ld.shared.b32 %r9, [%r2];", "never written"),
         ("st.shared.b32 [%r2+960], %r1;", "out of the 1024 bytes"),
         ("st.shared.b32 [global_smem], %r1;", "different values to one place"),
-        ("st.shared.b32 [%r2], %r1; xor.b32 %r3, %r2, 128; ld.shared.b32 %r9, [%r3];", "race"),
+        (
+            "st.shared.b32 [%r2], %r1; xor.b32 %r3, %r2, 128; ld.shared.b32 %r9, [%r3];",
+            "race: reads",
+        ),
+        (
+            "st.shared.b32 [%r2], %r1; bar.sync 0; xor.b32 %r3, %r2, 128;"
+            "ld.shared.b32 %r9, [%r3]; st.shared.b32 [%r2], %r2;",
+            "race: changes what another warp used",
+        ),
         ("setp.gt.u32 %p1, %r1, 40; @%p1 bar.sync 0;", "not all threads"),
         ("setp.gt.u32 %p1, %r1, 40; @%p1 redux.sync.max.u32 %r9, %r1, -1;", "part of a warp"),
         ("$again: bra.uni $again;", "not end"),
