@@ -26,7 +26,7 @@ TABLES = {
         "Clocks",
         "The transform alone, without signs, 1 GiB read and written",
         "The cost model with these times of a chunk, 50 us a message, a bucket of 25 MiB",
-        "Whole calls for 25 MiB, b = 4, k = 2, with headers, us of the device",
+        "Whole calls for 25 MiB, b = 4, with headers, us of the device",
         "Variants of the launch, b = 4, 1 GiB, share of the roofline",
         "Other blocks, b = 4, k = 2, 1 GiB of float32, warps by measurement",
     ],

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import rhtcomm.quantizers.ecdq
+import rhtcomm.wire
 from rhtcomm import ECDQ, Codec, Key
 from rhtcomm.kernels import kernel_for
 
@@ -165,8 +166,13 @@ def with_units_of(nbytes: int, codec: Codec, x: torch.Tensor, key: Key) -> torch
     """A payload of ECDQ whose units have so many bytes, whatever they need."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ECDQ, "unit_bytes", lambda self, numel: nbytes if numel else 0)
-        codec = Codec(codec.quantizer, codec.rotations, codec.block)  # layouts are kept
-        return codec.encode(x, key, out=torch.full((codec.nbytes(len(x)),), 165, dtype=torch.uint8))
+        rhtcomm.wire.layout.cache_clear()
+        codec = Codec(codec.quantizer, codec.rotations, codec.block)  # codecs keep layouts too
+        try:
+            payload = torch.full((codec.nbytes(len(x)),), 165, dtype=torch.uint8)
+            return codec.encode(x, key, out=payload)
+        finally:
+            rhtcomm.wire.layout.cache_clear()
 
 
 def both_ways_in_short_units(
@@ -175,7 +181,11 @@ def both_ways_in_short_units(
     """As `both_ways`, of ECDQ with units of two blocks of 4096."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rhtcomm.quantizers.ecdq, "UNIT", 2 * 4096)
-        return both_ways(codec, [x], key, 0, torch.float32)
+        rhtcomm.wire.layout.cache_clear()
+        try:
+            return both_ways(codec, [x], key, 0, torch.float32)
+        finally:
+            rhtcomm.wire.layout.cache_clear()
 
 
 def tuned(codec: Codec, x: torch.Tensor, key: Key) -> tuple[torch.Tensor, list[int], list[int]]:
