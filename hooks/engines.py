@@ -33,7 +33,7 @@ from .residuals import Residuals
 from .telemetry import Totals
 from .turns import Turn
 
-__all__ = ["Bucket", "Cuda", "Engine", "StreamEngine", "ThreadEngine", "engine_for"]
+__all__ = ["Bucket", "Cuda", "Engine", "StreamEngine", "ThreadEngine", "engine_for", "rows_of"]
 
 Future = torch.futures.Future[torch.Tensor]
 
@@ -178,7 +178,7 @@ class Engine:
             buffer,
             key,
             lengths=lengths,
-            rows=tuple(map(_rows, bucket.parameters, lengths)),
+            rows=tuple(map(rows_of, bucket.parameters, lengths)),
             residual=residual,
             treatment=bucket.treatment,
             settle=settle,
@@ -346,7 +346,7 @@ def _lengths(bucket: Bucket) -> tuple[int, ...]:
     return tuple(map(numel_of, bucket.parameters))
 
 
-def _rows(parameter: torch.Tensor, length: int) -> int:
+def rows_of(parameter: torch.Tensor, length: int) -> int:
     """How many segments a parameter is: its rows, unless they are short.
 
     With `_ROW` coordinates each, the bits that say which are used are 0.8% of a payload with 2 bits

@@ -23,6 +23,7 @@ from device.hook import codec_of
 from lib.twin import Bucket, Twin, mean_of_twins
 from rhtcomm import Codec, Key, TorchCommunicator
 from rhtcomm.hooks import RHTState, rht_hook
+from rhtcomm.hooks.engines import rows_of
 from rhtcomm.reduce.split import split_into_chunks
 
 __all__ = ["CASES", "Case", "Outcome", "check", "train"]
@@ -155,7 +156,10 @@ class Recorder:
     ) -> torch.futures.Future[torch.Tensor]:
         step, index, buffer = self._step, bucket.index(), bucket.buffer()
         sent = buffer.clone() if step in self._kept else None
-        lengths = [parameter.numel() for parameter in bucket.parameters()]
+        lengths = []  # of the segments that become zero together
+        for parameter in bucket.parameters():
+            rows = rows_of(parameter, parameter.numel())
+            lengths += [parameter.numel() // rows] * rows
         self._step += bucket.is_last()
         self._delays(buffer)
         if self._twin is None:
