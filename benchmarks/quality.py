@@ -242,7 +242,8 @@ def report(results: Results) -> str:
         heading(),
         f"{RANKS} ranks, Gloo. Differences from float32 with the same seed, in percent of its mean "
         "loss: mean over\nseeds and its 95% interval. Bold: worse, and not by chance. Of the "
-        "regression, losses are what exceeds the\nleast one.\n",
+        "regression, losses are what exceeds the\nleast one. Runs that earlier commands left in "
+        "quality.csv are in the tables too.\n",
     ]
     header = ["gradients", "seeds", "final loss", "against float32", "mean over all steps"]
     for problem, optimizer in dict.fromkeys((run.problem, run.optimizer) for run in results):
