@@ -310,10 +310,10 @@ class ThreadEngine(Engine):
 class StreamEngine(Engine):
     """The calling thread and a side stream, for transports that enqueue exchanges.
 
-    Nothing waits on the host once the ranks have agreed, but for what rotations="auto" and
-    `nmse_every` read of the device. So an error of the transport comes out
-    where it reports errors (NCCL: the watchdog ends the process, or the next call raises), and a
-    payload that was not what it should be is found out one bucket or more later.
+    Once the ranks have agreed, the host waits for nothing but what rotations="auto" and
+    `nmse_every` read from the device. So an error of the transport comes out where it reports
+    errors (NCCL: the watchdog ends the process, or the next call raises), and a payload that was
+    not what it should be is found out one bucket or more later.
     """
 
     def submit(self, bucket: Bucket) -> Future:

@@ -32,6 +32,7 @@ from rhtcomm.codec import Codec
 from rhtcomm.communicators import ring_bytes
 from rhtcomm.kernels import kernel_for
 from rhtcomm.quantizers import ECDQ, QuicFL
+from rhtcomm.quantizers.ecdq import BITS
 from rhtcomm.randomness import Key
 from rhtcomm.reduce.split import split_into_chunks, split_into_shards
 
@@ -44,7 +45,7 @@ WORTHWHILE = 1.1
 PlanQuantizer = Literal["quic_fl", "ecdq"]
 _BITS: dict[str, list[float]] = {
     "quic_fl": list(range(1, 9)),
-    "ecdq": [quarters / 4 for quarters in range(4, 25)],
+    "ecdq": list(BITS),
 }
 _BITS_IN_WORDS = {"quic_fl": "1 to 8", "ecdq": "1, 1.25, 1.5, ..., 6"}
 

@@ -288,5 +288,5 @@ def _fill_ecdq(plan: Plan, quantizer: ECDQ) -> None:
     plan.inverse_bound = table.inverse_bound
     plan.per_step, plan.quarter_step = table.per_step, table.quarter_step
     plan.precision, plan.largest = table.precision, table.largest
-    plan.class_bits = table.classes.bit_length() - 1
+    plan.class_bits = table.class_bits
     plan.symbols, plan.slots = (array.ctypes.data for array in (table.entries, table.slots))

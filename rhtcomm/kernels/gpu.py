@@ -38,6 +38,7 @@ from rhtcomm.wire import Section
 __all__ = [
     "MAX_BLOCK",
     "QUANTIZERS",
+    "coordinates_of",
     "decode",
     "encode",
     "interpreted",
@@ -45,6 +46,7 @@ __all__ = [
     "launches",
     "on_device",
     "run",
+    "shape_of",
     "too_large",
     "tuner",
     "warps_for",
@@ -81,7 +83,7 @@ def encode(
     done = 0
     with torch.cuda.device_of(x):
         for section, shard, blocks in launches(task):
-            coordinates = x[blocks.offset : min(blocks.stop, (shard + 1) * task.numel)]
+            coordinates = x[coordinates_of(task, shard, blocks)]
             scales, codes = section.views(payloads[shard])
             launch(
                 encode_block,
@@ -124,7 +126,7 @@ def decode(
     (table,) = _tables(quantizer, out.device, encoding=False)
     with torch.cuda.device_of(out):
         for section, shard, blocks in launches(task):
-            target = out[blocks.offset : min(blocks.stop, (shard + 1) * task.numel)]
+            target = out[coordinates_of(task, shard, blocks)]
             scales, codes = section.views(payloads[:, shard])
             launch(
                 decode_block,
@@ -157,6 +159,11 @@ def launches(task: Task) -> Iterator[tuple[Section, int, Blocks]]:
             yield section, shard, section.blocks.shifted(shard * task.numel)
 
 
+def coordinates_of(task: Task, shard: int, blocks: Blocks) -> slice:
+    """Where blocks of a shard lie in the tensor, without the padding."""
+    return slice(blocks.offset, min(blocks.stop, (shard + 1) * task.numel))
+
+
 def words_of(key: Key, offset: int) -> tuple[int, ...]:
     """offset, seed, bucket, step and hop as the kernels take them: int32 of the same bits."""
     words = (
@@ -173,12 +180,19 @@ def words_of(key: Key, offset: int) -> tuple[int, ...]:
 def _shape(
     rotation: RandomizedHadamard, quantizer: Quantizer, blocks: Blocks, numel: int
 ) -> dict[str, object]:
-    """What kernels are compiled for."""
+    """As `shape_of`, with what the codes depend on."""
     return {
         "QUANTIZER": type(quantizer).__name__,
         "BITS": quantizer.bits,
         "GROUP": quantizer.group,
         "CAPACITY": quantizer.exact_capacity(blocks.size) if isinstance(quantizer, QuicFL) else 0,
+        **shape_of(rotation, blocks, numel),
+    }
+
+
+def shape_of(rotation: RandomizedHadamard, blocks: Blocks, numel: int) -> dict[str, Any]:
+    """What kernels of blocks are compiled for, where `numel` coordinates are no padding."""
+    return {
         "ROTATIONS": rotation.rotations,
         "SIZE": blocks.size,
         "LOG_SIZE": blocks.size.bit_length() - 1,

@@ -26,7 +26,7 @@ from rhtcomm.kernels.triton_kernels.ecdq import (
 )
 from rhtcomm.once import once
 from rhtcomm.quantizers import ECDQ
-from rhtcomm.quantizers.ecdq import FACTORS
+from rhtcomm.quantizers.ecdq import FACTORS, Table
 from rhtcomm.randomness import Key, stratum
 from rhtcomm.rans import LANES
 from rhtcomm.rotation import Blocks
@@ -44,6 +44,7 @@ class Units:
         blocks: by their offset in the tensor.
         shard: that they belong to.
         each: blocks of a unit.
+        nbytes: of a unit's codes.
     """
 
     section: Section
@@ -51,26 +52,30 @@ class Units:
     blocks: Blocks
     shard: int
     each: int
+    nbytes: int
 
     @property
     def count(self) -> int:
         return self.blocks.count // self.each
 
     @property
-    def numel(self) -> int:
-        """Coordinates of a unit."""
-        return self.each * self.blocks.size
+    def steps(self) -> int:
+        """Of the coder, for a unit."""
+        return self.each * self.blocks.size // LANES
+
+    @property
+    def room(self) -> int:
+        """Words of a unit, behind the states of its lanes."""
+        return self.nbytes // 2 - 2 * LANES
 
 
 def units_of(task: Task, quantizer: ECDQ) -> Iterator[Units]:
     for section, shard, blocks in gpu.launches(task):
-        most = quantizer.unit(blocks.size)
-        whole = blocks.count // most * most
-        for rows, each in ((slice(0, whole), most), (slice(whole, blocks.count), None)):
-            count = rows.stop - rows.start
-            if count:
-                part = Blocks(blocks.offset + rows.start * blocks.size, count, blocks.size)
-                yield Units(section, rows, part, shard, each or count)
+        for rows, each in quantizer.units(blocks.count, blocks.size):
+            offset = blocks.offset + rows.start * blocks.size
+            part = Blocks(offset, rows.stop - rows.start, blocks.size)
+            nbytes = quantizer.unit_bytes(each * blocks.size)
+            yield Units(section, rows, part, shard, each, nbytes)
 
 
 @default_mode()  # of what the host computes
@@ -91,20 +96,21 @@ def encode(
     assert isinstance(quantizer, ECDQ)
     table, device = quantizer.table, x.device
     entries, _ = _tables(quantizer, device)
+    grid = _grid(table)
     with torch.cuda.device_of(x):
         for units in units_of(task, quantizer):
-            blocks, nbytes = units.blocks, quantizer.unit_bytes(units.numel)
-            room = nbytes // 2 - 2 * LANES
-            coordinates = x[blocks.offset : min(blocks.stop, (units.shard + 1) * task.numel)]
+            blocks = units.blocks
+            coordinates = x[gpu.coordinates_of(task, units.shard, blocks)]
             scales, codes = units.section.part(payloads[units.shard], units.rows, quantizer)
+            shape = gpu.shape_of(rotation, blocks, coordinates.numel())
             columns = torch.empty(blocks.count * blocks.size, dtype=torch.uint8, device=device)
-            buffer = torch.empty(units.count * room, dtype=torch.int16, device=device)
+            buffer = torch.empty(units.count * units.room, dtype=torch.int16, device=device)
             words = torch.full((units.count,), -1, dtype=torch.int32, device=device)
             for factor in (*FACTORS, 0.0):  # zero for the scales alone
                 gpu.launch(
                     quantize_block,
                     blocks.count,
-                    _shape(task, blocks) | {"WHOLE": _whole(blocks, coordinates)},
+                    shape,
                     coordinates,
                     scales,
                     columns,
@@ -115,24 +121,20 @@ def encode(
                     stratum(rank, world_size),
                     factor,
                     blocks.size ** (-rotation.rotations / 2),
-                    INVERSE_BOUND=table.inverse_bound,
-                    PER_STEP=table.per_step,
-                    QUARTER_STEP=table.quarter_step,
-                    LARGEST=table.largest,
-                    CLASS_BITS=table.classes.bit_length() - 1,
                     UNIT=units.each,
+                    **grid,
                 )
                 if factor:
-                    unit = (nbytes, units.numel // LANES, room)
                     gpu.run(
                         encode_unit,
                         (units.count,),
-                        *(columns, entries, codes, buffer, words, *unit),
+                        *(columns, entries, codes, buffer, words),
+                        *(units.nbytes, units.steps, units.room),
                         PRECISION=table.precision,
                         num_warps=1,
                     )
-            of_unit = (codes, buffer, words, nbytes, room)
-            gpu.run(finish_unit, (units.count,), *of_unit, num_warps=1)
+            moved = (codes, buffer, words, units.nbytes, units.room)
+            gpu.run(finish_unit, (units.count,), *moved, num_warps=1)
             done += blocks.count
 
 
@@ -155,34 +157,27 @@ def decode(
     _, slots = _tables(quantizer, device)
     with torch.cuda.device_of(out):
         for units in units_of(task, quantizer):
-            blocks, nbytes = units.blocks, quantizer.unit_bytes(units.numel)
-            target = out[blocks.offset : min(blocks.stop, (units.shard + 1) * task.numel)]
+            blocks = units.blocks
+            target = out[gpu.coordinates_of(task, units.shard, blocks)]
             scales, codes = units.section.part(payloads[:, units.shard], units.rows, quantizer)
-            numel, shape = blocks.count * blocks.size, _shape(task, blocks)
-            dithers = torch.empty(numel, dtype=torch.uint8, device=device)
-            columns = torch.empty(ranks, numel, dtype=torch.uint8, device=device)
+            shape = gpu.shape_of(task.rotation, blocks, target.numel())
+            numel = blocks.count * blocks.size
             words = gpu.words_of(key, offset + blocks.offset)
-            gpu.run(
-                dither_block,
-                (blocks.count,),
-                *(dithers, *words),
-                SIZE=blocks.size,
-                WARPS=shape["num_warps"],
-                num_warps=shape["num_warps"],
-            )
+            dithers = _dithers(blocks, words, device)
+            columns = torch.empty(ranks, numel, dtype=torch.uint8, device=device)
             gpu.run(
                 decode_unit,
                 (units.count, ranks),
                 *(codes, slots, dithers, columns, rank, world_size, codes.stride(0), numel),
-                *(nbytes, units.numel // LANES, nbytes // 2 - 2 * LANES),
+                *(units.nbytes, units.steps, units.room),
                 PRECISION=table.precision,
-                CLASS_BITS=table.classes.bit_length() - 1,
+                CLASS_BITS=table.class_bits,
                 num_warps=1,
             )
             gpu.launch(
                 mean_block,
                 blocks.count,
-                shape | {"WHOLE": _whole(blocks, target)},
+                shape,
                 scales,
                 columns,
                 dithers,
@@ -199,18 +194,23 @@ def decode(
             )
 
 
-def _whole(blocks: Blocks, x: torch.Tensor) -> bool:
-    return x.numel() == blocks.count * blocks.size
+def _dithers(blocks: Blocks, words: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """What the ranks share of the dither of blocks, a byte for each coordinate."""
+    dithers = torch.empty(blocks.count * blocks.size, dtype=torch.uint8, device=device)
+    warps = gpu.warps_for(blocks.size)
+    shape = {"SIZE": blocks.size, "WARPS": warps, "num_warps": warps}
+    gpu.run(dither_block, (blocks.count,), dithers, *words, **shape)
+    return dithers
 
 
-def _shape(task: Task, blocks: Blocks) -> dict[str, Any]:
-    """What kernels of blocks are compiled for."""
+def _grid(table: Table) -> dict[str, Any]:
+    """The constants that quantization takes."""
     return {
-        "ROTATIONS": task.rotation.rotations,
-        "SIZE": blocks.size,
-        "LOG_SIZE": blocks.size.bit_length() - 1,
-        "num_warps": gpu.warps_for(blocks.size),
-        "enable_fp_fusion": False,
+        "INVERSE_BOUND": table.inverse_bound,
+        "PER_STEP": table.per_step,
+        "QUARTER_STEP": table.quarter_step,
+        "LARGEST": table.largest,
+        "CLASS_BITS": table.class_bits,
     }
 
 

@@ -37,8 +37,9 @@ from rhtcomm.quantizers.base import fingerprint_of, root_mean_square, tensor_of
 from rhtcomm.randomness import Key, dither, stratum
 from rhtcomm.rotation import Blocks
 
-__all__ = ["ECDQ", "FACTORS", "UNIT"]
+__all__ = ["BITS", "ECDQ", "FACTORS", "UNIT"]
 
+BITS = tuple(quarters / 4 for quarters in range(4, 25))
 UNIT = 1 << 16
 """Coordinates of a unit, at least; blocks that are longer are units of their own."""
 FACTORS = (1.0, 65 / 64, 17 / 16, 5 / 4, 2.0, 16.0)
@@ -64,7 +65,7 @@ class ECDQ:
 
     def __post_init__(self) -> None:
         number = isinstance(self.bits, (int, float)) and not isinstance(self.bits, bool)
-        if not number or not 1 <= self.bits <= 6 or self.bits * 4 % 1:
+        if not number or self.bits not in BITS:
             raise ValueError(
                 f"ECDQ: bits={self.bits!r} must be one of 1, 1.25, 1.5, ..., 6 (an int or a float)"
             )
@@ -98,7 +99,7 @@ class ECDQ:
         scale = torch.maximum(root_mean_square(y), y.abs().amax(dim=1) * table.inverse_bound)
         _, v = dither(key, offset, y.numel(), stratum(rank, world_size), y.device)
         octets = []
-        for rows, each in self._units(y.shape[0], size):
+        for rows, each in self.units(y.shape[0], size):
             units = (y[rows].view(-1, each, size), v.view(y.shape)[rows].view(-1, each * size))
             found, scale[rows] = self._encode_units(*units, scale[rows].view(-1, each))
             octets.append(found.flatten())
@@ -110,7 +111,7 @@ class ECDQ:
         table, count, size = self.table, blocks.count, blocks.size
         _, v = dither(key, blocks.offset, count * size, stratum(rank, world_size), octets.device)
         values, begin = [], 0
-        for rows, each in self._units(count, size):
+        for rows, each in self.units(count, size):
             octet_rows = self.unit_bytes(each * size)
             end = begin + (rows.stop - rows.start) // each * octet_rows
             shared = _steps(v.view(count, size)[rows].view(-1, each * size).long())
@@ -125,8 +126,8 @@ class ECDQ:
             begin = end
         return torch.cat(values).float() * 2.0**-7
 
-    def _units(self, count: int, size: int) -> Iterator[tuple[slice, int]]:
-        """Blocks that make units of one length, and how many of them make one."""
+    def units(self, count: int, size: int) -> Iterator[tuple[slice, int]]:
+        """Of `count` blocks those that make units of one length, and how many of them make one."""
         each = self.unit(size)
         whole = count // each * each
         if whole:
@@ -212,6 +213,11 @@ class Table:
     @property
     def classes(self) -> int:
         return len(self.frequencies)
+
+    @property
+    def class_bits(self) -> int:
+        """log2 C."""
+        return self.classes.bit_length() - 1
 
     @property
     def precision(self) -> int:

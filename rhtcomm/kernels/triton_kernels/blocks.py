@@ -9,6 +9,7 @@ from rhtcomm.kernels.triton_kernels.memory import load, nan_of, round_to, store,
 from rhtcomm.kernels.triton_kernels.nearest import nearest_decode, nearest_encode
 from rhtcomm.kernels.triton_kernels.order import to_memory, to_threads
 from rhtcomm.kernels.triton_kernels.quic_fl import quic_fl_decode, quic_fl_encode
+from rhtcomm.kernels.triton_kernels.streams import sixteenth_of
 from rhtcomm.moments import MOMENTS
 
 __all__ = ["decode_block", "encode_block"]
@@ -122,7 +123,7 @@ def encode_block(
     THREADS: tl.constexpr = min(32 * WARPS, SIZE // NEAR)
     block = tl.program_id(0).to(tl.int64)
     key = (seed_low, seed_high, bucket, step)
-    sixteenth = offset.to(tl.uint32, bitcast=True) + block.to(tl.uint32) * (SIZE // 16)
+    sixteenth = sixteenth_of(offset, block, SIZE)
     x, up, finite = load_block(x, block, numel, moments, SIZE, WHOLE)
     x = to_threads(x, SIZE, NEAR, THREADS)
     packed += block * (BITS * SIZE // 8 + 4 * CAPACITY)
@@ -185,7 +186,7 @@ def decode_block(
     THREADS: tl.constexpr = min(32 * WARPS, SIZE // NEAR)
     block = tl.program_id(0).to(tl.int64)
     key = (seed_low, seed_high, bucket, step)
-    sixteenth = offset.to(tl.uint32, bitcast=True) + block.to(tl.uint32) * (SIZE // 16)
+    sixteenth = sixteenth_of(offset, block, SIZE)
     packed += block * (BITS * SIZE // 8 + 4 * CAPACITY)
     scales += block
     down, up, finite = powers_of_two(largest_scale(scales, ranks, scale_stride))

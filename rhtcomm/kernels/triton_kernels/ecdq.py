@@ -19,7 +19,7 @@ from rhtcomm.kernels.triton_kernels.hadamard import (
     unrotate,
 )
 from rhtcomm.kernels.triton_kernels.order import to_memory, to_threads
-from rhtcomm.kernels.triton_kernels.streams import draw_dither, draw_signs
+from rhtcomm.kernels.triton_kernels.streams import draw_dither, draw_signs, sixteenth_of
 from rhtcomm.rans import LANES
 
 __all__ = [
@@ -76,7 +76,7 @@ def quantize_block(
     block = tl.program_id(0).to(tl.int64)
     if tl.load(words + block // UNIT) < 0:
         key = (seed_low, seed_high, bucket, step)
-        sixteenth = offset.to(tl.uint32, bitcast=True) + block.to(tl.uint32) * (SIZE // 16)
+        sixteenth = sixteenth_of(offset, block, SIZE)
         y, up, finite = load_block(x, block, numel, moments, SIZE, WHOLE)
         y = to_threads(y, SIZE, NEAR, THREADS)
         signs = draw_signs(key, hop, sixteenth, ROTATIONS, SIZE)
@@ -170,7 +170,7 @@ def dither_block(
     THREADS: tl.constexpr = min(32 * WARPS, SIZE // NEAR)
     block = tl.program_id(0).to(tl.int64)
     key = (seed_low, seed_high, bucket, step)
-    sixteenth = offset.to(tl.uint32, bitcast=True) + block.to(tl.uint32) * (SIZE // 16)
+    sixteenth = sixteenth_of(offset, block, SIZE)
     words = draw_dither(key, hop, sixteenth, tl.full([], 0, tl.int32), SIZE, NEAR, THREADS)
     upper = to_memory(words >> 24, SIZE, NEAR, THREADS).to(tl.uint8)
     tl.store(dithers + block * SIZE + tl.arange(0, SIZE), upper)
@@ -255,7 +255,7 @@ def mean_block(
     THREADS: tl.constexpr = min(32 * WARPS, SIZE // NEAR)
     block = tl.program_id(0).to(tl.int64)
     key = (seed_low, seed_high, bucket, step)
-    sixteenth = offset.to(tl.uint32, bitcast=True) + block.to(tl.uint32) * (SIZE // 16)
+    sixteenth = sixteenth_of(offset, block, SIZE)
     scales += block
     down, up, finite = powers_of_two(largest_scale(scales, ranks, scale_stride))
     index = block * SIZE + tl.arange(0, SIZE)

@@ -15,6 +15,12 @@ _DITHER = tl.constexpr(int(Stream.DITHER))
 
 
 @triton.jit
+def sixteenth_of(offset, block, SIZE: tl.constexpr):
+    """Where a block begins in the bucket, in sixteens of coordinates; `offset` is block 0's."""
+    return offset.to(tl.uint32, bitcast=True) + block.to(tl.uint32) * (SIZE // 16)
+
+
+@triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10 of counters and a key, all uint32: four words, see `rhtcomm.randomness`.
 
