@@ -44,10 +44,10 @@ class RHTState:
         bits: bits per coordinate, 1 to 8 ("vector": 1, 2 or 4; "ecdq": 1, 1.25, 1.5, ..., 6); or a
             function of the list of parameters in a bucket that returns them, called once for each
             bucket.
-        quantizer: "quic_fl" or "ecdq" (unbiased whatever the input; "ecdq" with half the error, but
-            in plain torch on CUDA), "eden" (smaller error for one sender; decoding takes an inverse
-            rotation per rank), "vector" (as "eden", smaller still, three rotations and the
-            slowest), or "lattice" (codes that are added on the way by one integer all-reduce).
+        quantizer: "quic_fl" or "ecdq" (unbiased whatever the input; "ecdq" with half the error at
+            4 bits), "eden" (smaller error for one sender; decoding takes an inverse rotation per
+            rank), "vector" (as "eden", smaller still, three rotations and the slowest), or
+            "lattice" (codes that are added on the way by one integer all-reduce).
         rotations: randomized Hadamard transforms, 1 to 3; by default the quantizer's safe number;
             "auto": 1 for a bucket that needed no more on any rank in the step before, else the safe
             number (see `rhtcomm.choose_rotations`).
