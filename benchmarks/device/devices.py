@@ -10,14 +10,14 @@ import platform
 import statistics
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from lib.processes import ROOT
+from lib.waits import no_host_waits
 from rhtcomm.hooks import engines
 from rhtcomm.kernels import use
 
@@ -39,11 +39,8 @@ class Gpu:
 
     dry = False
     torch = torch.device("cuda", 0)
-    chunk, bucket, large = (
-        3 * MiB,
-        25 * MiB,
-        GiB,
-    )  # bytes of a tensor; a chunk is what travels alone
+    # Bytes of a tensor; a chunk is what travels alone.
+    chunk, bucket, large = 3 * MiB, 25 * MiB, GiB
     cache = 256 * MiB  # bytes that surely do not fit in the second-level cache
     steps = 200  # of a training in which something may go wrong
     rounds = 20  # of a measurement
@@ -100,16 +97,9 @@ class Gpu:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    @contextlib.contextmanager
-    def no_waits(self) -> Iterator[None]:
+    def no_waits(self) -> AbstractContextManager[object]:
         """Within it, what makes the host wait for the device raises (as far as torch knows)."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says that it does not know everything
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        return no_host_waits()
 
     def delay(self, milliseconds: float) -> None:
         """Queue nothing but time on the current stream."""

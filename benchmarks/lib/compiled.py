@@ -56,9 +56,10 @@ def compiled(
         mock.patch.object(gpu, name, Recorder()),
         mock.patch.object(torch.cuda, "device_of", return_value=nullcontext()),
     ):
-        gpu.encode(task, *origin, x, payload[0]) if encode else gpu.decode(
-            task, *origin, payload, x
-        )
+        if encode:
+            gpu.encode(task, *origin, x, payload[0])
+        else:
+            gpu.decode(task, *origin, payload, x)
     (launch,) = launches
     launch |= options
     launch["WARPS"] = launch["num_warps"]

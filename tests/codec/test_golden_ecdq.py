@@ -5,17 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import ecdq
+from golden import ecdq, make_ecdq
 from golden.literal import Origin
-from golden.make import Case, canonical, digest
-from golden.make_ecdq import CASES, read
+from golden.make import Case, canonical, digest, read
+from golden.make_ecdq import CASES
 from libraries import PATH, needs_library, variants
 
 from rhtcomm import ECDQ, Codec, Key
 from rhtcomm.kernels import reference, use
 from rhtcomm.versions import ARITHMETIC, WIRE
 
-VECTORS = read()
+VECTORS = read(make_ecdq.PATH)
 named = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 

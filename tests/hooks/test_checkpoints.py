@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import Ranks
-from models import LAZY, all_equal, backward, descend, mlp, net, parameters_of, task_loss, wrapped
+from models import LAZY, all_equal, backward, mlp, net, parameters_of, task_loss, train, wrapped
 from problems import numbers
 from states import BLOCK, GAVE_UP, TIMEOUT
 from torch import nn
@@ -34,16 +34,11 @@ def train_and_resume(rank: int, world_size: int) -> dict[str, torch.Tensor]:
         ddp.register_comm_hook(state, rht_hook)
         return model, ddp, state
 
-    def train(model: nn.Module, ddp: Any, first: int, stop: int) -> None:
-        for step in range(first, stop):
-            task_loss(ddp, numbers(rank, step, shape=(16, 32))).backward()
-            descend(model)
-
     model, ddp, state = start()
     file = io.BytesIO()
-    train(model, ddp, 0, 2)
+    train(model, ddp, rank, range(0, 2))
     torch.save({"model": model.state_dict(), "hook": state.state_dict()}, file)
-    train(model, ddp, 2, 4)
+    train(model, ddp, rank, range(2, 4))
     whole = parameters_of(model)
     state.close()
 
@@ -55,7 +50,7 @@ def train_and_resume(rank: int, world_size: int) -> dict[str, torch.Tensor]:
         model.load_state_dict(checkpoint["model"])
         if kept == "both":
             state.load_state_dict(checkpoint["hook"])
-        train(model, ddp, 2, 4)
+        train(model, ddp, rank, range(2, 4))
         resumed[kept] = parameters_of(model)
         state.close()
     return {"whole": whole, **resumed}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from harness import Ranks
-from models import all_equal, descend, gradients_of, mlp, parameters_of, task_loss
+from models import all_equal, gradients_of, mlp, parameters_of, task_loss, train
 from problems import nmse, numbers
 from states import TIMEOUT
 from torch import nn
@@ -67,16 +67,11 @@ def train_and_resume(rank: int, world_size: int, error_feedback: bool) -> dict[s
         handle = register(ddp, bits=1.75, error_feedback=error_feedback, seed=9, **OPTIONS)
         return model, ddp, handle
 
-    def train(model: nn.Module, ddp: Any, first: int, stop: int) -> None:
-        for step in range(first, stop):
-            task_loss(ddp, numbers(rank, step, shape=(16, 32))).backward()
-            descend(model)
-
     model, ddp, handle = begin()
     file = io.BytesIO()
-    train(model, ddp, 0, 2)
+    train(model, ddp, rank, range(0, 2))
     torch.save({"model": model.state_dict(), "hook": handle.state_dict()}, file)
-    train(model, ddp, 2, 4)
+    train(model, ddp, rank, range(2, 4))
     whole = parameters_of(model)
     handle.close()
     file.seek(0)
@@ -84,7 +79,7 @@ def train_and_resume(rank: int, world_size: int, error_feedback: bool) -> dict[s
     model, ddp, handle = begin()
     model.load_state_dict(checkpoint["model"])
     handle.load_state_dict(checkpoint["hook"])
-    train(model, ddp, 2, 4)
+    train(model, ddp, rank, range(2, 4))
     handle.close()
     return {"whole": whole, "resumed": parameters_of(model)}
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cuda import needs_cuda, no_host_waits
+from cuda import needs_cuda
 from harness import Ranks, limit
 from streams import in_place_of_cuda
 from torch import nn
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 
 from lib.twin import Bucket, Twin, mean_of_twins
+from lib.waits import no_host_waits
 from rhtcomm import Codec, Eden, Key, QuicFL, TorchCommunicator
 from rhtcomm.deferred import DeferredChecks
 from rhtcomm.hooks import RHTState, rht_hook

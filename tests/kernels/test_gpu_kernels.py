@@ -7,9 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -234,60 +232,19 @@ def test_blocks_beyond_one_program_take_the_reference(interpreted: Interpreted) 
 # Without the interpreter -------------------------------------------------------------------------
 
 
-def compiled(codec: Codec, encode: bool, cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """PTX of a kernel for Hopper, which takes no GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from rhtcomm.kernels import gpu
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
-    name = "encode_block" if encode else "decode_block"
-    kernel = getattr(gpu, name)
-    launches: list[dict[str, Any]] = []
-
-    class Recorder:
-        def __getitem__(self, grid: object) -> Callable[..., None]:
-            return lambda *args, **kw: launches.append(
-                {**dict(zip(kernel.arg_names, args, strict=False)), **kw}
-            )
-
-    x, key = torch.zeros(codec.block, dtype=torch.bfloat16), Key(1)
-    with use(reference):
-        payload = codec.encode(x, key)[None]
-    monkeypatch.setattr(gpu, name, Recorder())
-    with use(gpu):
-        codec.encode(x, key) if encode else codec.decode_mean(payload, key, codec.block, out=x)
-    (arguments,) = launches
-    options = {name: arguments.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    constants = {k: v for k, v in arguments.items() if k.isupper() or v is None}
-    names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int32: "i32"}
-
-    def type_of(value: object) -> str:
-        if isinstance(value, torch.Tensor):
-            return f"*{names[value.dtype]}"
-        return "fp32" if isinstance(value, float) else "i32"
-
-    signature = {
-        name: "constexpr" if name in constants else type_of(arguments[name])
-        for name in kernel.arg_names
-    }
-    source = ASTSource(kernel, signature, constants)
-    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert result.asm["cubin"]
-    return str(result.asm["ptx"])
-
-
 @needs_triton
 @pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="it runs in the interpreter")
 @pytest.mark.parametrize("encode", [True, False])
 @pytest.mark.parametrize("quantizer", [QuicFL(4, FRACTION), Eden(3), VectorQuantizer(4)], ids=repr)
 @pytest.mark.parametrize("size", [256, 1024])
 def test_it_compiles_and_rounds_each_operation(
-    size: int, quantizer: Quantizer, encode: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: int, quantizer: Quantizer, encode: bool
 ) -> None:
-    ptx = compiled(Codec(quantizer, 2, size), encode, tmp_path, monkeypatch)
+    from lib.compiled import compiled
+
+    kernel = compiled(Codec(quantizer, 2, size), torch.bfloat16, encode)
+    assert kernel.asm["cubin"]
+    ptx = kernel.asm["ptx"]
     # The only fused operations are by the +-1 of butterflies between threads, of which each of the
     # 5 strides has one. Larger blocks have none, since threads exchange whole rows there.
     factors = re.findall(r"fma\.rn\.f32\s+\S+, \S+, (\S+), ", ptx)

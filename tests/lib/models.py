@@ -103,6 +103,13 @@ def descend(model: nn.Module, rate: float = 0.05) -> None:
                 p.grad = None
 
 
+def train(model: nn.Module, ddp: nn.Module, rank: int, steps: range) -> None:
+    """Steps of `task_loss`, on other data in each and on each rank."""
+    for step in steps:
+        task_loss(ddp, numbers(rank, step, shape=(16, 32))).backward()
+        descend(model)
+
+
 def parameters_of(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().float().flatten() for p in model.parameters()])
 

@@ -14,6 +14,7 @@ exact operations.
 
 import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -26,7 +27,17 @@ import torch
 from rhtcomm import Codec, Eden, Key, Lattice, QuicFL, VectorQuantizer
 from rhtcomm.quantizers import Quantizer
 
-__all__ = ["CASES", "LATTICES", "PATH", "Case", "LatticeCase", "canonical", "digest", "read"]
+__all__ = [
+    "CASES",
+    "LATTICES",
+    "PATH",
+    "Case",
+    "LatticeCase",
+    "canonical",
+    "digest",
+    "read",
+    "write",
+]
 
 Array = npt.NDArray[Any]
 PATH = Path(__file__).with_name("vectors.npz")
@@ -388,24 +399,25 @@ def digest(array: Array) -> Array:
     return np.frombuffer(blake2b(array.tobytes(), digest_size=16).digest(), np.uint8)
 
 
-def read() -> dict[str, Array]:
-    with np.load(PATH) as arrays:
+def read(path: Path = PATH) -> dict[str, Array]:
+    with np.load(path) as arrays:
         return dict(arrays)
 
 
-def main() -> None:
+def write(path: Path, cases: Sequence[Case], lattices: Sequence[LatticeCase] = ()) -> None:
+    """What the reference makes of them."""
+    assert os.environ.setdefault("RHTCOMM_KERNELS", "reference") == "reference"
     arrays: dict[str, Any] = {"versions": np.array([1, 1])}  # wire, arithmetic
-    for case in CASES:
+    for case in cases:
         payloads = case.encode()
         found = {"payloads": payloads.numpy(), "mean": canonical(case.decode(payloads))}
         for kind, array in found.items():
             assert f"{case.name}/{kind}" not in arrays, case.name
             arrays[f"{case.name}/{kind}"] = digest(array) if case.digested else array
-    for lattice in LATTICES:
+    for lattice in lattices:
         arrays |= {f"{lattice.name}/{kind}": array for kind, array in lattice.run().items()}
-    np.savez(PATH, **arrays)
+    np.savez(path, **arrays)
 
 
 if __name__ == "__main__":
-    assert os.environ.setdefault("RHTCOMM_KERNELS", "reference") == "reference"
-    main()
+    write(PATH, CASES, LATTICES)
