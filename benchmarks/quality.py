@@ -83,6 +83,9 @@ def contestants() -> dict[str, Register]:
         for name, quantizer in (("QUIC-FL", "quic_fl"), ("ECDQ", "ecdq")):
             options = {"bits": bits, "quantizer": quantizer}
             found[f"{name}, {bits} bit{'s' * (bits > 1)}"] = by_rhtcomm(options)
+    found["QUIC-FL, 4 bits, equalized"] = by_rhtcomm({"bits": 4, "equalize": True})
+    ecdq = {"bits": 2, "quantizer": "ecdq", "equalize": True}
+    found["ECDQ, 2 bits, equalized"] = by_rhtcomm(ecdq)
     return found
 
 

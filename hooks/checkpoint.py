@@ -23,6 +23,7 @@ class Saved(NamedTuple):
     residuals: Mapping[str, torch.Tensor] | None
     place: tuple[int, int] | None
     """Rank and world size that the residuals are of, where there are any."""
+    scales: Mapping[str, torch.Tensor]
 
 
 def read(state: object, codec: Codec | Lattice, error_feedback: bool) -> Saved:
@@ -40,7 +41,8 @@ def read(state: object, codec: Codec | Lattice, error_feedback: bool) -> Saved:
     place: Any = (state.get("rank"), state.get("world_size")) if residuals else None
     # What a run with "auto" saved means nothing to a fixed number.
     wishes = _wishes(state.get("rotations", [])) if codec.rotations == AUTO else {}
-    return Saved(Key(state["seed"], state["step"]), wishes, residuals, place)
+    scales = _by_name(state, "scales") or {}
+    return Saved(Key(state["seed"], state["step"]), wishes, residuals, place, scales)
 
 
 def check_place(saved: tuple[Any, Any] | None, own: tuple[int, int] | None) -> None:
@@ -72,13 +74,18 @@ def _wishes(rows: Any) -> dict[tuple[int, int], int]:
     return wishes
 
 
-def _residuals(state: Mapping[str, Any], error_feedback: bool) -> Mapping[str, torch.Tensor] | None:
-    residuals = state.get("residuals")
-    if residuals is not None and not isinstance(residuals, Mapping):
+def _by_name(state: Mapping[str, Any], what: str) -> Mapping[str, torch.Tensor] | None:
+    values = state.get(what)
+    if values is not None and not isinstance(values, Mapping):
         raise ValueError(
-            f"{_CALL}: residuals must be a dictionary of tensors by name, but this has "
-            f"{residuals!r:.80}; give what state_dict() returned"
+            f"{_CALL}: {what} must be a dictionary of tensors by name, but this has "
+            f"{values!r:.80}; give what state_dict() returned"
         )
+    return values
+
+
+def _residuals(state: Mapping[str, Any], error_feedback: bool) -> Mapping[str, torch.Tensor] | None:
+    residuals = _by_name(state, "residuals")
     if (residuals is not None) != error_feedback:
         raise ValueError(
             f"{_CALL}: error_feedback={error_feedback}, but what was saved has "

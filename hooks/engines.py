@@ -17,7 +17,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from ..reduce import Reducer, Treatment
 from .failures import clear_frames, explain, text_of
 from .models import numel_of
 from .residuals import Residuals
+from .scales import Scales
 from .telemetry import Totals
 from .turns import Turn
 
@@ -100,6 +101,7 @@ class Engine:
         totals: where reports are added.
         residuals: for error feedback.
         nmse_every: see `RHTState`.
+        scales: for equalize.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Engine:
         totals: Totals,
         residuals: Residuals | None = None,
         nmse_every: int = 0,
+        scales: Scales | None = None,
         cuda: Cuda | None = None,
     ) -> None:
         self.reducer, self.topology = reducer, reducer.topology
@@ -120,7 +123,7 @@ class Engine:
         self.turn = Turn(reducer.topology, name)
         self.ended = False
         self._facts, self._totals, self._residuals = facts, totals, residuals
-        self._nmse_every = nmse_every
+        self._nmse_every, self._scales = nmse_every, scales
         self._cuda = cuda or Cuda()
         self._streams: dict[torch.device, Any] = {}
 
@@ -152,6 +155,8 @@ class Engine:
             "step": key.step,
             "rotations by bucket": sorted(self.reducer.wishes.items()),
         }
+        if self._scales is not None:
+            facts["scales"] = self._scales.digest()
         self.reducer.agree(facts, device)
         self.agreed = True
 
@@ -174,20 +179,38 @@ class Engine:
         # Where others may use the connections after this step, they must be settled before.
         settle = bucket.ends and not self.topology.private
         lengths = _lengths(bucket)
-        report = reducer.mean_(
-            buffer,
-            key,
-            lengths=lengths,
-            rows=tuple(map(rows_of, bucket.parameters, lengths)),
-            residual=residual,
-            treatment=bucket.treatment,
-            settle=settle,
-        )
+        with self._equalized(bucket, residual):
+            report = reducer.mean_(
+                buffer,
+                key,
+                lengths=lengths,
+                rows=tuple(map(rows_of, bucket.parameters, lengths)),
+                residual=residual,
+                treatment=bucket.treatment,
+                settle=settle,
+            )
+        if self._scales is not None:
+            self._scales.learn(bucket.parameters, buffer)
         if residual is not None and self._residuals is not None:
             self._residuals.keep(bucket.parameters, residual)
         self._totals.add(report)
         if exact is not None:
             self._totals.add_sample(buffer, exact)
+
+    def _equalized(
+        self, bucket: Bucket, residual: torch.Tensor | None
+    ) -> AbstractContextManager[None]:
+        """Within it, a bucket that travels compressed is divided by its scales."""
+        buffer, treatment = bucket.buffer, bucket.treatment
+        if (
+            self._scales is None
+            or buffer.dtype == torch.float16
+            or not self.reducer.compresses(buffer, _lengths(bucket), treatment)
+        ):
+            return nullcontext()
+        tensors = [buffer] if residual is None else [buffer, residual]
+        exact = treatment.exact if treatment is not None else None
+        return self._scales.applied(bucket.parameters, tensors, exact)
 
     def _exact_mean(self, buffer: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         exact = buffer.float() / self.topology.world_size

@@ -27,6 +27,7 @@ from .engines import Bucket, Engine, Future, engine_for
 from .models import group_of_model, named_parameters
 from .policy import Bits, Exclude, Policy
 from .residuals import Residuals
+from .scales import Pairs, Scales, read_scales
 from .session import Session
 from .telemetry import Stats, Totals
 
@@ -80,6 +81,15 @@ class RHTState:
         warmup_steps: so many steps at the beginning of a run travel uncompressed.
         exclude: names of parameters, as shell patterns such as "*.bias", or a function of a
             parameter that returns whether it travels exactly, as float32 within its bucket.
+        equalize: divide each bucket before it is compressed by powers of two that all ranks learn
+            from the means, one for each row, column and parameter, and multiply the mean by them
+            (see `rhtcomm.hooks.scales` for the equation). For Adam, where rows or columns of a
+            matrix, or parameters in a block, have gradients of different size: a block's noise
+            drowns the quiet ones, and Adam scales it up. Unbiased as before. The error of quiet
+            coordinates falls, that of the mean as a whole (`nmse`) may grow, up to 2^12 times for
+            what was quiet for long and suddenly is not. float32 and bfloat16 buckets;
+            others, and what travels uncompressed, are left alone. It costs passes over the bucket
+            and a number for each row and column.
         nmse_every: measure the error of the mean in every so many steps (0: never), by an exact
             all-reduce in addition to the compressed one. Its bytes and time are not counted.
 
@@ -105,12 +115,14 @@ class RHTState:
         error_feedback: bool = False,
         warmup_steps: int = 0,
         exclude: Exclude = (),
+        equalize: bool = False,
         nmse_every: int = 0,
     ) -> None:
         check_communicator(communicator, process_group, timeout, "RHTState")
         self.min_numel = integer(min_numel, "RHTState", "min_numel")
         self.nmse_every = integer(nmse_every, "RHTState", "nmse_every")
         check_bool(error_feedback, "RHTState", "error_feedback")
+        check_bool(equalize, "RHTState", "equalize")
         if min_numel < 0 or nmse_every < 0:
             raise ValueError(
                 f"RHTState: min_numel={min_numel} and nmse_every={nmse_every} must not be negative"
@@ -134,6 +146,7 @@ class RHTState:
         self.totals = Totals()
         self.wishes: dict[tuple[int, int], int] = {}
         self.residuals = Residuals()
+        self.scales = Scales() if equalize else None
         self._residuals_of: tuple[int, int] | None = None  # the rank and world size that loaded
         self._begin(Session(process_group, timeout, communicator))
 
@@ -144,7 +157,7 @@ class RHTState:
         self._finalizer = weakref.finalize(self, session.close_late)
         self._said: set[torch.dtype] = set()  # in the log
 
-    _LEFT_BEHIND = ("_session", "_finalizer", "_said", "residuals")
+    _LEFT_BEHIND = ("_session", "_finalizer", "_said", "residuals", "scales")
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: a copy has no worker thread, process group or communicator."""
@@ -159,13 +172,15 @@ class RHTState:
             if name not in self._LEFT_BEHIND
         }
         state["totals"] = replace(self.totals, rotations=dict(self.totals.rotations))
-        return state | {"residuals": self.residuals.by_parameter()}
+        scales = None if self.scales is None else self.scales.by_parameter()
+        return state | {"residuals": self.residuals.by_parameter(), "scales": scales}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        residuals = state.pop("residuals")
+        residuals, scales = state.pop("residuals"), state.pop("scales")
         vars(self).update(state)
         self.residuals = Residuals()
         self.residuals.replace(residuals)
+        self.scales = None if scales is None else Scales(scales)
         self._last_index = -1  # wherever in a step it was copied
         self._begin(Session(None, self._timeout, None, silent=True))
 
@@ -192,10 +207,12 @@ class RHTState:
         With error feedback also the residuals, float32 tensors in the parameters' shapes (of
         complex ones as `torch.view_as_real` has them), by the names of the model's parameters, and
         the rank and world size: residuals differ between ranks, so each must keep its own. Those
-        of parameters that the model has no longer are left out.
+        of parameters that the model has no longer are left out. With equalize also the scales, the
+        same on all ranks, an int32 tensor for each of the model's parameters.
 
         Args:
-            model: that the hook is registered on, or what it wraps; for error feedback only.
+            model: that the hook is registered on, or what it wraps; for error feedback and equalize
+                only.
 
         Raises:
             ValueError: the model is missing, or the hook has seen none of its parameters, but
@@ -209,6 +226,8 @@ class RHTState:
         if self.error_feedback:
             state["residuals"] = self.residuals.by_name(_given(model, "state_dict(model)"))
             state["rank"], state["world_size"] = self.place() or (None, None)
+        if self.scales is not None:
+            state["scales"] = self.scales.by_name(_given(model, "state_dict(model)"))
         return state
 
     def load_state_dict(self, state: dict[str, Any], model: nn.Module | None = None) -> None:
@@ -218,7 +237,7 @@ class RHTState:
 
         Args:
             state: of the same rank, if it holds residuals.
-            model: as for `state_dict`; for error feedback only.
+            model: as for `state_dict`.
 
         Raises:
             ValueError: the model is missing or another one; or the residuals are another rank's; or
@@ -226,11 +245,18 @@ class RHTState:
                 state.
         """
         saved = checkpoint.read(state, self.codec, self.error_feedback)
+        scales: Pairs = []
+        if self.scales is not None and saved.scales:
+            scales = read_scales(_given(model, "load_state_dict(state, model)"), saved.scales)
         if saved.residuals is not None:
             model = _given(model, "load_state_dict(state, model)")
             checkpoint.check_place(saved.place, self.place())
             self.residuals.load(model, saved.residuals)
             self._residuals_of = saved.place
+        if self.scales is not None:
+            self.scales.replace(scales)
+            if self.engine is not None:  # before the next bucket the ranks compare them
+                self.engine.agreed = False
         self.key, self._last_index = saved.key, -1
         self.wishes.clear()
         self.wishes.update(saved.wishes)
@@ -309,11 +335,12 @@ class RHTState:
             "min_numel": self.min_numel,
             "nmse_every": self.nmse_every,
             "error_feedback": self.error_feedback,
+            "equalize": self.scales is not None,
             "states that were given its communicator before it": number,
         }
         residuals = self.residuals if self.error_feedback else None
         return engine_for(device, reducer)(
-            reducer, facts, repr(self), self.totals, residuals, self.nmse_every
+            reducer, facts, repr(self), self.totals, residuals, self.nmse_every, self.scales
         )
 
     def start(self, ddp: DistributedDataParallel, device: torch.device) -> Engine:
@@ -391,6 +418,6 @@ class RHTState:
 def _given(model: nn.Module | None, call: str) -> nn.Module:
     if model is None:
         raise ValueError(
-            f"RHTState: with error_feedback residuals are saved by parameter; call {call}"
+            f"RHTState: with error_feedback or equalize a state is saved by parameter; call {call}"
         )
     return model

@@ -1,6 +1,6 @@
 """The mean of tensors over ranks, again and again: routes, agreement, wishes and reports."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,6 +136,16 @@ class Reducer:
         }
         return payload * payloads[algorithm]
 
+    def compresses(
+        self, flat: torch.Tensor, lengths: Sequence[int] | None, treatment: Treatment | None
+    ) -> bool:
+        """Whether `mean_` compresses a tensor with these segments, or what of it is not exact."""
+        treatment, numel = treatment or Treatment(self.codec), flat.numel()
+        if treatment.exact is not None:
+            numel = compressed_numel(lengths or [numel], treatment.exact)
+        compressible = flat.dtype in DTYPES and self.topology.world_size > 1
+        return treatment.codec is not None and compressible and numel >= max(1, self.min_numel)
+
     def mean_(
         self,
         flat: torch.Tensor,
@@ -190,8 +200,7 @@ class Reducer:
         codec, exact = treatment.codec, treatment.exact
         if exact is not None:
             numel = compressed_numel(segments.given, exact)
-        compressible = flat.dtype in DTYPES and topology.world_size > 1
-        compressed = codec is not None and compressible and numel >= max(1, self.min_numel)
+        compressed = self.compresses(flat, segments.given, treatment)
         route = Route(
             run=None,
             segments=segments,

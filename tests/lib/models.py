@@ -34,11 +34,11 @@ def net(seed: int = 0) -> nn.Module:
 
 
 class Probe(nn.Module):
-    """Parameters whose gradients are the tensors that it is called with."""
+    """Parameters of these lengths or shapes; their gradients are what it is called with."""
 
-    def __init__(self, *numels: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, *shapes: int | tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.weights = nn.ParameterList([torch.zeros(numel, dtype=dtype) for numel in numels])
+        self.weights = nn.ParameterList([torch.zeros(shape, dtype=dtype) for shape in shapes])
 
     def forward(self, *gradients: torch.Tensor) -> torch.Tensor:
         terms = [(w * g).sum() for w, g in zip(self.weights, gradients, strict=True)]

@@ -12,7 +12,7 @@ from rhtcomm import TorchCommunicator
 from rhtcomm.deferred import DeferredChecks
 from rhtcomm.hooks import connect, engines
 
-__all__ = ["AUTOGRADS", "SIDE", "Enqueuing", "Streams", "in_place_of_cuda"]
+__all__ = ["AUTOGRADS", "SIDE", "Enqueuing", "Streams", "in_place_of_cuda", "no_look_at_numbers"]
 
 AUTOGRADS, SIDE = "autograd's", "side"
 
@@ -144,3 +144,16 @@ def in_place_of_cuda(enqueues: bool = True) -> Iterator[Streams]:
         patch.setattr(DeferredChecks, "devices", ("cpu",))
         patch.setattr(DeferredChecks, "to_host", staticmethod(to_host))
         yield streams
+
+
+@contextlib.contextmanager
+def no_look_at_numbers() -> Iterator[None]:
+    """Within it, whatever would make the host wait for CUDA raises."""
+
+    def refuse(x: torch.Tensor, *_: object) -> Any:
+        raise AssertionError("the host waited for a number")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "cpu"):
+            patch.setattr(torch.Tensor, name, refuse)
+        yield

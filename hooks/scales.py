@@ -1,0 +1,270 @@
+"""Powers of two that make the coordinates of a bucket alike before it is compressed.
+
+A codec adds noise of one size to all coordinates of a block, but a block may hold columns of a
+matrix, or parameters, whose gradients differ much in size. Adam divides each by its own size, and
+so turns the noise of the large ones into steps of the small ones. Therefore each rank divides its
+bucket by scales before the exchange, and multiplies the mean by them:
+
+    mean = s * decode(encode(x_1 / s), ...),    s_i = 2^e_i.
+
+The codec stays unbiased, the noise of coordinate i becomes proportional to s_i. With g the mean
+gradient of a parameter, seen as rows and columns, and L a running mean over steps of log2 max |g|,
+
+    e_ij = clamp(L_row_i + L_column_j - L_parameter - L_largest, -RANGE, 0) + RANGE,
+
+where L_largest is that of the bucket's largest parameter: only ratios within a block matter. It is
+worked out in each step from the parameters in the bucket, and so survives that DDP rebuilds
+buckets. Largest magnitudes do not depend on an order of summation, and the L are integers, so all
+ranks have the same without a message.
+
+Division makes nothing larger, so no finite input overflows. It takes the lowest bits of what lies
+below 2^(RANGE - 126); all else is exact.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..floating_point import assign_, default_mode
+from .models import named_parameters, numel_of
+
+__all__ = ["RANGE", "Pairs", "Scales", "read_scales"]
+
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+"""Parameters and their logarithms, see `Scales`."""
+
+RANGE = 6
+"""Of exponents. What was quiet and is not any more adds to the error of its block as if it were
+2^RANGE times as large as it is, for a few steps."""
+
+_POINT = 8  # bits of a logarithm behind the point
+_MEMORY = 3  # a step counts for 2^-3 of a running mean
+# By dtype an integer of its size, all bits but the sign, and how far a magnitude's bits must go to
+# the left (negative: right) to be its logarithm: the exponent + 127, then bits of the mantissa.
+_BITS = {torch.float32: (torch.int32, 0x7FFFFFFF, -15), torch.bfloat16: (torch.int16, 0x7FFF, 1)}
+_INFINITE = 255 << _POINT
+
+
+class _Parameter(NamedTuple):
+    """Where a parameter lies in a bucket, and what is known of it."""
+
+    start: int
+    rows: int
+    length: int
+    """Of each row."""
+    logarithms: torch.Tensor | None
+    """See `Scales`; None: nothing so far."""
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """Its part of flat x, a view (rows, length)."""
+        run = x[self.start : self.start + self.rows * self.length]
+        return run.view(self.rows, self.length)
+
+
+class Scales:
+    """For each parameter, log2 of its largest gradients + 127 in 1/256, 0 where there was none yet.
+
+    (1 + rows + length,) int32, of the parameter, its rows and its columns, where it has several of
+    both; else (1,). Rows are those of the gradient's memory. They are kept by parameter, not by
+    bucket, and those of parameters that are gone go with them.
+    """
+
+    def __init__(self, pairs: Pairs | None = None) -> None:
+        self.replace(pairs or [])
+
+    def _parameters(
+        self, parameters: Sequence[torch.Tensor], device: torch.device
+    ) -> Iterator[_Parameter]:
+        start = 0
+        for parameter in parameters:
+            kept = self._of.get(parameter)
+            yield _Parameter(
+                start, *_shape_of(parameter), None if kept is None else kept.to(device)
+            )
+            start += numel_of(parameter)
+
+    @contextmanager
+    def applied(
+        self,
+        parameters: Sequence[torch.Tensor],
+        tensors: Sequence[torch.Tensor],
+        exact: Sequence[bool] | None,
+    ) -> Iterator[None]:
+        """Within it, flat tensors of a bucket's parameters (numel,) are divided by their scales.
+
+        Args:
+            parameters: of the bucket.
+            tensors: changed in place, float32 or bfloat16, of the same layout.
+            exact: which parameters travel exactly and are left alone; None: none.
+        """
+        device = tensors[0].device
+        with default_mode(pool=True):
+            placed = [*self._parameters(parameters, device)]
+            placed = [one for i, one in enumerate(placed) if not (exact and exact[i])]
+            depths = _depths(placed)
+            for x in tensors:
+                _shift(placed, depths, x, -1)
+        yield
+        with default_mode(pool=True):
+            for x in tensors:
+                _shift(placed, depths, x, 1)
+
+    def learn(self, parameters: Sequence[torch.Tensor], mean: torch.Tensor) -> None:
+        """From the mean of a bucket, flat, the same on all ranks.
+
+        What is zero throughout keeps what it had, and so does a parameter with a number that is not
+        finite.
+        """
+        if mean.dtype not in _BITS:  # is never scaled
+            return
+        placed = self._parameters(parameters, mean.device)
+        for parameter, one in zip(parameters, placed, strict=True):
+            if one.rows * one.length == 0:
+                continue
+            seen = _logarithms(one.of(mean))
+            kept = torch.zeros_like(seen) if one.logarithms is None else one.logarithms
+            moved = torch.where(kept == 0, seen, kept + ((seen - kept) >> _MEMORY))
+            unusable = (seen == 0) | (seen[0] >= _INFINITE)
+            self._of[parameter] = torch.where(unusable, kept, moved)
+
+    def digest(self) -> str:
+        """Of all scales: ranks with different ones would not understand each other."""
+        found = hashlib.blake2b(digest_size=8)
+        for logarithms in self._of.values():
+            found.update(logarithms.cpu().numpy().tobytes())
+        return found.hexdigest()
+
+    # Copies and checkpoints -----------------------------------------------------------------------
+
+    def by_parameter(self) -> Pairs:
+        return [(parameter, kept.clone()) for parameter, kept in self._of.items()]
+
+    def replace(self, pairs: Pairs) -> None:
+        """Forget all, and take these."""
+        self._of = WeakTensorKeyDictionary()
+        for parameter, logarithms in pairs:
+            self._of[parameter] = logarithms.to("cpu", torch.int32, copy=True)
+
+    def by_name(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Of all parameters of a model that get gradients, zeros where nothing is known."""
+        return {
+            name: self._of[parameter].clone() if parameter in self._of else _nothing(parameter)
+            for name, parameter in named_parameters(model).items()
+            if parameter.requires_grad
+        }
+
+
+def read_scales(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> Pairs:
+    """What `Scales.by_name` gave, by parameter, in the model's order.
+
+    Raises:
+        ValueError: the model lacks one of the parameters, or has it in another shape, or these are
+            no scales.
+    """
+    named = named_parameters(model)
+    for name, value in saved.items():
+        expected = _nothing(named[name]) if name in named else None
+        if not _are_logarithms(value) or expected is None or value.shape != expected.shape:
+            this = f"has no {name}" if expected is None else f"needs {expected.numel()} of {name}"
+            raise ValueError(
+                "RHTState.load_state_dict: scales are integers from 0 to 65279, one for a "
+                "parameter, each of its rows and each of its columns, but what was saved for "
+                f"{name} is {value!r:.80}, and the model {this}; give the model that it was saved "
+                'for, or begin without on all ranks: state["scales"] = {}'
+            )
+    return [(parameter, saved[name]) for name, parameter in named.items() if name in saved]
+
+
+def _are_logarithms(value: object) -> bool:
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return False
+    if value.is_floating_point() or value.is_complex() or value.dim() != 1:
+        return False
+    return bool(((value >= 0) & (value < _INFINITE)).all())
+
+
+def _shape_of(parameter: torch.Tensor) -> tuple[int, int]:
+    """Rows, and the length of each. Where one is 1, each coordinate would have a scale."""
+    numel = numel_of(parameter)
+    rows = parameter.shape[0] if parameter.dim() > 1 else 1
+    return (rows, numel // rows) if 1 < rows < numel else (1, numel)
+
+
+def _nothing(parameter: torch.Tensor) -> torch.Tensor:
+    rows, length = _shape_of(parameter)
+    return torch.zeros(1 if rows == 1 else 1 + rows + length, dtype=torch.int32)
+
+
+def _logarithms(part: torch.Tensor) -> torch.Tensor:
+    """Of the largest numbers in part (rows, length), as `Scales` keeps them; NaN is the largest.
+
+    Of bits, not of floats, whose comparisons may flush subnormals.
+    """
+    integer, mask, left = _BITS[part.dtype]
+    bits = part.view(integer) & mask
+    if len(bits) == 1:
+        largest = bits.amax().view(1)
+    else:
+        rows = bits.amax(dim=1)
+        largest = torch.cat([rows.amax().view(1), rows, bits.amax(dim=0)])
+    largest = largest.to(torch.int32)
+    return largest << left if left > 0 else largest >> -left
+
+
+_Depth = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def _depths(placed: Sequence[_Parameter]) -> list[_Depth | None]:
+    """By how many powers of two rows (rows, 1) and columns (length,) lie below the largest one.
+
+    Integers from 0 to RANGE, 0 where nothing is known. A coordinate lies by their sum below it.
+    """
+    known = [one.logarithms for one in placed if one.logarithms is not None]
+    if not known:
+        return [None] * len(placed)
+    largest = torch.stack([logarithms[0] for logarithms in known]).amax()
+
+    def below(logarithms: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+        depth = ((top - logarithms + (1 << _POINT >> 1)) >> _POINT).clamp_(0, RANGE)
+        return depth.masked_fill_(logarithms == 0, 0)
+
+    depths: list[_Depth | None] = []
+    for one in placed:
+        if one.logarithms is None:
+            depths.append((torch.zeros_like(largest).view(1, 1), None))
+        elif one.rows == 1:
+            depths.append((below(one.logarithms, largest).view(1, 1), None))
+        else:
+            whole, rows, columns = one.logarithms.split([1, one.rows, one.length])
+            depths.append((below(rows, largest).view(-1, 1), below(columns, whole)))
+    return depths
+
+
+def _shift(
+    placed: Sequence[_Parameter], depths: Sequence[_Depth | None], x: torch.Tensor, sign: int
+) -> None:
+    """Multiply the parameters in flat x by 2^(sign (RANGE - depth))."""
+    for one, depth in zip(placed, depths, strict=True):
+        if depth is None:
+            continue
+        rows, columns = depth
+        factor = _power(sign * (RANGE - rows), x.dtype)
+        if columns is not None:
+            factor = factor * _power(-sign * columns, x.dtype)
+            # The sum of both depths is RANGE at most.
+            factor = factor.clamp_(max=1) if sign < 0 else factor.clamp_(min=1)
+        part = one.of(x)
+        if x.dtype == torch.float32:
+            part.mul_(factor)
+        else:  # NaN becomes another one by place and processor
+            assign_(part, part * factor)
+
+
+def _power(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """2^exponent, exactly."""
+    return ((exponent + 127) << 23).to(torch.int32).view(torch.float32).to(dtype)
