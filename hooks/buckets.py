@@ -1,10 +1,16 @@
 """DDP's gradient buckets, before they reach an engine."""
 
+import logging
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["floats_in", "plain_mean"]
+from ..codec import DTYPES
+
+__all__ = ["floats_in", "plain_mean", "say_if_exact"]
+
+_log = logging.getLogger("rhtcomm")
 
 
 def floats_in(buffer: torch.Tensor, index: int) -> torch.Tensor:
@@ -26,6 +32,17 @@ def floats_in(buffer: torch.Tensor, index: int) -> torch.Tensor:
             "reduce it with torch.distributed"
         )
     return buffer
+
+
+def say_if_exact(dtype: torch.dtype, said: set[torch.dtype]) -> None:
+    """Log that buckets of a dtype are not compressed, unless it was said."""
+    if dtype not in DTYPES and dtype not in said:
+        said.add(dtype)
+        _log.warning(
+            "rht_hook: gradients of %s travel as they are, since only float32, bfloat16 and "
+            "float16 are compressed",
+            dtype,
+        )
 
 
 def plain_mean(

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["ddp_in", "group_of_model", "named_parameters", "numel_of", "ranks_of"]
+__all__ = ["ddp_in", "group_of_model", "model_given", "named_parameters", "numel_of", "ranks_of"]
 
 # What wrappers put into the names of a module's parameters.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -70,6 +70,15 @@ def named_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
             name = name.replace(wrapper, "")
         named[name] = parameter
     return named
+
+
+def model_given(model: nn.Module | None, call: str) -> nn.Module:
+    """The model; raises ValueError where it is missing."""
+    if model is None:
+        raise ValueError(
+            f"RHTState: with error_feedback or equalize a state is saved by parameter; call {call}"
+        )
+    return model
 
 
 def ranks_of(group: dist.ProcessGroup | None) -> list[int]:

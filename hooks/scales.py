@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..floating_point import assign_, default_mode
-from .models import named_parameters, numel_of
+from .models import model_given, named_parameters, numel_of
 
 __all__ = ["RANGE", "Pairs", "Scales", "read_scales"]
 
@@ -159,14 +159,16 @@ class Scales:
         }
 
 
-def read_scales(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> Pairs:
+def read_scales(model: nn.Module | None, saved: Mapping[str, torch.Tensor]) -> Pairs:
     """What `Scales.by_name` gave, by parameter, in the model's order.
 
     Raises:
-        ValueError: the model lacks one of the parameters, or has it in another shape, or these are
-            no scales.
+        ValueError: the model is missing, lacks one of the parameters, or has it in another shape,
+            or these are no scales.
     """
-    named = named_parameters(model)
+    if not saved:
+        return []
+    named = named_parameters(model_given(model, "load_state_dict(state, model)"))
     for name, value in saved.items():
         expected = _nothing(named[name]) if name in named else None
         if not _are_logarithms(value) or expected is None or value.shape != expected.shape:

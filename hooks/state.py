@@ -14,20 +14,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..arguments import check_bool, integer
-from ..codec import DTYPES
+from ..arguments import check_bool, natural
 from ..communicators import Topology
 from ..randomness import Key
 from ..reduce import Algorithm, Reducer, check_algorithm
 from . import checkpoint
-from .buckets import floats_in, plain_mean
+from .buckets import floats_in, plain_mean, say_if_exact
 from .configuration import Quantizer, codec_for
 from .connect import check_communicator
 from .engines import Bucket, Engine, Future, engine_for
-from .models import group_of_model, named_parameters
+from .models import group_of_model, model_given, named_parameters
 from .policy import Bits, Exclude, Policy
 from .residuals import Residuals
-from .scales import Pairs, Scales, read_scales
+from .scales import Scales, read_scales
 from .session import Session
 from .telemetry import Stats, Totals
 
@@ -81,15 +80,12 @@ class RHTState:
         warmup_steps: so many steps at the beginning of a run travel uncompressed.
         exclude: names of parameters, as shell patterns such as "*.bias", or a function of a
             parameter that returns whether it travels exactly, as float32 within its bucket.
-        equalize: divide each bucket before it is compressed by powers of two that all ranks learn
-            from the means, one for each row, column and parameter, and multiply the mean by them
-            (see `rhtcomm.hooks.scales` for the equation). For Adam, where rows or columns of a
-            matrix, or parameters in a block, have gradients of different size: a block's noise
-            drowns the quiet ones, and Adam scales it up. Unbiased as before. The error of quiet
-            coordinates falls, that of the mean as a whole (`nmse`) may grow, up to 2^12 times for
-            what was quiet for long and suddenly is not. float32 and bfloat16 buckets;
-            others, and what travels uncompressed, are left alone. It costs passes over the bucket
-            and a number for each row and column.
+        equalize: for Adam, where gradients differ in size between rows, columns or parameters:
+            mean = s decode(encode(x / s)), with powers of two s that follow these sizes (see
+            `rhtcomm.hooks.scales`). Unbiased as before; the noise of a coordinate is proportional
+            to its s. What was quiet and suddenly is not adds up to 2^12 times its part to the error
+            of its block. For float32 and bfloat16 that travel compressed. It costs a few passes
+            over each bucket, and a number for each row and column.
         nmse_every: measure the error of the mean in every so many steps (0: never), by an exact
             all-reduce in addition to the compressed one. Its bytes and time are not counted.
 
@@ -119,14 +115,10 @@ class RHTState:
         nmse_every: int = 0,
     ) -> None:
         check_communicator(communicator, process_group, timeout, "RHTState")
-        self.min_numel = integer(min_numel, "RHTState", "min_numel")
-        self.nmse_every = integer(nmse_every, "RHTState", "nmse_every")
+        self.min_numel = natural(min_numel, "RHTState", "min_numel")
+        self.nmse_every = natural(nmse_every, "RHTState", "nmse_every")
         check_bool(error_feedback, "RHTState", "error_feedback")
         check_bool(equalize, "RHTState", "equalize")
-        if min_numel < 0 or nmse_every < 0:
-            raise ValueError(
-                f"RHTState: min_numel={min_numel} and nmse_every={nmse_every} must not be negative"
-            )
         codec = partial(
             codec_for,
             quantizer=quantizer,
@@ -207,12 +199,11 @@ class RHTState:
         With error feedback also the residuals, float32 tensors in the parameters' shapes (of
         complex ones as `torch.view_as_real` has them), by the names of the model's parameters, and
         the rank and world size: residuals differ between ranks, so each must keep its own. Those
-        of parameters that the model has no longer are left out. With equalize also the scales, the
-        same on all ranks, an int32 tensor for each of the model's parameters.
+        of parameters that the model has no longer are left out. With equalize also the scales by
+        these names, int32 tensors, the same on all ranks.
 
         Args:
-            model: that the hook is registered on, or what it wraps; for error feedback and equalize
-                only.
+            model: that the hook is registered on, or what it wraps; for what is saved by name.
 
         Raises:
             ValueError: the model is missing, or the hook has seen none of its parameters, but
@@ -224,10 +215,10 @@ class RHTState:
         wishes = [[*bucket, count] for bucket, count in sorted(self.wishes.items())]
         state: dict[str, Any] = {"seed": self.key.seed, "step": self.key.step, "rotations": wishes}
         if self.error_feedback:
-            state["residuals"] = self.residuals.by_name(_given(model, "state_dict(model)"))
+            state["residuals"] = self.residuals.by_name(model_given(model, "state_dict(model)"))
             state["rank"], state["world_size"] = self.place() or (None, None)
         if self.scales is not None:
-            state["scales"] = self.scales.by_name(_given(model, "state_dict(model)"))
+            state["scales"] = self.scales.by_name(model_given(model, "state_dict(model)"))
         return state
 
     def load_state_dict(self, state: dict[str, Any], model: nn.Module | None = None) -> None:
@@ -245,16 +236,14 @@ class RHTState:
                 state.
         """
         saved = checkpoint.read(state, self.codec, self.error_feedback)
-        scales: Pairs = []
-        if self.scales is not None and saved.scales:
-            scales = read_scales(_given(model, "load_state_dict(state, model)"), saved.scales)
+        known = read_scales(model, saved.scales) if self.scales is not None else []
         if saved.residuals is not None:
-            model = _given(model, "load_state_dict(state, model)")
+            model = model_given(model, "load_state_dict(state, model)")
             checkpoint.check_place(saved.place, self.place())
             self.residuals.load(model, saved.residuals)
             self._residuals_of = saved.place
         if self.scales is not None:
-            self.scales.replace(scales)
+            self.scales.replace(known)
             if self.engine is not None:  # before the next bucket the ranks compare them
                 self.engine.agreed = False
         self.key, self._last_index = saved.key, -1
@@ -286,7 +275,7 @@ class RHTState:
             parameters = bucket.parameters()
             of_model = None if session.knows(parameters) else self._look_at_model(parameters)
             engine = session.engine or self._start(buffer.device, of_model)
-            self._say_what_is_exact(buffer.dtype)
+            say_if_exact(buffer.dtype, self._said)
             key, ends = self._next(bucket.index(), bucket.is_last(), engine)
             treatment = self.policy.treatment(key.step, parameters)
             done = engine.submit(Bucket(buffer, key, parameters, ends, treatment, self))
@@ -313,15 +302,6 @@ class RHTState:
     def _next_step(self) -> None:
         self.key, self._last_index = replace(self.key, step=self.key.step + 1), -1
         self._steps += 1
-
-    def _say_what_is_exact(self, dtype: torch.dtype) -> None:
-        if dtype not in DTYPES and dtype not in self._said:
-            self._said.add(dtype)
-            _log.warning(
-                "rht_hook: gradients of %s travel as they are, since only float32, bfloat16 and "
-                "float16 are compressed",
-                dtype,
-            )
 
     # What the state runs on ---------------------------------------------------------------------
 
@@ -413,11 +393,3 @@ class RHTState:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _given(model: nn.Module | None, call: str) -> nn.Module:
-    if model is None:
-        raise ValueError(
-            f"RHTState: with error_feedback or equalize a state is saved by parameter; call {call}"
-        )
-    return model

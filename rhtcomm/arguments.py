@@ -2,7 +2,7 @@
 
 import operator
 
-__all__ = ["check_bool", "check_type", "integer", "number"]
+__all__ = ["check_bool", "check_type", "integer", "natural", "number"]
 
 
 def integer(value: object, owner: str, name: str) -> int:
@@ -11,6 +11,14 @@ def integer(value: object, owner: str, name: str) -> int:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{owner}: {name}={value!r} must be an integer") from None
+
+
+def natural(value: object, owner: str, name: str) -> int:
+    """An integer that is not negative; TypeError or ValueError where it is none."""
+    found = integer(value, owner, name)
+    if found < 0:
+        raise ValueError(f"{owner}: {name}={found} must not be negative")
+    return found
 
 
 def number(value: object, owner: str, name: str) -> float:
