@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..floating_point import assign_, default_mode
+from ..floating_point import GRAIN, default_mode
 from .models import model_given, named_parameters, numel_of
 
 __all__ = ["RANGE", "Pairs", "Scales", "read_scales"]
@@ -48,6 +48,7 @@ _MEMORY = 3  # a step counts for 2^-3 of a running mean
 # the left (negative: right) to be its logarithm: the exponent + 127, then bits of the mantissa.
 _BITS = {torch.float32: (torch.int32, 0x7FFFFFFF, -15), torch.bfloat16: (torch.int16, 0x7FFF, 1)}
 _INFINITE = 255 << _POINT
+_RUN = 1 << 17  # coordinates
 
 
 class _Parameter(NamedTuple):
@@ -102,15 +103,15 @@ class Scales:
             tensors: changed in place, float32 or bfloat16, of the same layout.
             exact: which parameters travel exactly and are left alone; None: none.
         """
-        device = tensors[0].device
-        with default_mode(pool=True):
+        device, numel = tensors[0].device, tensors[0].numel()
+        with default_mode(pool=numel > GRAIN):
             placed = [*self._parameters(parameters, device)]
             placed = [one for i, one in enumerate(placed) if not (exact and exact[i])]
             depths = _depths(placed)
             for x in tensors:
                 _shift(placed, depths, x, -1)
         yield
-        with default_mode(pool=True):
+        with default_mode(pool=numel > GRAIN):
             for x in tensors:
                 _shift(placed, depths, x, 1)
 
@@ -208,12 +209,14 @@ def _logarithms(part: torch.Tensor) -> torch.Tensor:
     Of bits, not of floats, whose comparisons may flush subnormals.
     """
     integer, mask, left = _BITS[part.dtype]
-    bits = part.view(integer) & mask
-    if len(bits) == 1:
-        largest = bits.amax().view(1)
+    if len(part) == 1:
+        largest = (part.view(integer) & mask).amax().view(1)
     else:
-        rows = bits.amax(dim=1)
-        largest = torch.cat([rows.amax().view(1), rows, bits.amax(dim=0)])
+        runs = (run.view(integer) & mask for run in _in_runs(part))
+        pairs = [(run.amax(dim=1), run.amax(dim=0)) for run in runs]
+        rows = torch.cat([of_rows for of_rows, _ in pairs])
+        columns = torch.stack([of_columns for _, of_columns in pairs]).amax(dim=0)
+        largest = torch.cat([rows.amax().view(1), rows, columns])
     largest = largest.to(torch.int32)
     return largest << left if left > 0 else largest >> -left
 
@@ -255,16 +258,35 @@ def _shift(
         if depth is None:
             continue
         rows, columns = depth
-        factor = _power(sign * (RANGE - rows), x.dtype)
-        if columns is not None:
-            factor = factor * _power(-sign * columns, x.dtype)
-            # The sum of both depths is RANGE at most.
-            factor = factor.clamp_(max=1) if sign < 0 else factor.clamp_(min=1)
+        by_row = _power(sign * (RANGE - rows), x.dtype)
         part = one.of(x)
-        if x.dtype == torch.float32:
-            part.mul_(factor)
-        else:  # NaN becomes another one by place and processor
-            assign_(part, part * factor)
+        if columns is None:
+            part.mul_(by_row)
+        else:
+            by_column = _power(-sign * columns, x.dtype)
+            for some, factor in zip(_in_runs(part), _in_runs(by_row, part), strict=True):
+                both = factor * by_column
+                # The sum of both depths is RANGE at most.
+                some.mul_(both.clamp_(max=1) if sign < 0 else both.clamp_(min=1))
+        if sign > 0 and x.dtype == torch.bfloat16:
+            _make_nans_alike_(part)
+
+
+def _in_runs(x: torch.Tensor, like: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Groups of rows of x (rows, length), or as `like` falls into them: temporaries of a group stay
+    in a processor's cache. On other devices they are one."""
+    rows, length = (x if like is None else like).shape
+    runs: tuple[torch.Tensor, ...]
+    runs = x.split(max(1, _RUN // length) if x.device.type == "cpu" else rows)
+    return runs
+
+
+def _make_nans_alike_(x: torch.Tensor) -> None:
+    """In bfloat16 products of NaN differ by place and processor."""
+    bits = x.view(torch.int16)
+    magnitudes = bits & 0x7FFF
+    if x.device.type != "cpu" or (magnitudes.numel() and magnitudes.amax() > 0x7F80):
+        bits.masked_fill_(magnitudes > 0x7F80, 0x7FC0)
 
 
 def _power(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
