@@ -2,23 +2,28 @@
 
 A codec adds noise of one size to all coordinates of a block, but a block may hold columns of a
 matrix, or parameters, whose gradients differ much in size. Adam divides each by its own size, and
-so turns the noise of the large ones into steps of the small ones. Therefore each rank divides its
-bucket by scales before the exchange, and multiplies the mean by them:
+so turns the noise of the large ones into steps of the small ones. Therefore ranks divide a bucket
+by scales s before the exchange, and multiply the mean by them:
 
-    mean = s * decode(encode(x_1 / s), ...),    s_i = 2^e_i.
+    mean = s * decode_mean(encode(x_1 / s), ..., encode(x_n / s)).
 
-The codec stays unbiased, the noise of coordinate i becomes proportional to s_i. With g the mean
-gradient of a parameter, seen as rows and columns, and L a running mean over steps of log2 max |g|,
+It is as unbiased as the codec, and the noise of coordinate i is s_i times that of its block. Let
+g (rows, length) be the mean gradient of a parameter in the order of its memory, L a running mean
+over steps of log2 max |g|, over a row, a column or all of the parameter, and "largest" that
+parameter of the bucket whose L is largest. Then
 
-    e_ij = clamp(L_row_i + L_column_j - L_parameter - L_largest, -RANGE, 0) + RANGE,
+    s_ij = 2^(RANGE - min(RANGE, d_i + d_j)),
+    d_i = round(L_largest - L_row_i),  d_j = round(L_parameter - L_column_j),  both at least 0.
 
-where L_largest is that of the bucket's largest parameter: only ratios within a block matter. It is
-worked out in each step from the parameters in the bucket, and so survives that DDP rebuilds
-buckets. Largest magnitudes do not depend on an order of summation, and the L are integers, so all
-ranks have the same without a message.
+So d_i + d_j is how far log2 |g_ij| lies below the largest of the bucket, if rows and columns of g
+differ by factors. Only ratios within a block matter, so the largest is that of the bucket and not
+of the model. It is looked up in each step, and nothing is kept by bucket, since DDP rebuilds them.
+The L are integers and largest magnitudes do not depend on an order of summation, so all ranks have
+the same scales without a message.
 
-Division makes nothing larger, so no finite input overflows. It takes the lowest bits of what lies
-below 2^(RANGE - 126); all else is exact.
+As s is at least 1, no finite input overflows. The division takes the lowest bits of what lies below
+2^(RANGE - 126) (in bfloat16 as well), all else is exact. float16 has too few exponents for that,
+and is left alone.
 """
 
 import hashlib
@@ -39,8 +44,9 @@ Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 """Parameters and their logarithms, see `Scales`."""
 
 RANGE = 6
-"""Of exponents. What was quiet and is not any more adds to the error of its block as if it were
-2^RANGE times as large as it is, for a few steps."""
+"""What was quiet and suddenly is not counts in its block's error as if it were up to 2^RANGE times
+as large. On a regression whose inputs differ 160 times in size, 4 bits raise AdamW's excess loss by
+25%, with a range of 4 by 10%, of 6 by 4.5%, of 8 by 4.0%."""
 
 _POINT = 8  # bits of a logarithm behind the point
 _MEMORY = 3  # a step counts for 2^-3 of a running mean
@@ -71,8 +77,9 @@ class Scales:
     """For each parameter, log2 of its largest gradients + 127 in 1/256, 0 where there was none yet.
 
     (1 + rows + length,) int32, of the parameter, its rows and its columns, where it has several of
-    both; else (1,). Rows are those of the gradient's memory. They are kept by parameter, not by
-    bucket, and those of parameters that are gone go with them.
+    both; else (1,). Columns are those of the gradient's memory: where a checkpoint is loaded into a
+    model whose parameters lie in another order, their scales are wrong for some steps, on all ranks
+    alike. Those of parameters that are gone go with them.
     """
 
     def __init__(self, pairs: Pairs | None = None) -> None:

@@ -207,3 +207,22 @@ def test_scales_of_parameters_that_are_gone_go_with_them() -> None:
     del model
     gc.collect()
     assert not state.scales.by_parameter()  # type: ignore[union-attr]
+
+
+def save_before_the_first_step(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    models = [DistributedDataParallel(mlp(32, 64, 8)) for _ in range(2)]
+    handles = [rhtcomm.hooks.register(ddp, warmup_steps=0, equalize=True) for ddp in models]
+    saved = handles[0].state_dict()
+    handles[1].load_state_dict(saved)
+    for handle in handles:
+        handle.close()
+    scales: dict[str, torch.Tensor] = saved["scales"]
+    return scales
+
+
+def test_a_handle_saves_all_names_at_once(ranks: Ranks) -> None:
+    """torch.distributed.checkpoint reads into what is there."""
+    saved = ranks.run(save_before_the_first_step, 1)[0]
+    sizes = {"0.weight": 1 + 64 + 32, "0.bias": 1, "2.weight": 1 + 8 + 64, "2.bias": 1}
+    assert {name: value.numel() for name, value in saved.items()} == sizes
+    assert not any(value.any() for value in saved.values())
