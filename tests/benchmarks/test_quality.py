@@ -152,7 +152,7 @@ def test_contestants_agree_over_few_steps(name: str, tmp_path: Path) -> None:
 
 def test_the_program_goes_on_where_it_stopped(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--out", str(tmp_path)]
-    command += ["--problems", "regression", "--contestants", "ECDQ, 2*", "--steps", "3"]
+    command += ["--problems", "regression", "--contestants", "ECDQ, 2 bits", "--steps", "3"]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
 
     def run(*more: str) -> str:
