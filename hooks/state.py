@@ -84,8 +84,8 @@ class RHTState:
             mean = s decode(encode(x / s)), with powers of two s that follow these sizes (see
             `rhtcomm.hooks.scales`). Unbiased as before; the noise of a coordinate is proportional
             to its s. What was quiet and suddenly is not adds up to 2^12 times its part to the error
-            of its block. For float32 and bfloat16 that travel compressed. It costs a few passes
-            over each bucket, and a number for each row and column.
+            of its block. For float32 and bfloat16 that travel compressed. It costs a number for
+            each row and column, and on a CPU 0.4 to 0.6 of the codec's time in addition.
         nmse_every: measure the error of the mean in every so many steps (0: never), by an exact
             all-reduce in addition to the compressed one. Its bytes and time are not counted.
 
