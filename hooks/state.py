@@ -21,7 +21,7 @@ from ..randomness import Key
 from ..reduce import Algorithm, Reducer, check_algorithm
 from . import checkpoint
 from .buckets import floats_in, plain_mean
-from .configuration import Quantizer, codec_for
+from .configuration import Quantizer, codec_for, most_bits
 from .connect import check_communicator
 from .engines import Bucket, Engine, Future, engine_for
 from .models import group_of_model, named_parameters
@@ -77,7 +77,11 @@ class RHTState:
             errors come back later: compare the two on your model. Residuals have the unit
             of the gradients: after a GradScaler changes its scale, what is left from the step
             before counts by the old one.
-        warmup_steps: so many steps at the beginning of a run travel uncompressed.
+        warmup_steps: in so many steps at the beginning of a run, payloads have `warmup_bits` per
+            coordinate, where `bits` is less. Gradients are largest then, and Adam's mean of their
+            squares remembers the noise of the first steps for about 1000 steps, in which it takes
+            too small steps where gradients are small. 0: none.
+        warmup_bits: by default 8, or the most that the quantizer has; 32: uncompressed.
         exclude: names of parameters, as shell patterns such as "*.bias", or a function of a
             parameter that returns whether it travels exactly, as float32 within its bucket.
         nmse_every: measure the error of the mean in every so many steps (0: never), by an exact
@@ -103,7 +107,8 @@ class RHTState:
         timeout: timedelta | None = None,
         communicator: Topology | None = None,
         error_feedback: bool = False,
-        warmup_steps: int = 0,
+        warmup_steps: int = 64,
+        warmup_bits: float | None = None,
         exclude: Exclude = (),
         nmse_every: int = 0,
     ) -> None:
@@ -123,7 +128,9 @@ class RHTState:
             exact_fraction=exact_fraction,
             error_feedback=error_feedback,
         )
-        self.policy = Policy(bits, codec, warmup_steps, exclude, "RHTState")
+        if warmup_bits is None:
+            warmup_bits = most_bits(quantizer)
+        self.policy = Policy(bits, codec, warmup_steps, warmup_bits, exclude, "RHTState")
         self.codec = self.policy.codec
         check_algorithm(algorithm, self.codec)
         self.algorithm, self.error_feedback, self._timeout = algorithm, error_feedback, timeout

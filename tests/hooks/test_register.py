@@ -22,7 +22,7 @@ from rhtcomm import HierarchicalCommunicator
 from rhtcomm.hooks import Handle, RHTState, register, rht_hook
 
 WIDTH = 64
-OPTIONS: dict[str, Any] = {"min_numel": 0, "block": 256}
+OPTIONS: dict[str, Any] = {"min_numel": 0, "block": 256, "warmup_steps": 0}
 
 
 def net() -> nn.Module:

@@ -339,7 +339,12 @@ def train(
     timeout = None if nodes else TIMEOUT
     model = Two(dtype)
     with RHTState(
-        block=BLOCK, min_numel=0, communicator=communicator, timeout=timeout, **options
+        block=BLOCK,
+        min_numel=0,
+        warmup_steps=0,
+        communicator=communicator,
+        timeout=timeout,
+        **options,
     ) as state:
         ddp = wrapped(model, state, find_unused_parameters=True, gradient_as_bucket_view=True)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.1, eps=1e-4)  # which float16 holds
