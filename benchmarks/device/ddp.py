@@ -23,8 +23,8 @@ from device.hook import codec_of
 from lib.twin import Bucket, Twin, mean_of_twins
 from rhtcomm import Codec, Key, TorchCommunicator
 from rhtcomm.hooks import RHTState, rht_hook
-from rhtcomm.hooks.engines import rows_of
 from rhtcomm.reduce.split import split_into_chunks
+from rhtcomm.segments import rows_of
 
 __all__ = ["CASES", "Case", "Outcome", "check", "train"]
 

@@ -138,6 +138,7 @@ def train(
         (2, 0, torch.float32, {"exclude": is_vector}),
         (3, 0, torch.float32, {"quantizer": "eden", "bits": 1, "error_feedback": True}),
         (4, 2, torch.float32, {}),
+        (4, 2, torch.float32, {"quantizer": "ecdq", "bits": 1.75, "error_feedback": True}),
     ],
 )
 def test_rows_that_no_rank_met_do_not_move(
