@@ -197,7 +197,7 @@ class Table:
         entries: (C (2 K + 1), 2) uint32, of each symbol the frequency f, plus 2^13 times the first
             slot, plus 2^26 s, 2^s >= f; and m = ceil(2^(31 + s) / f). They are for the C kernels,
             where x // f = (x m) >> (31 + s) for all x < 2^(32 - P) f.
-        registers: what `Registers` of kernels/native/rans_registers.h has, (704,) uint16, or None
+        registers: what `Registers` of kernels/native/rans_registers.h has, (640,) uint16, or None
             where that has too many symbols.
         step: 2^16 D.
         rate: bits of 2^16 coordinates without the spread.
@@ -281,7 +281,7 @@ def _table(bits: float) -> Table:
 
 
 def _registers(frequencies: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16] | None:
-    """(704,) uint16, or None where C 2^depth > 128, with the least depth of 2^depth >= 2 K + 1.
+    """(640,) uint16, or None where C 2^depth > 128, with the least depth of 2^depth >= 2 K + 1.
 
     Tables of a bisection: the j-th of 2^i parts of class c's symbols has index 2^i c + j.
     """
@@ -296,9 +296,8 @@ def _registers(frequencies: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16] | N
     for i in range(depth - 1):
         part = 1 << (depth - i)
         thresholds[i, : classes << i] = (starts[:, part // 2 : -1 : part] - 1).flatten()
-    pairs = np.zeros((4, 64), np.uint16)  # what is left are two symbols
-    first = np.broadcast_to(np.arange(0, 1 << depth, 2), (classes, 1 << (depth - 1)))
-    for row, of in enumerate((starts[:, :-1:2], starts[:, 1::2], starts[:, 2::2], first)):
+    pairs = np.zeros((3, 64), np.uint16)  # what is left are two symbols
+    for row, of in enumerate((starts[:, :-1:2], starts[:, 1::2], starts[:, 2::2])):
         pairs[row, : of.size] = of.flatten()
     encoded = np.zeros((2, 128), np.uint16)
     encoded[:, : frequencies.size] = frequencies.flatten(), starts[:, :columns].flatten()

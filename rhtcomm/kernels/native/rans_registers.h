@@ -9,9 +9,9 @@
  * known of the symbol is the index of the next look-up. */
 typedef struct {
     uint16_t thresholds[6][32]; /* each the last slot of the lower half of what is left */
-    /* Of the last two symbols that are left: where the slots of the first and the second one begin,
-     * where those of the second one end, and the column of the first one. */
-    uint16_t first[64], second[64], end[64], column[64];
+    /* Of the last two symbols that are left: where the slots of the first and the second one begin, and
+     * where those of the second one end. */
+    uint16_t first[64], second[64], end[64];
     /* Of symbols that are encoded: the frequency, and the first slot. */
     uint16_t frequency[128], start[128];
 } Registers;
@@ -168,15 +168,16 @@ INLINE int encode_by_registers(const Plan *plan, Lanes *lanes, const int count,
     return 1;
 }
 
-/* The column of a slot, and f of its symbol; the slot becomes its place among the symbol's. */
-INLINE __m512i last_choice(const Registers *tables, __m512i index, __m512i *slot, __m512i *f) {
+/* Whether a slot is of the second symbol that is left, and the f of the one that it is of; the slot
+ * becomes its place among that symbol's. */
+INLINE __mmask32 last_choice(const Registers *tables, __m512i index, __m512i *slot, __m512i *f) {
     const __m512i second = look_up_64(tables->second, index);
     const __mmask32 above = _mm512_cmpge_epu16_mask(*slot, second);
     __m512i begin = _mm512_mask_mov_epi16(look_up_64(tables->first, index), above, second);
     __m512i end = _mm512_mask_mov_epi16(second, above, look_up_64(tables->end, index));
     *f = _mm512_sub_epi16(end, begin);
     *slot = _mm512_sub_epi16(*slot, begin);
-    return carry(look_up_64(tables->column, index), above);
+    return above;
 }
 
 /* The states f (x >> P) + place, before words are read. With F = f 2^(16 - P), F x / 2^16 is the product,
@@ -197,6 +198,7 @@ INLINE void decode_by_registers(const Plan *plan, Lanes *lanes, const int count,
     const int thresholds = 31 - __builtin_clz((uint32_t)(2 * plan->largest)); /* depth - 1 */
     const int64_t size = plan->size;
     const __m512i slots = _mm512_set1_epi16((short)((1 << precision) - 1));
+    const __m512i pairs = _mm512_set1_epi16((short)((1 << thresholds) - 1));
     States x[SIDE_BY_SIDE];
     uint8_t *next[SIDE_BY_SIDE];
     EACH_UNIT {
@@ -217,7 +219,10 @@ INLINE void decode_by_registers(const Plan *plan, Lanes *lanes, const int count,
             }
         }
         EACH_UNIT {
-            __m512i f, column = last_choice(tables, index[k], &slot[k], &f);
+            __m512i f;
+            const __mmask32 above = last_choice(tables, index[k], &slot[k], &f);
+            __m512i column = _mm512_and_si512(index[k], pairs); /* without the class */
+            column = carry(_mm512_add_epi16(column, column), above);
             __m256i bytes = _mm512_cvtepi16_epi8(column);
             _mm256_storeu_si256((__m256i *)(symbols + k * size + j), bytes);
             const States y = drop_symbol(x[k], f, slot[k], precision);
