@@ -81,8 +81,8 @@ static void draw_classes(const Decoding *d, const Plan *plan, const uint8_t *dit
         ecdq_classes(plan, dither, stratum(&d->origin, d->origin.rank + i + k), symbols);
 }
 
-/* The same of the next block of a unit, given the symbols of the first SIDE_BY_SIDE ranks. Those of the
- * others take their place. */
+/* The same of the next block of a unit, given the symbols of the first SIDE_BY_SIDE ranks. Those of
+ * further ranks are decoded here, and take their place. */
 static void add_ecdq(const Decoding *d, const Plan *plan, Scratch s, const uint8_t *dither,
                      uint8_t *symbols, Sent sent, float down) {
     for (int64_t i = 0; i < sent.ranks; i++) {
@@ -121,7 +121,7 @@ static void add_unrotated(const Decoding *d, const Plan *plan, Scratch s, int64_
     }
 }
 
-/* Of ECDQ, given its dither and symbols. */
+/* `dither` and `symbols`: of ECDQ, what add_ecdq() needs. */
 static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scratch, Block block,
                          const uint8_t *dither, uint8_t *symbols) {
     const Scratch s = *scratch; /* a copy, which no vector that is stored may alias */

@@ -104,8 +104,8 @@ INLINE uint8_t *compress_words(uint8_t *next, __mmask32 mask, __m512i x) {
     return next;
 }
 
-/* x / f or less by one, given halves of x < 2^22 f: numbers are rounded towards zero twice, by less than
- * 2^-23 of them. The quotient's halves. */
+/* The halves of x // f, or of one less, given those of x < 2^(32 - P) f, where P >= 10. Two roundings
+ * towards zero take less than 2^-22 of x / f < 2^22 off, which is less than 1. */
 INLINE States divide_words(States x, __m512i f) {
     enum { CHOP = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC };
     const __m512i zero = _mm512_setzero_si512();
