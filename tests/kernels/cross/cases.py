@@ -145,7 +145,7 @@ def _case(
     plans = (cpu.Plan * 2)(*cpu.plans_of(task).array)
     for plan in plans:
         plan.levels = plan.positions = plan.boundaries = plan.half_norms = None
-        plan.symbols = plan.slots = None
+        plan.symbols = plan.slots = plan.registers = None  # the last is not of the baseline
     tables = _tables(task.quantizer)
     yield bytes(
         Case(
