@@ -146,9 +146,8 @@ def compressed(carrier: str, communicator: rhtcomm.MPICommunicator | None) -> li
             ways.append(("all_gather, auto", error, {"algorithm": "all_gather", **auto}))
             ways.append(("two_shot, auto", two_shot, {"algorithm": "two_shot", **auto}))
         for way, allowed, options in ways:
-            make_state = functools.partial(
-                rhtcomm.hooks.RHTState, bits, communicator=communicator, min_numel=0, **options
-            )
+            options |= {"communicator": communicator, "min_numel": 0, "warmup_steps": 0}
+            make_state = functools.partial(rhtcomm.hooks.RHTState, bits, **options)
             name = f"rht{bits} {way}"
             hook = rhtcomm.hooks.rht_hook
             found.append(Contestant(name, carrier, hook, make_state, allowed=1.3 * allowed))

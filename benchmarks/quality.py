@@ -82,7 +82,10 @@ def contestants() -> dict[str, Register]:
     for bits in (1, 2, 4):
         for name, quantizer in (("QUIC-FL", "quic_fl"), ("ECDQ", "ecdq")):
             options = {"bits": bits, "quantizer": quantizer}
-            found[f"{name}, {bits} bit{'s' * (bits > 1)}"] = by_rhtcomm(options)
+            label = f"{name}, {bits} bit{'s' * (bits > 1)}"
+            found[label] = by_rhtcomm(options)
+            if bits > 1:
+                found[f"{label}, no warm-up"] = by_rhtcomm(options | {"warmup_steps": 0})
     found["QUIC-FL, 4 bits, equalized"] = by_rhtcomm({"bits": 4, "equalize": True})
     ecdq = {"bits": 2, "quantizer": "ecdq", "equalize": True}
     found["ECDQ, 2 bits, equalized"] = by_rhtcomm(ecdq)

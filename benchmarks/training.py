@@ -37,6 +37,8 @@ CONTESTANTS = {
     "rht4": "--hook rht --bits 4",
     "rht4auto": "--hook rht --bits 4 --rotations auto",
     "rht2": "--hook rht --bits 2",
+    "ecdq4": "--hook rht --bits 4 --quantizer ecdq",
+    "ecdq2": "--hook rht --bits 2 --quantizer ecdq",
 }
 # At the demo's learning rate, 4e-3, the loss of some seeds jumps early, whatever the hook.
 MODEL = "--layers 4 --width 160 --heads 5 --context 128 --batch 8 --lr 2e-3"

@@ -7,12 +7,13 @@ from ..lattice import Lattice
 from ..quantizers import ECDQ, Eden, QuicFL, VectorQuantizer
 from ..reduce import check_error_feedback
 
-__all__ = ["Quantizer", "codec_for"]
+__all__ = ["Quantizer", "codec_for", "most_bits"]
 
 Quantizer = Literal["quic_fl", "ecdq", "eden", "vector", "lattice"]
 
 _EDEN: dict[str, type[Eden] | type[VectorQuantizer]] = {"eden": Eden, "vector": VectorQuantizer}
 _LATTICE = "lattice"
+_MOST_BITS = {"ecdq": 6, "vector": 4}
 _QUANTIZERS = ("quic_fl", *_EDEN, "ecdq", _LATTICE)
 
 
@@ -33,6 +34,11 @@ def codec_for(
     if error_feedback:
         check_error_feedback(codec)
     return codec
+
+
+def most_bits(quantizer: Quantizer) -> int:
+    """Per coordinate."""
+    return _MOST_BITS.get(quantizer, 8)
 
 
 def _codec(

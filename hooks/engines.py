@@ -27,6 +27,7 @@ from ..codec import DTYPES
 from ..deferred import DeferredChecks
 from ..randomness import Key
 from ..reduce import Reducer, Treatment
+from ..segments import rows_of
 from .failures import clear_frames, explain, text_of
 from .models import numel_of
 from .residuals import Residuals
@@ -34,12 +35,11 @@ from .scales import Scales
 from .telemetry import Totals
 from .turns import Turn
 
-__all__ = ["Bucket", "Cuda", "Engine", "StreamEngine", "ThreadEngine", "engine_for", "rows_of"]
+__all__ = ["Bucket", "Cuda", "Engine", "StreamEngine", "ThreadEngine", "engine_for"]
 
 Future = torch.futures.Future[torch.Tensor]
 
 _log = logging.getLogger("rhtcomm")
-_ROW = 64  # coordinates of a segment that is a row, at least
 
 
 @dataclass(slots=True)
@@ -367,13 +367,3 @@ def _lengths(bucket: Bucket) -> tuple[int, ...]:
     if sum(lengths) == bucket.buffer.numel():
         return lengths
     return tuple(map(numel_of, bucket.parameters))
-
-
-def rows_of(parameter: torch.Tensor, length: int) -> int:
-    """How many segments a parameter is: its rows, unless they are short.
-
-    With `_ROW` coordinates each, the bits that say which are used are 0.8% of a payload with 2 bits
-    per coordinate, and finding out takes about 2% of the codec's time.
-    """
-    rows = parameter.shape[0] if parameter.dim() > 1 else 1
-    return rows if length >= _ROW * rows > 0 else 1

@@ -18,7 +18,7 @@ __all__ = ["Bits", "Exclude", "Policy"]
 Bits = float | Callable[[Sequence[torch.Tensor]], float]
 Exclude = Sequence[str] | Callable[[torch.Tensor], bool]
 
-_UNCOMPRESSED = Treatment(None)
+UNCOMPRESSED = 32  # bits
 
 
 class Policy:
@@ -27,7 +27,8 @@ class Policy:
     Args:
         bits: bits per coordinate, or a function of the parameters in a bucket that returns them.
         codec: makes the codec for a number of bits.
-        warmup_steps: the first steps of a run, which travel uncompressed.
+        warmup_steps: in so many first steps of a run, payloads have `warmup_bits` or more.
+        warmup_bits: bits per coordinate; 32: uncompressed.
         exclude: names of parameters, as shell patterns, or a predicate on the parameter: what
             travels exactly, within its bucket.
         owner: for errors.
@@ -41,6 +42,7 @@ class Policy:
         bits: Bits,
         codec: Callable[[float], Codec | Lattice],
         warmup_steps: int,
+        warmup_bits: float,
         exclude: Exclude,
         owner: str,
     ) -> None:
@@ -55,13 +57,22 @@ class Policy:
                 )
             exclude = tuple(exclude)
         self._owner, self._exclude = owner, exclude
-        self._bits = bits if callable(bits) else None
+        self._bits, self.warmup_bits = bits, warmup_bits
         self._make_codec = codec
         self.codec = codec(4 if callable(bits) else bits)
         """For all buckets, or to show what they have in common where bits depend on the bucket."""
-        self.by_bucket = bool(self._exclude) or self._bits is not None
+        self.by_bucket = bool(self._exclude) or callable(bits)
         """Whether it treats buckets differently from each other."""
         self.reset()
+        if warmup_bits != UNCOMPRESSED:
+            try:
+                self._codec(warmup_bits)
+            except (TypeError, ValueError) as error:
+                raise type(error)(
+                    f"{owner}: warmup_bits={warmup_bits!r} must be bits that the quantizer has, or "
+                    f"32: uncompressed ({error})"
+                ) from error
+        self._warmup = callable(bits) or bits < warmup_bits
 
     def __getstate__(self) -> dict[str, object]:
         left_behind = ("_names", "_treatments", "_alive", "_codec")
@@ -75,14 +86,16 @@ class Policy:
         """Forget all models."""
         self._codec = cache(self._make_codec)
         self._names = WeakTensorKeyDictionary()
-        self._treatments: dict[tuple[int, ...], Treatment] = {}
+        self._treatments: dict[tuple[int, ...], tuple[Treatment, Treatment]] = {}
         self._alive: list[weakref.ref[torch.Tensor]] = []
 
     @property
     def facts(self) -> dict[str, object]:
         """What the ranks compare; exclusions and bits by bucket are compared with the buckets."""
         facts: dict[str, object] = {"warmup_steps": self.warmup_steps}
-        if self._bits is not None:
+        if self.warmup_steps:
+            facts["warmup_bits"] = self.warmup_bits
+        if callable(self._bits):
             facts["bits"] = "a function of the bucket"
         if self._exclude:
             function = callable(self._exclude)
@@ -109,23 +122,32 @@ class Policy:
 
     def treatment(self, step: int, parameters: Sequence[torch.Tensor]) -> Treatment | None:
         """How a bucket of these parameters travels in a step; None: all of it by `codec`."""
-        if step < self.warmup_steps:
-            return _UNCOMPRESSED
-        if not self.by_bucket:
+        warm = step >= self.warmup_steps or not self._warmup
+        if warm and not self.by_bucket:
             return None
-        place = tuple(map(id, parameters))
+        place = tuple(map(id, parameters)) if self.by_bucket else ()
         known = self._treatments.get(place)
         if known is None:
             known = self._treatments[place] = self._work_out(parameters)
             # When a parameter goes, another one may get its id.
             forget = self._treatments.clear
             self._alive += [weakref.ref(p, lambda _: forget()) for p in parameters]
-        return known
+        return known[warm]
 
-    def _work_out(self, parameters: Sequence[torch.Tensor]) -> Treatment:
-        codec = self.codec
-        if self._bits is not None:
-            codec = self._codec(number(self._bits(parameters), self._owner, "what bits() returns"))
+    def _work_out(self, parameters: Sequence[torch.Tensor]) -> tuple[Treatment, Treatment]:
+        """During the warm-up, and after it."""
+        bits = self._bits
+        if callable(bits):
+            bits = number(bits(parameters), self._owner, "what bits() returns")
+        return (
+            self._by(max(bits, self.warmup_bits), parameters),
+            self._by(bits, parameters),
+        )
+
+    def _by(self, bits: float, parameters: Sequence[torch.Tensor]) -> Treatment:
+        codec = None if bits == UNCOMPRESSED else self._codec(bits)
+        if codec is None or not self.by_bucket:
+            return Treatment(codec)
         exact = tuple(self._is_excluded(parameter) for parameter in parameters)
         if all(exact) and exact:
             return Treatment(None)

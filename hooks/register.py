@@ -210,6 +210,8 @@ def _summary(
     else:
         sent, uncompressed = (b / 1e6 for b in _bytes_per_step(ddp, state, engine.reducer))
         traffic = f"a rank sends about {sent:.2f} MB per step instead of {uncompressed:.2f} MB"
+        if state.policy.treatment(state.key.step, ()) is not None:
+            traffic += f" from step {state.policy.warmup_steps} on"
     return (
         f"rhtcomm: gradients of {topology.world_size} ranks are averaged by {codec}, algorithm "
         f"{state.algorithm!r}, over {_transport(topology, device)}, with "

@@ -20,7 +20,7 @@ from ..randomness import Key
 from ..reduce import Algorithm, Reducer, check_algorithm
 from . import checkpoint
 from .buckets import floats_in, plain_mean, say_if_exact
-from .configuration import Quantizer, codec_for
+from .configuration import Quantizer, codec_for, most_bits
 from .connect import check_communicator
 from .engines import Bucket, Engine, Future, engine_for
 from .models import group_of_model, model_given, named_parameters
@@ -77,15 +77,18 @@ class RHTState:
             errors come back later: compare the two on your model. Residuals have the unit
             of the gradients: after a GradScaler changes its scale, what is left from the step
             before counts by the old one.
-        warmup_steps: so many steps at the beginning of a run travel uncompressed.
+        warmup_steps: in so many steps at the beginning of a run, payloads have `warmup_bits` per
+            coordinate, where `bits` is less. Gradients are largest then, and Adam's mean of their
+            squares remembers the noise of the first steps for about 1000 steps, in which it takes
+            too small steps where gradients are small. 0: none.
+        warmup_bits: by default 8, or the most that the quantizer has; 32: uncompressed.
         exclude: names of parameters, as shell patterns such as "*.bias", or a function of a
             parameter that returns whether it travels exactly, as float32 within its bucket.
         equalize: for Adam, where gradients differ in size between rows, columns or parameters:
-            mean = s decode(encode(x / s)), with powers of two s that follow these sizes (see
-            `rhtcomm.hooks.scales`). Unbiased as before; the noise of a coordinate is proportional
-            to its s. What was quiet and suddenly is not adds up to 2^12 times its part to the error
-            of its block. For float32 and bfloat16 that travel compressed. It costs a number for
-            each row and column, and on a CPU 0.4 to 0.6 of the codec's time in addition.
+            mean = s decode(encode(x / s)), with powers of two s that follow these sizes. Unbiased;
+            noise is proportional to s; what was quiet and suddenly is not adds up to 2^12 times its
+            part to the error of its block. For what travels compressed, float16 excepted. Costs 0.4
+            to 0.6 of the codec's time (CPU, float32) in addition. See `rhtcomm.hooks.scales`.
         nmse_every: measure the error of the mean in every so many steps (0: never), by an exact
             all-reduce in addition to the compressed one. Its bytes and time are not counted.
 
@@ -109,7 +112,8 @@ class RHTState:
         timeout: timedelta | None = None,
         communicator: Topology | None = None,
         error_feedback: bool = False,
-        warmup_steps: int = 0,
+        warmup_steps: int = 64,
+        warmup_bits: float | None = None,
         exclude: Exclude = (),
         equalize: bool = False,
         nmse_every: int = 0,
@@ -127,7 +131,9 @@ class RHTState:
             exact_fraction=exact_fraction,
             error_feedback=error_feedback,
         )
-        self.policy = Policy(bits, codec, warmup_steps, exclude, "RHTState")
+        if warmup_bits is None:
+            warmup_bits = most_bits(quantizer)
+        self.policy = Policy(bits, codec, warmup_steps, warmup_bits, exclude, "RHTState")
         self.codec = self.policy.codec
         check_algorithm(algorithm, self.codec)
         self.algorithm, self.error_feedback, self._timeout = algorithm, error_feedback, timeout
@@ -199,8 +205,7 @@ class RHTState:
         With error feedback also the residuals, float32 tensors in the parameters' shapes (of
         complex ones as `torch.view_as_real` has them), by the names of the model's parameters, and
         the rank and world size: residuals differ between ranks, so each must keep its own. Those
-        of parameters that the model has no longer are left out. With equalize also the scales by
-        these names, int32 tensors, the same on all ranks.
+        of parameters that the model has no longer are left out. With equalize also int32 scales.
 
         Args:
             model: that the hook is registered on, or what it wraps; for what is saved by name.

@@ -28,6 +28,7 @@ RESUME_FIELDS = (
     "rotations",
     "algorithm",
     "error_feedback",
+    "hook_warmup",
     "powersgd_rank",
     "bucket_cap_mb",
 )

@@ -102,6 +102,7 @@ def make_hook(args: argparse.Namespace) -> tuple[Any, Hook]:
         rotations=args.rotations,
         algorithm=args.algorithm,
         error_feedback=args.error_feedback,
+        warmup_steps=args.hook_warmup,
         seed=args.seed,
         communicator=rhtcomm.MPICommunicator() if args.communicator == "mpi" else None,
     )

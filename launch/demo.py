@@ -1,4 +1,4 @@
-"""Train one small model four times on this machine and compare: what `make demo` runs.
+"""Train one small model several times on this machine and compare: what `make demo` runs.
 
 Model, seed, data and schedule are the same in all runs; only how gradients travel between the two
 ranks differs. The results go to a folder: a log per run, the table and a plot.
@@ -32,6 +32,7 @@ RUNS = (
     Run("bf16", "bfloat16", ("--hook", "bf16")),
     Run("rht4", "rhtcomm, 4 bits", ("--hook", "rht", "--bits", "4")),
     Run("rht2", "rhtcomm, 2 bits", ("--hook", "rht", "--bits", "2")),
+    Run("ecdq2", "rhtcomm, 2 bits, ECDQ", ("--hook", "rht", "--bits", "2", "--quantizer", "ecdq")),
 )
 
 

@@ -67,6 +67,13 @@ def add_hook_options(parser: argparse.ArgumentParser) -> None:
         help="rht",
     )
     hook.add_argument(
+        "--hook-warmup",
+        type=int,
+        default=64,
+        metavar="STEPS",
+        help="rht: first steps, in which payloads have 8 bits per coordinate (ecdq: 6, vector: 4)",
+    )
+    hook.add_argument(
         "--exact-fraction",
         type=fraction,
         choices=(0, 1 / 512),

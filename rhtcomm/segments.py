@@ -21,7 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["Segments", "merge_", "pack", "unpack"]
+__all__ = ["Segments", "merge_", "pack", "rows_of", "unpack"]
+
+_ROW = 64  # coordinates of a segment that is a row, at least
 
 
 class _Part(NamedTuple):
@@ -177,6 +179,16 @@ class Segments:
             x.masked_fill_(mask, 0)
         else:
             torch.where(mask, value, x, out=x)
+
+
+def rows_of(x: torch.Tensor, length: int) -> int:
+    """How many segments a tensor of `length` coordinates is: its rows, unless they are short.
+
+    With `_ROW` coordinates each, the bits that say which are used are 0.8% of a payload with 2 bits
+    per coordinate, and finding out takes about 2% of the codec's time.
+    """
+    rows = x.shape[0] if x.dim() > 1 else 1
+    return rows if length >= _ROW * rows > 0 else 1
 
 
 def merge_(used: torch.Tensor, rows: torch.Tensor) -> None:

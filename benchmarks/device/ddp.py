@@ -23,8 +23,8 @@ from device.hook import codec_of
 from lib.twin import Bucket, Twin, mean_of_twins
 from rhtcomm import Codec, Key, TorchCommunicator
 from rhtcomm.hooks import RHTState, rht_hook
-from rhtcomm.hooks.engines import rows_of
 from rhtcomm.reduce.split import split_into_chunks
+from rhtcomm.segments import rows_of
 
 __all__ = ["CASES", "Case", "Outcome", "check", "train"]
 
@@ -202,7 +202,8 @@ def train(group: dist.ProcessGroup, case: Case, device: Device, steps: int) -> O
     inputs = torch.randn(steps, 16, 256, generator=generator).to(device.torch)
     losses, began = [], time.perf_counter()
     slowed = Twin if twin else TorchCommunicator
-    with delays.of_exchanges(slowed), RHTState(communicator=twin, min_numel=0, **options) as state:
+    options |= {"communicator": twin, "min_numel": 0, "warmup_steps": 0}
+    with delays.of_exchanges(slowed), RHTState(**options) as state:
         recorder = Recorder(state, steps, twin, delays)
         # A model that has the twin's state would tell it that there is one rank.
         ddp.register_comm_hook(None if twin else state, recorder.hook)

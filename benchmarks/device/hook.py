@@ -41,7 +41,7 @@ class Twins:
     def __init__(self, engine: str, group: dist.ProcessGroup | None = None, **options: Any) -> None:
         self.codec, self.steps = codec_of(**options), 0
         self._twin = Twin(self.codec, ENGINES[engine], group)
-        self.state = RHTState(communicator=self._twin, min_numel=0, **options)
+        self.state = RHTState(communicator=self._twin, min_numel=0, warmup_steps=0, **options)
 
     def submit(self, x: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
         """One bucket, which is a step."""

@@ -67,6 +67,21 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 LENGTH, SYMBOLS = 32, 64
 
 
+class Columns(nn.Linear):
+    """A linear layer whose weight is (inputs, outputs), as GPT-2's are.
+
+    So a row has a column for each query, key and value, whose gradients differ 20 times in size in
+    the first steps.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.weight = nn.Parameter(self.weight.detach().T.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
 class Block(nn.Module):
     """A block of GPT-2: causal attention, then a GELU network, with biases and pre-norm."""
 
@@ -74,9 +89,9 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.attention_out = nn.Linear(width, width)
-        self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.query_key_value = Columns(width, 3 * width)
+        self.attention_out = Columns(width, width)
+        self.mlp_in, self.mlp_out = Columns(width, 4 * width), Columns(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, length, width)
         qkv = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))

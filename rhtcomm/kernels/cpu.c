@@ -23,7 +23,7 @@ EXPORT int JOIN(rhtcomm_encode, VARIANT)(const Plan *plans, int count, uint64_t 
     const Origin origin = {{(uint32_t)seed, seed >> 32}, bucket, step, hop,
                            offset, rank, world_size};
     const Encoding call = {origin, x, dtype, payloads, stride, moments};
-    return for_each_unit(plans, count, encode_unit, &call, 1, threads);
+    return for_each_unit(plans, count, encode_units, &call, 1, SIDE_BY_SIDE, threads);
 }
 
 /* Decodes the mean of payloads of `ranks` adjacent ranks, from `rank` on, to the tensor `out`. Payloads
@@ -36,13 +36,14 @@ EXPORT int JOIN(rhtcomm_decode, VARIANT)(const Plan *plans, int count, uint64_t 
     const Origin origin = {{(uint32_t)seed, seed >> 32}, bucket, step, hop,
                            offset, rank, world_size};
     const Decoding call = {origin, ranks, payloads, rank_stride, shard_stride, out, dtype};
-    return for_each_unit(plans, count, decode_unit, &call, ranks, threads);
+    return for_each_unit(plans, count, decode_units, &call, ranks,
+                         (int)(ranks < SIDE_BY_SIDE ? SIDE_BY_SIDE / ranks : 1), threads);
 }
 
 #ifdef DISPATCH
 /* Detects a library that was built from another version than the Python code; raise it when a
  * function or Plan changes. */
-enum { ABI = 6 };
+enum { ABI = 7 };
 EXPORT int rhtcomm_abi(void) { return (ABI << 16) + (int)sizeof(Plan); }
 
 /* Of the calling thread; see floating_point.py. */
@@ -55,7 +56,8 @@ EXPORT int rhtcomm_supports(const char *variant) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (!strcmp(variant, "avx512vbmi"))
-        return rhtcomm_supports("avx512") && __builtin_cpu_supports("avx512vbmi");
+        return rhtcomm_supports("avx512") && __builtin_cpu_supports("avx512vbmi") &&
+               __builtin_cpu_supports("avx512vbmi2");
     if (!strcmp(variant, "avx512"))
         return rhtcomm_supports("avx2") && __builtin_cpu_supports("avx512f") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&

@@ -35,7 +35,7 @@ __all__ = [
 QUANTIZERS = (QuicFL, Eden, VectorQuantizer, ECDQ)  # in the order of native/plan.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of native/plan.h
 _NUMBER_OF = {dtype: number for number, dtype in enumerate(DTYPES)}
-ABI = 6  # of cpu.c
+ABI = 7  # of cpu.c
 _NAME = "rhtcomm_cpu.*"
 _NO_MEMORY = "rhtcomm: no memory for the scratch of the C kernels; use smaller blocks"
 
@@ -87,6 +87,7 @@ class Plan(ctypes.Structure):
         ("half_norms", ctypes.c_void_p),
         ("symbols", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
+        ("registers", ctypes.c_void_p),
     )
 
 
@@ -290,3 +291,4 @@ def _fill_ecdq(plan: Plan, quantizer: ECDQ) -> None:
     plan.precision, plan.largest = table.precision, table.largest
     plan.class_bits = table.class_bits
     plan.symbols, plan.slots = (array.ctypes.data for array in (table.entries, table.slots))
+    plan.registers = None if table.registers is None else table.registers.ctypes.data

@@ -197,6 +197,8 @@ class Table:
         entries: (C (2 K + 1), 2) uint32, of each symbol the frequency f, plus 2^13 times the first
             slot, plus 2^26 s, 2^s >= f; and m = ceil(2^(31 + s) / f). They are for the C kernels,
             where x // f = (x m) >> (31 + s) for all x < 2^(32 - P) f.
+        registers: what `Registers` of kernels/native/rans_registers.h has, (640,) uint16, or None
+            where that has too many symbols.
         step: 2^16 D.
         rate: bits of 2^16 coordinates without the spread.
         spread: bits in addition, for 2^16 coordinates.
@@ -206,6 +208,7 @@ class Table:
     starts: npt.NDArray[np.int64]
     slots: npt.NDArray[np.uint32]
     entries: npt.NDArray[np.uint32]
+    registers: npt.NDArray[np.uint16] | None
     step: int
     rate: int
     spread: int
@@ -270,7 +273,32 @@ def _table(bits: float) -> Table:
         starts=starts,
         slots=(np.repeat((columns << 24) + (f << 12), f) + place).astype(np.uint32),
         entries=np.stack([f + (start << 13) + (shift << 26), inverse], 1).astype(np.uint32),
+        registers=_registers(frequencies),
         step=step,
         rate=rate,
         spread=spread,
     )
+
+
+def _registers(frequencies: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16] | None:
+    """(640,) uint16, or None where C 2^depth > 128, with the least depth of 2^depth >= 2 K + 1.
+
+    Tables of a bisection: the j-th of 2^i parts of class c's symbols has index 2^i c + j.
+    """
+    classes, columns = frequencies.shape
+    depth = (columns - 1).bit_length()
+    if classes << depth > 128:
+        return None
+    # Of each class 2^depth symbols, those at the end without slots, and where the last one ends.
+    starts = np.full((classes, (1 << depth) + 1), frequencies[0].sum())
+    starts[:, :columns] = frequencies.cumsum(axis=1) - frequencies
+    thresholds = np.zeros((6, 32), np.uint16)
+    for i in range(depth - 1):
+        part = 1 << (depth - i)
+        thresholds[i, : classes << i] = (starts[:, part // 2 : -1 : part] - 1).flatten()
+    pairs = np.zeros((3, 64), np.uint16)  # what is left are two symbols
+    for row, of in enumerate((starts[:, :-1:2], starts[:, 1::2], starts[:, 2::2])):
+        pairs[row, : of.size] = of.flatten()
+    encoded = np.zeros((2, 128), np.uint16)
+    encoded[:, : frequencies.size] = frequencies.flatten(), starts[:, :columns].flatten()
+    return np.concatenate([thresholds.flatten(), pairs.flatten(), encoded.flatten()])

@@ -13,7 +13,7 @@ rank 0 does so with the whole tensor, as a parameter server does. Large tensors 
 chunks of whole blocks, one behind the other, so that the link and the codec work at the same time;
 a block's randomness depends on its offset in the tensor, so chunks change no bit of the result.
 
-Segments (whole parameters) that are zero on all ranks come back as zeros, see
+Segments (whole parameters, or rows of them) that are zero on all ranks come back as zeros, see
 rhtcomm/segments.py: a bit for each goes along with the first chunk.
 """
 
@@ -42,7 +42,7 @@ from rhtcomm.reduce.checks import (
 from rhtcomm.reduce.reducer import Reducer, Report
 from rhtcomm.reduce.scatter import scatter_mean_
 from rhtcomm.reduce.split import Algorithm, check_algorithm
-from rhtcomm.segments import Segments
+from rhtcomm.segments import Segments, rows_of
 
 __all__ = ["all_reduce", "all_reduce_many", "reduce_scatter"]
 
@@ -129,10 +129,9 @@ def all_reduce(
             }
             agree(codec, key, communicator, tensor.device, facts, check_arguments)
         check_arguments()
-        if tensor.numel() == 0 or (communicator.world_size == 1 and residual is None):
-            return Report.of_nothing(rotations if codec.rotations == AUTO else None)
+        lengths = None if segments is None else Segments(segments, tensor.numel()).given
         reducer = Reducer(codec, communicator, algorithm, min_numel)
-        return _mean_(reducer, tensor, key, rotations, segments, residual)
+        return _mean_(reducer, tensor, key, rotations, lengths, None, residual)
 
 
 def all_reduce_many(
@@ -148,7 +147,9 @@ def all_reduce_many(
 ) -> Report:
     """`all_reduce` of several tensors of one dtype and device in one exchange, in place.
 
-    They travel as one flattened tensor, of which each is a segment.
+    They travel as one flattened tensor. Its segments (see `all_reduce`) are these tensors, or their
+    rows along the first of two or more dimensions where rows have 64 coordinates or more: those of
+    an embedding that are zero on all ranks, as of symbols that no rank met, come back as zeros.
 
     Args:
         tensors: as for `all_reduce`, the same number and shapes on all ranks.
@@ -166,7 +167,7 @@ def all_reduce_many(
         memory_of(tensor, "rhtcomm.all_reduce_many", f"tensors[{i}]")
     if residual is not None:
         memory_of(residual, "rhtcomm.all_reduce_many", "residual")
-    lengths = [tensor.numel() for tensor in tensors]
+    lengths = tuple(tensor.numel() for tensor in tensors)
 
     def check_arguments() -> None:
         check_algorithm(algorithm, codec)
@@ -187,17 +188,9 @@ def all_reduce_many(
             agree(codec, key, communicator, device, facts, check_arguments)
         check_arguments()
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-        report = all_reduce(
-            flat,
-            codec,
-            key,
-            communicator,
-            algorithm=algorithm,
-            min_numel=min_numel,
-            segments=lengths,
-            check=False,
-            residual=residual,
-        )
+        rows = tuple(map(rows_of, tensors, lengths))
+        reducer = Reducer(codec, communicator, algorithm, min_numel)
+        report = _mean_(reducer, flat, key, None, lengths, rows, residual)
     for tensor, mean in zip(tensors, flat.split(lengths), strict=True):
         assign_(tensor.detach(), mean.view(tensor.shape))
     return report
@@ -269,16 +262,18 @@ def _mean_(
     tensor: torch.Tensor,
     key: Key,
     rotations: int | None,
-    segments: Sequence[int] | None,
+    lengths: tuple[int, ...] | None,
+    rows: tuple[int, ...] | None,
     residual: torch.Tensor | None,
 ) -> Report:
     """`Reducer.mean_` of a tensor of any shape and layout."""
-    lengths = None if segments is None else Segments(segments, tensor.numel()).given
+    if tensor.numel() == 0 or (reducer.topology.world_size == 1 and residual is None):
+        return Report.of_nothing(rotations if reducer.codec.rotations == AUTO else None)
     flat = tensor.detach().resolve_neg().contiguous().view(-1)
     left = None if residual is None else residual.detach().resolve_neg().reshape(-1)
     if rotations is not None:
         reducer.wishes[key.bucket, flat.numel()] = rotations
-    report = reducer.mean_(flat, key, lengths=lengths, residual=left)
+    report = reducer.mean_(flat, key, lengths=lengths, rows=rows, residual=left)
     if flat.data_ptr() != tensor.data_ptr():
         assign_(tensor.detach(), flat.view(tensor.shape))
     if residual is not None and left is not None and left.data_ptr() != residual.data_ptr():

@@ -11,7 +11,7 @@ import torch
 from libraries import FRACTION, needs_library, variants
 from problems import gaussian
 
-from rhtcomm import Codec, Eden, Key, PayloadError, QuicFL, VectorQuantizer
+from rhtcomm import ECDQ, Codec, Eden, Key, PayloadError, QuicFL, VectorQuantizer
 from rhtcomm.kernels import Kernel, Task, cpu, kernel_for, reference, use
 
 KEY = Key(seed=5, step=6, bucket=7, hop=1)
@@ -21,6 +21,7 @@ CODECS = [
     Codec(QuicFL(3, FRACTION), 1, BLOCK),
     Codec(Eden(2), "auto", BLOCK),
     Codec(VectorQuantizer(2), block=BLOCK),
+    Codec(ECDQ(2.5), block=BLOCK),
 ]
 CPU = torch.device("cpu")
 

@@ -7,144 +7,49 @@ is printed with a line that reproduces it, and tried first the next time.
 
 import itertools
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, given, settings
+from fuzzing import FINITE, ODD, bits_of, codecs, fuzz, inputs, keys, lengths
+from hypothesis import given
 from hypothesis import strategies as st
-from libraries import FRACTION, QUANTIZERS, needs_library, variants
+from libraries import FRACTION, needs_library, variants
 from problems import DTYPES, ROUNDOFF
 
-from rhtcomm import Codec, Eden, Key, PayloadError, QuicFL, RandomizedHadamard, VectorQuantizer
+from rhtcomm import ECDQ, Codec, Key, PayloadError, QuicFL, RandomizedHadamard
 from rhtcomm.kernels import reference, use
-from rhtcomm.quantizers import Quantizer
+from rhtcomm.quantizers.ecdq import FACTORS
 from rhtcomm.reduce import split_into_chunks, split_into_shards
 from rhtcomm.wire import HEADER_BYTES, Section
 
-FACTOR = int(os.environ.get("RHTCOMM_FUZZ") or 0)
-ALL = (*QUANTIZERS, *(Eden(bits, biased=True) for bits in (1, 4)), VectorQuantizer(2, biased=True))
-
-
-def fuzz(examples: int) -> Any:
-    return settings(
-        max_examples=examples * max(1, FACTOR),
-        derandomize=not FACTOR,
-        deadline=None,
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
-    )
-
-
-# Inputs ------------------------------------------------------------------------------------------
-
-FINITE = ("gaussian", "spread", "subnormal", "zeros", "minus zeros", "one", "steps")
-ODD = ("bits", "huge", "infinite", "NaN", "one infinite", "one NaN")
-
-
-def segment(kind: str, count: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """(count,) of a dtype."""
-    width = torch.int32 if dtype == torch.float32 else torch.int16
-    limits, info = torch.iinfo(width), torch.finfo(dtype)
-
-    def bits(low: int, high: int) -> torch.Tensor:
-        drawn = torch.randint(low, high + 1, (count,), generator=generator)
-        return drawn.to(width).view(dtype)
-
-    normal = torch.randn(count, generator=generator)
-    few = torch.zeros(count).index_fill_(0, torch.arange(count // 2, min(count, count // 2 + 1)), 1)
-    # Exponents such that a block of 2^13 of them can be summed and squared in every dtype.
-    spread = torch.randint(-10, 4, (count,), generator=generator)
-    match kind:
-        case "bits":
-            return bits(limits.min, limits.max)
-        case "subnormal":
-            return bits(0, int(torch.tensor(info.tiny, dtype=dtype).view(width)))
-        case "gaussian":
-            x = normal
-        case "spread":
-            x = torch.ldexp(normal, spread * (1 if dtype == torch.float16 else 3))
-        case "zeros":
-            x = torch.zeros(count)
-        case "minus zeros":
-            x = -torch.zeros(count)
-        case "one":
-            x = few * -2.5
-        case "steps":
-            x = normal.round()
-        case "huge":
-            x = normal.sign() * info.max
-        case "infinite":
-            x = normal * torch.inf
-        case "NaN":
-            x = normal * torch.nan
-        case "one infinite":
-            x = torch.where(few > 0, torch.inf, normal)
-        case _:
-            x = torch.where(few > 0, torch.nan, normal)
-    return x.to(dtype)
-
-
-@st.composite
-def inputs(draw: Any, numel: int, dtype: torch.dtype, kinds: tuple[str, ...]) -> torch.Tensor:
-    """(numel,) of up to four segments of one kind each."""
-    chosen = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=4))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    edges = [numel * i // len(chosen) for i in range(len(chosen) + 1)]
-    sizes = [stop - start for start, stop in itertools.pairwise(edges)]
-    return torch.cat(
-        [segment(kind, n, dtype, generator) for kind, n in zip(chosen, sizes, strict=True)]
-    )
-
-
-keys = st.builds(
-    Key,
-    st.integers(0, 2**64 - 1),
-    st.integers(0, 2**32 - 1),
-    st.integers(0, 2**32 - 1),
-    st.integers(0, 15),
-)
-
-
-@st.composite
-def codecs(draw: Any, quantizers: tuple[Quantizer, ...] = ALL) -> Codec:
-    quantizer = draw(st.sampled_from(quantizers))
-    return Codec(quantizer, draw(st.integers(1, 3)), 1 << draw(st.integers(5, 13)))
-
-
-def bits_of(x: torch.Tensor) -> torch.Tensor:
-    """Integers by which 0 differs from -0, while all NaN are one."""
-    nan = torch.where(x.isnan(), torch.nan, x.float())
-    return nan.view(torch.int32)
-
-
-# Properties --------------------------------------------------------------------------------------
-
 
 @fuzz(120)
-@given(st.data(), codecs(), st.integers(1, 20_000), st.sampled_from(DTYPES), keys)
+@given(st.data(), codecs(), st.sampled_from(DTYPES), keys)
 def test_round_trip_keeps_the_bound_of_the_quantizer(
-    data: st.DataObject, codec: Codec, numel: int, dtype: torch.dtype, key: Key
+    data: st.DataObject, codec: Codec, dtype: torch.dtype, key: Key
 ) -> None:
     """For every finite input, not on average.
 
     QUIC-FL: no coordinate is further off, in scales, than H + 1 levels and a node are apart, or
-    what float16 rounds away of an exact one. EDEN and vectors: the estimate's projection on the
-    input is the input, or that of the input on the estimate is the estimate where it is biased.
+    what float16 rounds away of an exact one. ECDQ: no rotated coordinate is further off than half
+    a step. EDEN and vectors: the estimate's projection on the input is the input, or that of the
+    input on the estimate is the estimate where it is biased.
     """
+    numel = data.draw(lengths(codec, 20_000))
     x = data.draw(inputs(numel, dtype, FINITE))
     payload = codec.encode(x, key)
-    found = codec.decode_mean(payload[None], key, numel).double()
+    found = codec.decode_mean(payload[None], key, numel)
     exact, quantizer = x.double(), codec.quantizer
     rotated = RandomizedHadamard(codec.default_rotations, codec.block).forward(x, key)
+    again = RandomizedHadamard(codec.default_rotations, codec.block).forward(found, key)
     for section in codec.layout(numel):
         blocks = section.blocks
         rows = blocks.rows(exact[blocks.offset : blocks.stop])
-        estimates = blocks.rows(found[blocks.offset : blocks.stop])
-        scales = section.views(payload)[0].double()
+        estimates = blocks.rows(found.double()[blocks.offset : blocks.stop])
+        scales = scales_of(section, payload).double()
         norm, length = rows.norm(dim=1), estimates.norm(dim=1)
         root = math.sqrt(blocks.size)
         # Layers of butterflies both ways, halving-tree sums, and a few more.
@@ -152,6 +57,10 @@ def test_round_trip_keeps_the_bound_of_the_quantizer(
         slack = ROUNDOFF * rounding * (norm + length)
         least = 32 * root * 2.0**-149  # the last bit of subnormal scales and results
         error = (estimates - rows).norm(dim=1)
+        y, y_again = (
+            each[blocks.offset : blocks.stop].view(rows.shape) for each in (rotated, again)
+        )
+        peaks = y.double().abs()
         if isinstance(quantizer, QuicFL):
             table = quantizer.table
             share = 1 << table.shared_bits
@@ -162,16 +71,37 @@ def test_round_trip_keeps_the_bound_of_the_quantizer(
             assert bool((error <= root * scales * apart + beyond + slack + least).all())
             # As many as there is room for are exact; the largest of the others fits.
             room = quantizer.exact_capacity(blocks.size)
-            peaks = rotated[blocks.offset : blocks.stop].view(rows.shape).abs().double()
             peak = peaks.topk(room + 1, dim=1).values[:, -1]
             wanted = torch.maximum(norm / root, peak / table.bound)
             assert bool(((scales - wanted).abs() <= 1e-5 * wanted + least).all())
+        elif isinstance(quantizer, ECDQ):
+            # Of a value up to 4 K scales, the last bit of a scale is as many last bits.
+            least *= 1 + quantizer.table.largest
+            # Half a step of four scales; a receiver's dither is one of 256, and z / D is truncated.
+            half = 4 * (1 / 2 + 2.0**-9 + 2.0**-15)
+            assert bool((error <= root * scales * half + slack + least).all())
+            if blocks.stop <= numel:  # else the estimate of the padding is not known
+                furthest = (y_again.double() - y.double()).abs().amax(dim=1)
+                assert bool((furthest <= scales * half + slack + least).all())
+            wanted = torch.maximum(norm / root, peaks.amax(dim=1) * quantizer.table.inverse_bound)
+            check_factors(quantizer, scales, wanted * quantizer.table.quarter_step, blocks.size)
         elif not quantizer.biased:  # type: ignore[attr-defined]
             off = (estimates * rows).sum(dim=1) - norm.square()
             assert bool((off.abs() <= (slack + least) * (norm + length)).all())
         elif blocks.stop <= numel:  # the estimate of the padding counts too
             off = (estimates * rows).sum(dim=1) - length.square()
             assert bool((off.abs() <= (slack + least) * (norm + length)).all())
+
+
+def check_factors(quantizer: ECDQ, scales: torch.Tensor, wanted: torch.Tensor, size: int) -> None:
+    """Scales (B,) are those wanted times one of the factors, the same throughout a unit."""
+    least = 2.0**-147
+    nearest = (scales[:, None] - wanted[:, None] * torch.tensor(FACTORS)).abs().min(dim=1)
+    assert bool((nearest.values <= 1e-5 * wanted + least).all())
+    for rows in range(0, len(scales), quantizer.unit(size)):
+        unit = slice(rows, rows + quantizer.unit(size))
+        ordinary = wanted[unit] > 1e-35
+        assert len(nearest.indices[unit][ordinary].unique()) <= 1
 
 
 @contextmanager
@@ -185,11 +115,12 @@ def threads(count: int) -> Iterator[None]:
 
 
 @fuzz(40)
-@given(st.data(), codecs(), st.integers(1, 20_000), st.sampled_from(DTYPES), keys)
+@given(st.data(), codecs(), st.sampled_from(DTYPES), keys)
 def test_encoding_twice_gives_equal_bytes(
-    data: st.DataObject, codec: Codec, numel: int, dtype: torch.dtype, key: Key
+    data: st.DataObject, codec: Codec, dtype: torch.dtype, key: Key
 ) -> None:
     """Whatever lies in memory before, however the tensor lies there, and on any threads."""
+    numel = data.draw(lengths(codec, 20_000))
     x = data.draw(inputs(numel, dtype, FINITE + ODD))
     before = x.clone()
     payload = codec.encode(x, key, 1, 3)
@@ -233,27 +164,25 @@ def change_indices(
     st.data(),
     codecs(),
     st.sampled_from((None, "auto")),
-    st.integers(1, 3000),
     st.integers(1, 3),
     st.sampled_from(DTYPES),
     keys,
     st.integers(0, 2**32),
-    st.sampled_from(("body", "some", "indices", "header", "all", "length")),
+    st.sampled_from(("body", "constant", "some", "indices", "header", "all", "length")),
 )
 def test_any_bytes_decode_alike_or_raise_and_stay_in_bounds(
     data: st.DataObject,
     codec: Codec,
     rotations: Any,
-    numel: int,
     ranks: int,
     dtype: torch.dtype,
     key: Key,
     seed: int,
     damage: str,
 ) -> None:
-    quantizer = codec.quantizer
+    quantizer, numel = codec.quantizer, data.draw(lengths(codec, 3000))
     if damage == "indices":
-        quantizer = QuicFL(quantizer.bits, FRACTION)
+        quantizer = QuicFL(int(quantizer.bits), FRACTION)
     codec = Codec(quantizer, rotations or codec.rotations, codec.block)
     generator = np.random.Generator(np.random.PCG64(seed))
     x = data.draw(inputs(numel, torch.float32, FINITE + ODD))
@@ -262,6 +191,8 @@ def test_any_bytes_decode_alike_or_raise_and_stay_in_bounds(
     match damage:
         case "body":
             payloads[:, HEADER_BYTES:] = noise[:, HEADER_BYTES:]
+        case "constant":
+            payloads[:, HEADER_BYTES:] = generator.choice([0, 1, 127, 128, 255])
         case "some":
             hit = generator.random(payloads.shape) < generator.choice([0.001, 0.03, 0.3])
             hit[:, :HEADER_BYTES] = False
@@ -299,7 +230,6 @@ def test_any_bytes_decode_alike_or_raise_and_stay_in_bounds(
 @given(
     st.data(),
     codecs(),
-    st.integers(1, 20_000),
     st.integers(1, 3),
     st.integers(0, 3),
     st.integers(0, 2**20),
@@ -310,7 +240,6 @@ def test_any_bytes_decode_alike_or_raise_and_stay_in_bounds(
 def test_every_kernel_agrees(
     data: st.DataObject,
     codec: Codec,
-    numel: int,
     ranks: int,
     others: int,
     offset: int,
@@ -319,6 +248,7 @@ def test_every_kernel_agrees(
     key: Key,
 ) -> None:
     """On inputs of any bits. test_gpu_kernels.py has the same for Triton's, block by block."""
+    numel = data.draw(lengths(codec, 20_000))
     xs = [data.draw(inputs(numel, dtype, FINITE + ODD)) for _ in range(ranks)]
     offset *= codec.block
     origin = {"offset": offset, "world_size": ranks + others}
@@ -339,7 +269,6 @@ def test_every_kernel_agrees(
 @given(
     st.data(),
     codecs(),
-    st.integers(1, 12_000),
     st.integers(1, 3),
     st.integers(0, 2**20),
     st.sampled_from(DTYPES),
@@ -348,14 +277,17 @@ def test_every_kernel_agrees(
 def test_any_split_into_chunks_and_shards_agrees(
     data: st.DataObject,
     codec: Codec,
-    numel: int,
     ranks: int,
     offset: int,
     dtype: torch.dtype,
     key: Key,
 ) -> None:
-    """Scales, codes and means of chunks and shards are those of the whole."""
-    block, offset = codec.block, offset * codec.block
+    """Scales, codes and means of chunks and shards are those of the whole.
+
+    ECDQ codes units, which a cut makes others. Values of blocks are the same, and so are scales,
+    unless a unit did not fit on one side alone.
+    """
+    block, offset, numel = codec.block, offset * codec.block, data.draw(lengths(codec, 12_000))
     xs = [data.draw(inputs(numel, dtype, FINITE + ODD)) for _ in range(ranks)]
     cuts = data.draw(st.sets(st.integers(1, max(1, (numel - 1) // block)), max_size=4))
     edges = [0, *(cut * block for cut in sorted(cuts) if cut * block < numel), numel]
@@ -370,12 +302,8 @@ def test_any_split_into_chunks_and_shards_agrees(
     mean = codec.decode_mean(whole, key, numel, offset=offset)
     for start, stop in itertools.pairwise(edges):
         chunk = encode(start, stop)
-        assert (
-            rows_of(codec, chunk, stop - start)
-            == rows_of(codec, whole, numel)[start // block : -(-stop // block)]
-        )
         found = codec.decode_mean(chunk, key, stop - start, offset=offset + start)
-        assert torch.equal(bits_of(found), bits_of(mean[start:stop]))
+        check_part(codec, (whole, mean), (chunk, found), start, stop)
 
     # Several shards have whole blocks; here those of the last rank.
     shards = data.draw(st.integers(1, 6))
@@ -387,7 +315,46 @@ def test_any_split_into_chunks_and_shards_agrees(
     found = codec.decode_shards(rows, key, len(x), rank=rank, **origin)
     payload = codec.encode(x, key, rank, **origin)[None]
     expected = codec.decode_mean(payload, key, len(x), first_rank=rank, **origin)
-    assert torch.equal(bits_of(found), bits_of(expected))
+    for i in range(shards):
+        start, stop = i * each, (i + 1) * each
+        check_part(codec, (payload, expected), (rows[i : i + 1], found[start:stop]), start, stop)
+
+
+def check_part(
+    codec: Codec,
+    whole: tuple[torch.Tensor, torch.Tensor],
+    part: tuple[torch.Tensor, torch.Tensor],
+    start: int,
+    stop: int,
+) -> None:
+    """Payloads and mean of coordinates start .. stop against those of the whole."""
+    (payloads, mean), (payloads_of_part, mean_of_part) = whole, part
+    if start == stop:
+        return
+    blocks = slice(start // codec.block, -(-stop // codec.block))
+    expected, found = bits_of(mean[start:stop]), bits_of(mean_of_part)
+    if not isinstance(codec.quantizer, ECDQ):
+        rows = rows_of(codec, payloads, len(mean))[blocks]
+        assert rows_of(codec, payloads_of_part, stop - start) == rows
+        assert torch.equal(found, expected)
+        return
+    scales, scales_of_part = (
+        torch.cat([scales_of(section, each) for section in codec.layout(numel)], dim=1)
+        for each, numel in ((payloads, len(mean)), (payloads_of_part, stop - start))
+    )
+    pairs = torch.stack([scales[:, blocks], scales_of_part]).double()
+    same = (pairs.isnan().all(dim=0)) | (pairs[0] == pairs[1])
+    ours, theirs = pairs[:, ~same]
+    quotients = torch.tensor([a / b for a in FACTORS for b in FACTORS if a != b]).double()
+    off = (ours[:, None] - theirs[:, None] * quotients).abs().amin(dim=1)
+    assert bool((off <= 1e-5 * ours + 2.0**-147).all())
+    alike = same.all(dim=0).repeat_interleave(codec.block)[: stop - start]
+    assert torch.equal(found[alike], expected[alike])
+
+
+def scales_of(section: Section, payloads: torch.Tensor) -> torch.Tensor:
+    """payloads (..., nbytes) -> (..., B) float32."""
+    return payloads[..., section.scales : section.codes].view(torch.float32)
 
 
 def rows_of(codec: Codec, payloads: torch.Tensor, numel: int) -> list[bytes]:

@@ -33,6 +33,7 @@ FEEDBACK: dict[str, Any] = {
     "error_feedback": True,
     "block": BLOCK,
     "min_numel": 0,
+    "warmup_steps": 0,
 }
 
 Future = torch.futures.Future[torch.Tensor]

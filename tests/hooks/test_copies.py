@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from rhtcomm.hooks import RHTState, rht_hook
 
 
 def copy_a_model_in_training(rank: int, world_size: int, quantizer: str) -> None:
-    state = RHTState(**FINE, quantizer=quantizer, error_feedback=True, timeout=TIMEOUT)  # type: ignore[arg-type]
+    options: dict[str, Any] = {**FINE, "bits": 6, "error_feedback": True, "timeout": TIMEOUT}
+    state = RHTState(**options, quantizer=quantizer)  # type: ignore[arg-type]
     ddp = wrapped(net(), state)
     average = AveragedModel(ddp)
     for step in range(2):
@@ -41,7 +43,7 @@ def copy_a_model_in_training(rank: int, world_size: int, quantizer: str) -> None
             assert residual.any()
             assert torch.equal(residual, saved[1]["residuals"][name])
     # The last of them: the same payloads from here on.
-    again = RHTState(**FINE, quantizer=quantizer, error_feedback=True, timeout=TIMEOUT)  # type: ignore[arg-type]
+    again = RHTState(**options, quantizer=quantizer)  # type: ignore[arg-type]
     other = wrapped(copy.deepcopy(ddp.module), again)
     again.load_state_dict(state.state_dict(ddp), other)
     assert torch.equal(backward(fresh, rank, 7), backward(other, rank, 7))
@@ -51,7 +53,7 @@ def copy_a_model_in_training(rank: int, world_size: int, quantizer: str) -> None
     assert (plain.codec.quantizer.bits, plain.key.seed) == (3, 5)
 
 
-@pytest.mark.parametrize("quantizer", ["quic_fl", "eden"])
+@pytest.mark.parametrize("quantizer", ["quic_fl", "eden", "ecdq"])
 def test_copies_have_no_group_and_go_on(quantizer: str, ranks: Ranks) -> None:
     ranks.run(copy_a_model_in_training, 2, quantizer)
 

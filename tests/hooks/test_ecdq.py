@@ -17,7 +17,7 @@ from rhtcomm import ECDQ
 from rhtcomm.hooks import RHTState, register
 
 OPTIONS: dict[str, Any] = {
-    **{"quantizer": "ecdq", "block": 256, "min_numel": 0, "timeout": TIMEOUT},
+    **{"quantizer": "ecdq", "block": 256, "min_numel": 0, "warmup_steps": 0, "timeout": TIMEOUT},
 }
 
 

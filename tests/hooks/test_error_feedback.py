@@ -26,7 +26,7 @@ def state_of(**options: Any) -> RHTState:
     return RHTState(
         **{
             **{"bits": 1, "quantizer": "eden", "block": BLOCK, "min_numel": 600},
-            **{"timeout": TIMEOUT, "error_feedback": True},
+            **{"timeout": TIMEOUT, "error_feedback": True, "warmup_steps": 0},
             **options,
         }
     )

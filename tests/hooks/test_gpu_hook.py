@@ -142,7 +142,7 @@ def late_errors(rank: int, world_size: int, when: str, enqueues: bool) -> list[A
         streams.host_may_wait = True
         communicator = Tampering()
         communicator.queues = enqueues
-        state = RHTState(communicator=communicator, min_numel=0)
+        state = RHTState(warmup_steps=0, communicator=communicator, min_numel=0)
         results = []
         for step in range(2):
             communicator.tamper = step == 1
@@ -176,7 +176,7 @@ def test_the_hook_finds_a_wrong_payload_out_later(when: str, enqueues: bool, ran
 
 def profiled(rank: int, world_size: int) -> set[str]:
     everything = _ExperimentalConfig(profile_all_threads=True)
-    with RHTState(min_numel=0, timeout=TIMEOUT) as state:
+    with RHTState(warmup_steps=0, min_numel=0, timeout=TIMEOUT) as state:
         send(state, x_of(rank))
         # Without acc_events torch 2.11 warns that it keeps the events of one cycle, which suffices.
         with profile(
@@ -202,7 +202,7 @@ def test_nothing_makes_the_host_wait(quantizer: Any, parameters: int, enqueues: 
     codec = Codec(Eden(4) if quantizer == "eden" else QuicFL(4))
     twin, numel = Twin(codec, enqueues), 1 << 20  # more than one chunk
     xs = torch.randn(8, numel, generator=torch.Generator().manual_seed(1))
-    with RHTState(quantizer=quantizer, communicator=twin) as state:
+    with RHTState(warmup_steps=0, quantizer=quantizer, communicator=twin) as state:
         buckets = [Bucket.of(x.clone().to("cuda"), parameters=parameters) for x in xs]
 
         def submit(step: int) -> torch.futures.Future[torch.Tensor]:
@@ -224,7 +224,7 @@ def test_nothing_makes_the_host_wait(quantizer: Any, parameters: int, enqueues: 
 def test_the_hook_waits_for_gradients_and_results_wait_for_the_hook(enqueues: bool) -> None:
     codec, numel = Codec(QuicFL(4)), 1 << 20
     twin = Twin(codec, enqueues)
-    with RHTState(communicator=twin) as state:
+    with RHTState(warmup_steps=0, communicator=twin) as state:
         for step in range(10):
             x = torch.randn(numel, generator=torch.Generator().manual_seed(step))
             late, pinned = torch.zeros(numel, device="cuda"), x.pin_memory()
@@ -242,7 +242,7 @@ def test_a_step_takes_little_memory(enqueues: bool, dtype: torch.dtype) -> None:
     """At most 0.6 of the bucket and 32 MiB, in addition to the gradients and the tables."""
     codec, numel = Codec(QuicFL(4)), (100 << 20) // dtype.itemsize
     twin, x = Twin(codec, enqueues), torch.randn(numel, device="cuda").to(dtype)
-    with RHTState(communicator=twin) as state:
+    with RHTState(warmup_steps=0, communicator=twin) as state:
 
         def step(number: int) -> None:
             twin.expect(Key(0, number), numel, 12)
@@ -262,7 +262,7 @@ def train(rank: int, world_size: int, device: str) -> list[torch.Tensor]:
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8)).to(device)
     ddp = DistributedDataParallel(model)
     received = []
-    with RHTState(block=1024, min_numel=0, timeout=TIMEOUT) as state:
+    with RHTState(warmup_steps=0, block=1024, min_numel=0, timeout=TIMEOUT) as state:
 
         def hook(state: RHTState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
             with torch.no_grad():  # the same gradients, whatever the device

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from rhtcomm import HierarchicalCommunicator
 from rhtcomm.hooks import RHTState, register, rht_hook
 
 WIDTH = 64
-OPTIONS: dict[str, Any] = {"min_numel": 0, "block": 256}
+SMALL: dict[str, Any] = {"min_numel": 0, "block": 256}
+OPTIONS: dict[str, Any] = {"warmup_steps": 0, **SMALL}
 
 
 class Net(nn.Module):
@@ -53,21 +55,75 @@ def errors(found: dict[str, torch.Tensor], world_size: int, step: int) -> dict[s
 EXACT, ROUGH = 1e-6, 0.1  # relative errors: of float32 sums, and of gradients at 1 bit at least
 
 
-def warm_up(rank: int, world_size: int) -> tuple[list[float], list[int]]:
+def warm_up(
+    rank: int, world_size: int, steps: int, begin: int, options: dict[str, Any]
+) -> tuple[list[float], list[int]]:
+    """For each step, the error of the worst parameter, and the bytes sent."""
     model = DistributedDataParallel(Net())
-    with register(model, bits=1, warmup_steps=2, **OPTIONS) as handle:
-        worst, sent = [], []
-        for step in range(4):
+    with register(model, **options, **SMALL) as handle:
+        handle.load_state_dict(handle.state_dict() | {"step": begin})
+        worst, sent = [], [0]
+        for step in range(steps):
             worst.append(max(errors(backward(model, rank, step), world_size, step).values()))
             sent.append(handle.stats().bytes_sent)
-    return worst, sent
+    return worst, [after - before for before, after in pairwise(sent)]
 
 
-def test_the_first_steps_are_exact(ranks: Ranks) -> None:
-    for worst, sent in ranks.run(warm_up, 3):
+def test_the_first_steps_may_be_exact(ranks: Ranks) -> None:
+    options = {"bits": 1, "warmup_steps": 2, "warmup_bits": 32}
+    for worst, sent in ranks.run(warm_up, 3, 4, 0, options):
         assert max(worst[:2]) < EXACT
         assert min(worst[2:]) > ROUGH
-        assert sent[3] - sent[2] < sent[1] - sent[0] == sent[0]
+        assert sent[3] < sent[1] == sent[0]
+
+
+def test_by_default_64_steps_have_8_bits(ranks: Ranks) -> None:
+    for worst, sent in ranks.run(warm_up, 2, 66, 0, {"bits": 1}):
+        assert EXACT < max(worst[:64]) < 0.03  # where a parameter is quieter than its block
+        assert min(worst[64:]) > ROUGH
+        numel = sum(parameter.numel() for parameter in Net().parameters())
+        # Codes, a byte per coordinate or an eighth of it; and the same scales and headers.
+        assert set(sent[:64]) == {sent[0]}
+        assert set(sent[64:]) == {sent[64]}
+        assert sent[0] - sent[64] == pytest.approx(numel * 7 / 8, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({"bits": 1, "quantizer": "ecdq"}, 6),
+        ({"bits": 1, "quantizer": "vector"}, 4),
+        ({"bits": 2, "quantizer": "lattice"}, 8),
+        ({"bits": 1, "quantizer": "eden", "error_feedback": True}, 8),
+        ({"bits": 5}, 8),
+        ({"bits": lambda _: 3}, 8),
+        ({"bits": 1, "warmup_bits": 3}, 3),
+        ({"bits": 4, "warmup_bits": 3}, 4),
+        ({"bits": 2, "exclude": ["norm.*"]}, 8),
+    ],
+)
+def test_bits_of_the_warm_up(options: dict[str, Any], most: int) -> None:
+    model = Net()
+    with RHTState(warmup_steps=2, **options, **SMALL) as state:
+        state.policy.learn(model.named_parameters())
+        parameters = list(model.parameters())
+        bits = options["bits"] if not callable(options["bits"]) else 3
+        for step, expected in ((0, most), (1, most), (2, bits), (1, most)):
+            treatment = state.policy.treatment(step, parameters)
+            codec = treatment.codec if treatment else state.codec
+            assert bits_of(codec) == expected
+            assert bits_of(state.codec) == (4 if callable(options["bits"]) else bits)
+
+
+def bits_of(codec: Any) -> float:
+    return getattr(codec, "quantizer", codec).bits
+
+
+def test_a_resumed_run_ends_the_warm_up_where_the_first_would_have(ranks: Ranks) -> None:
+    options = {"bits": 1, "warmup_steps": 5}
+    for worst, _ in ranks.run(warm_up, 2, 4, 3, options):
+        assert max(worst[:2]) < 0.03
+        assert min(worst[2:]) > ROUGH
 
 
 def leave_out(rank: int, world_size: int, how: str, options: dict[str, Any]) -> dict[str, float]:
@@ -145,13 +201,14 @@ def test_bits_may_depend_on_the_bucket(ranks: Ranks) -> None:
 
 
 def fail_to_train(model: nn.Module, rank: int, **options: Any) -> None:
-    with register(model, **options, **OPTIONS):
+    with register(model, **(OPTIONS | options)):
         backward(model, rank, 0)
 
 
 def differ(rank: int, world_size: int, what: str) -> str:
     options: dict[str, tuple[Any, Any]] = {
         "warmup_steps": (1, 2),
+        "warmup_bits": (8, 32),
         "exclude": (["*.bias"], ["norm.*"]),
         "bits": (lambda _: 3, lambda _: 4),
         "predicate": (lambda p: p.dim() == 1, lambda p: p.dim() == 2),
@@ -159,6 +216,8 @@ def differ(rank: int, world_size: int, what: str) -> str:
     name = "exclude" if what == "predicate" else what
     model = DistributedDataParallel(Net())
     given = {name: options[what][rank == 1]}
+    if what == "warmup_bits":
+        given["warmup_steps"] = 3
     with pytest.raises(Exception, match="configured differently") as caught:
         fail_to_train(model, rank, **given)
     return str(caught.value)
@@ -168,6 +227,7 @@ def differ(rank: int, world_size: int, what: str) -> str:
     ("what", "named"),
     [
         ("warmup_steps", "warmup_steps (1 on ranks 0, 2; 2 on rank 1)"),
+        ("warmup_bits", "warmup_bits (8 on ranks 0, 2; 32 on rank 1)"),
         ("exclude", "exclude (['*.bias'] on ranks 0, 2; ['norm.*'] on rank 1)"),
         ("bits", "codec of bucket 0 (Codec(quantizer=QuicFL(bits=3"),
         ("predicate", "exact segments of bucket 0 (["),
@@ -182,7 +242,7 @@ def by_register_comm_hook(rank: int, world_size: int) -> None:
     """The state finds its model, and with it the names; a copy of it does so too."""
     for copied in (False, True):
         model = DistributedDataParallel(Net())
-        state = RHTState(1, exclude=["norm.*"], warmup_steps=1, **OPTIONS)
+        state = RHTState(1, exclude=["norm.*"], warmup_steps=1, warmup_bits=32, **SMALL)
         with copy.deepcopy(state) if copied else state as used:
             model.register_comm_hook(used, rht_hook)
             backward(model, rank, 0)
@@ -213,6 +273,13 @@ def test_a_name_that_no_parameter_has_is_refused(ranks: Ranks) -> None:
     [
         ({"warmup_steps": -1}, ValueError, "warmup_steps=-1 must not be negative"),
         ({"warmup_steps": 0.5}, TypeError, "warmup_steps=0.5 must be an integer"),
+        (
+            {"warmup_bits": 9},
+            ValueError,
+            "warmup_bits=9 must be bits that the quantizer has, or 32",
+        ),
+        ({"warmup_bits": "8"}, ValueError, "warmup_bits='8' must be bits"),
+        ({"quantizer": "ecdq", "warmup_bits": 8}, ValueError, "warmup_bits=8 must be bits"),
         ({"exclude": "*.bias"}, TypeError, "must be a list of names"),
         ({"exclude": [3]}, TypeError, "must be a list of names"),
         ({"bits": 9}, ValueError, "bits=9"),

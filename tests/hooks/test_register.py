@@ -22,7 +22,7 @@ from rhtcomm import HierarchicalCommunicator
 from rhtcomm.hooks import Handle, RHTState, register, rht_hook
 
 WIDTH = 64
-OPTIONS: dict[str, Any] = {"min_numel": 0, "block": 256}
+OPTIONS: dict[str, Any] = {"min_numel": 0, "block": 256, "warmup_steps": 0}
 
 
 def net() -> nn.Module:
@@ -287,8 +287,13 @@ def resume(rank: int, world_size: int, saver: str, options: dict[str, Any], fold
 @pytest.mark.parametrize("saver", SAVERS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"rotations": "auto"}, {"quantizer": "eden", "error_feedback": True}],
-    ids=["plain", "auto", "error feedback"],
+    [
+        {},
+        {"rotations": "auto"},
+        {"quantizer": "eden", "error_feedback": True},
+        {"quantizer": "ecdq", "bits": 2.5, "error_feedback": True},
+    ],
+    ids=["plain", "auto", "error feedback", "ECDQ"],
 )
 def test_a_resumed_run_goes_on_with_the_same_bits(
     saver: str, options: dict[str, Any], tmp_path: Path, ranks: Ranks

@@ -18,7 +18,7 @@ def count(rank: int, world_size: int, algorithm: Any, nmse_every: int) -> list[A
     """Stats after each of four steps of a large bucket and a small one that is not compressed."""
     numels = (1 << 18, 100)
     options = {"algorithm": algorithm, "min_numel": 1000, "nmse_every": nmse_every}
-    with RHTState(4, **options, timeout=TIMEOUT) as state:
+    with RHTState(4, warmup_steps=0, **options, timeout=TIMEOUT) as state:
         ddp = wrapped(Probe(*numels), state, bucket_cap_mb=0.0001, find_unused_parameters=True)
         stats = [state.stats()]
         for step in range(4):

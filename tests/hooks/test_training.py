@@ -72,6 +72,7 @@ def train_with_jitter(
             algorithm=algorithm,
             block=BLOCK,
             min_numel=0,
+            warmup_steps=0,
             timeout=TIMEOUT,
             **options,
         ) as state,

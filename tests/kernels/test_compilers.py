@@ -11,7 +11,7 @@ import torch
 from harness import ROOT, load_module
 from libraries import choose
 
-from rhtcomm import Codec, Eden, Key, QuicFL, VectorQuantizer
+from rhtcomm import ECDQ, Codec, Eden, Key, QuicFL, VectorQuantizer
 from rhtcomm.kernels import Kernel, cpu, reference
 
 SOURCE = ROOT / "rhtcomm/kernels/cpu.c"
@@ -47,7 +47,7 @@ def test_every_compiler_builds_all_variants_and_the_same_bits(
     installed = cpu.library_path()
     if installed is not None:  # where gcc finds an instruction set, no other compiler may lack it
         assert usable.keys() == cpu_variants(installed).keys()
-    for quantizer in (QuicFL(4), QuicFL(7, 1 / 512), Eden(3), VectorQuantizer(2)):
+    for quantizer in (QuicFL(4), QuicFL(7, 1 / 512), Eden(3), VectorQuantizer(2), ECDQ(2)):
         codec, key = Codec(quantizer, 3, 1024), Key(1)
         x = torch.randn(3 * 1024, generator=torch.Generator().manual_seed(0)) * 1e-38
         expected, mean = run(reference, codec, key, x)

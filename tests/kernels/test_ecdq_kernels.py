@@ -5,6 +5,7 @@ import torch
 from libraries import ECDQS, both_ways, needs_library, variants
 from problems import gaussian, that_overflows
 
+import rhtcomm.quantizers.ecdq
 from rhtcomm import ECDQ, Codec, Key
 from rhtcomm.kernels import cpu, reference, use
 
@@ -56,6 +57,8 @@ def test_plans_own_the_tables_that_they_point_into(quantizer: ECDQ) -> None:
         table.entries.ctypes.data,  # type: ignore[attr-defined]
         table.slots.ctypes.data,  # type: ignore[attr-defined]
     }
+    registers = table.registers  # type: ignore[attr-defined]
+    assert plan.registers == (None if registers is None else registers.ctypes.data)
     assert plan.levels is plan.positions is plan.boundaries is plan.half_norms is None
     assert quantizer.table is table
 
@@ -73,4 +76,26 @@ def test_division_by_multiplication_is_exact(quarters: int) -> None:
         assert inverse < 1 << 32
         assert ((f << (32 - table.precision)) - 1) * (inverse * f - (1 << shift)) < 1 << shift
     assert int(table.frequencies.max()) < 1 << 12
+    assert table.precision >= 10  # the division of native/rans_registers.h relies on it
     assert table.frequencies.shape[1] <= 1 << 8
+
+
+@pytest.mark.parametrize("quarters", range(4, 25))
+def test_units_and_ranks_side_by_side_are_those_of_the_reference(
+    quarters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of units end where a shard's last one is shorter, and where a thread's share ends."""
+    monkeypatch.setattr(rhtcomm.quantizers.ecdq, "UNIT", 256)
+    codec, numel = Codec(ECDQ(quarters / 4), block=64), 11 * 256 + 3 * 64 + 7  # lengths of its own
+    xs = [gaussian(numel, rank) for rank in range(6)]
+    threads = torch.get_num_threads()
+    for ranks, some in ((1, 1), (2, 1), (3, 2), (6, 3)):
+        expected = both_ways(reference, codec, xs[:ranks], KEY, 0, torch.float32)
+        torch.set_num_threads(some)
+        try:
+            for name, kernel in variants().items():
+                found = both_ways(kernel, codec, xs[:ranks], KEY, 0, torch.float32)
+                assert torch.equal(found[0], expected[0]), (name, ranks)
+                assert torch.equal(found[1], expected[1]), (name, ranks)
+        finally:
+            torch.set_num_threads(threads)

@@ -16,7 +16,7 @@ from harness import call_in_fresh_process, limit
 from libraries import PATH, both_ways, needs_library, variants
 from problems import DTYPES
 
-from rhtcomm import Codec, Eden, Key, Lattice, QuicFL, RandomizedHadamard, VectorQuantizer
+from rhtcomm import ECDQ, Codec, Eden, Key, Lattice, QuicFL, RandomizedHadamard, VectorQuantizer
 from rhtcomm.floating_point import default_mode
 from rhtcomm.kernels import cpu, reference, use
 from rhtcomm.quantizers import Quantizer
@@ -25,7 +25,9 @@ from rhtcomm.quantizers import Quantizer
 DIRECTIONS = {"x86_64": (0x400, 0x800, 0xC00), "aarch64": (0x800000, 0x400000, 0xC00000)}
 ROUNDING = DIRECTIONS.get(platform.machine(), ())
 MODES = ["flush", *ROUNDING, *(("flush", direction) for direction in ROUNDING[:1])]
-QUANTIZERS: list[Quantizer] = [QuicFL(4), QuicFL(3, 1 / 512), Eden(3), VectorQuantizer(2)]
+QUANTIZERS: list[Quantizer] = [
+    *(QuicFL(4), QuicFL(3, 1 / 512), Eden(3), VectorQuantizer(2), ECDQ(1.5), ECDQ(4)),
+]
 ONE, TINY = 1.0, 5e-324
 
 
@@ -114,7 +116,7 @@ def test_lattice_and_transform_give_the_same_bits_in_every_mode(mode: object) ->
 
 PROGRAM = """
 import ctypes, ctypes.util, hashlib, json, sys, torch
-from rhtcomm import Codec, Eden, Key, QuicFL, VectorQuantizer
+from rhtcomm import ECDQ, Codec, Eden, Key, QuicFL, VectorQuantizer
 from rhtcomm.kernels import cpu
 
 if sys.argv[2] == "without":
@@ -133,7 +135,7 @@ torch.ones(1 << 18) + 1.0
 if sys.argv[2] == "pool":
     torch.set_flush_denormal(False)
     fesetround(0)
-for quantizer in (QuicFL(3), Eden(3, biased=True), VectorQuantizer(4)):
+for quantizer in (QuicFL(3), Eden(3, biased=True), VectorQuantizer(4), ECDQ(2)):
     codec, key = Codec(quantizer, 3, 128), Key(2)
     payload = codec.encode(x, key, 1, 3)
     mean = codec.decode_mean(payload[None], key, len(x), first_rank=1, world_size=3)

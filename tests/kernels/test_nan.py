@@ -7,12 +7,14 @@ from interpreter import needs_triton
 from libraries import needs_library, variants
 from problems import CANONICAL_NAN, DTYPES
 
-from rhtcomm import Codec, Eden, Key, QuicFL, VectorQuantizer
+from rhtcomm import ECDQ, Codec, Eden, Key, QuicFL, VectorQuantizer
 from rhtcomm.floating_point import assign_
 from rhtcomm.kernels import reference, use
 from rhtcomm.quantizers import Quantizer
 
-QUANTIZERS: list[Quantizer] = [QuicFL(4), QuicFL(3, 1 / 512), Eden(3), VectorQuantizer(2)]
+QUANTIZERS: list[Quantizer] = [
+    *(QuicFL(4), QuicFL(3, 1 / 512), Eden(3), VectorQuantizer(2), ECDQ(1.5), ECDQ(4)),
+]
 
 
 INTEGERS = {4: torch.int32, 2: torch.int16}
@@ -73,7 +75,7 @@ def test_nans_that_a_payload_brings_are_canonical(dtype: torch.dtype) -> None:
 INTERPRETED = """
 import warnings
 import torch
-from rhtcomm import Codec, Eden, Key, QuicFL
+from rhtcomm import ECDQ, Codec, Eden, Key, QuicFL
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")  # the interpreter's, where zeros are divided by zero
 for quantizer in (QuicFL(2, 1 / 512), Eden(2)):

@@ -11,7 +11,7 @@ import torch
 from harness import call_in_fresh_process, in_fresh_process
 from interpreter import has_triton, needs_triton
 
-from rhtcomm import Codec, Eden, Key, QuicFL, VectorQuantizer, codebooks
+from rhtcomm import ECDQ, Codec, Eden, Key, QuicFL, VectorQuantizer, codebooks
 from rhtcomm.kernels import cpu
 from rhtcomm.once import once
 from rhtcomm.quantizers import Quantizer
@@ -22,12 +22,13 @@ QUANTIZERS: list[Quantizer] = [
     *(Eden(bits, biased) for bits in range(1, 9) for biased in (False, True)),
     *(VectorQuantizer(bits, biased) for bits in (1, 2, 4) for biased in (False, True)),
 ]
+ECDQS: list[Quantizer] = [ECDQ(quarters / 4) for quarters in range(4, 25)]
 needs_library = pytest.mark.skipif(cpu.library_path() is None, reason="the C kernels are missing")
 
 
 def use(quantizer: Quantizer, rotations: int = 2) -> bytes:
     """A hash of payloads and their mean."""
-    numel, key = 150, Key(quantizer.bits)
+    numel, key = 150, Key(int(quantizer.bits))
     codec = Codec(quantizer, rotations, block=32)
     x = torch.randn(2, numel, generator=torch.Generator().manual_seed(1))
     payloads = torch.stack([codec.encode(x[rank], key, rank, 2) for rank in range(2)])
@@ -89,11 +90,11 @@ def run_together(work: Callable[[], object], count: int) -> None:
         assert not thread.is_alive()
 
 
-FEW = "[QuicFL(4), QuicFL(2, 1 / 512), Eden(3), VectorQuantizer(4)]"
+FEW = "[QuicFL(4), QuicFL(2, 1 / 512), Eden(3), VectorQuantizer(4), ECDQ(1.5)]"
 
 
 @pytest.mark.parametrize(
-    ("kernel", "quantizers"), [("cpu", "QUANTIZERS"), ("reference", FEW), ("gpu", FEW)]
+    ("kernel", "quantizers"), [("cpu", "[*QUANTIZERS, *ECDQS]"), ("reference", FEW), ("gpu", FEW)]
 )
 def test_threads_that_meet_in_a_table_all_get_its_bits(kernel: str, quantizers: str) -> None:
     if kernel == "cpu" and cpu.library_path() is None:

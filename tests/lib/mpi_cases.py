@@ -14,6 +14,7 @@ from mpi4py import MPI
 
 import rhtcomm
 from rhtcomm import (
+    ECDQ,
     Codec,
     DisagreementError,
     Eden,
@@ -60,7 +61,7 @@ def means() -> None:
     numel, key = 3 * 4096 + 1234, Key(1, step=2, bucket=3)
     xs = [torch.randn(numel, generator=torch.Generator().manual_seed(r)) for r in range(n)]
     exact = torch.stack(xs).double().mean(dim=0)
-    for quantizer in (QuicFL(4), Eden(4)):
+    for quantizer in (QuicFL(4), Eden(4), ECDQ(3.5)):
         codec = Codec(quantizer)
         payloads = torch.stack([codec.encode(x, key, r, n) for r, x in enumerate(xs)])
         for algorithm in ("all_gather", "two_shot", "gather"):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,7 +19,7 @@ SPEED = CodecSpeed(encode=2e-9, decode=3e-9, decode_more=5e-10, cast=1e-9)
 SPEEDS = dict.fromkeys(range(1, 9), SPEED)
 
 
-def find(found: Plan, algorithm: str, bits: int) -> Prediction:
+def find(found: Plan, algorithm: str, bits: float) -> Prediction:
     (match,) = (p for p in found.predictions if (p.algorithm, p.bits) == (algorithm, bits))
     return match
 
@@ -56,7 +57,9 @@ def test_the_formula_by_hand() -> None:
     assert find(found, "two_shot", 4).nmse == 2 * find(found, "all_gather", 4).nmse
 
 
-def bytes_of_exchange(rank: int, world_size: int, numel: int, algorithm: str, bits: int) -> int:
+def bytes_of_exchange(
+    rank: int, world_size: int, numel: int, algorithm: str, bits: float, quantizer: str
+) -> int:
     communicator = TorchCommunicator()
     x = torch.randn(numel, generator=torch.Generator().manual_seed(rank))
     key = Key(0)
@@ -64,19 +67,31 @@ def bytes_of_exchange(rank: int, world_size: int, numel: int, algorithm: str, bi
     if bits == 32:
         communicator.all_reduce_(x)
     else:
-        rhtcomm.all_reduce(x, Codec(QuicFL(bits)), key, communicator, **options)
+        codec = Codec(ECDQ(bits) if quantizer == "ecdq" else QuicFL(int(bits)))
+        rhtcomm.all_reduce(x, codec, key, communicator, **options)
     return communicator.bytes_sent
 
 
 @pytest.mark.parametrize("numel", [100_000, 1_600_000])
 @pytest.mark.parametrize(
-    ("algorithm", "bits"), [("float32", 32), ("all_gather", 4), ("two_shot", 4), ("two_shot", 1)]
+    ("algorithm", "bits", "quantizer"),
+    [
+        ("float32", 32, "quic_fl"),
+        ("all_gather", 4, "quic_fl"),
+        ("two_shot", 4, "quic_fl"),
+        ("two_shot", 1, "quic_fl"),
+        ("all_gather", 2.5, "ecdq"),
+        ("two_shot", 2.5, "ecdq"),
+    ],
 )
 def test_bytes_are_those_that_an_exchange_sends(
-    ranks: Ranks, numel: int, algorithm: str, bits: int
+    ranks: Ranks, numel: int, algorithm: str, bits: float, quantizer: str
 ) -> None:
-    sent = ranks.run(bytes_of_exchange, 3, numel, algorithm, bits)
-    assert find(plan(numel, 3, 1.0, speeds=SPEEDS), algorithm, bits).bytes_sent == sent[0]
+    sent = ranks.run(bytes_of_exchange, 3, numel, algorithm, bits, quantizer)
+    options: dict[str, Any] = {"speeds": SPEEDS | {2.5: SPEED}, "quantizer": quantizer}
+    if quantizer == "ecdq":
+        options["bits"] = (bits,)
+    assert find(plan(numel, 3, 1.0, **options), algorithm, bits).bytes_sent == sent[0]
 
 
 def test_it_recommends_the_fastest_within_the_error_allowed() -> None:

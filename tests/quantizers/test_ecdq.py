@@ -97,21 +97,8 @@ def test_error_of_large_tensors(bits: int, problem: type[gaussian]) -> None:  # 
     assert found < PROMISED[bits]
 
 
-@pytest.mark.parametrize(
-    ("name", "bits"),
-    [("one_hot", 1), ("three_unequal", 2), ("walsh_row", 3), ("outlier", 4), ("two_hot", 1.5)],
-)
-def test_the_mean_of_1024_encodings_is_unbiased(name: str, bits: float) -> None:
-    """N NMSE(N) = vNMSE: |mean error|^2 is a sum of 4096 squares, with a deviation of 2.2%."""
-    x = INPUTS[name]
-    n = 1024
-    mean = round_trip(Codec(ECDQ(bits)), x.repeat(n)).view(n, BLOCK).double().mean(dim=0)
-    found = n * ratio(mean - x, x)
-    assert abs(found / ECDQ(bits).vnmse - 1) < 0.05 + 2 * math.sqrt(2 / BLOCK)
-
-
 def test_the_mean_over_all_inputs_is_unbiased() -> None:
-    """The same of 12 inputs and 3 keys each, with a deviation of 0.4%: within 1.5%."""
+    """N NMSE(N) = vNMSE (test_ecdq_bias.py) of 12 inputs and 3 keys, with a deviation of 0.4%."""
     found, bits, n = [], 1, 64
     for name, x in INPUTS.items():
         for step in range(3):

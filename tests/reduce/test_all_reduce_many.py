@@ -1,5 +1,6 @@
 """rhtcomm.reduce.all_reduce_many against all_reduce of the flattened tensor, in real processes."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from problems import DTYPES
 from simulation import BLOCK, CODEC, KEY, same_bits
 
 import rhtcomm
-from rhtcomm import Codec, DisagreementError, Eden, Key, Lattice, QuicFL
+from rhtcomm import ECDQ, Codec, DisagreementError, Eden, Key, Lattice, QuicFL
 from rhtcomm.reduce import Report, all_reduce_many
 
 FEEDBACK = Codec(Eden(4, biased=True), block=BLOCK)
@@ -37,6 +38,15 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+def segments_of(tensors: list[torch.Tensor]) -> list[int]:
+    """The lengths of their rows, or of those whose rows are short or that have none."""
+    lengths = []
+    for x in tensors:
+        each = math.prod(x.shape[1:])
+        lengths += [each] * len(x) if x.dim() > 1 and each >= 64 else [x.numel()]
+    return lengths
+
+
 def tensors_of(rank: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """What the caller holds, and the views."""
     held = [base(rank, 30, 20 + i, dtype=dtype) for i in range(len(LAYOUTS))]
@@ -53,9 +63,9 @@ def reduce_both_ways(
     communicator = rhtcomm.TorchCommunicator()
     held, views = tensors_of(rank, dtype)
     flat = torch.cat([view.detach().resolve_neg().reshape(-1) for view in views])
-    lengths = [view.numel() for view in views]
+    segments = segments_of(views)
     many = all_reduce_many(views, CODEC, KEY, communicator, **options)
-    one = rhtcomm.all_reduce(flat, CODEC, KEY, communicator, segments=lengths, **options)
+    one = rhtcomm.all_reduce(flat, CODEC, KEY, communicator, segments=segments, **options)
     return (
         [x.detach() for x in held],
         [view.detach().resolve_neg().contiguous() for view in views],
@@ -122,6 +132,95 @@ def test_a_tensor_that_no_rank_used_comes_back_as_zeros(
         assert same_bits(unused, torch.zeros(7, 9))
         assert same_bits(negative, torch.zeros(100))
         assert infinite.isnan().any()
+
+
+# ---- Rows ---------------------------------------------------------------------------------------
+
+
+def with_rows(rank: int) -> list[torch.Tensor]:
+    """Of four rows the first is used by rank 0 alone, the second by rank 1, the third by all.
+
+    The first tensor has no rows, those of the third are short.
+    """
+    shapes = [(7,), (50, 64), (9, 63), (8, 4, 16), (30, 70)]
+    tensors = [base(rank, *shape) for shape in shapes]
+    tensors[4] = base(rank, 70, 30).t()
+    for x in tensors[1:]:
+        for i in range(len(x)):
+            if i % 4 == 3 or (i % 4 < 2 and i % 4 != rank):
+                x[i] = -0.0 if rank else 0.0
+    return tensors
+
+
+def reduce_rows(
+    rank: int, world_size: int, nodes: int, codec: Codec | Lattice, algorithm: Any, feedback: bool
+) -> list[Any]:
+    """By many and by one with the rows as its segments: the results, and the bytes."""
+    communicator: Any = rhtcomm.TorchCommunicator()
+    if nodes:
+        communicator = two_levels(rank, nodes, world_size // nodes)
+    found: list[Any] = []
+    for many in (True, False):
+        residual, tensors = None, with_rows(rank)
+        if feedback:
+            residual = torch.ones(sum(x.numel() for x in tensors)) * (rank + 1)
+        options = {"algorithm": algorithm, "min_numel": 0, "residual": residual}
+        flat = torch.cat([x.reshape(-1) for x in tensors])
+        if many:
+            report = all_reduce_many(tensors, codec, KEY, communicator, **options)
+            flat = torch.cat([x.reshape(-1) for x in tensors])
+        else:
+            segments = segments_of(tensors)
+            report = rhtcomm.all_reduce(
+                flat, codec, KEY, communicator, segments=segments, **options
+            )
+        found.append((flat, residual, report.bytes_sent))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world_size", "nodes", "codec", "algorithm", "feedback"),
+    [
+        (2, 0, CODEC, "all_gather", False),
+        (3, 0, CODEC, "two_shot", False),
+        (3, 0, Codec(ECDQ(2), block=BLOCK), "gather", False),
+        (2, 0, Lattice(4, block=BLOCK), "auto", False),
+        (2, 0, Codec(ECDQ(2), block=BLOCK), "all_gather", True),
+        (4, 2, CODEC, "auto", False),
+    ],
+)
+def test_rows_that_no_rank_used_come_back_as_zeros(
+    world_size: int,
+    nodes: int,
+    codec: Codec | Lattice,
+    algorithm: str,
+    feedback: bool,
+    ranks: Ranks,
+) -> None:
+    inputs = [with_rows(rank) for rank in range(world_size)]
+    sizes = [x.numel() for x in inputs[0]]
+    by_rank = ranks.run(reduce_rows, world_size, nodes, codec, algorithm, feedback)
+    for rank, (many, one) in enumerate(by_rank):
+        assert many[2] == one[2]
+        assert same_bits(many[0], one[0])
+        assert same_bits(many[0], by_rank[0][0][0])
+        if feedback:
+            assert same_bits(many[1], one[1])
+        for i, mean in enumerate(many[0].split(sizes)):
+            shape = inputs[0][i].shape
+            if len(shape) == 1:
+                continue
+            used = torch.stack([x[i].reshape(shape[0], -1).any(dim=1) for x in inputs]).any(dim=0)
+            assert 0 < used.sum() < len(used)
+            rows = mean.view(shape[0], -1)
+            assert rows[used].any(dim=1).all()
+            if i != 2:
+                assert same_bits(rows[~used], torch.zeros_like(rows[~used]))
+            elif not feedback:
+                assert rows[~used].any(), "it shows nothing where rows are zero anyhow"
+            if feedback and i != 2:
+                left = many[1].split(sizes)[i].view(shape[0], -1)
+                assert bool((left[~used] == rank + 1).all())
 
 
 def reduce_with_feedback(rank: int, world_size: int) -> list[torch.Tensor]:

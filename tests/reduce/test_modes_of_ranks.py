@@ -10,12 +10,13 @@ from problems import CANONICAL_NAN, DTYPES
 from states import submit
 
 import rhtcomm
-from rhtcomm import Codec, Eden, HierarchicalCommunicator, Key, Lattice, QuicFL
+from rhtcomm import ECDQ, Codec, Eden, HierarchicalCommunicator, Key, Lattice, QuicFL
 from rhtcomm.hooks import RHTState
 
 EXCHANGES: dict[str, dict[str, Any]] = {
     "compressed": {"codec": Codec(QuicFL(4), block=256)},
     "two_shot": {"codec": Codec(QuicFL(4), block=256), "algorithm": "two_shot"},
+    "ecdq": {"codec": Codec(ECDQ(2.5), block=256), "feedback": True},
     "lattice": {"codec": Lattice(4, block=256)},
     "uncompressed": {"codec": Codec(QuicFL(4)), "min_numel": 1 << 20},
     "feedback": {"codec": Codec(Eden(4, biased=True), block=256), "feedback": True},

@@ -13,7 +13,7 @@ from problems import CANONICAL_NAN, DTYPES
 from simulation import BLOCK, CODEC, KEY, chunks_of, data, same_bits
 
 import rhtcomm
-from rhtcomm import Codec, DisagreementError, Eden, Key, Lattice, QuicFL, VectorQuantizer
+from rhtcomm import ECDQ, Codec, DisagreementError, Eden, Key, Lattice, QuicFL, VectorQuantizer
 from rhtcomm.reduce import Report, reduce_scatter
 
 
@@ -56,6 +56,7 @@ def test_every_rank_gets_what_any_rank_would_decode(world_size: int, ranks: Rank
     cases += [(CODEC, m, *[torch.float32] * 2) for m in (1, BLOCK - 1, BLOCK, BLOCK + 1)]
     cases.append((Codec(QuicFL(2), "auto", BLOCK), 5 * BLOCK, *[torch.float32] * 2))
     cases.append((Codec(VectorQuantizer(2), block=BLOCK), 3 * BLOCK, *[torch.float32] * 2))
+    cases += [(Codec(ECDQ(1.25), block=BLOCK), m, *[torch.float32] * 2) for m in (9, 3 * BLOCK + 1)]
     outcomes = ranks.run(scatter_cases, world_size, cases)
     for rank, results in enumerate(outcomes):
         for (codec, m, dtype, out_dtype), result in zip(cases, results, strict=True):

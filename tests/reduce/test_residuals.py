@@ -10,7 +10,7 @@ from problems import ROUNDOFF, gaussian, numbers
 from states import BLOCK
 
 import rhtcomm
-from rhtcomm import Codec, Eden, Key, Lattice, QuicFL, VectorQuantizer
+from rhtcomm import ECDQ, Codec, Eden, Key, Lattice, QuicFL, VectorQuantizer
 from rhtcomm.reduce import Algorithm
 
 KEY = Key(seed=7, step=3, bucket=1)
@@ -26,6 +26,8 @@ CASES: list[Case] = [
     (CODEC, "gather", torch.float32),
     (CODEC, "all_gather", torch.bfloat16),
     (Codec(QuicFL(2), block=BLOCK), "two_shot", torch.float32),
+    (Codec(ECDQ(1.5), block=BLOCK), "all_gather", torch.float32),
+    (Codec(ECDQ(3), block=BLOCK), "two_shot", torch.bfloat16),
     (Codec(VectorQuantizer(1, biased=True), block=BLOCK), "all_gather", torch.float32),
 ]
 

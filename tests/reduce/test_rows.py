@@ -106,7 +106,12 @@ def train(
     timeout = None if nodes else TIMEOUT
     model, found = Words(dtype), []
     with RHTState(
-        block=BLOCK, min_numel=0, communicator=communicator, timeout=timeout, **options
+        block=BLOCK,
+        min_numel=0,
+        warmup_steps=0,
+        communicator=communicator,
+        timeout=timeout,
+        **options,
     ) as state:
         ddp = wrapped(model, state, gradient_as_bucket_view=True)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.1, betas=(0.0, 0.9), eps=1e-4)
@@ -133,6 +138,7 @@ def train(
         (2, 0, torch.float32, {"exclude": is_vector}),
         (3, 0, torch.float32, {"quantizer": "eden", "bits": 1, "error_feedback": True}),
         (4, 2, torch.float32, {}),
+        (4, 2, torch.float32, {"quantizer": "ecdq", "bits": 1.75, "error_feedback": True}),
     ],
 )
 def test_rows_that_no_rank_met_do_not_move(
@@ -164,7 +170,7 @@ def test_a_bit_a_row_is_sent(ranks: Ranks) -> None:
 def send_flat(rank: int, world_size: int, numel: int) -> int:
     """Bytes of a bucket of one parameter, which has no segments."""
     model = nn.ParameterList([torch.ones(numel)])
-    with RHTState(block=BLOCK, min_numel=0, timeout=TIMEOUT) as state:
+    with RHTState(block=BLOCK, min_numel=0, warmup_steps=0, timeout=TIMEOUT) as state:
         ddp = wrapped(Sum(model), state)
         for _ in range(2):
             before = state.stats().bytes_sent

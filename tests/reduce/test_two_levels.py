@@ -13,7 +13,16 @@ from simulation import BLOCK, CODEC, KEY, data, same_bits, simulated
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import rhtcomm
-from rhtcomm import Codec, DisagreementError, Eden, HierarchicalCommunicator, Key, Lattice, QuicFL
+from rhtcomm import (
+    ECDQ,
+    Codec,
+    DisagreementError,
+    Eden,
+    HierarchicalCommunicator,
+    Key,
+    Lattice,
+    QuicFL,
+)
 from rhtcomm.deferred import DeferredChecks
 from rhtcomm.reduce import Algorithm, split_into_shards
 
@@ -25,6 +34,7 @@ HIERARCHICAL: list[tuple[Codec | Lattice, Algorithm, int, torch.dtype]] = [
     (CODEC, "two_shot", 10 * BLOCK, torch.float32),
     (CODEC, "gather", 10 * BLOCK, torch.float16),
     (Codec(Eden(3), block=BLOCK), "auto", 9 * BLOCK, torch.float32),
+    (Codec(ECDQ(2), block=BLOCK), "gather", 9 * BLOCK, torch.float32),
     (CODEC, "auto", BLOCK, torch.float32),  # one block: the other shards of a node are empty
     (Lattice(4, block=BLOCK), "auto", 10 * BLOCK + 77, torch.float32),
 ]

@@ -16,7 +16,7 @@ from states import TIMEOUT
 from torch import nn
 
 import rhtcomm
-from rhtcomm import Codec, Eden, Key, Lattice, QuicFL, VectorQuantizer
+from rhtcomm import ECDQ, Codec, Eden, Key, Lattice, QuicFL, VectorQuantizer
 from rhtcomm.hooks import RHTState
 from rhtcomm.reduce import Algorithm
 from rhtcomm.segments import Segments, pack, unpack
@@ -104,6 +104,10 @@ CASES: list[Case] = [
     *((CODEC, algorithm, dtype, LENGTHS) for algorithm in ALGORITHMS for dtype in DTYPES),
     *((Codec(Eden(1), block=BLOCK), algorithm, torch.float32, LENGTHS) for algorithm in ALGORITHMS),
     (Codec(QuicFL(2, 1 / 512), block=1024), "auto", torch.float32, LENGTHS),
+    *(
+        (Codec(ECDQ(2.5), block=BLOCK), algorithm, torch.float32, LENGTHS)
+        for algorithm in ALGORITHMS
+    ),
     (Codec(VectorQuantizer(2), "auto", block=BLOCK), "two_shot", torch.float32, LENGTHS),
     *((Lattice(4, block=BLOCK), "auto", dtype, LENGTHS) for dtype in DTYPES),
     *((CODEC, algorithm, torch.float32, lengths_of(1000, NUMEL)) for algorithm in ALGORITHMS),
@@ -200,7 +204,8 @@ def test_a_bit_a_segment_is_sent(ranks: Ranks) -> None:
 
 def reduce_zeros(rank: int, world_size: int, nodes: int) -> list[torch.Tensor]:
     communicator, results = communicator_of(rank, world_size, nodes), []
-    for codec in (CODEC, Codec(QuicFL(1), 1, BLOCK), Codec(Eden(3)), Lattice(4, block=BLOCK)):
+    codecs = (CODEC, Codec(QuicFL(1), 1, BLOCK), Codec(Eden(3)), Codec(ECDQ(2), block=BLOCK))
+    for codec in (*codecs, Lattice(4, block=BLOCK)):
         for algorithm in (*ALGORITHMS, "auto")[-1 if isinstance(codec, Lattice) else 0 :]:
             for dtype in DTYPES:
                 x = torch.full((NUMEL,), -0.0 if rank == 1 else 0.0, dtype=dtype)
@@ -339,7 +344,12 @@ def train(
     timeout = None if nodes else TIMEOUT
     model = Two(dtype)
     with RHTState(
-        block=BLOCK, min_numel=0, communicator=communicator, timeout=timeout, **options
+        block=BLOCK,
+        min_numel=0,
+        warmup_steps=0,
+        communicator=communicator,
+        timeout=timeout,
+        **options,
     ) as state:
         ddp = wrapped(model, state, find_unused_parameters=True, gradient_as_bucket_view=True)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.1, eps=1e-4)  # which float16 holds
@@ -369,6 +379,7 @@ def train(
         (3, 0, torch.float32, {"quantizer": "eden", "bits": 1, "error_feedback": True}),
         (4, 2, torch.float32, {}),
         (4, 2, torch.bfloat16, {"rotations": "auto"}),
+        (4, 2, torch.float32, {"quantizer": "ecdq", "bits": 2.5, "error_feedback": True}),
     ],
 )
 def test_a_layer_that_no_rank_used_does_not_move(

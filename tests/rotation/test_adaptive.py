@@ -261,7 +261,7 @@ class Table(torch.nn.Module):
 
 
 def train_auto(rank: int, world_size: int) -> None:
-    state = RHTState(bits=4, rotations="auto", min_numel=0)
+    state = RHTState(bits=4, rotations="auto", min_numel=0, warmup_steps=0)
     model = DistributedDataParallel(Table(), bucket_cap_mb=0.01)
     model.register_comm_hook(state, rht_hook)
 
@@ -298,7 +298,7 @@ def train_auto(rank: int, world_size: int) -> None:
     assert state.stats().rotations[1] == after[1] + 4
     state.close()
     # A fixed number goes on from a state that "auto" saved.
-    fixed = RHTState(bits=4, rotations=2, min_numel=0)
+    fixed = RHTState(bits=4, rotations=2, min_numel=0, warmup_steps=0)
     model = DistributedDataParallel(Table(), bucket_cap_mb=0.01)
     model.register_comm_hook(fixed, rht_hook)
     fixed.load_state_dict({**saved, "rotations": [[0, 40960, 1]]})  # as the first step's bucket is

@@ -20,8 +20,9 @@ typedef struct {
     int64_t number;        /* of its first block among all blocks of the tensor */
 } Unit;
 
-/* Encodes or decodes one unit of a call. */
-typedef void UnitFunction(const void *call, const Plan *plan, const Scratch *s, Unit unit);
+/* Encodes or decodes some units of a call, with equal numbers of blocks. */
+typedef void UnitsFunction(const void *call, const Plan *plan, const Scratch *s, const Unit *units,
+                           int count);
 
 static int64_t code_bytes(const Plan *plan) { return plan->size * plan->bits / 8; }
 
@@ -60,35 +61,53 @@ static Block block_of(const Plan *plan, Unit unit, int64_t i) {
     return block;
 }
 
-/* One thread's share; compilers may not move its arithmetic across the change of the mode. */
-static __attribute__((noinline)) int share(const Plan *plans, int count, UnitFunction *function,
-                                           const void *call, int64_t ranks) {
-    const Scratch s = allocate_scratch(plans->size, ranks); /* which is the largest */
+/* Calls the function on the units from number `first` on, of all plans, that go side by side: at most
+ * `most`, and none from number `stop` on. Returns how many these are. */
+static int64_t work_on(const Plan *plan, UnitsFunction *function, const void *call, const Scratch *s,
+                       int64_t first, int64_t stop, int most) {
+    int64_t before = 0;
+    for (; first >= plan->shards * units_of_shard(plan); plan++) {
+        first -= plan->shards * units_of_shard(plan);
+        stop -= plan->shards * units_of_shard(plan);
+        before += plan->shards * plan->blocks;
+    }
+    stop = least(stop, plan->shards * units_of_shard(plan));
+    Unit units[SIDE_BY_SIDE];
+    int count = 0;
+    for (; count < most && first + count < stop; count++) {
+        units[count] = unit_of(plan, first + count, before);
+        if (units[count].count != units[0].count) break;
+    }
+    function(call, plan, s, units, count);
+    return count;
+}
+
+/* One thread's shares; compilers may not move its arithmetic across the change of the mode. */
+static __attribute__((noinline)) int share(const Plan *plans, int count, UnitsFunction *function,
+                                           const void *call, int64_t ranks, int most, int shares) {
+    const Scratch s = allocate_scratch(plans->size, ranks * most); /* which is the largest */
     const int failed = s.y ? 0 : -1;
     int64_t units = 0;
     for (int i = 0; i < count; i++) units += plans[i].shards * units_of_shard(plans + i);
 #pragma omp for schedule(static)
-    for (int64_t number = 0; number < units; number++) {
-        const Plan *plan = plans;
-        int64_t i = number, before = 0;
-        for (; i >= plan->shards * units_of_shard(plan); plan++) {
-            i -= plan->shards * units_of_shard(plan);
-            before += plan->shards * plan->blocks;
-        }
-        if (!failed) function(call, plan, &s, unit_of(plan, i, before));
+    for (int i = 0; i < shares; i++) {
+        const int64_t stop = units * (i + 1) / shares;
+        for (int64_t number = units * i / shares; number < stop && !failed;)
+            number += work_on(plans, function, call, &s, number, stop, most);
     }
     free(s.y);
     return failed;
 }
 
-/* Returns 0, or -1 where there is no memory. `ranks` are those that a unit is decoded from. */
-static int for_each_unit(const Plan *plans, int count, UnitFunction *function, const void *call,
-                         int64_t ranks, int threads) {
+/* Returns 0, or -1 where there is no memory. `ranks` are those that a unit is decoded from; `most`, the
+ * units that go side by side. */
+static int for_each_unit(const Plan *plans, int count, UnitsFunction *function, const void *call,
+                         int64_t ranks, int most, int threads) {
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed) if (threads > 1)
     {
         uint64_t mode = set_default_mode();
-        failed = share(plans, count, function, call, ranks);
+        failed = share(plans, count, function, call, ranks, most, threads > 1 ? threads : 1);
         set_mode(mode);
     }
     return failed;

@@ -74,29 +74,31 @@ static int add_quic_fl(const Decoding *d, const Plan *plan, Scratch s, int64_t o
     return finite;
 }
 
-/* The same of the next block of a unit. */
-static void add_ecdq(const Decoding *d, const Plan *plan, Scratch s, int64_t offset, Sent sent,
-                     float down) {
-    const uint8_t *dither = draw_dither(plan, &d->origin, offset, s.dither);
-    float *const room[2] = {s.room, s.sum};
-    for (int64_t i = 0; i < sent.ranks; i += SIDE_BY_SIDE) {
-        const int count = (int)least(SIDE_BY_SIDE, sent.ranks - i);
-        uint32_t strata[2];
-        for (int k = 0; k < count; k++) strata[k] = stratum(&d->origin, d->origin.rank + i + k);
-        if (count == 2)
-            ecdq_values_of_two(plan, s.lanes + i, dither, strata, room);
-        else
-            ecdq_values_of_one(plan, s.lanes + i, dither, strata, room);
-        for (int k = 0; k < count; k++) {
-            float scale;
-            memcpy(&scale, sent.scale + (i + k) * sent.stride, 4);
-            scale *= down;
-            for (int64_t j = 0; j < plan->size; j += LANES) {
-                vf value = load(room[k] + j) * scale;
-                if (i + k) value = load(s.y + j) + value;
-                store(s.y + j, value);
-            }
+/* symbols <- the classes of a block's coordinates, for `count` ranks from the i-th on. */
+static void draw_classes(const Decoding *d, const Plan *plan, const uint8_t *dither, int64_t i,
+                         int64_t count, uint8_t *symbols) {
+    for (int64_t k = 0; k < count; k++, symbols += plan->size)
+        ecdq_classes(plan, dither, stratum(&d->origin, d->origin.rank + i + k), symbols);
+}
+
+/* The same of the next block of a unit, given the symbols of the first SIDE_BY_SIDE ranks. Those of
+ * further ranks are decoded here, and take their place. */
+static void add_ecdq(const Decoding *d, const Plan *plan, Scratch s, const uint8_t *dither,
+                     uint8_t *symbols, Sent sent, float down) {
+    for (int64_t i = 0; i < sent.ranks; i++) {
+        if (i && i % SIDE_BY_SIDE == 0) {
+            const int64_t count = least(SIDE_BY_SIDE, sent.ranks - i);
+            draw_classes(d, plan, dither, i, count, symbols);
+            rans_decode(plan, s.lanes + i, (int)count, symbols);
         }
+        float scale;
+        memcpy(&scale, sent.scale + i * sent.stride, 4);
+        const uint8_t *columns = symbols + i % SIDE_BY_SIDE * plan->size;
+        const uint32_t shift = stratum(&d->origin, d->origin.rank + i);
+        if (i == 0)
+            ecdq_add(plan, columns, dither, shift, scale * down, 1, s.y);
+        else
+            ecdq_add(plan, columns, dither, shift, scale * down, 0, s.y);
     }
 }
 
@@ -119,7 +121,9 @@ static void add_unrotated(const Decoding *d, const Plan *plan, Scratch s, int64_
     }
 }
 
-static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scratch, Block block) {
+/* `dither` and `symbols`: of ECDQ, what add_ecdq() needs. */
+static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scratch, Block block,
+                         const uint8_t *dither, uint8_t *symbols) {
     const Scratch s = *scratch; /* a copy, which no vector that is stored may alias */
     const int64_t size = plan->size, offset = d->origin.offset + block.offset;
     const float normalization = (float)(plan->normalization / (double)d->ranks);
@@ -131,7 +135,7 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
     float down, up;
     powers_of_two(peak, &down, &up);
     int finite = peak < 0x7f800000;
-    if (plan->quantizer == ECDQ) add_ecdq(d, plan, s, offset, sent, down); /* finite or not */
+    if (plan->quantizer == ECDQ) add_ecdq(d, plan, s, dither, symbols, sent, down); /* finite or not */
     if (!finite) {
         for (int64_t j = 0; j < size; j++) to[j] = NAN;
     } else if (plan->quantizer == QUIC_FL || plan->quantizer == ECDQ) {
@@ -150,17 +154,43 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
     if (to == s.y) write_block(to, d->dtype, block.numel, out);
 }
 
-/* A UnitFunction. */
-static void decode_unit(const void *call, const Plan *plan, const Scratch *s, Unit unit) {
-    const Decoding *d = call;
-    for (int64_t i = 0; plan->quantizer == ECDQ && i < d->ranks; i++) {
+/* Units of ECDQ side by side. */
+static void decode_together(const Decoding *d, const Plan *plan, const Scratch *s, const Unit *units,
+                            int count) {
+    const int64_t size = plan->size, ranks = d->ranks, first = least(SIDE_BY_SIDE, ranks);
+    for (int64_t i = 0; i < count * ranks; i++) {
+        const Unit *unit = units + i / ranks;
+        const uint8_t *payload = d->payloads + unit->shard * d->shard_stride;
+        const uint8_t *codes = payload + i % ranks * d->rank_stride + unit->packed;
         Lanes *lanes = s->lanes + i;
-        const uint8_t *codes =
-            d->payloads + unit.shard * d->shard_stride + i * d->rank_stride + unit.packed;
         memcpy(lanes->x, codes, STATE_BYTES);
         lanes->next = (uint8_t *)codes + STATE_BYTES;
-        lanes->edge = codes + unit.bytes;
+        lanes->edge = codes + unit->bytes;
     }
-    for (int64_t i = 0; i < unit.count; i++)
-        decode_block(d, plan, s, block_of(plan, unit, i));
+    uint8_t *symbols = (uint8_t *)s->sum;
+    for (int64_t i = 0; i < units->count; i++) {
+        const uint8_t *dither[SIDE_BY_SIDE];
+        for (int64_t k = 0; k < count; k++) {
+            const int64_t offset = d->origin.offset + block_of(plan, units[k], i).offset;
+            uint32_t *room = (uint32_t *)s->room + k * size / 4;
+            dither[k] = draw_dither(plan, &d->origin, offset, room);
+            draw_classes(d, plan, dither[k], 0, first, symbols + k * first * size);
+        }
+        rans_decode(plan, s->lanes, (int)(count * first), symbols);
+        for (int64_t k = 0; k < count; k++)
+            decode_block(d, plan, s, block_of(plan, units[k], i), dither[k],
+                         symbols + k * first * size);
+    }
+}
+
+/* A UnitsFunction. */
+static void decode_units(const void *call, const Plan *plan, const Scratch *s, const Unit *units,
+                         int count) {
+    if (plan->quantizer == ECDQ) {
+        decode_together(call, plan, s, units, count);
+        return;
+    }
+    for (int k = 0; k < count; k++)
+        for (int64_t i = 0; i < units[k].count; i++)
+            decode_block(call, plan, s, block_of(plan, units[k], i), NULL, NULL);
 }

@@ -6,110 +6,109 @@
 enum { ATTEMPTS = 6 };
 static const float factors[ATTEMPTS] = {1.0f, 65.0f / 64, 17.0f / 16, 1.25f, 2.0f, 16.0f};
 
-/* The v of LANES coordinates, of the rank with this stratum. */
-INLINE vu shared_dither(const uint8_t *dither, int64_t j, uint32_t stratum) {
-    return ((dither_words(dither, j) >> 16) + (stratum << 8)) & 0xffff;
-}
-
-/* Encodes a block before those that `lanes` has, given its root mean square and the bits of its largest
- * magnitude. Returns its scale, or -1 where the unit does not fit. With the factor 0 it has no codes. */
-static float ecdq_encode(const Plan *plan, const float *y, float rms, uint32_t peak, float factor,
-                         const uint8_t *dither, uint32_t stratum, Lanes *lanes) {
-    const float fitting = from_bits(peak) * plan->inverse_bound;
-    const float scale = (rms > fitting ? rms : fitting) * factor;
-    const float per_unit = scale > 0 ? (1.0f / scale) * plan->per_step : 0.0f;
+/* The symbols of CODER_LANES coordinates: k + K, plus 2 K + 1 for each class below. */
+INLINE void ecdq_symbols(const Plan *plan, const float *y, float per_unit, const uint8_t *dither,
+                         uint32_t stratum, uint8_t *symbols) {
     const int to_class = 16 - plan->class_bits;
-    const uint32_t columns = 2 * plan->largest + 1;
-    const int64_t tile = least(plan->size, TILE);
-    uint32_t index[TILE];
-    uint64_t symbols[TILE];
-    for (int64_t base = plan->size - tile; factor > 0 && base >= 0; base -= tile) {
-        for (int64_t j = 0; j < tile; j += LANES) {
-            vu v = shared_dither(dither, base + j, stratum);
-            vi k = (to_integers(load(y + base + j) * per_unit) + (vi)v) >> 16;
-            *(vu *)(index + j) = (vu)(k + plan->largest) + (v >> to_class) * columns;
-        }
-        for (int64_t j = 0; j < tile; j++) symbols[j] = plan->symbols[index[j]];
-        if (!rans_encode(plan, lanes, symbols, tile / CODER_LANES)) return -1;
-    }
-    return scale * plan->quarter_step;
-}
-
-/* The integers of the grid, given the columns of their symbols and the upper bytes of their dithers. */
-#define GRID(column, g) (512 * ((column) - largest) - 2 * (g) + 255)
-
-#if defined(__AVX2__)
-/* The upper bytes of the v of LANES coordinates. */
-INLINE vu shared_bytes(const uint8_t *dither, uint32_t stratum) {
+    const int32_t columns = 2 * plan->largest + 1;
 #if defined(__AVX512F__)
-    vu bytes = (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)dither));
+    uint8_t from __attribute__((vector_size(64))); /* the upper halves of what dither_words gives */
+    for (int i = 0; i < 64; i++) from[i] = (uint8_t)(i / 8 % 2 * 4 + (i / 2 + 3 + i % 2) % 4);
+    const __m512i twice = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
+    __m512i v = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)dither));
+    v = _mm512_shuffle_epi8(_mm512_permutexvar_epi64(twice, v), (__m512i)from);
+    v = _mm512_add_epi16(v, _mm512_set1_epi16((short)(stratum << 8)));
+    const __m512i a = (__m512i)to_integers(load(y) * per_unit);
+    const __m512i b = (__m512i)to_integers(load(y + LANES) * per_unit);
+    const __m512i low = _mm512_add_epi16(halves(a, b, 0), v);
+    const __m512i k = carry(halves(a, b, 1), _mm512_cmplt_epu16_mask(low, v));
+    __m512i class = _mm512_srl_epi16(v, _mm_cvtsi32_si128(to_class));
+    __m512i zero = _mm512_mullo_epi16(class, _mm512_set1_epi16((short)columns));
+    zero = _mm512_add_epi16(zero, _mm512_set1_epi16((short)plan->largest));
+    _mm256_storeu_si256((__m256i *)symbols, _mm512_cvtepi16_epi8(_mm512_add_epi16(k, zero)));
 #else
-    vu bytes = (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)dither));
+    vu numbers[VECTORS];
+#pragma GCC unroll 8
+    for (int i = 0; i < VECTORS; i++) {
+        vu v = ((dither_words(dither, LANES * i) >> 16) + (stratum << 8)) & 0xffff;
+        vi k = (to_integers(load(y + LANES * i) * per_unit) + (vi)v) >> 16;
+        numbers[i] = (vu)(k + (vi)(v >> to_class) * columns + plan->largest);
+    }
+    store_bytes(symbols, numbers);
 #endif
-    return (bytes + stratum) & 0xff;
 }
-#endif
 
-/* Units that are decoded side by side, which on vectors takes less time than one behind the other. */
-#if defined(__AVX2__)
-enum { SIDE_BY_SIDE = 2 };
-#else
-enum { SIDE_BY_SIDE = 1 };
-#endif
+/* The symbols of a block, given its root mean square and the bits of its largest magnitude. Returns its
+ * scale, which `factor` multiplies. */
+static float ecdq_quantize(const Plan *plan, const float *y, float rms, uint32_t peak, float factor,
+                           const uint8_t *dither, uint32_t stratum, uint8_t *symbols) {
+    const Plan p = *plan; /* a copy, which no byte that is stored may alias */
+    const float fitting = from_bits(peak) * p.inverse_bound;
+    const float scale = (rms > fitting ? rms : fitting) * factor;
+    const float per_unit = scale > 0 ? (1.0f / scale) * p.per_step : 0.0f;
+    for (int64_t j = 0; j < p.size; j += CODER_LANES)
+        ecdq_symbols(&p, y + j, per_unit, dither + j, stratum, symbols + j);
+    return scale * p.quarter_step;
+}
 
-/* values[k] <- those of the next block of the k-th unit, in units of its scale. */
-INLINE void ecdq_values(const Plan *plan, Lanes *lanes, const int count, const uint8_t *dither,
-                        const uint32_t *strata, float *const *values) {
-    const u32 *table = plan->slots;
-    const int precision = plan->precision, to_class = 8 - plan->class_bits;
-    const int32_t largest = plan->largest;
+/* The classes of a block's coordinates: the upper bits of their dithers. */
+static void ecdq_classes(const Plan *plan, const uint8_t *dither, uint32_t stratum, uint8_t *classes) {
+    typedef uint8_t bytes __attribute__((vector_size(CODER_LANES), aligned(1), may_alias));
+    typedef uint32_t words __attribute__((vector_size(CODER_LANES), aligned(1), may_alias));
     const int64_t size = plan->size;
+    const int to_class = 8 - plan->class_bits;
+    const uint32_t mask = ((1u << plan->class_bits) - 1) * 0x01010101u;
+    for (int64_t j = 0; j < size; j += CODER_LANES) {
+        bytes g = *(const bytes *)(dither + j) + (uint8_t)stratum;
+        *(words *)(classes + j) = (words)g >> to_class & mask;
+    }
+}
+
+/* 256 column + 255 - g of CODER_LANES coordinates, g the upper bytes of their dithers. */
+INLINE void ecdq_points(const uint8_t *columns, const uint8_t *dither, uint32_t stratum, vf *points) {
 #if defined(__AVX2__)
-    vu states[2][VECTORS]; /* in registers, where there are enough */
-#pragma GCC unroll 2
-    for (int k = 0; k < count; k++)
-#pragma GCC unroll 4
-        for (int i = 0; i < VECTORS; i++) states[k][i] = *(const vu *)(lanes[k].x + LANES * i);
+    __m256i column = _mm256_loadu_si256((const __m256i *)columns);
+    __m256i g = _mm256_loadu_si256((const __m256i *)dither);
+    g = _mm256_sub_epi8(_mm256_set1_epi8((char)(255 - stratum)), g); /* 255 less it */
 #endif
-    for (int64_t j = 0; j < size; j += CODER_LANES)
-#pragma GCC unroll 2
-        for (int k = 0; k < count; k++) {
-            uint8_t room[STEP_BYTES];
-            const uint8_t *from = words_of_step(lanes[k].next, lanes[k].edge, room), *begin = from;
-            float *to = values[k] + j;
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    __m512i words = _mm512_slli_epi16(_mm512_cvtepu8_epi16(column), 8);
+    words = _mm512_or_si512(words, _mm512_cvtepu8_epi16(g));
+    points[0] = (vf)_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(words)));
+    points[1] = (vf)_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1)));
+#elif defined(__AVX2__)
+    /* The next steps work on halves of vectors; this makes coordinates come out in order. */
+    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    column = _mm256_permutevar8x32_epi32(column, order);
+    g = _mm256_permutevar8x32_epi32(g, order);
 #pragma GCC unroll 4
-            for (int i = 0; i < VECTORS; i++) {
-                vu g = shared_bytes(dither + j + LANES * i, strata[k]);
-                vu base = (g >> to_class) << precision;
-                vi slot = (vi)decode_lanes(table, precision, base, &states[k][i], &from);
-                vi grid = GRID((vi)((vu)slot >> 24), (vi)g);
-                store(to + LANES * i, __builtin_convertvector(grid, vf) * 0x1p-7f);
-            }
+    for (int i = 0; i < VECTORS; i++) {
+        __m256i words = i < 2 ? _mm256_unpacklo_epi8(g, column) : _mm256_unpackhi_epi8(g, column);
+        const __m256i zero = _mm256_setzero_si256();
+        words = i % 2 ? _mm256_unpackhi_epi16(words, zero) : _mm256_unpacklo_epi16(words, zero);
+        points[i] = (vf)_mm256_cvtepi32_ps(words);
+    }
 #else
-            for (int i = 0; i < CODER_LANES; i++) {
-                const uint8_t g = (uint8_t)(dither[j + i] + strata[k]);
-                const uint32_t base = (uint32_t)(g >> to_class) << precision;
-                uint32_t slot = decode_lane(table, precision, base, lanes[k].x + i, &from);
-                to[i] = (float)GRID((int32_t)(slot >> 24), g) * 0x1p-7f;
-            }
+    for (int i = 0; i < VECTORS; i++) {
+        vu column = load_bytes(columns + LANES * i), g = load_bytes(dither + LANES * i) + stratum;
+        points[i] = __builtin_convertvector((vi)(column << 8 | (~g & 0xff)), vf);
+    }
 #endif
-            lanes[k].next += least(lanes[k].edge - lanes[k].next, from - begin);
+}
+
+/* y <- or y += scale * value(column, dither); values are multiples of 2^-7, and exact. */
+INLINE void ecdq_add(const Plan *plan, const uint8_t *columns, const uint8_t *dither, uint32_t stratum,
+                     float scale, const int initial, float *y) {
+    const int64_t size = plan->size;
+    const float middle = (float)(512 * plan->largest + 255) * 0x1p-7f;
+    for (int64_t j = 0; j < size; j += CODER_LANES) {
+        vf points[VECTORS];
+        ecdq_points(columns + j, dither + j, stratum, points);
+#pragma GCC unroll 8
+        for (int i = 0; i < VECTORS; i++) {
+            vf value = (points[i] * 0x1p-6f - middle) * scale;
+            if (!initial) value = load(y + j + LANES * i) + value;
+            store(y + j + LANES * i, value);
         }
-#if defined(__AVX2__)
-#pragma GCC unroll 2
-    for (int k = 0; k < count; k++)
-#pragma GCC unroll 4
-        for (int i = 0; i < VECTORS; i++) *(vu *)(lanes[k].x + LANES * i) = states[k][i];
-#endif
-}
-
-static void ecdq_values_of_one(const Plan *plan, Lanes *lanes, const uint8_t *dither,
-                               const uint32_t *strata, float *const *values) {
-    ecdq_values(plan, lanes, 1, dither, strata, values);
-}
-
-static void ecdq_values_of_two(const Plan *plan, Lanes *lanes, const uint8_t *dither,
-                               const uint32_t *strata, float *const *values) {
-    ecdq_values(plan, lanes, 2, dither, strata, values);
+    }
 }

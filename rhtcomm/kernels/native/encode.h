@@ -57,9 +57,10 @@ static float rotate(const Encoding *e, const Plan *plan, Scratch s, int64_t offs
     return sqrtf(sum * (1.0f / (float)size));
 }
 
-/* Returns 0 where its unit does not fit (ECDQ), whose scales `factor` multiplies. */
-static int encode_block(const Encoding *e, const Plan *plan, const Scratch *scratch, Block block,
-                        float factor) {
+/* Prefetches the block of x that is `following`. Of ECDQ, writes no codes but the symbols, and `factor`
+ * multiplies the scale. */
+static void encode_block(const Encoding *e, const Plan *plan, const Scratch *scratch, Block block,
+                         Block following, float factor, uint8_t *symbols) {
     const Scratch s = *scratch; /* a copy, which no vector that is stored may alias */
     const int64_t size = plan->size, offset = e->origin.offset + block.offset;
     const char *x = e->x + block.offset * bytes_of(e->dtype);
@@ -75,12 +76,12 @@ static int encode_block(const Encoding *e, const Plan *plan, const Scratch *scra
     int finite = peak < 0x7f800000;
     if (!finite) from = memset(s.y, 0, 4 * size);
     if (e->moments) block_moments(from, size, down, up, e->moments + block.number * MOMENTS);
-    const char *next = x + size * bytes_of(e->dtype);
+    const char *next = e->x + following.offset * bytes_of(e->dtype);
     float rms = rotate(e, plan, s, offset, from, down, next, &peak);
     if (plan->quantizer == ECDQ)
-        scale = ecdq_encode(plan, s.y, rms, peak, factor,
-                            draw_dither(plan, &e->origin, offset, s.dither),
-                            stratum(&e->origin, e->origin.rank), s.lanes);
+        scale = ecdq_quantize(plan, s.y, rms, peak, factor,
+                              draw_dither(plan, &e->origin, offset, s.dither),
+                              stratum(&e->origin, e->origin.rank), symbols);
     else if (plan->quantizer == QUIC_FL)
         scale = quic_fl_encode(plan, s.y, rms, peak, draw_dither(plan, &e->origin, offset, s.dither),
                                stratum(&e->origin, e->origin.rank), s.room, (i32 *)s.sum, s.codes,
@@ -89,40 +90,60 @@ static int encode_block(const Encoding *e, const Plan *plan, const Scratch *scra
         scale = eden_encode(plan, s.y, rms, s.room, s.sum, s.codes);
     else
         scale = vector_encode(plan, s.y, rms, s.room, s.sum, s.codes);
-    if (scale < 0) return 0;
     scale = finite ? fminf(scale * (float)plan->normalization * up, FLT_MAX) : NAN;
     memcpy(payload + block.scale, &scale, 4);
     if (plan->quantizer != ECDQ) pack(s.codes, size / plan->group, plan->bits * plan->group, packed);
+}
+
+/* Units of ECDQ side by side, from the last block to the first, the words from the end of a unit on.
+ * Returns 0 where one does not fit. */
+static int encode_together(const Encoding *e, const Plan *plan, const Scratch *s, const Unit *units,
+                           int count, float factor) {
+    uint8_t *codes[SIDE_BY_SIDE], *symbols = (uint8_t *)s->sum;
+    for (int k = 0; k < count; k++) {
+        Lanes *lanes = s->lanes + k;
+        codes[k] = e->payloads + units[k].shard * e->stride + units[k].packed;
+        for (int i = 0; i < CODER_LANES; i++) lanes->x[i] = 1 << 16;
+        lanes->edge = codes[k] + STATE_BYTES;
+        lanes->next = codes[k] + units[k].bytes;
+    }
+    for (int64_t i = units->count - 1; i >= 0; i--) {
+        for (int k = 0; k < count; k++) {
+            const Block following = k + 1 < count ? block_of(plan, units[k + 1], i)
+                                                  : block_of(plan, units[0], i ? i - 1 : 0);
+            encode_block(e, plan, s, block_of(plan, units[k], i), following, factor,
+                         symbols + k * plan->size);
+        }
+        if (factor > 0 && !rans_encode(plan, s->lanes, count, symbols)) return 0;
+    }
+    for (int k = 0; k < count; k++) {
+        const Lanes *lanes = s->lanes + k;
+        const int64_t words = codes[k] + units[k].bytes - lanes->next;
+        memmove(codes[k] + STATE_BYTES, lanes->next, (size_t)words);
+        memset(codes[k] + STATE_BYTES + words, 0, (size_t)(units[k].bytes - STATE_BYTES - words));
+        memcpy(codes[k], lanes->x, STATE_BYTES);
+    }
     return 1;
 }
 
-/* From the last block to the first, the words from the end of the unit on. */
-static int encode_blocks(const Encoding *e, const Plan *plan, const Scratch *s, Unit unit,
-                         uint8_t *codes, float factor) {
-    Lanes *lanes = s->lanes;
-    for (int i = 0; i < CODER_LANES; i++) lanes->x[i] = 1 << 16;
-    lanes->edge = codes + STATE_BYTES;
-    lanes->next = codes + unit.bytes;
-    for (int64_t i = unit.count - 1; i >= 0; i--)
-        if (!encode_block(e, plan, s, block_of(plan, unit, i), factor)) return 0;
-    const int64_t words = codes + unit.bytes - lanes->next;
-    memmove(codes + STATE_BYTES, lanes->next, (size_t)words);
-    memset(codes + STATE_BYTES + words, 0, (size_t)(unit.bytes - STATE_BYTES - words));
-    memcpy(codes, lanes->x, STATE_BYTES);
-    return 1;
+/* Tries one factor after the other. */
+static void encode_alone(const Encoding *e, const Plan *plan, const Scratch *s, Unit unit) {
+    for (int i = 0; i < ATTEMPTS; i++)
+        if (encode_together(e, plan, s, &unit, 1, factors[i])) return;
+    encode_together(e, plan, s, &unit, 1, 0.0f); /* its scales are zeros, or NaN */
+    memset(e->payloads + unit.shard * e->stride + unit.packed, 0, (size_t)unit.bytes);
 }
 
-/* A UnitFunction. */
-static void encode_unit(const void *call, const Plan *plan, const Scratch *s, Unit unit) {
-    const Encoding *e = call;
-    if (plan->quantizer != ECDQ) {
-        for (int64_t i = 0; i < unit.count; i++)
-            encode_block(e, plan, s, block_of(plan, unit, i), 1.0f);
+/* A UnitsFunction. */
+static void encode_units(const void *call, const Plan *plan, const Scratch *s, const Unit *units,
+                         int count) {
+    if (plan->quantizer == ECDQ) {
+        if (!encode_together(call, plan, s, units, count, factors[0]))
+            for (int k = 0; k < count; k++) encode_alone(call, plan, s, units[k]);
         return;
     }
-    uint8_t *payload = e->payloads + unit.shard * e->stride;
-    for (int i = 0; i < ATTEMPTS; i++)
-        if (encode_blocks(e, plan, s, unit, payload + unit.packed, factors[i])) return;
-    encode_blocks(e, plan, s, unit, payload + unit.packed, 0.0f); /* its scales are zeros, or NaN */
-    memset(payload + unit.packed, 0, (size_t)unit.bytes);
+    for (int k = 0; k < count; k++)
+        for (int64_t i = 0; i < units[k].count; i++)
+            encode_block(call, plan, s, block_of(plan, units[k], i),
+                         block_of(plan, units[k], i + 1), 1.0f, NULL);
 }

@@ -37,8 +37,9 @@ typedef struct {
     const int32_t *positions; /* QUIC_FL: positions at the nodes */
     const float *boundaries;  /* EDEN: 2^b - 1 */
     const float *half_norms;  /* VECTOR: |c_i|^2 / 2 of 128 */
-    const uint64_t *symbols;  /* ECDQ: C (2 K + 1), see rans.h */
-    const uint32_t *slots;    /* ECDQ: C 2^P, see rans.h */
+    const uint64_t *symbols;  /* ECDQ: C (2 K + 1), see rans_memory.h */
+    const uint32_t *slots;    /* ECDQ: C 2^P, see rans_memory.h */
+    const uint16_t *registers; /* ECDQ: see rans_registers.h; NULL where it has too many symbols */
 } Plan;
 
 /* What the random numbers of a call depend on. */

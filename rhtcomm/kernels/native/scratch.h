@@ -3,10 +3,11 @@
 #include <stdlib.h>
 
 #include "philox.h"
-#include "rans.h"
+#include "lanes.h"
 
 typedef struct {
-    float *y, *sum, *room; /* d each */
+    float *y, *sum, *room; /* d each; ECDQ has symbols in `sum`, and dithers in `room`, of units that
+                              go side by side, a byte for each coordinate */
     uint8_t *codes;
     uint32_t *dither, *signs;
     Lanes *lanes; /* ECDQ: of K ranks */

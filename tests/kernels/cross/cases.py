@@ -16,8 +16,10 @@ from rhtcomm import ECDQ, Codec, Eden, Key, QuicFL, VectorQuantizer
 from rhtcomm.kernels import Task, cpu, reference, use
 from rhtcomm.quantizers import Quantizer
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "codec" / "golden"))
-import make
+sys.path.insert(0, str(Path(__file__).parents[2] / "codec"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "lib"))
+from golden import make, make_ecdq
+from problems import gaussian, that_overflows
 
 FRACTION = 1 / 512
 QUANTIZERS: tuple[Quantizer, ...] = (
@@ -26,7 +28,7 @@ QUANTIZERS: tuple[Quantizer, ...] = (
     *(Eden(bits) for bits in range(1, 9)),
     *(Eden(bits, biased=True) for bits in (1, 4)),
     *(VectorQuantizer(bits) for bits in (1, 2, 4)),
-    *(ECDQ(bits) for bits in (1, 2.5, 3, 4, 6)),
+    *(ECDQ(quarters / 4) for quarters in range(4, 25)),
 )
 # Ordinary; subnormal in float32 and in float16; near the largest; with a NaN.
 MAGNITUDES = (1.0, 1e-38, 1e-41, 3e-8, 3e38, math.inf)
@@ -94,24 +96,36 @@ def case(
 
 def golden() -> Iterator[bytes]:
     """Those of the known answers whose payloads were encoded."""
-    vectors = make.read()
-    for known in make.CASES:
-        if known.digested or known.recipe == "any bytes" or not known.numel:
-            continue
-        payloads = torch.from_numpy(vectors[f"{known.name}/payloads"])
-        x, mean = known.input(known.first_rank), vectors[f"{known.name}/mean"]
-        yield from _case(
-            known.codec.task(known.numel, rotations=known.rotations),
-            known.key,
-            known.offset,
-            known.first_rank,
-            known.world_size,
-            known.first_rank,
-            x,
-            payloads,
-            mean.tobytes(),
-            make.DTYPES[known.out],
-        )
+    for cases, path in ((make.CASES, make.PATH), (make_ecdq.CASES, make_ecdq.PATH)):
+        vectors = make.read(path)
+        for known in cases:
+            if known.digested or known.recipe == "any bytes" or not known.numel:
+                continue
+            payloads = torch.from_numpy(vectors[f"{known.name}/payloads"])
+            x, mean = known.input(known.first_rank), vectors[f"{known.name}/mean"]
+            yield from _case(
+                known.codec.task(known.numel, rotations=known.rotations),
+                known.key,
+                known.offset,
+                known.first_rank,
+                known.world_size,
+                known.first_rank,
+                x,
+                payloads,
+                mean.tobytes(),
+                make.DTYPES[known.out],
+            )
+
+
+def units() -> Iterator[bytes]:
+    """ECDQ's units of 16 blocks: one that does not fit, one that does, and a part of one."""
+    key, unit = Key(3), 1 << 16
+    for bits in (1, 2.5, 4, 5.5):  # of 8, 4, 2 and 1 classes of dither; the last two always fit
+        codec = Codec(ECDQ(bits))
+        x = torch.cat([that_overflows(bits, unit, key), gaussian(unit + 5000)])
+        payloads = codec.encode(x, key)[None]
+        mean = codec.decode_mean(payloads, key, len(x))
+        yield from _case(codec.task(len(x)), key, 0, 0, 1, 0, x, payloads, _bytes(mean), mean.dtype)
 
 
 def _case(
@@ -131,7 +145,7 @@ def _case(
     plans = (cpu.Plan * 2)(*cpu.plans_of(task).array)
     for plan in plans:
         plan.levels = plan.positions = plan.boundaries = plan.half_norms = None
-        plan.symbols = plan.slots = None
+        plan.symbols = plan.slots = plan.registers = None  # the last is not of the baseline
     tables = _tables(task.quantizer)
     yield bytes(
         Case(
@@ -179,6 +193,7 @@ def write(path: Path) -> None:
         for number, facts in enumerate(cases()):
             file.writelines(case(number, *facts))
         file.writelines(golden())
+        file.writelines(units())
 
 
 if __name__ == "__main__":
