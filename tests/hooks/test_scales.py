@@ -103,8 +103,9 @@ def test_the_error_of_each_column_falls_as_predicted(ranks: Ranks) -> None:
     assert ratio.max() < 4, ratio
 
 
-def average(rank: int, world_size: int, count: int) -> tuple[float, float]:
-    """The error of the mean over `count` steps of one gradient, and the mean error of a step."""
+def average(rank: int, world_size: int, count: int) -> tuple[float, float, float]:
+    """The error of the mean over `count` steps of one gradient, the mean error of a step, and how
+    much too large that mean is along the gradient."""
     own = gradients(rank, 0)
     with state_of(bits=2) as state:
         ddp = wrapped(Probe(*SHAPES), state)
@@ -114,13 +115,16 @@ def average(rank: int, world_size: int, count: int) -> tuple[float, float]:
     # In units of each coordinate's size, so that a bias of small ones shows.
     size = flat(sizes()).double()
     exact, means = exact_mean(world_size, 0).double() / size, means / size
-    return nmse(means.mean(0), exact), nmse(means, exact.expand_as(means))
+    mean = means.mean(0)
+    along = float((mean - exact) @ exact / exact.square().sum())
+    return nmse(mean, exact), nmse(means, exact.expand_as(means)), along
 
 
 def test_it_stays_unbiased(ranks: Ranks) -> None:
     count = 256
-    often, once = ranks.run(average, 2, count)[0]
+    often, once, along = ranks.run(average, 2, count)[0]
     assert 0.8 < count * often / once < 1.25, (once, often)
+    assert abs(along) < 5 * math.sqrt(often / len(flat(sizes())))  # of its standard deviation
 
 
 def compare_first(rank: int, world_size: int) -> list[bool]:
