@@ -1,5 +1,7 @@
 """ECDQ's C kernels where it differs from other quantizers: units that do not fit, and tables."""
 
+import zlib
+
 import pytest
 import torch
 from libraries import ECDQS, both_ways, needs_library, variants
@@ -61,6 +63,14 @@ def test_plans_own_the_tables_that_they_point_into(quantizer: ECDQ) -> None:
     assert plan.registers == (None if registers is None else registers.ctypes.data)
     assert plan.levels is plan.positions is plan.boundaries is plan.half_norms is None
     assert quantizer.table is table
+
+
+def test_whoever_changes_a_table_raises_the_abi() -> None:
+    """Or kernels that were built before would read it as the old one, and write wrong payloads."""
+    table = ECDQ(2).table
+    assert table.registers is not None
+    found = [zlib.crc32(each.tobytes()) for each in (table.entries, table.slots, table.registers)]
+    assert (cpu.ABI, found) == (8, [1455437848, 3329800127, 1767161200])
 
 
 @pytest.mark.parametrize("quarters", range(4, 25))
