@@ -42,8 +42,8 @@ EXPORT int JOIN(rhtcomm_decode, VARIANT)(const Plan *plans, int count, uint64_t 
 
 #ifdef DISPATCH
 /* Detects a library that was built from another version than the Python code; raise it when a
- * function or Plan changes. */
-enum { ABI = 7 };
+ * function, Plan or a table that it points to changes. */
+enum { ABI = 8 };
 EXPORT int rhtcomm_abi(void) { return (ABI << 16) + (int)sizeof(Plan); }
 
 /* Of the calling thread; see floating_point.py. */

@@ -35,7 +35,7 @@ __all__ = [
 QUANTIZERS = (QuicFL, Eden, VectorQuantizer, ECDQ)  # in the order of native/plan.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of native/plan.h
 _NUMBER_OF = {dtype: number for number, dtype in enumerate(DTYPES)}
-ABI = 7  # of cpu.c
+ABI = 8  # of cpu.c
 _NAME = "rhtcomm_cpu.*"
 _NO_MEMORY = "rhtcomm: no memory for the scratch of the C kernels; use smaller blocks"
 

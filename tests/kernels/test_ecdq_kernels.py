@@ -1,5 +1,7 @@
 """ECDQ's C kernels where it differs from other quantizers: units that do not fit, and tables."""
 
+import zlib
+
 import pytest
 import torch
 from libraries import ECDQS, both_ways, needs_library, variants
@@ -63,6 +65,14 @@ def test_plans_own_the_tables_that_they_point_into(quantizer: ECDQ) -> None:
     assert quantizer.table is table
 
 
+def test_whoever_changes_a_table_raises_the_abi() -> None:
+    """Or kernels that were built before would read it as the old one, and write wrong payloads."""
+    table = ECDQ(2).table
+    assert table.registers is not None
+    found = [zlib.crc32(each.tobytes()) for each in (table.entries, table.slots, table.registers)]
+    assert (cpu.ABI, found) == (8, [1455437848, 3329800127, 1767161200])
+
+
 @pytest.mark.parametrize("quarters", range(4, 25))
 def test_division_by_multiplication_is_exact(quarters: int) -> None:
     """x // f = (x m) >> (31 + s) up to the largest x < 2^(32 - P) f: where x m / 2^(31 + s) exceeds
@@ -77,7 +87,7 @@ def test_division_by_multiplication_is_exact(quarters: int) -> None:
         assert ((f << (32 - table.precision)) - 1) * (inverse * f - (1 << shift)) < 1 << shift
     assert int(table.frequencies.max()) < 1 << 12
     assert table.precision >= 10  # the division of native/rans_registers.h relies on it
-    assert table.frequencies.shape[1] <= 1 << 8
+    assert table.frequencies.size <= 1 << 8  # symbols of all classes are bytes
 
 
 @pytest.mark.parametrize("quarters", range(4, 25))
