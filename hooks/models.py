@@ -2,13 +2,18 @@
 
 import gc
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["ddp_in", "group_of_model", "model_given", "named_parameters", "numel_of", "ranks_of"]
+__all__ = [
+    *("ddp_in", "group_of_model", "model_given", "named_parameters", "numel_of", "pairs_in"),
+    "ranks_of",
+]
 
 # What wrappers put into the names of a module's parameters.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -70,6 +75,12 @@ def named_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
             name = name.replace(wrapper, "")
         named[name] = parameter
     return named
+
+
+def pairs_in(kept: WeakTensorKeyDictionary) -> list[tuple[torch.Tensor, Any]]:
+    """Parameters and what is kept of each, while the worker thread may add others."""
+    alive = [parameter for ref in kept.keyrefs() if (parameter := ref()) is not None]
+    return [(parameter, kept[parameter]) for parameter in alive]
 
 
 def model_given(model: nn.Module | None, call: str) -> nn.Module:

@@ -139,18 +139,16 @@ class Policy:
         bits = self._bits
         if callable(bits):
             bits = number(bits(parameters), self._owner, "what bits() returns")
-        return (
-            self._by(max(bits, self.warmup_bits), parameters),
-            self._by(bits, parameters),
-        )
+        codec, most = self._codec(bits), max(bits, self.warmup_bits)
+        warm_up = None if most == UNCOMPRESSED else self._codec(most)
+        return self._by(warm_up, parameters), self._by(codec, parameters)
 
-    def _by(self, bits: float, parameters: Sequence[torch.Tensor]) -> Treatment:
-        codec = None if bits == UNCOMPRESSED else self._codec(bits)
-        if codec is None or not self.by_bucket:
+    def _by(self, codec: Codec | Lattice | None, parameters: Sequence[torch.Tensor]) -> Treatment:
+        if not self.by_bucket:
             return Treatment(codec)
         exact = tuple(self._is_excluded(parameter) for parameter in parameters)
-        if all(exact) and exact:
-            return Treatment(None)
+        if codec is None or (all(exact) and exact):
+            return Treatment(None, compare=True)
         return Treatment(codec, exact if any(exact) else None, compare=True)
 
     def _is_excluded(self, parameter: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .models import named_parameters, numel_of
+from .models import named_parameters, numel_of, pairs_in
 
 __all__ = ["Residuals"]
 
@@ -120,7 +120,7 @@ class Residuals:
 
     def by_parameter(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The parameters and their residuals, in the parameters' shapes."""
-        return [(parameter, kept.in_shape()) for parameter, kept in self._of.items()]
+        return [(parameter, kept.in_shape()) for parameter, kept in pairs_in(self._of)]
 
     def by_name(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """The residuals of a model's parameters, in their shapes.

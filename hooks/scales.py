@@ -36,7 +36,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..floating_point import GRAIN, default_mode
-from .models import model_given, named_parameters, numel_of
+from .models import model_given, named_parameters, numel_of, pairs_in
 
 __all__ = ["RANGE", "Pairs", "Scales", "read_scales"]
 
@@ -150,7 +150,7 @@ class Scales:
     # Copies and checkpoints -----------------------------------------------------------------------
 
     def by_parameter(self) -> Pairs:
-        return [(parameter, kept.clone()) for parameter, kept in self._of.items()]
+        return [(parameter, kept.clone()) for parameter, kept in pairs_in(self._of)]
 
     def replace(self, pairs: Pairs) -> None:
         """Forget all, and take these."""

@@ -11,6 +11,7 @@ from harness import Ranks
 from models import backward, net, wrapped
 from problems import nmse, numbers
 from states import FINE, SOON, TIMEOUT, TOLERANCE, submit
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -80,6 +81,29 @@ def copy_within_a_step(rank: int, world_size: int) -> list[float]:
 def test_copies_that_were_made_within_a_step_begin_one(ranks: Ranks) -> None:
     for errors in ranks.run(copy_within_a_step, 2):
         assert max(errors) < TOLERANCE
+
+
+def test_copies_while_another_thread_sees_new_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"quantizer": "eden", "error_feedback": True, "equalize": True}
+    state, seen, clone = RHTState(**options), [nn.Parameter(torch.ones(4))], torch.Tensor.clone
+    assert state.scales is not None
+
+    def see() -> None:
+        assert state.scales is not None
+        state.scales.learn(seen[-1:], torch.ones(4))
+        state.residuals.gather(seen[-1:], torch.ones(4))
+
+    def clone_meanwhile(x: torch.Tensor, **given: Any) -> torch.Tensor:
+        if x.numel() in (1, 4) and len(seen) < 9:  # of scales, and of a residual
+            seen.append(nn.Parameter(torch.ones(4)))
+            see()
+        return clone(x, **given)
+
+    see()
+    monkeypatch.setattr(torch.Tensor, "clone", clone_meanwhile)
+    assert len(state.scales.by_parameter()) == 1
+    assert len(state.residuals.by_parameter()) == 2
+    assert len(seen) == 4
 
 
 def test_a_shallow_copy_counts_for_itself() -> None:

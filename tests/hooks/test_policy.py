@@ -212,8 +212,9 @@ def differ(rank: int, world_size: int, what: str) -> str:
         "exclude": (["*.bias"], ["norm.*"]),
         "bits": (lambda _: 3, lambda _: 4),
         "predicate": (lambda p: p.dim() == 1, lambda p: p.dim() == 2),
+        "all or nothing": (lambda _: False, lambda _: True),
     }
-    name = "exclude" if what == "predicate" else what
+    name = "exclude" if what in ("predicate", "all or nothing") else what
     model = DistributedDataParallel(Net())
     given = {name: options[what][rank == 1]}
     if what == "warmup_bits":
@@ -231,6 +232,7 @@ def differ(rank: int, world_size: int, what: str) -> str:
         ("exclude", "exclude (['*.bias'] on ranks 0, 2; ['norm.*'] on rank 1)"),
         ("bits", "codec of bucket 0 (Codec(quantizer=QuicFL(bits=3"),
         ("predicate", "exact segments of bucket 0 (["),
+        ("all or nothing", "codec of bucket 0 (Codec(quantizer=QuicFL(bits=4"),
     ],
 )
 def test_ranks_compare_policies(what: str, named: str, ranks: Ranks) -> None:
@@ -301,11 +303,17 @@ def nine(_: Any) -> int:
     return 9
 
 
+def thirty_two(_: Any) -> int:
+    return 32
+
+
 def half(_: Any) -> float:
     return 0.5
 
 
-@pytest.mark.parametrize(("bits", "message"), [(nine, "bits=9"), (half, "bits=0.5")])
+@pytest.mark.parametrize(
+    ("bits", "message"), [(nine, "bits=9"), (thirty_two, "bits=32"), (half, "bits=0.5")]
+)
 def test_bits_out_of_range_are_refused(bits: Any, message: str, ranks: Ranks) -> None:
     for found in ranks.run(ask_for_too_much, 2, bits):
         assert message in found
