@@ -216,16 +216,27 @@ INLINE void store_columns(uint8_t *to, const Group *slots) {
 }
 #endif
 
+INLINE void take_groups(const Lanes *lanes, const int count, Group (*x)[GROUPS], uint8_t **next) {
+    EACH_UNIT {
+        memcpy(x[k], lanes[k].x, sizeof x[k]);
+        next[k] = lanes[k].next;
+    }
+}
+
+INLINE void put_groups(Lanes *lanes, const int count, Group (*x)[GROUPS], uint8_t **next) {
+    EACH_UNIT {
+        memcpy(lanes[k].x, x[k], sizeof x[k]);
+        lanes[k].next = next[k];
+    }
+}
+
 INLINE int encode_by_memory(const Plan *plan, Lanes *lanes, const int count, const uint8_t *symbols) {
     const uint64_t *table = plan->symbols;
     const int precision = plan->precision;
     const int64_t size = plan->size;
     Group x[SIDE_BY_SIDE][GROUPS];
     uint8_t *next[SIDE_BY_SIDE];
-    EACH_UNIT {
-        memcpy(x[k], lanes[k].x, sizeof x[k]);
-        next[k] = lanes[k].next;
-    }
+    take_groups(lanes, count, x, next);
     for (int64_t j = size - CODER_LANES; j >= 0; j -= CODER_LANES)
         EACH_UNIT {
             const uint8_t *from = symbols + k * size + j;
@@ -234,10 +245,7 @@ INLINE int encode_by_memory(const Plan *plan, Lanes *lanes, const int count, con
                 next[k] = encode_group(table, precision, from + WIDTH * i, &x[k][i], next[k]);
             if (next[k] < lanes[k].edge) return 0;
         }
-    EACH_UNIT {
-        memcpy(lanes[k].x, x[k], sizeof x[k]);
-        lanes[k].next = next[k];
-    }
+    put_groups(lanes, count, x, next);
     return 1;
 }
 
@@ -247,10 +255,7 @@ INLINE void decode_by_memory(const Plan *plan, Lanes *lanes, const int count, ui
     const int64_t size = plan->size;
     Group x[SIDE_BY_SIDE][GROUPS];
     uint8_t *next[SIDE_BY_SIDE];
-    EACH_UNIT {
-        memcpy(x[k], lanes[k].x, sizeof x[k]);
-        next[k] = lanes[k].next;
-    }
+    take_groups(lanes, count, x, next);
     for (int64_t j = 0; j < size; j += CODER_LANES)
         EACH_UNIT {
             uint8_t room[STEP_BYTES], *at = symbols + k * size + j;
@@ -262,8 +267,5 @@ INLINE void decode_by_memory(const Plan *plan, Lanes *lanes, const int count, ui
             store_columns(at, slots);
             next[k] += least(lanes[k].edge - next[k], from - begin);
         }
-    EACH_UNIT {
-        memcpy(lanes[k].x, x[k], sizeof x[k]);
-        lanes[k].next = next[k];
-    }
+    put_groups(lanes, count, x, next);
 }

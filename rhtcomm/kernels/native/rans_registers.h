@@ -135,6 +135,20 @@ INLINE States append_symbol(States x, __m512i f, __m512i start, const int precis
     return (States){sum, carry(high, _mm512_cmplt_epu16_mask(sum, low))};
 }
 
+INLINE void take_states(const Lanes *lanes, const int count, States *x, uint8_t **next) {
+    EACH_UNIT {
+        x[k] = load_states(lanes[k].x);
+        next[k] = lanes[k].next;
+    }
+}
+
+INLINE void put_states(Lanes *lanes, const int count, const States *x, uint8_t **next) {
+    EACH_UNIT {
+        store_states(lanes[k].x, x[k]);
+        lanes[k].next = next[k];
+    }
+}
+
 INLINE int encode_by_registers(const Plan *plan, Lanes *lanes, const int count,
                                const uint8_t *symbols) {
     const Registers *tables = (const Registers *)plan->registers;
@@ -143,10 +157,7 @@ INLINE int encode_by_registers(const Plan *plan, Lanes *lanes, const int count,
     const __m128i to_limit = _mm_cvtsi32_si128(16 - precision);
     States x[SIDE_BY_SIDE];
     uint8_t *next[SIDE_BY_SIDE];
-    EACH_UNIT {
-        x[k] = load_states(lanes[k].x);
-        next[k] = lanes[k].next;
-    }
+    take_states(lanes, count, x, next);
     for (int64_t j = size - CODER_LANES; j >= 0; j -= CODER_LANES)
         EACH_UNIT {
             const __m512i symbol = widen(symbols + k * size + j);
@@ -161,10 +172,7 @@ INLINE int encode_by_registers(const Plan *plan, Lanes *lanes, const int count,
             x[k].high = _mm512_maskz_mov_epi16(~emits, x[k].high);
             x[k] = append_symbol(x[k], f, start, precision);
         }
-    EACH_UNIT {
-        store_states(lanes[k].x, x[k]);
-        lanes[k].next = next[k];
-    }
+    put_states(lanes, count, x, next);
     return 1;
 }
 
@@ -201,10 +209,7 @@ INLINE void decode_by_registers(const Plan *plan, Lanes *lanes, const int count,
     const __m512i pairs = _mm512_set1_epi16((short)((1 << thresholds) - 1));
     States x[SIDE_BY_SIDE];
     uint8_t *next[SIDE_BY_SIDE];
-    EACH_UNIT {
-        x[k] = load_states(lanes[k].x);
-        next[k] = lanes[k].next;
-    }
+    take_states(lanes, count, x, next);
     for (int64_t j = 0; j < size; j += CODER_LANES) {
         __m512i index[SIDE_BY_SIDE], slot[SIDE_BY_SIDE];
         EACH_UNIT {
@@ -234,9 +239,6 @@ INLINE void decode_by_registers(const Plan *plan, Lanes *lanes, const int count,
             next[k] += least(lanes[k].edge - next[k], 2 * __builtin_popcount(reads));
         }
     }
-    EACH_UNIT {
-        store_states(lanes[k].x, x[k]);
-        lanes[k].next = next[k];
-    }
+    put_states(lanes, count, x, next);
 }
 #endif
