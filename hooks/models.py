@@ -11,7 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
-    *("ddp_in", "group_of_model", "model_given", "named_parameters", "numel_of", "pairs_in"),
+    "ddp_in",
+    "group_of_model",
+    "model_given",
+    "named_parameters",
+    "numel_of",
+    "pairs_in",
     "ranks_of",
 ]
 

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..arguments import integer, number
+from ..arguments import natural, number
 from ..codec import Codec
 from ..lattice import Lattice
 from ..reduce import Treatment
@@ -46,9 +46,7 @@ class Policy:
         exclude: Exclude,
         owner: str,
     ) -> None:
-        self.warmup_steps = integer(warmup_steps, owner, "warmup_steps")
-        if self.warmup_steps < 0:
-            raise ValueError(f"{owner}: warmup_steps={warmup_steps} must not be negative")
+        self.warmup_steps = natural(warmup_steps, owner, "warmup_steps")
         if not callable(exclude):
             if isinstance(exclude, str) or not all(isinstance(name, str) for name in exclude):
                 raise TypeError(
@@ -141,15 +139,10 @@ class Policy:
             bits = number(bits(parameters), self._owner, "what bits() returns")
         codec, most = self._codec(bits), max(bits, self.warmup_bits)
         warm_up = None if most == UNCOMPRESSED else self._codec(most)
-        return self._by(warm_up, parameters), self._by(codec, parameters)
-
-    def _by(self, codec: Codec | Lattice | None, parameters: Sequence[torch.Tensor]) -> Treatment:
         if not self.by_bucket:
-            return Treatment(codec)
+            return Treatment(warm_up), Treatment(codec)
         exact = tuple(self._is_excluded(parameter) for parameter in parameters)
-        if codec is None or (all(exact) and exact):
-            return Treatment(None, compare=True)
-        return Treatment(codec, exact if any(exact) else None, compare=True)
+        return _by(warm_up, exact), _by(codec, exact)
 
     def _is_excluded(self, parameter: torch.Tensor) -> bool:
         if callable(self._exclude):
@@ -163,3 +156,10 @@ class Policy:
                 "was not found; register it by rhtcomm.hooks.register(model, exclude=...)"
             )
         return any(fnmatchcase(name, pattern) for pattern in self._exclude)
+
+
+def _by(codec: Codec | Lattice | None, exact: tuple[bool, ...]) -> Treatment:
+    """Of a bucket of which the ranks compare it."""
+    if codec is None or (all(exact) and exact):
+        return Treatment(None, compare=True)
+    return Treatment(codec, exact if any(exact) else None, compare=True)
