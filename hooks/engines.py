@@ -31,7 +31,7 @@ from ..segments import rows_of
 from .failures import clear_frames, explain, text_of
 from .models import numel_of
 from .residuals import Residuals
-from .scales import Scales
+from .scales import SCALED, Scales
 from .telemetry import Totals
 from .turns import Turn
 
@@ -179,7 +179,7 @@ class Engine:
         # Where others may use the connections after this step, they must be settled before.
         settle = bucket.ends and not self.topology.private
         lengths = _lengths(bucket)
-        with self._equalized(bucket, residual):
+        with self._equalized(bucket, lengths, residual):
             report = reducer.mean_(
                 buffer,
                 key,
@@ -198,14 +198,14 @@ class Engine:
             self._totals.add_sample(buffer, exact)
 
     def _equalized(
-        self, bucket: Bucket, residual: torch.Tensor | None
+        self, bucket: Bucket, lengths: tuple[int, ...], residual: torch.Tensor | None
     ) -> AbstractContextManager[None]:
         """Within it, a bucket that travels compressed is divided by its scales."""
         buffer, treatment = bucket.buffer, bucket.treatment
         if (
             self._scales is None
-            or buffer.dtype == torch.float16
-            or not self.reducer.compresses(buffer, _lengths(bucket), treatment)
+            or buffer.dtype not in SCALED
+            or not self.reducer.compresses(buffer, lengths, treatment)
         ):
             return nullcontext()
         tensors = [buffer] if residual is None else [buffer, residual]

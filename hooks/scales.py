@@ -38,21 +38,22 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..floating_point import GRAIN, default_mode
 from .models import model_given, named_parameters, numel_of, pairs_in
 
-__all__ = ["RANGE", "Pairs", "Scales", "read_scales"]
+__all__ = ["RANGE", "SCALED", "Pairs", "Scales", "read_scales"]
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 """Parameters and their logarithms, see `Scales`."""
 
 RANGE = 6
-"""What was quiet and suddenly is not counts in its block's error as if it were up to 2^RANGE times
-as large. On a regression whose inputs differ 160 times in size, 4 bits raise AdamW's excess loss by
-25%, with a range of 4 by 10%, of 6 by 4.5%, of 8 by 4.0%."""
+"""A coordinate that was quiet and suddenly is large counts in its block's error as if it were up to
+2^RANGE times as large. On a regression whose inputs differ 160 times in size, 4 bits raise AdamW's
+excess loss by 25%, with a range of 4 by 10%, of 6 by 4.5%, of 8 by 4.0%."""
 
 _POINT = 8  # bits of a logarithm behind the point
 _MEMORY = 3  # a step counts for 2^-3 of a running mean
 # By dtype an integer of its size, all bits but the sign, and how far a magnitude's bits must go to
 # the left (negative: right) to be its logarithm: the exponent + 127, then bits of the mantissa.
 _BITS = {torch.float32: (torch.int32, 0x7FFFFFFF, -15), torch.bfloat16: (torch.int16, 0x7FFF, 1)}
+SCALED = frozenset(_BITS)
 _INFINITE = 255 << _POINT
 _RUN = 1 << 17  # coordinates
 
@@ -128,7 +129,7 @@ class Scales:
         What is zero throughout keeps what it had, and so does a parameter with a number that is not
         finite.
         """
-        if mean.dtype not in _BITS:  # is never scaled
+        if mean.dtype not in SCALED:
             return
         placed = self._parameters(parameters, mean.device)
         for parameter, one in zip(parameters, placed, strict=True):

@@ -137,14 +137,16 @@ class Reducer:
         return payload * payloads[algorithm]
 
     def compresses(
-        self, flat: torch.Tensor, lengths: Sequence[int] | None, treatment: Treatment | None
-    ) -> bool:
-        """Whether `mean_` compresses a tensor with these segments, or what of it is not exact."""
+        self, flat: torch.Tensor, lengths: Sequence[int], treatment: Treatment | None
+    ) -> int:
+        """How many coordinates of a tensor with these segments `mean_` compresses."""
         treatment, numel = treatment or Treatment(self.codec), flat.numel()
         if treatment.exact is not None:
-            numel = compressed_numel(lengths or [numel], treatment.exact)
+            numel = compressed_numel(lengths, treatment.exact)
         compressible = flat.dtype in DTYPES and self.topology.world_size > 1
-        return treatment.codec is not None and compressible and numel >= max(1, self.min_numel)
+        if treatment.codec is None or not compressible or numel < self.min_numel:
+            return 0
+        return numel
 
     def mean_(
         self,
@@ -193,14 +195,12 @@ class Reducer:
         segments: Segments,
         treatment: Treatment | None,
     ) -> Route:
-        topology, numel = self.topology, flat.numel()
-        treatment = treatment or Treatment(self.codec)
+        topology, treatment = self.topology, treatment or Treatment(self.codec)
         if treatment.compare and topology.world_size > 1:
             self._agree_on(treatment, key, flat.device)
         codec, exact = treatment.codec, treatment.exact
-        if exact is not None:
-            numel = compressed_numel(segments.given, exact)
-        compressed = self.compresses(flat, segments.given, treatment)
+        numel = self.compresses(flat, segments.given, treatment)
+        compressed = numel > 0
         route = Route(
             run=None,
             segments=segments,
