@@ -22,6 +22,7 @@ import rhtcomm
 from lib.machine import machine
 from lib.report import table
 from lib.timing import interleave, milliseconds
+from rhtcomm.hooks.scales import Scales
 from rhtcomm.kernels import Kernel, reference, use
 
 KEY = rhtcomm.Key(seed=1)
@@ -69,6 +70,25 @@ def codecs(quick: bool) -> dict[str, rhtcomm.Codec]:
     return found
 
 
+def equalizing(x: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """What equalize=True adds to a step: scales of a bucket x of matrices with rows of 1024."""
+    parameters = list(torch.empty_like(x).view(-1, 1024).split(1600))
+    scales, bucket = Scales(), x.clone()
+    scales.learn(parameters, x)
+
+    def apply() -> None:
+        with scales.applied(parameters, [bucket], None):
+            pass
+
+    apply()
+    if not torch.equal(bucket, x):
+        raise AssertionError("a bucket that is divided by its scales and multiplied again differs")
+    return {
+        "equalize, divide and multiply": apply,
+        "equalize, learn": lambda: scales.learn(parameters, bucket),
+    }
+
+
 def kernel_table(mebibytes: float, threads: int, rounds: int, quick: bool) -> None:
     torch.set_num_threads(threads)
     x = torch.randn(int(mebibytes * 2**18), generator=torch.Generator().manual_seed(0))
@@ -83,6 +103,7 @@ def kernel_table(mebibytes: float, threads: int, rounds: int, quick: bool) -> No
             contestants[f"decode K = {world_size}, {what}"] = functools.partial(
                 case.decode, payloads
             )
+    contestants |= equalizing(x)
     warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # deprecated
     contestants["bf16 cast round trip"] = lambda: copy.copy_(x.bfloat16())
     contestants["torch.quantize_per_tensor round trip"] = lambda: torch.quantize_per_tensor(
@@ -119,6 +140,9 @@ def kernel_table(mebibytes: float, threads: int, rounds: int, quick: bool) -> No
         for what in ("encode", "decode K = 1", "decode K = 2")
     )
     print(f"ECDQ with one transform takes, of QUIC-FL's time with two at b = 4: {ratios}.")
+    added = sum(seconds[1] for name, seconds in times.items() if name.startswith("equalize"))
+    codec_time = sum(times[f"{what}, k = 2, b = 4"][1] for what in ("encode", "decode K = 2"))
+    print(f"equalize=True adds {added / codec_time:.2f} of QUIC-FL's encode and decode K = 2.")
 
 
 def hook_rank(rank: int, port: int, mebibytes: float, rounds: int) -> None:

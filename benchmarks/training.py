@@ -90,6 +90,8 @@ def train(seed: int, link: str, contestant: str, arguments: argparse.Namespace) 
     options = [*CONTESTANTS[contestant].split(), *MODEL.split(), "--seed", str(seed)]
     options += ["--steps", str(arguments.steps), "--warmup", str(warmup)]
     options += ["--eval-every", str(interval), "--threads", "1", "--bucket-cap-mb", cap]
+    if arguments.hook_warmup is not None:
+        options += ["--hook-warmup", str(arguments.hook_warmup)]
     settings = " ".join([str(arguments.ranks), *options])
     digest = blake2b(settings.encode(), digest_size=3).hexdigest()
     name = f"{link}-{contestant}-{seed}-{digest}"
@@ -188,6 +190,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bucket-cap-mb", type=float, default=1.0)
+    parser.add_argument("--hook-warmup", type=int, help="the trainer's; default: its own")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--logs", type=Path, default=Path("demo-results/training"))
     parser.add_argument("--keep", action="store_true", help="use logs that are there already")

@@ -87,8 +87,8 @@ class RHTState:
         equalize: for Adam, where gradients differ in size between rows, columns or parameters:
             mean = s decode(encode(x / s)), with powers of two s that follow these sizes. Unbiased;
             noise is proportional to s; a coordinate that was quiet and suddenly is large adds up to
-            2^12 times as much to the error of its block. Not for float16. It takes two thirds of
-            the codec's time (CPU, float32) in addition. See `rhtcomm.hooks.scales`.
+            2^12 times as much to the error of its block. Not for float16. It takes half to
+            three quarters of the codec's time (CPU) in addition. See `rhtcomm.hooks.scales`.
         nmse_every: measure the error of the mean in every so many steps (0: never), by an exact
             all-reduce in addition to the compressed one. Its bytes and time are not counted.
 
