@@ -40,7 +40,6 @@ from rhtcomm.reduce.checks import (
     described,
 )
 from rhtcomm.reduce.reducer import Reducer, Report
-from rhtcomm.reduce.scatter import scatter_mean_
 from rhtcomm.reduce.split import Algorithm, check_algorithm
 from rhtcomm.segments import Segments
 
@@ -225,7 +224,7 @@ def reduce_scatter(
         codec: how to compress; a `Lattice` has no payloads for one rank alone.
         key: the same on all ranks, and another one for each call.
         communicator: who takes part; flat, since shards belong to single ranks.
-        min_numel: tensors of fewer coordinates travel uncompressed, as float32.
+        min_numel: tensors of fewer coordinates travel uncompressed, in their own dtype.
         check: as for `all_reduce`.
 
     Raises:
@@ -259,9 +258,8 @@ def reduce_scatter(
         check_arguments()
         if tensor.numel() == 0:
             return Report.of_nothing()
-        return scatter_mean_(
-            output.detach().view(-1), tensor.detach().view(-1), codec, key, communicator, min_numel
-        )
+        reducer = Reducer(codec, communicator, min_numel=min_numel)
+        return reducer.scatter_(output.detach().view(-1), tensor.detach().view(-1), key)
 
 
 def _mean_(
