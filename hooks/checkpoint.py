@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..codec import AUTO, Codec
 from ..lattice import Lattice
 from ..randomness import Key
 
-__all__ = ["Saved", "check_place", "read"]
+__all__ = ["Saved", "check_place", "given", "read"]
 
 _CALL = "RHTState.load_state_dict"
 
@@ -41,6 +42,15 @@ def read(state: object, codec: Codec | Lattice, error_feedback: bool) -> Saved:
     # What a run with "auto" saved means nothing to a fixed number.
     wishes = _wishes(state.get("rotations", [])) if codec.rotations == AUTO else {}
     return Saved(Key(state["seed"], state["step"]), wishes, residuals, place)
+
+
+def given(model: nn.Module | None, call: str) -> nn.Module:
+    """The model; raise ValueError where there is none."""
+    if model is None:
+        raise ValueError(
+            f"RHTState: with error_feedback residuals are saved by parameter; call {call}"
+        )
+    return model
 
 
 def check_place(saved: tuple[Any, Any] | None, own: tuple[int, int] | None) -> None:

@@ -15,7 +15,7 @@ Engines refer to no state, which could not be collected then.
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -50,11 +50,16 @@ class Bucket:
     key: Key
     parameters: list[torch.Tensor]
     ends: bool
-    """Whether it is the last one of its step."""
+    """Whether others may send over its connections when it is finished, or its rank may leave."""
     treatment: Treatment | None = None
     """How it travels, where it is not all of it by the state's codec."""
     state: object = None
     """Kept until the bucket is finished: connections end when the state goes."""
+    output: torch.Tensor | None = None
+    """Where the mean is scattered: (m,), for this rank's shard of it. Then `buffer` is (n m,), one
+    shard for each rank, and what follows is of a shard."""
+    segments: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """Lengths and rows, see `rhtcomm.segments`; None: as the parameters have them."""
 
 
 class Cuda:
@@ -77,7 +82,10 @@ class Cuda:
 
     def ready(self, device: torch.device) -> Any:
         """An event behind what the current stream of a device has queued so far."""
-        return torch.get_device_module(device).current_stream(device).record_event()
+        return self.current_stream(device).record_event()
+
+    def current_stream(self, device: torch.device) -> Any:
+        return torch.get_device_module(device).current_stream(device)
 
     def record_stream(self, x: torch.Tensor, stream: Any) -> None:
         """Keep the memory of x until what a stream has queued is done, should x go before."""
@@ -173,21 +181,24 @@ class Engine:
             exact = self._exact_mean(buffer, residual)
         # Where others may use the connections after this step, they must be settled before.
         settle = bucket.ends and not self.topology.private
-        lengths = _lengths(bucket)
-        report = reducer.mean_(
-            buffer,
-            key,
-            lengths=lengths,
-            rows=tuple(map(rows_of, bucket.parameters, lengths)),
-            residual=residual,
-            treatment=bucket.treatment,
-            settle=settle,
-        )
+        lengths, rows = bucket.segments or _segments(bucket)
+        how: Any = {
+            "lengths": lengths,
+            "rows": rows,
+            "treatment": bucket.treatment,
+            "settle": settle,
+        }
+        if bucket.output is None:
+            mean, report = buffer, reducer.mean_(buffer, key, residual=residual, **how)
+        else:
+            mean, report = bucket.output, reducer.scatter_(bucket.output, buffer, key, **how)
         if residual is not None and self._residuals is not None:
             self._residuals.keep(bucket.parameters, residual)
         self._totals.add(report)
         if exact is not None:
-            self._totals.add_sample(buffer, exact)
+            if bucket.output is not None:
+                exact = exact.view(self.topology.world_size, -1)[self.topology.rank]
+            self._totals.add_sample(mean, exact)
 
     def _exact_mean(self, buffer: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         exact = buffer.float() / self.topology.world_size
@@ -338,19 +349,20 @@ def engine_for(device: torch.device, reducer: Reducer) -> type[Engine]:
     return StreamEngine if reducer.topology.enqueues(device.type) else ThreadEngine
 
 
-def _lengths(bucket: Bucket) -> tuple[int, ...]:
-    """Of the parameters in the bucket's buffer."""
+def _segments(bucket: Bucket) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Lengths and rows of the parameters in the bucket's buffer."""
     lengths = tuple(map(torch.Tensor.numel, bucket.parameters))
-    if sum(lengths) == bucket.buffer.numel():
-        return lengths
-    return tuple(map(numel_of, bucket.parameters))
+    if sum(lengths) != bucket.buffer.numel():
+        lengths = tuple(map(numel_of, bucket.parameters))
+    shapes = (parameter.shape for parameter in bucket.parameters)
+    return lengths, tuple(map(rows_of, shapes, lengths))
 
 
-def rows_of(parameter: torch.Tensor, length: int) -> int:
+def rows_of(shape: Sequence[int], length: int) -> int:
     """How many segments a parameter is: its rows, unless they are short.
 
     With `_ROW` coordinates each, the bits that say which are used are 0.8% of a payload with 2 bits
     per coordinate, and finding out takes about 2% of the codec's time.
     """
-    rows = parameter.shape[0] if parameter.dim() > 1 else 1
+    rows = shape[0] if len(shape) > 1 else 1
     return rows if length >= _ROW * rows > 0 else 1

@@ -207,7 +207,9 @@ class RHTState:
         wishes = [[*bucket, count] for bucket, count in sorted(self.wishes.items())]
         state: dict[str, Any] = {"seed": self.key.seed, "step": self.key.step, "rotations": wishes}
         if self.error_feedback:
-            state["residuals"] = self.residuals.by_name(_given(model, "state_dict(model)"))
+            state["residuals"] = self.residuals.by_name(
+                checkpoint.given(model, "state_dict(model)")
+            )
             state["rank"], state["world_size"] = self.place() or (None, None)
         return state
 
@@ -227,7 +229,7 @@ class RHTState:
         """
         saved = checkpoint.read(state, self.codec, self.error_feedback)
         if saved.residuals is not None:
-            model = _given(model, "load_state_dict(state, model)")
+            model = checkpoint.given(model, "load_state_dict(state, model)")
             checkpoint.check_place(saved.place, self.place())
             self.residuals.load(model, saved.residuals)
             self._residuals_of = saved.place
@@ -302,7 +304,15 @@ class RHTState:
     def _make_engine(self, topology: Topology, number: int, device: torch.device) -> Engine:
         reducer = Reducer(self.codec, topology, self.algorithm, self.min_numel)
         reducer.wishes = self.wishes
-        facts = {
+        facts, residuals = self._facts(number), self.residuals if self.error_feedback else None
+        kind = self._engine_kind or engine_for(device, reducer)
+        return kind(reducer, facts, repr(self), self.totals, residuals, self.nmse_every)
+
+    _engine_kind: type[Engine] | None = None  # by default the one that fits the transport
+
+    def _facts(self, number: int) -> dict[str, object]:
+        """What the ranks compare; `number` is of the state among the users of a communicator."""
+        return {
             **self.codec.configuration,
             **self.policy.facts,
             "algorithm": self.algorithm,
@@ -311,10 +321,6 @@ class RHTState:
             "error_feedback": self.error_feedback,
             "states that were given its communicator before it": number,
         }
-        residuals = self.residuals if self.error_feedback else None
-        return engine_for(device, reducer)(
-            reducer, facts, repr(self), self.totals, residuals, self.nmse_every
-        )
 
     def start(self, ddp: DistributedDataParallel, device: torch.device) -> Engine:
         """Connect the ranks of its model before the first bucket; all ranks call it alike.
@@ -376,21 +382,14 @@ class RHTState:
         if self.engine is not None and self.engine.failure is None:
             self.engine.checks.raise_failed(wait=True)
 
-    def bypass(self, ddp: DistributedDataParallel) -> None:
+    def bypass(self, model: nn.Module) -> None:
         """Have the hook do from now on what DDP does without one."""
+        assert isinstance(model, DistributedDataParallel)
         # The model has the group, which must not outlive torch's.
-        self._session.bypassed = weakref.ref(ddp)
+        self._session.bypassed = weakref.ref(model)
 
     def __enter__(self) -> "RHTState":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _given(model: nn.Module | None, call: str) -> nn.Module:
-    if model is None:
-        raise ValueError(
-            f"RHTState: with error_feedback residuals are saved by parameter; call {call}"
-        )
-    return model

@@ -182,8 +182,8 @@ class Reducer:
     ) -> Report:
         """`output` becomes the mean over n ranks of this rank's shard of `flat`.
 
-        Rank i has the i-th of n shards. It trusts its arguments; `rhtcomm.reduce_scatter` checks them. The topology has one level,
-        and no codec is a `Lattice`.
+        Rank i has the i-th of n shards. It trusts its arguments; `rhtcomm.reduce_scatter` checks
+        them. The topology has one level, and no codec is a `Lattice`.
 
         Args:
             output: (m,) floating, contiguous, in memory of its own; float64 if `flat` is.
