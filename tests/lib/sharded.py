@@ -1,6 +1,5 @@
 """Models that `fully_shard` was called on, their data, and what tests ask of their gradients."""
 
-import copy
 from typing import Any
 
 import torch
@@ -34,10 +33,10 @@ def sharded(model: nn.Module, mesh: DeviceMesh | None = None, **options: Any) ->
     return fully_shard(model, mesh=mesh, **options)
 
 
-def probe(mesh: DeviceMesh | None = None, *numels: int, **options: Any) -> nn.Module:
+def probe(*numels: int, **options: Any) -> nn.Module:
     """One unit, whose gradients are the tensors that it is called with."""
-    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
-    return fully_shard(Probe(*numels), mesh=mesh, **options)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return fully_shard(Probe(*numels, **options), mesh=mesh)
 
 
 def loss(model: nn.Module, rank: int, step: int) -> torch.Tensor:
@@ -62,9 +61,11 @@ def backward(model: nn.Module, rank: int, step: int) -> dict[str, torch.Tensor]:
     return gradients(model)
 
 
-def exact_mean(model: nn.Module, ranks: list[int], step: int) -> dict[str, torch.Tensor]:
+def exact_mean(
+    model: nn.Module, ranks: list[int], step: int, plain: nn.Module | None = None
+) -> dict[str, torch.Tensor]:
     """Of what `backward` gives on these ranks, by a plain model in float64."""
-    plain = net().double()
+    plain = (net() if plain is None else plain).double()
     plain.load_state_dict({name: whole(p).double() for name, p in model.state_dict().items()})
     own = []
     for rank in ranks:
@@ -82,7 +83,3 @@ def errors(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> li
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-
-
-def copy_of(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return copy.deepcopy(values)
