@@ -7,7 +7,7 @@ needs a GPU is skipped without one.
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +19,7 @@ from harness import Ranks
 from models import error_of_mean, gradients_of, mlp, wrapped
 from problems import numbers
 from states import FINE, TIMEOUT, TOLERANCE, submit
-from streams import AUTOGRADS, SIDE, Enqueuing, in_place_of_cuda
+from streams import AUTOGRADS, SIDE, Enqueuing, in_place_of_cuda, no_look_at_numbers
 from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
@@ -45,19 +45,6 @@ def backward(ddp: nn.Module, rank: int, step: int) -> list[torch.Tensor]:
     ddp.zero_grad()
     ddp(numbers(rank, step, shape=(8, 64))).square().mean().backward()
     return [parameter.grad.clone() for parameter in ddp.parameters()]  # type: ignore[union-attr]
-
-
-@contextlib.contextmanager
-def no_look_at_numbers() -> Iterator[None]:
-    """Within it, whatever would make the host wait for CUDA raises."""
-
-    def refuse(x: torch.Tensor, *_: object) -> Any:
-        raise AssertionError("the host waited for a number")
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "cpu"):
-            patch.setattr(torch.Tensor, name, refuse)
-        yield
 
 
 # ---- The order of things ----------------------------------------------------------------------

@@ -20,6 +20,7 @@ from sharded import (
     errors,
     exact_mean,
     gradients,
+    layers,
     loss,
     net,
     probe,
@@ -34,10 +35,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from rhtcomm.hooks import compress_fsdp
 
 ERROR = {2: 0.24583, 4: 0.011587}  # of QUIC-FL by bits, of one encoding: DESIGN.md, README
-
-
-def layers(model: nn.Module) -> list[Any]:
-    return [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
 
 
 # ---- Errors and bytes -------------------------------------------------------------------------

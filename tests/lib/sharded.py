@@ -39,6 +39,10 @@ def probe(*numels: int, **options: Any) -> nn.Module:
     return fully_shard(Probe(*numels, **options), mesh=mesh)
 
 
+def layers(model: nn.Module) -> list[Any]:
+    return [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+
+
 def loss(model: nn.Module, rank: int, step: int) -> torch.Tensor:
     output: torch.Tensor = model(numbers(rank, step, shape=(8, WIDTHS[0])))
     return output.float().square().mean()

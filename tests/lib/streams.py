@@ -12,7 +12,14 @@ from rhtcomm import TorchCommunicator
 from rhtcomm.deferred import DeferredChecks
 from rhtcomm.hooks import connect, engines
 
-__all__ = ["AUTOGRADS", "SIDE", "Enqueuing", "Streams", "in_place_of_cuda"]
+__all__ = [
+    "AUTOGRADS",
+    "SIDE",
+    "Enqueuing",
+    "Streams",
+    "in_place_of_cuda",
+    "no_look_at_numbers",
+]
 
 AUTOGRADS, SIDE = "autograd's", "side"
 
@@ -80,6 +87,9 @@ class Streams(engines.Cuda):
         self.note(f"record event {self._events}")
         return Event(self, self._events)
 
+    def current_stream(self, device: torch.device) -> Stream:
+        return Stream(self)
+
     def record_stream(self, x: torch.Tensor, stream: Stream) -> None:
         self.note("record_stream")
 
@@ -118,6 +128,16 @@ class Enqueuing(TorchCommunicator):
 
         return finished
 
+    def start_all_to_all(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        self.note("start all_to_all")
+        finish = super().start_all_to_all(x)
+
+        def finished() -> torch.Tensor:
+            self.note("finish all_to_all")
+            return finish()
+
+        return finished
+
     def all_reduce_(self, x: torch.Tensor, op: Any = "sum") -> None:
         self.note("all_reduce_")
         super().all_reduce_(x, op)
@@ -144,3 +164,16 @@ def in_place_of_cuda(enqueues: bool = True) -> Iterator[Streams]:
         patch.setattr(DeferredChecks, "devices", ("cpu",))
         patch.setattr(DeferredChecks, "to_host", staticmethod(to_host))
         yield streams
+
+
+@contextlib.contextmanager
+def no_look_at_numbers() -> Iterator[None]:
+    """Within it, whatever would make the host wait for CUDA raises."""
+
+    def refuse(x: torch.Tensor, *_: object) -> Any:
+        raise AssertionError("the host waited for a number")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "cpu"):
+            patch.setattr(torch.Tensor, name, refuse)
+        yield
