@@ -132,7 +132,8 @@ class ShardedState(RHTState):
                     "call set_separate_reduce_scatter_group before compress_fsdp"
                 )
             number = self._numbers[unit]
-            engine.run(self._bucket(unit, number, self._session, gradients, output))
+            bucket = self._bucket(unit, number, self._session, _floats(gradients), _floats(output))
+            engine.run(bucket)
             if factor != 1:
                 output.mul_(factor)
 
@@ -141,7 +142,7 @@ class ShardedState(RHTState):
         with self._failures_told():
             shards, replicas = self.engines
             number = len(self._shards) * (1 + shards.topology.rank) + self._numbers[unit]
-            replicas.run(self._bucket(unit, number, self._replicas, shard))
+            replicas.run(self._bucket(unit, number, self._replicas, _floats(shard)))
             if unit.divide_factor is not None:
                 shard.mul_(replicas.topology.world_size)
 
@@ -230,6 +231,10 @@ class ShardedState(RHTState):
             if self._replicate_group is not None:
                 hook = partial(_average_exactly, unit, self._replicate_group)
                 unit.module.set_all_reduce_hook(hook)
+
+
+def _floats(x: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(x).view(-1) if x.is_complex() else x
 
 
 def _average_exactly(unit: Unit, group: dist.ProcessGroup, shard: torch.Tensor) -> None:

@@ -56,11 +56,11 @@ class Unit:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which its gradients are reduced."""
+        """In which its gradients are reduced; of complex ones, of their parts."""
         policy = self._group.mp_policy
         first = self._group.fsdp_params[0].sharded_param
         dtype: torch.dtype = policy.reduce_dtype or policy.param_dtype or first.dtype
-        return dtype
+        return dtype.to_real()
 
     @property
     def divide_factor(self) -> float | None:
@@ -89,11 +89,17 @@ class Unit:
         return [parameter for parameter, _ in trained], lengths, rows
 
     def _trained(self) -> list[tuple[torch.Tensor, torch.Size]]:
-        """Parameters with the shapes of their shards, in the order of their gradients."""
+        """Parameters with the shapes of their shards, in the order of their gradients.
+
+        Complex numbers are pairs.
+        """
+        trained = [p for p in self._group.fsdp_params if p.sharded_param.requires_grad]
         return [
-            (parameter.sharded_param, parameter.padded_sharded_param_size)
-            for parameter in self._group.fsdp_params
-            if parameter.sharded_param.requires_grad
+            (
+                p.sharded_param,
+                torch.Size([*p.padded_sharded_param_size, *[2] * p.sharded_param.is_complex()]),
+            )
+            for p in trained
         ]
 
     def restore(self) -> None:

@@ -31,6 +31,7 @@ from states import TIMEOUT
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from rhtcomm.hooks import compress_fsdp
 
@@ -225,6 +226,22 @@ def test_units_may_be_nested_and_put_together(ranks: Ranks) -> None:
     assert max(ranks.run(nest, 2)) < CLOSE
 
 
+def shard_columns(rank: int, world_size: int) -> None:
+    model = sharded(net(), shard_placement_fn=lambda parameter: Shard(parameter.ndim - 1))
+    with compress_fsdp(model, exclude=["2.weight"], nmse_every=1, **FINE) as handle:
+        found, exact = backward(model, rank, 0), exact_mean(model, [0, 1], 0)
+        assert max(errors(found, exact)) < CLOSE
+        assert max(errors({"": found["2.weight"]}, {"": exact["2.weight"]})) < 1e-5
+        assert handle.stats().nmse is not None
+        assert 1e-7 < handle.stats().nmse < CLOSE**2
+        # Of 10460 coordinates 5000 travel as 4 bytes, and the others as about 1.
+        assert handle.stats().compression_ratio == pytest.approx(10460 * 4 / 25460, rel=0.05)
+
+
+def test_columns_may_be_sharded_and_the_error_measured(ranks: Ranks) -> None:
+    ranks.run(shard_columns, 2)
+
+
 # ---- What travels exactly ---------------------------------------------------------------------
 
 
@@ -272,6 +289,37 @@ def test_what_is_not_to_be_compressed_travels_exactly(
 def test_float64_travels_exactly(ranks: Ranks) -> None:
     for outcome in ranks.run(travel, 3, {}, torch.float64):
         assert max(outcome) < EXACT[torch.float64]
+
+
+class Waves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.ones(301, dtype=torch.complex64))
+        self.others = nn.Parameter(torch.ones(200, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return ((self.weights * x).sum() + (self.others * y).sum()).real.clone()
+
+
+def reduce_complex(rank: int, world_size: int) -> list[float]:
+    own = [
+        [torch.view_as_complex(numbers(r, i, shape=(n, 2))) for i, n in enumerate((301, 200))]
+        for r in range(world_size)
+    ]
+    model = fully_shard(Waves(), mesh=init_device_mesh("cpu", (world_size,)))
+    with compress_fsdp(model, exclude=["others"], **FINE):
+        model(*own[rank]).backward()
+    exact = [torch.stack(g).conj().mean(0) for g in zip(*own, strict=True)]
+    return [
+        ((whole(p.grad) - x).norm() / x.norm()).item()
+        for p, x in zip(model.parameters(), exact, strict=True)
+    ]
+
+
+def test_complex_numbers_are_pairs(ranks: Ranks) -> None:
+    for weights, others in ranks.run(reduce_complex, 2):
+        assert 1e-4 < weights < CLOSE
+        assert others < 1e-6
 
 
 class Words(nn.Module):
