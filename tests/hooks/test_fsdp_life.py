@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from harness import Ranks
 from problems import numbers
@@ -53,6 +54,43 @@ class Reentrant(nn.Module):
         for layer in self.layers.children():
             x = checkpoint(layer, x, use_reentrant=True)
         return x
+
+
+class Chunked(nn.Module):
+    """Its head is called for chunks of what the rest of the unit returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.norm = nn.Linear(WIDTHS[0], 60), nn.LayerNorm(60)
+        self.head = nn.Linear(60, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.body(x))
+
+
+def reduce_chunks(rank: int, world_size: int) -> None:
+    """torch reduces the unit of the head for each of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        keys, own = record_keys(patch), []
+        for compressed in (False, True):
+            model = Chunked()
+            mesh = init_device_mesh("cpu", (world_size,))
+            fully_shard([model.norm, model.head], mesh=mesh)
+            model = fully_shard(model, mesh=mesh)
+            if compressed:
+                handle = compress_fsdp(model, **FINE)
+            y = model(numbers(rank, shape=(8, WIDTHS[0])))
+            sum(model.head(part).square().sum() for part in y.chunk(4)).backward()
+            own.append(gradients(model))
+        handle.close()
+    assert [key.bucket for key in keys].count(1) > 1
+    assert len({*keys}) == len(keys)
+    assert max(errors(own[1], {name: x.double() for name, x in own[0].items()})) < CLOSE
+
+
+def test_a_unit_may_be_reduced_several_times_in_one_pass(ranks: Ranks) -> None:
+    ranks.run(reduce_chunks, 2)
 
 
 def use(rank: int, world_size: int, how: str) -> list[tuple[int, int]]:
@@ -259,6 +297,7 @@ def fail_on_one(rank: int, world_size: int) -> str:
     with compress_fsdp(model, **(FINE | {"timeout": SOON, "exclude": excluded})):
         with pytest.raises((RuntimeError, ValueError)) as caught:
             backward(model, rank, 0)
+        dist.barrier()  # nobody leaves, by which the others would hear of it too
         model.reset_iter_state()
         with pytest.raises(RuntimeError, match="an earlier bucket failed"):
             backward(model, rank, 1)
