@@ -43,14 +43,14 @@ _ROW = 64  # coordinates of a segment that is a row, at least
 
 @dataclass(slots=True)
 class Bucket:
-    """A gradient bucket of one step."""
+    """A gradient bucket of one step; with FSDP2, what a unit reduces at once."""
 
     buffer: torch.Tensor
     """(numel,) floating, contiguous."""
     key: Key
     parameters: list[torch.Tensor]
     ends: bool
-    """Whether others may send over its connections when it is finished, or its rank may leave."""
+    """Whether its step ends with it, after which others use its connections, or its rank leaves."""
     treatment: Treatment | None = None
     """How it travels, where it is not all of it by the state's codec."""
     state: object = None
