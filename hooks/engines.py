@@ -110,6 +110,8 @@ class Engine:
         nmse_every: see `RHTState`.
     """
 
+    owner = "rht_hook"  # for errors
+
     def __init__(
         self,
         reducer: Reducer,
@@ -168,7 +170,7 @@ class Engine:
         reducer, buffer, key = self.reducer, bucket.buffer, bucket.key
         if self.failure is not None:
             # The other ranks are in an unknown state by now, so the first error ends it.
-            raise RuntimeError(f"rht_hook: an earlier bucket failed: {self.failure}")
+            raise RuntimeError(f"{self.owner}: an earlier bucket failed: {self.failure}")
         self.checks.raise_failed()
         if not self.agreed:
             self.agree(key, buffer.device)
@@ -216,8 +218,9 @@ class Engine:
             self.topology.abort()
         except Exception as error:  # what it was called for says more
             _log.warning(
-                "rht_hook: the other ranks wait for their timeout, as they could not be told that "
-                "this one gave up: %s",
+                "%s: the other ranks wait for their timeout, as they could not be told that this "
+                "one gave up: %s",
+                self.owner,
                 text_of(error),
             )
         finally:
@@ -226,7 +229,7 @@ class Engine:
     def _failed(self, error: BaseException, key: Key) -> BaseException:
         """Note an error of a bucket, and tell the others; returns what to raise."""
         with suppress(Exception):  # of a communicator that cannot even say who it is
-            error = explain(error, self.reducer, key, self.agreed)
+            error = explain(error, self.reducer, key, self.agreed, self.owner)
         self.failure = self.failure or text_of(error)
         self._abort()
         return error
@@ -234,8 +237,8 @@ class Engine:
     def _refuse_capture(self, device: torch.device) -> None:
         if self._cuda.is_capturing(device):
             raise RuntimeError(
-                "rht_hook: a CUDA graph is being captured, which would replay the randomness and "
-                "the checks of one step for ever; leave the backward pass out of the graph, or "
+                f"{self.owner}: a CUDA graph is being captured, which would replay the randomness "
+                "and the checks of one step for ever; leave the backward pass out of the graph, or "
                 "train without the hook"
             )
 

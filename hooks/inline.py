@@ -15,6 +15,8 @@ class InlineEngine(Engine):
     it makes the host wait (Gloo), so does the call.
     """
 
+    owner = "rhtcomm.hooks.compress_fsdp"
+
     def run(self, bucket: Bucket) -> None:
         """Exchange a bucket; see `Bucket` for where its mean goes."""
         device = bucket.buffer.device

@@ -29,11 +29,13 @@ from sharded import (
 )
 from states import TIMEOUT
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from rhtcomm.hooks import compress_fsdp
+from rhtcomm.hooks.models import plain_name
 
 ERROR = {2: 0.24583, 4: 0.011587}  # of QUIC-FL by bits, of one encoding: DESIGN.md, README
 
@@ -240,6 +242,23 @@ def shard_columns(rank: int, world_size: int) -> None:
 
 def test_columns_may_be_sharded_and_the_error_measured(ranks: Ranks) -> None:
     ranks.run(shard_columns, 2)
+
+
+def wrap(rank: int, world_size: int) -> dict[str, float]:
+    """Parameters have other names in wrappers, but not where they are excluded."""
+    model: Any = net()
+    model[2] = checkpoint_wrapper(model[2])
+    compiled: Any = torch.compile(sharded(model), backend="eager")
+    with compress_fsdp(compiled, exclude=["2.weight"], **FINE):
+        found = {plain_name(k): g for k, g in backward(model, rank, 0).items()}
+    exact = exact_mean(sharded(net()), [0, 1], 0)
+    return {name: errors({"": found[name]}, {"": exact[name]})[0] for name in exact}
+
+
+def test_models_may_be_in_wrappers(ranks: Ranks) -> None:
+    for outcome in ranks.run(wrap, 2):
+        assert max(outcome.values()) < CLOSE
+        assert [name for name, error in outcome.items() if error < 1e-5] == ["2.weight"]
 
 
 # ---- What travels exactly ---------------------------------------------------------------------
