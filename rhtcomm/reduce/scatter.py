@@ -50,18 +50,26 @@ class _Chunk:
         stride: int,
     ) -> None:
         self._communicator, self._chunk, self._stride = communicator, chunk, stride
-        self._coder = codec.coder(chunk.stop - chunk.start, 1, device)
+        length = chunk.stop - chunk.start
+        # Shards of whole blocks, all of them in this chunk, are encoded by one call.
+        self._together = communicator.world_size if length == stride else 1
+        self._encoder = codec.coder(self._together * length, self._together, device)
+        self._decoder = codec.coder(length, 1, device)
         self._auto = codec.rotations == AUTO
 
     def course(self, job: Job, used: torch.Tensor) -> Course:
-        communicator, chunk, coder = self._communicator, self._chunk, self._coder
-        rank, world_size, nbytes = communicator.rank, communicator.world_size, coder.nbytes
+        communicator, chunk, nbytes = self._communicator, self._chunk, self._decoder.nbytes
+        rank, world_size = communicator.rank, communicator.world_size
         job.clock.to("encode")
         behind = used.shape[-1] if used.nbytes else 0
         outgoing = job.flat.new_empty(world_size, nbytes + behind, dtype=torch.uint8)
-        for shard, x in enumerate(job.flat.view(world_size, -1)):
-            offset, row = shard * self._stride + chunk.start, outgoing[shard : shard + 1]
-            coder.encode(x[chunk], job.key, offset, rank, world_size, row, job.rotations)
+        shards = job.flat.view(world_size, -1)
+        for first in range(0, world_size, self._together):
+            some = slice(first, first + self._together)
+            x, offset = shards[some, chunk].view(-1), first * self._stride + chunk.start
+            self._encoder.encode(
+                x, job.key, offset, rank, world_size, outgoing[some], job.rotations
+            )
         if self._auto:
             # Each row says what its own shard wants. Say the most in all of them, so that all
             # owners hear the same. (The bits below, how often they were rotated, are the same.)
@@ -73,7 +81,7 @@ class _Chunk:
         if behind:
             merge_(used[rank], incoming[:, nbytes:])
         offset, mean = rank * self._stride + chunk.start, job.result[chunk]
-        return coder.decode(incoming.unsqueeze(1), job.key, offset, 0, world_size, mean)
+        return self._decoder.decode(incoming.unsqueeze(1), job.key, offset, 0, world_size, mean)
 
 
 class ExactScatter:
