@@ -174,7 +174,8 @@ class ShardedState(RHTState):
             raise RuntimeError(
                 f"{CALL}: some parameters of {unit.name} have no gradient, and torch does not say "
                 "which, while exclude and a function for bits depend on it; call "
-                "model.set_reduce_scatter_unused_params(True), which gives them zeros"
+                "model.set_reduce_scatter_unused_params(True) of newer torch versions, which gives "
+                "them zeros"
             )
         if parameters and not self._session.knows(parameters):
             self._learn_units()  # load_state_dict(assign=True) brought new ones

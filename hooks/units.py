@@ -2,7 +2,7 @@
 
 torch says in public which modules are units, and takes a reduce-scatter and an all-reduce hook for
 each. Which parameters a unit reduces, in which order and over which ranks, it keeps to itself: that
-is asked for here, and nowhere else. The names are those of torch 2.13.
+is asked for here, and nowhere else. The names are those of torch 2.11 to 2.15.
 """
 
 from typing import Any
@@ -135,6 +135,14 @@ class Unit:
             )
 
 
+def _groups_of(state: Any) -> list[Any]:
+    """Of parameters, that torch keeps for modules that `fully_shard` was called on."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    only = state._fsdp_param_group  # in torch 2.11
+    return [] if only is None else [only]
+
+
 def units_in(model: nn.Module) -> list[Unit]:
     """The units of a model that have parameters, in the order of its modules.
 
@@ -152,7 +160,7 @@ def units_in(model: nn.Module) -> list[Unit]:
         if not isinstance(module, FSDPModule):
             continue
         state: Any = module._get_fsdp_state()
-        groups = state._fsdp_param_groups
+        groups = _groups_of(state)
         if len(groups) > 1:
             raise ValueError(
                 f"{CALL}: the parameters of {names[module] or type(module).__name__} are sharded "

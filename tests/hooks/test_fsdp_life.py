@@ -28,7 +28,7 @@ from states import GAVE_UP, SOON, TIMEOUT
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from rhtcomm import DisagreementError, Key
@@ -298,9 +298,10 @@ def fail_on_one(rank: int, world_size: int) -> str:
         with pytest.raises((RuntimeError, ValueError)) as caught:
             backward(model, rank, 0)
         dist.barrier()  # nobody leaves, by which the others would hear of it too
-        model.reset_iter_state()
-        with pytest.raises(RuntimeError, match="an earlier bucket failed"):
-            backward(model, rank, 1)
+        if hasattr(model, "reset_iter_state"):  # from torch 2.13 on
+            model.reset_iter_state()
+            with pytest.raises(RuntimeError, match="an earlier bucket failed"):
+                backward(model, rank, 1)
     return str(caught.value)
 
 
@@ -349,4 +350,5 @@ def leave_out_a_parameter_openly(rank: int, world_size: int) -> None:
 def test_parameters_without_a_gradient(ranks: Ranks) -> None:
     ranks.run(leave_out_a_parameter, 2, {})
     ranks.run(leave_out_a_parameter, 2, {"exclude": ["first"]})
-    ranks.run(leave_out_a_parameter_openly, 2)
+    if hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        ranks.run(leave_out_a_parameter_openly, 2)

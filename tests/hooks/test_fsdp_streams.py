@@ -16,6 +16,7 @@ from sharded import FINE, backward, net, probe, same, sharded
 from streams import AUTOGRADS, in_place_of_cuda, no_look_at_numbers
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 
 from rhtcomm import PayloadError
 from rhtcomm.hooks import Handle, compress_fsdp
@@ -127,6 +128,9 @@ def separate_before(rank: int, world_size: int) -> None:
         handle.close()
 
 
+@pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_separate_reduce_scatter_group"), reason="torch has no such groups"
+)
 def test_exchanges_go_over_the_group_that_fsdp_reduces_by(ranks: Ranks) -> None:
     ranks.run(separate, 2)
     ranks.run(separate_before, 2)
