@@ -57,9 +57,9 @@ class Unit:
     @property
     def dtype(self) -> torch.dtype:
         """In which its gradients are reduced; of complex ones, of their parts."""
-        policy = self._group.mp_policy
-        first = self._group.fsdp_params[0].sharded_param
-        dtype: torch.dtype = policy.reduce_dtype or policy.param_dtype or first.dtype
+        first = self._group.fsdp_params[0]
+        policy, own = first.mp_policy, first.sharded_param.dtype
+        dtype: torch.dtype = policy.reduce_dtype or policy.param_dtype or own
         return dtype.to_real()
 
     @property
