@@ -1,8 +1,22 @@
 """Communication hooks for torch's data-parallel wrappers."""
 
+from typing import TYPE_CHECKING, Any
+
 from .ddp import rht_hook
 from .register import Handle, register
 from .state import RHTState
 from .telemetry import Stats
 
-__all__ = ["Handle", "RHTState", "Stats", "register", "rht_hook"]
+if TYPE_CHECKING:
+    from .fsdp import compress_fsdp
+
+__all__ = ["Handle", "RHTState", "Stats", "compress_fsdp", "register", "rht_hook"]
+
+
+def __getattr__(name: str) -> Any:
+    """Of torch's FSDP2, whose import takes seconds, nothing is imported before it is needed."""
+    if name == "compress_fsdp":
+        from .fsdp import compress_fsdp
+
+        return compress_fsdp
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -44,18 +44,23 @@ _log = logging.getLogger("rhtcomm")
 
 @dataclass(slots=True)
 class Bucket:
-    """A gradient bucket of one step."""
+    """A gradient bucket of one step; with FSDP2, what a unit reduces at once."""
 
     buffer: torch.Tensor
     """(numel,) floating, contiguous."""
     key: Key
     parameters: list[torch.Tensor]
     ends: bool
-    """Whether it is the last one of its step."""
+    """Whether its step ends with it, after which others use its connections, or its rank leaves."""
     treatment: Treatment | None = None
     """How it travels, where it is not all of it by the state's codec."""
     state: object = None
     """Kept until the bucket is finished: connections end when the state goes."""
+    output: torch.Tensor | None = None
+    """Where the mean is scattered: (m,), for this rank's shard of it. Then `buffer` is (n m,), one
+    shard for each rank, and what follows is of a shard."""
+    segments: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """Lengths and rows, see `rhtcomm.segments`; None: as the parameters have them."""
 
 
 class Cuda:
@@ -78,7 +83,10 @@ class Cuda:
 
     def ready(self, device: torch.device) -> Any:
         """An event behind what the current stream of a device has queued so far."""
-        return torch.get_device_module(device).current_stream(device).record_event()
+        return self.current_stream(device).record_event()
+
+    def current_stream(self, device: torch.device) -> Any:
+        return torch.get_device_module(device).current_stream(device)
 
     def record_stream(self, x: torch.Tensor, stream: Any) -> None:
         """Keep the memory of x until what a stream has queued is done, should x go before."""
@@ -103,6 +111,8 @@ class Engine:
         nmse_every: see `RHTState`.
         scales: for equalize.
     """
+
+    owner = "rht_hook"  # for errors
 
     def __init__(
         self,
@@ -165,7 +175,7 @@ class Engine:
         reducer, buffer, key = self.reducer, bucket.buffer, bucket.key
         if self.failure is not None:
             # The other ranks are in an unknown state by now, so the first error ends it.
-            raise RuntimeError(f"rht_hook: an earlier bucket failed: {self.failure}")
+            raise RuntimeError(f"{self.owner}: an earlier bucket failed: {self.failure}")
         self.checks.raise_failed()
         if not self.agreed:
             self.agree(key, buffer.device)
@@ -178,24 +188,27 @@ class Engine:
             exact = self._exact_mean(buffer, residual)
         # Where others may use the connections after this step, they must be settled before.
         settle = bucket.ends and not self.topology.private
-        lengths = _lengths(bucket)
+        lengths, rows = bucket.segments or _segments(bucket)
+        how: Any = {
+            "lengths": lengths,
+            "rows": rows,
+            "treatment": bucket.treatment,
+            "settle": settle,
+        }
         with self._equalized(bucket, lengths, residual):
-            report = reducer.mean_(
-                buffer,
-                key,
-                lengths=lengths,
-                rows=tuple(map(rows_of, bucket.parameters, lengths)),
-                residual=residual,
-                treatment=bucket.treatment,
-                settle=settle,
-            )
+            if bucket.output is None:
+                mean, report = buffer, reducer.mean_(buffer, key, residual=residual, **how)
+            else:
+                mean, report = bucket.output, reducer.scatter_(bucket.output, buffer, key, **how)
         if self._scales is not None:
-            self._scales.learn(bucket.parameters, buffer)
+            self._scales.learn(bucket.parameters, mean)
         if residual is not None and self._residuals is not None:
             self._residuals.keep(bucket.parameters, residual)
         self._totals.add(report)
         if exact is not None:
-            self._totals.add_sample(buffer, exact)
+            if bucket.output is not None:
+                exact = exact.view(self.topology.world_size, -1)[self.topology.rank]
+            self._totals.add_sample(mean, exact)
 
     def _equalized(
         self, bucket: Bucket, lengths: tuple[int, ...], residual: torch.Tensor | None
@@ -228,8 +241,9 @@ class Engine:
             self.topology.abort()
         except Exception as error:  # what it was called for says more
             _log.warning(
-                "rht_hook: the other ranks wait for their timeout, as they could not be told that "
-                "this one gave up: %s",
+                "%s: the other ranks wait for their timeout, as they could not be told that this "
+                "one gave up: %s",
+                self.owner,
                 text_of(error),
             )
         finally:
@@ -238,7 +252,7 @@ class Engine:
     def _failed(self, error: BaseException, key: Key) -> BaseException:
         """Note an error of a bucket, and tell the others; returns what to raise."""
         with suppress(Exception):  # of a communicator that cannot even say who it is
-            error = explain(error, self.reducer, key, self.agreed)
+            error = explain(error, self.reducer, key, self.agreed, self.owner)
         self.failure = self.failure or text_of(error)
         self._abort()
         return error
@@ -246,8 +260,8 @@ class Engine:
     def _refuse_capture(self, device: torch.device) -> None:
         if self._cuda.is_capturing(device):
             raise RuntimeError(
-                "rht_hook: a CUDA graph is being captured, which would replay the randomness and "
-                "the checks of one step for ever; leave the backward pass out of the graph, or "
+                f"{self.owner}: a CUDA graph is being captured, which would replay the randomness "
+                "and the checks of one step for ever; leave the backward pass out of the graph, or "
                 "train without the hook"
             )
 
@@ -361,9 +375,10 @@ def engine_for(device: torch.device, reducer: Reducer) -> type[Engine]:
     return StreamEngine if reducer.topology.enqueues(device.type) else ThreadEngine
 
 
-def _lengths(bucket: Bucket) -> tuple[int, ...]:
-    """Of the parameters in the bucket's buffer."""
+def _segments(bucket: Bucket) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Lengths and rows of the parameters in the bucket's buffer."""
     lengths = tuple(map(torch.Tensor.numel, bucket.parameters))
-    if sum(lengths) == bucket.buffer.numel():
-        return lengths
-    return tuple(map(numel_of, bucket.parameters))
+    if sum(lengths) != bucket.buffer.numel():
+        lengths = tuple(map(numel_of, bucket.parameters))
+    shapes = (parameter.shape for parameter in bucket.parameters)
+    return lengths, tuple(map(rows_of, shapes, lengths))

@@ -15,7 +15,9 @@ _GONE = re.compile(
 _NO_HOOK = "or registered no hook, or one with another process_group"
 
 
-def explain(error: BaseException, reducer: Reducer, key: Key, agreed: bool) -> BaseException:
+def explain(
+    error: BaseException, reducer: Reducer, key: Key, agreed: bool, owner: str = "rht_hook"
+) -> BaseException:
     """An error on a bucket's way, with what it means where it came from the transport.
 
     Args:
@@ -23,6 +25,7 @@ def explain(error: BaseException, reducer: Reducer, key: Key, agreed: bool) -> B
         reducer: that raised it; its clock has not been stopped since.
         key: of the bucket.
         agreed: whether the ranks have compared their configurations.
+        owner: whose call it is.
     """
     from_transport = reducer.clock.part == "exchange"
     reducer.clock.to(None)
@@ -32,7 +35,7 @@ def explain(error: BaseException, reducer: Reducer, key: Key, agreed: bool) -> B
         return error
     topology = reducer.topology
     explained = RuntimeError(
-        f"rht_hook: {topology.name_of(topology.rank)} of {topology.world_size} could not exchange "
+        f"{owner}: {topology.name_of(topology.rank)} of {topology.world_size} could not exchange "
         f"bucket {key.bucket} of step {key.step}: {cause_of(error, topology.patience, agreed)}. "
         f"The transport says: {error}"
     )

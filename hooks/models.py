@@ -17,11 +17,12 @@ __all__ = [
     "named_parameters",
     "numel_of",
     "pairs_in",
+    "plain_name",
     "ranks_of",
 ]
 
-# What wrappers put into the names of a module's parameters.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+# What wrappers put into the names of modules and parameters.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def ddp_in(model: nn.Module, owner: str) -> DistributedDataParallel:
@@ -47,9 +48,9 @@ def ddp_in(model: nn.Module, owner: str) -> DistributedDataParallel:
     sharded = [one for one in model.modules() if _is_sharded(one)]
     if sharded:
         raise TypeError(
-            f"{owner}: the model is sharded ({type(sharded[0]).__name__}), and FSDP has no hook "
-            "for compressed gradients; wrap it in DistributedDataParallel instead, or average "
-            "tensors of your own with rhtcomm.all_reduce or rhtcomm.reduce_scatter"
+            f"{owner}: the model is sharded ({type(sharded[0]).__name__}); where fully_shard did "
+            "that (FSDP2), call rhtcomm.hooks.compress_fsdp(model) instead, and in place of "
+            "FullyShardedDataParallel (FSDP1) use fully_shard"
         )
     raise TypeError(
         f"{owner}: there is no DistributedDataParallel in this {type(model).__name__}; wrap the "
@@ -74,12 +75,12 @@ def named_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
         inner = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
         assert isinstance(inner, nn.Module)
         model = inner
-    named: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        named[name] = parameter
-    return named
+    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or parameter as it is without wrappers."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def pairs_in(kept: WeakTensorKeyDictionary) -> list[tuple[torch.Tensor, Any]]:

@@ -10,16 +10,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..codec import DTYPES
-from ..communicators import Topology, TorchCommunicator, backend_of
-from ..kernels import cpu, kernel_for, reference
-from ..lattice import Lattice
 from ..reduce import Reducer
 from .ddp import rht_hook
-from .engines import Engine
 from .models import ddp_in, named_parameters, numel_of
 from .policy import Bits
 from .state import RHTState
+from .summary import log_summary
 from .telemetry import Stats
 
 __all__ = ["Handle", "register"]
@@ -44,7 +40,7 @@ def register(model: nn.Module, bits: Bits = 4, **options: Any) -> "Handle":
         options: of `RHTState`.
 
     Raises:
-        TypeError: the model holds no DistributedDataParallel, or is sharded (FSDP).
+        TypeError: the model holds no DistributedDataParallel, or is sharded (see `compress_fsdp`).
         ValueError: it holds several; an option is out of its range or has other ranks.
         RuntimeError: the model has a hook already, or another rank did not come.
         DisagreementError: on all ranks, where their arguments differ.
@@ -65,8 +61,7 @@ def register(model: nn.Module, bits: Bits = 4, **options: Any) -> "Handle":
         engine.fail(failure)
         engine.close()
         raise
-    if engine.topology.rank == 0:
-        _log.info("%s", _summary(ddp, state, engine, device))
+    log_summary(state, device, _reductions(ddp, engine.reducer))
     return Handle(ddp, state)
 
 
@@ -83,11 +78,14 @@ def _add_hook(ddp: DistributedDataParallel, state: RHTState) -> None:
 
 
 class Handle:
-    """The hook of one model: its figures, its checkpoint and its end. See `register`."""
+    """The hook of one model: its figures, its checkpoint and its end.
 
-    def __init__(self, ddp: DistributedDataParallel, state: RHTState) -> None:
+    See `register` and `compress_fsdp`.
+    """
+
+    def __init__(self, model: nn.Module, state: RHTState) -> None:
         self.state = state
-        self._ddp = weakref.ref(ddp)
+        self._weak_model = weakref.ref(model)
 
     def __repr__(self) -> str:
         return f"Handle({self.state!r})"
@@ -145,18 +143,16 @@ class Handle:
         self.state.load_state_dict(saved, self._model())
 
     def remove(self) -> None:
-        """Go back to the plain all-reduce, on all ranks alike and between steps; closes the hook.
+        """Go back to plain averaging, on all ranks alike and between steps; closes the hook.
 
-        torch cannot take a hook back. So it stays registered, and from now on does what DDP does
+        DDP cannot take a hook back. So it stays registered, and from now on does what DDP does
         without one, with the same result.
         """
         self.close()
         self.state.bypass(self._model())
         place = self.state.place()
         if place is None or place[0] == 0:
-            _log.info(
-                "rhtcomm: the hook does a plain all-reduce from now on; torch keeps it registered"
-            )
+            _log.info("rhtcomm: gradients are averaged as they are from now on")
 
     def close(self) -> None:
         """Finish what is in flight, end the worker thread and the hook's own connections.
@@ -176,11 +172,11 @@ class Handle:
     ) -> None:
         self.close()
 
-    def _model(self) -> DistributedDataParallel:
-        ddp = self._ddp()
-        if ddp is None:
+    def _model(self) -> nn.Module:
+        model = self._weak_model()
+        if model is None:
             raise RuntimeError("rhtcomm.hooks.Handle: its model is gone; register the new one")
-        return ddp
+        return model
 
     def _own_name(self) -> str:
         rank, world_size = self.state.place() or (0, 1)
@@ -201,56 +197,13 @@ def _device_of(ddp: DistributedDataParallel) -> torch.device:
     return next(p.device for p in ddp.parameters() if p.requires_grad)
 
 
-def _summary(
-    ddp: DistributedDataParallel, state: RHTState, engine: Engine, device: torch.device
-) -> str:
-    """What the hook does, in one line."""
-    topology, codec = engine.topology, str(state.codec)
-    if state.policy.by_bucket:
-        traffic = "a policy decides bucket by bucket what is compressed, and how"
-    else:
-        sent, uncompressed = (b / 1e6 for b in _bytes_per_step(ddp, state, engine.reducer))
-        traffic = f"a rank sends about {sent:.2f} MB per step instead of {uncompressed:.2f} MB"
-        if state.policy.treatment(state.key.step, ()) is not None:
-            traffic += f" from step {state.policy.warmup_steps} on"
-    return (
-        f"rhtcomm: gradients of {topology.world_size} ranks are averaged by {codec}, algorithm "
-        f"{state.algorithm!r}, over {_transport(topology, device)}, with "
-        f"{_kernels(state, device)}; {traffic}"
-    )
-
-
-def _transport(topology: Topology, device: torch.device) -> str:
-    if topology.within is not None:
-        within, between = _transport(topology.within, device), _transport(topology.between, device)
-        return f"{within} within a node and {between} between nodes"
-    if isinstance(topology, TorchCommunicator):
-        return "gloo" if topology.private else backend_of(topology.group, device.type)
-    return type(topology).__name__
-
-
-def _kernels(state: RHTState, device: torch.device) -> str:
-    if isinstance(state.codec, Lattice):
-        return "plain torch"
-    kernel = kernel_for(device, state.codec.quantizer)
-    if isinstance(kernel, cpu.Library):
-        return f"C kernels ({kernel.variant})"
-    return "plain torch" if kernel is reference else "Triton kernels"
-
-
-def _bytes_per_step(
-    ddp: DistributedDataParallel, state: RHTState, reducer: Reducer
-) -> tuple[float, float]:
-    """What a rank sends with and without compression, as if each dtype had one bucket."""
+def _reductions(
+    ddp: DistributedDataParallel, reducer: Reducer
+) -> list[tuple[Reducer, torch.dtype, int, bool]]:
+    """Of a step, as if each dtype had one bucket."""
     numel_by_dtype: dict[torch.dtype, int] = {}
     for parameter in ddp.parameters():
         if parameter.requires_grad:
             dtype = parameter.real.dtype
             numel_by_dtype[dtype] = numel_by_dtype.get(dtype, 0) + numel_of(parameter)
-    sent = uncompressed = 0.0
-    for dtype, numel in numel_by_dtype.items():
-        before = reducer.topology.ring_bytes(numel * dtype.itemsize)
-        uncompressed += before
-        compressed = dtype in DTYPES and numel >= state.min_numel
-        sent += reducer.expected_bytes(numel) if compressed else before
-    return sent, uncompressed
+    return [(reducer, dtype, numel, False) for dtype, numel in numel_by_dtype.items()]

@@ -162,9 +162,9 @@ class Session:
             self.engine.close(wait)
         if not self.called and _world_size() > 1:
             warnings.warn(
-                "the hook was never called: no gradient bucket reached this RHTState, so gradients "
-                "were averaged uncompressed, or not at all; register it on the model that trains "
-                "(rhtcomm.hooks.register(model))",
+                "the hook was never called: no gradient reached it, so gradients were averaged "
+                "uncompressed, or not at all; register it on the model that trains "
+                "(rhtcomm.hooks.register(model), or compress_fsdp(model))",
                 stacklevel=4,
             )
 

@@ -164,11 +164,8 @@ class RHTState:
                 "a copy of an RHTState has no communicator: where it is registered, it exchanges "
                 "over the model's process group; make a new RHTState to give it another one"
             )
-        state = {
-            name: copy.copy(value)
-            for name, value in vars(self).items()
-            if name not in self._LEFT_BEHIND
-        }
+        kept = [name for name in vars(self) if name not in self._LEFT_BEHIND]
+        state = {name: copy.copy(getattr(self, name)) for name in kept}
         state["totals"] = replace(self.totals, rotations=dict(self.totals.rotations))
         scales = None if self.scales is None else self.scales.by_parameter()
         return state | {"residuals": self.residuals.by_parameter(), "scales": scales}
@@ -313,20 +310,23 @@ class RHTState:
     def _make_engine(self, topology: Topology, number: int, device: torch.device) -> Engine:
         reducer = Reducer(self.codec, topology, self.algorithm, self.min_numel)
         reducer.wishes = self.wishes
-        facts = {
+        residuals = self.residuals if self.error_feedback else None
+        kept = (repr(self), self.totals, residuals, self.nmse_every, self.scales)
+        return self._kind_of_engine(device, reducer)(reducer, self._facts(number), *kept)
+
+    def _kind_of_engine(self, device: torch.device, reducer: Reducer) -> type[Engine]:
+        return engine_for(device, reducer)
+
+    def _facts(self, number: int) -> dict[str, object]:
+        """What the ranks compare; `number` is of the state among the users of a communicator."""
+        names = ("algorithm", "min_numel", "nmse_every", "error_feedback")
+        return {
             **self.codec.configuration,
             **self.policy.facts,
-            "algorithm": self.algorithm,
-            "min_numel": self.min_numel,
-            "nmse_every": self.nmse_every,
-            "error_feedback": self.error_feedback,
+            **{name: getattr(self, name) for name in names},
             "equalize": self.scales is not None,
             "states that were given its communicator before it": number,
         }
-        residuals = self.residuals if self.error_feedback else None
-        return engine_for(device, reducer)(
-            reducer, facts, repr(self), self.totals, residuals, self.nmse_every, self.scales
-        )
 
     def start(self, ddp: DistributedDataParallel, device: torch.device) -> Engine:
         """Connect the ranks of its model before the first bucket; all ranks call it alike.
@@ -341,9 +341,8 @@ class RHTState:
 
     def _start(self, device: torch.device, of_model: dist.ProcessGroup | None) -> Engine:
         engine = self._session.start(device, of_model, self._make_engine)
-        checkpoint.check_place(
-            self._residuals_of, (engine.topology.rank, engine.topology.world_size)
-        )
+        ranks = engine.topology
+        checkpoint.check_place(self._residuals_of, (ranks.rank, ranks.world_size))
         return engine
 
     def _look_at_model(self, parameters: list[torch.Tensor]) -> dist.ProcessGroup | None:
@@ -388,10 +387,11 @@ class RHTState:
         if self.engine is not None and self.engine.failure is None:
             self.engine.checks.raise_failed(wait=True)
 
-    def bypass(self, ddp: DistributedDataParallel) -> None:
+    def bypass(self, model: nn.Module) -> None:
         """Have the hook do from now on what DDP does without one."""
+        assert isinstance(model, DistributedDataParallel)
         # The model has the group, which must not outlive torch's.
-        self._session.bypassed = weakref.ref(ddp)
+        self._session.bypassed = weakref.ref(model)
 
     def __enter__(self) -> "RHTState":
         return self

@@ -19,8 +19,9 @@ class Stats:
     acknowledgements that ranks exchange behind the last result of a step. On CUDA they are the time
     to launch the work, except for exchanges through host memory (Gloo), which wait for the device.
     `bytes_uncompressed` is what a ring all-reduce of the gradients in their own dtype would have
-    sent. `nmse` is |mean - exact|^2 / |exact|^2 over the sampled buckets, None if none was sampled.
-    `rotations` counts compressed buckets by the number of transforms that they took.
+    sent; with FSDP2, a ring reduce-scatter. `nmse` is |mean - exact|^2 / |exact|^2 over the sampled
+    buckets, None if none was sampled. `rotations` counts compressed buckets by the number of
+    transforms that they took.
     """
 
     steps: int

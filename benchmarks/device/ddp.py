@@ -158,7 +158,7 @@ class Recorder:
         sent = buffer.clone() if step in self._kept else None
         lengths = []  # of the segments that become zero together
         for parameter in bucket.parameters():
-            rows = rows_of(parameter, parameter.numel())
+            rows = rows_of(parameter.shape, parameter.numel())
             lengths += [parameter.numel() // rows] * rows
         self._step += bucket.is_last()
         self._delays(buffer)

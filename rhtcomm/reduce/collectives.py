@@ -40,7 +40,6 @@ from rhtcomm.reduce.checks import (
     described,
 )
 from rhtcomm.reduce.reducer import Reducer, Report
-from rhtcomm.reduce.scatter import scatter_mean_
 from rhtcomm.reduce.split import Algorithm, check_algorithm
 from rhtcomm.segments import Segments, rows_of
 
@@ -188,7 +187,7 @@ def all_reduce_many(
             agree(codec, key, communicator, device, facts, check_arguments)
         check_arguments()
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-        rows = tuple(map(rows_of, tensors, lengths))
+        rows = tuple(map(rows_of, (x.shape for x in tensors), lengths))
         reducer = Reducer(codec, communicator, algorithm, min_numel)
         report = _mean_(reducer, flat, key, None, lengths, rows, residual)
     for tensor, mean in zip(tensors, flat.split(lengths), strict=True):
@@ -218,7 +217,7 @@ def reduce_scatter(
         codec: how to compress; a `Lattice` has no payloads for one rank alone.
         key: the same on all ranks, and another one for each call.
         communicator: who takes part; flat, since shards belong to single ranks.
-        min_numel: tensors of fewer coordinates travel uncompressed, as float32.
+        min_numel: tensors of fewer coordinates travel uncompressed, in their own dtype.
         check: as for `all_reduce`.
 
     Raises:
@@ -252,9 +251,8 @@ def reduce_scatter(
         check_arguments()
         if tensor.numel() == 0:
             return Report.of_nothing()
-        return scatter_mean_(
-            output.detach().view(-1), tensor.detach().view(-1), codec, key, communicator, min_numel
-        )
+        reducer = Reducer(codec, communicator, min_numel=min_numel)
+        return reducer.scatter_(output.detach().view(-1), tensor.detach().view(-1), key)
 
 
 def _mean_(

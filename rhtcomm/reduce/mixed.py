@@ -5,11 +5,11 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from rhtcomm.communicators import Topology
-from rhtcomm.reduce.exact import Exact
 from rhtcomm.reduce.job import Job
 
 __all__ = ["Mixed", "compressed_numel"]
+
+Run = Callable[[Job, torch.Tensor], int | None]
 
 
 def compressed_numel(lengths: Sequence[int], exact: Sequence[bool]) -> int:
@@ -20,38 +20,44 @@ def compressed_numel(lengths: Sequence[int], exact: Sequence[bool]) -> int:
 class Mixed:
     """How a tensor travels whose segments have these `lengths`, those marked in `exact` exactly.
 
-    The others are put together, and travel as `run` says.
+    The others are put together, and travel as `run` says; the exact ones as `run_exact` says. Where
+    a job scatters, the segments are those of each of `shards` shards.
     """
 
     def __init__(
         self,
-        run: Callable[[Job, torch.Tensor], int | None],
-        topology: Topology,
+        run: Run,
+        run_exact: Run,
         lengths: Sequence[int],
         exact: Sequence[bool],
+        shards: int = 1,
     ) -> None:
-        self._run, self._exact = run, Exact(topology)
+        self._run, self._run_exact, self._shards = run, run_exact, shards
         edges = [0, *accumulate(lengths)]
         segments = [slice(*ends) for ends in pairwise(edges)]
         self._compressed = [s for s, kept in zip(segments, exact, strict=True) if not kept]
         self._kept = [s for s, kept in zip(segments, exact, strict=True) if kept]
 
     def __call__(self, job: Job, used: torch.Tensor) -> int | None:
-        kept = _join(job.flat, self._kept)
-        self._exact(Job(kept, job.key, job.clock), used[:0])
-        _put_back_(job.flat, self._kept, kept)
-        compressed = _join(job.flat, self._compressed)
-        left = None if job.left is None else torch.zeros_like(compressed)
-        inner = Job(compressed, job.key, job.clock, job.rotations, left)
-        wanted = self._run(inner, used)
-        _put_back_(job.flat, self._compressed, compressed)
-        if job.left is not None and left is not None:
-            _put_back_(job.left, self._compressed, left)
+        kept = self._part(job, self._kept)
+        self._run_exact(kept, used[:0])
+        _put_back_(job.result, self._kept, kept.result)
+        compressed = self._part(job, self._compressed)
+        compressed.rotations = job.rotations
+        if job.left is not None:
+            compressed.left = torch.zeros_like(compressed.flat)
+        wanted = self._run(compressed, used)
+        _put_back_(job.result, self._compressed, compressed.result)
+        if job.left is not None and compressed.left is not None:
+            _put_back_(job.left, self._compressed, compressed.left)
         return wanted
 
-
-def _join(flat: torch.Tensor, segments: Sequence[slice]) -> torch.Tensor:
-    return torch.cat([flat[segment] for segment in segments])
+    def _part(self, job: Job, segments: Sequence[slice]) -> Job:
+        """The same for some of the segments."""
+        shards = job.flat.view(self._shards, -1)
+        joined = torch.cat([shards[:, segment] for segment in segments], dim=1)
+        output = None if job.output is None else job.output.new_empty(joined.shape[1])
+        return Job(joined.view(-1), job.key, job.clock, output=output)
 
 
 def _put_back_(flat: torch.Tensor, segments: Sequence[slice], values: torch.Tensor) -> None:

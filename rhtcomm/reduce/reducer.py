@@ -17,12 +17,13 @@ from rhtcomm.reduce.feedback import add_residual, keep_residual_
 from rhtcomm.reduce.job import Job
 from rhtcomm.reduce.mixed import Mixed, compressed_numel
 from rhtcomm.reduce.payloads import Payloads
+from rhtcomm.reduce.scatter import ExactScatter, Scatter
 from rhtcomm.reduce.split import Algorithm, check_algorithm, check_streams, choose_algorithm
 from rhtcomm.reduce.two_level import TwoLevels, between_nodes
 from rhtcomm.segments import Segments
 from rhtcomm.wire import PayloadError
 
-__all__ = ["Reducer", "Report", "Route", "Treatment", "settle_failed"]
+__all__ = ["Reducer", "Report", "Route", "Treatment"]
 
 _MOST_ROUTES = 1024  # kept, before all are forgotten
 
@@ -39,7 +40,7 @@ class Report:
     bytes_sent: int
     """By this rank, to other nodes where there are two levels."""
     bytes_uncompressed: int
-    """What a ring all-reduce of the tensor in its own dtype would have sent."""
+    """What a ring all-reduce (or reduce-scatter) of the tensor in its own dtype would have sent."""
     rotations: int | None
     """Transforms taken, None where nothing was compressed."""
     wanted_rotations: int | None
@@ -119,7 +120,7 @@ class Reducer:
         check_agreement(self.topology, facts, device)
         self.clock.to(None)
 
-    def expected_bytes(self, numel: int) -> float:
+    def expected_bytes(self, numel: int, scatters: bool = False) -> float:
         """What this rank sends of `numel` compressed coordinates, but for the last bytes."""
         ranks = self.topology.between.world_size
         if self.topology.within is not None:
@@ -127,6 +128,8 @@ class Reducer:
         if isinstance(self.codec, Lattice):
             lanes = 32 // self.codec.lane_bits(ranks)
             return 2 * (ranks - 1) / ranks * 4 * numel / lanes
+        if scatters:
+            return (ranks - 1) * self.codec.nbytes(numel // ranks)
         payload = self.codec.nbytes(numel)
         algorithm = choose_algorithm(self.algorithm, ranks, payload)
         payloads = {
@@ -137,12 +140,16 @@ class Reducer:
         return payload * payloads[algorithm]
 
     def compresses(
-        self, flat: torch.Tensor, lengths: Sequence[int], treatment: Treatment | None
+        self,
+        flat: torch.Tensor,
+        lengths: Sequence[int],
+        treatment: Treatment | None,
+        shards: int = 1,
     ) -> int:
-        """How many coordinates of a tensor with these segments `mean_` compresses."""
+        """How many coordinates of a tensor are compressed whose `shards` have these segments."""
         treatment, numel = treatment or Treatment(self.codec), flat.numel()
         if treatment.exact is not None:
-            numel = compressed_numel(lengths, treatment.exact)
+            numel = shards * compressed_numel(lengths, treatment.exact)
         compressible = flat.dtype in DTYPES and self.topology.world_size > 1
         if treatment.codec is None or not compressible or numel < self.min_numel:
             return 0
@@ -175,31 +182,72 @@ class Reducer:
         Raises:
             PayloadError: a payload that arrived is not what was expected.
         """
-        place = (flat.numel(), flat.dtype, flat.device, lengths, rows, treatment)
+        job = Job(flat, key, self.clock)
+        return self._reduce(job, lengths, rows, residual, treatment, settle)
+
+    def scatter_(
+        self,
+        output: torch.Tensor,
+        flat: torch.Tensor,
+        key: Key,
+        *,
+        lengths: tuple[int, ...] | None = None,
+        rows: tuple[int, ...] | None = None,
+        treatment: Treatment | None = None,
+        settle: bool = True,
+    ) -> Report:
+        """`output` becomes the mean over n ranks of this rank's shard of `flat`.
+
+        Rank i has the i-th of n shards. It trusts its arguments; `rhtcomm.reduce_scatter` checks
+        them. The topology has one level, and no codec is a `Lattice`.
+
+        Args:
+            output: (m,) floating, contiguous, in memory of its own; float64 if `flat` is.
+            flat: (n m,) floating, contiguous: n shards.
+            lengths, rows: of the segments of a shard, the same in each.
+            key, treatment, settle: as for `mean_`.
+
+        Raises:
+            PayloadError: a payload that arrived is not what was expected.
+        """
+        job = Job(flat, key, self.clock, output=output)
+        return self._reduce(job, lengths, rows, None, treatment, settle)
+
+    def _reduce(
+        self,
+        job: Job,
+        lengths: tuple[int, ...] | None,
+        rows: tuple[int, ...] | None,
+        residual: torch.Tensor | None,
+        treatment: Treatment | None,
+        settle: bool,
+    ) -> Report:
+        flat, scatters = job.flat, job.output is not None
+        place = (flat.numel(), flat.dtype, flat.device, lengths, rows, treatment, scatters)
         route = self._routes.get(place)
         if route is None:
-            segments = Segments(lengths, flat.numel(), rows)
-            route = self._make_route(place, flat, key, segments, treatment)
+            segments = Segments(lengths, job.result.numel(), rows)
+            route = self._make_route(place, job, segments, treatment)
         self.clock.restart()
         # What kernels compute is safe from the mode that the thread is in.
         if residual is None and not route.by_torch:
-            return self._run(route, flat, key, None, settle)
+            return self._run(route, job, None, settle)
         with default_mode(pool=flat.numel() > GRAIN):
-            return self._run(route, flat, key, residual, settle)
+            return self._run(route, job, residual, settle)
 
     def _make_route(
         self,
         place: tuple[object, ...],
-        flat: torch.Tensor,
-        key: Key,
+        job: Job,
         segments: Segments,
         treatment: Treatment | None,
     ) -> Route:
-        topology, treatment = self.topology, treatment or Treatment(self.codec)
+        topology, flat, treatment = self.topology, job.flat, treatment or Treatment(self.codec)
         if treatment.compare and topology.world_size > 1:
-            self._agree_on(treatment, key, flat.device)
+            self._agree_on(treatment, job.key, flat.device)
         codec, exact = treatment.codec, treatment.exact
-        numel = self.compresses(flat, segments.given, treatment)
+        shards = 1 if job.output is None else topology.world_size
+        numel = self.compresses(flat, segments.given, treatment, shards)
         compressed = numel > 0
         route = Route(
             run=None,
@@ -209,26 +257,33 @@ class Reducer:
             tells=compressed and len(segments) > 1,
             by_torch=True,
             nothing=flat.new_empty(0, dtype=torch.uint8),
-            bytes_uncompressed=topology.ring_bytes(flat.nbytes),
+            bytes_uncompressed=topology.ring_bytes(flat.nbytes) // (1 if job.output is None else 2),
         )
+        run_exact = Exact(topology) if job.output is None else ExactScatter(topology.between)
         if compressed and codec is not None:
             topology.check_nodes(flat.device)
-            run = self._run_for(codec, numel, flat.device)
-            route.run = run if exact is None else Mixed(run, topology, segments.given, exact)
-            route.by_torch = not isinstance(route.run, Payloads)
+            run = self._run_for(codec, numel, flat.device, scatters=job.output is not None)
+            route.run = run
+            if exact is not None:
+                route.run = Mixed(run, run_exact, segments.given, exact, shards)
+            route.by_torch = not isinstance(route.run, (Payloads, Scatter))
             # The ranks of a node exchange full precision.
             if topology.between.world_size > 1:
                 route.rotations = codec.default_rotations
-        elif topology.world_size > 1 and flat.numel() > 0:
-            route.run = Exact(topology)
+        elif flat.numel() > 0 and (topology.world_size > 1 or job.output is not None):
+            route.run = run_exact
         if len(self._routes) >= _MOST_ROUTES:
             self._routes.clear()
         self._routes[place] = route
         return route
 
     def _run_for(
-        self, codec: Codec | Lattice, numel: int, device: torch.device
+        self, codec: Codec | Lattice, numel: int, device: torch.device, scatters: bool
     ) -> Callable[[Job, torch.Tensor], int | None]:
+        if scatters:
+            assert isinstance(codec, Codec)
+            between = self.topology.between
+            return Scatter(codec, between, numel // between.world_size, device)
         check_streams(numel, self.topology.between.world_size)
         if self.topology.within is not None:
             return TwoLevels(codec, self.topology, self.algorithm, numel, device)
@@ -243,23 +298,15 @@ class Reducer:
         }
         self.agree(facts, device)
 
-    def _run(
-        self,
-        route: Route,
-        flat: torch.Tensor,
-        key: Key,
-        residual: torch.Tensor | None,
-        settle: bool,
-    ) -> Report:
-        topology, clock, segments = self.topology, self.clock, route.segments
-        sent, bucket = topology.bytes_sent, (key.bucket, flat.numel())
-        rotations = self.wishes.get(bucket) if self.wishes else None
+    def _run(self, route: Route, job: Job, residual: torch.Tensor | None, settle: bool) -> Report:
+        topology, clock, segments, flat = self.topology, self.clock, route.segments, job.flat
+        sent, bucket = topology.bytes_sent, (job.key.bucket, flat.numel())
+        job.rotations = self.wishes.get(bucket) if self.wishes else None
         tells = route.tells or residual is not None
         used = route.nothing
         if tells:
             clock.to("encode")
-            used = segments.used(flat)
-        job = Job(flat, key, clock, rotations)
+            used = self._used(segments, job)
         if residual is not None:
             job.flat, job.left = add_residual(flat, residual)
         wanted = None
@@ -267,14 +314,15 @@ class Reducer:
             try:
                 wanted = route.run(job, used)
             except PayloadError as error:
-                settle_failed(error, topology, clock, settle)
+                _settle_failed(error, topology, clock, settle)
                 raise
         if tells:
             clock.to("decode")
-            segments.restore_(job.flat, used)
+            mine = used if job.output is None else used[topology.rank]
+            segments.restore_(job.result, mine)
         elif route.compressed:
             clock.to("decode")
-            segments.clear_zeros_(job.flat)
+            segments.clear_zeros_(job.result)
         clock.to("exchange")
         topology.settle(settle)
         clock.to(None)
@@ -286,15 +334,22 @@ class Reducer:
         return Report(
             topology.bytes_sent - sent,
             route.bytes_uncompressed,
-            route.rotations and (rotations or route.rotations),
+            route.rotations and (job.rotations or route.rotations),
             wanted,
             seconds["encode"],
             seconds["exchange"],
             seconds["decode"],
         )
 
+    def _used(self, segments: Segments, job: Job) -> torch.Tensor:
+        """Which segments this rank uses; where the mean is scattered, a row for each shard."""
+        if job.output is None:
+            return segments.used(job.flat)
+        shards = job.flat.view(self.topology.world_size, -1)
+        return torch.stack([segments.used(shard) for shard in shards])
 
-def settle_failed(
+
+def _settle_failed(
     error: PayloadError, topology: Topology, clock: Clock, settle: bool = True
 ) -> None:
     """After a payload could not be decoded, and all exchanges are finished nevertheless.

@@ -1,63 +1,41 @@
-"""The mean of each rank's shard, by one all-to-all of encoded shards."""
+"""The mean of each rank's shard, by one all-to-all of encoded shards.
+
+A tensor of n m coordinates is n shards of m, one behind the other; the mean of shard i over the n
+ranks goes to rank i alone.
+"""
 
 import torch
 
-from rhtcomm.codec import Codec
+from rhtcomm.codec import AUTO, Codec
 from rhtcomm.communicators import Communicator
-from rhtcomm.floating_point import GRAIN, assign_, default_mode
-from rhtcomm.randomness import Key
-from rhtcomm.reduce.clock import Clock
+from rhtcomm.floating_point import assign_
 from rhtcomm.reduce.job import Job
 from rhtcomm.reduce.payloads import Course, pipeline
-from rhtcomm.reduce.reducer import Report, settle_failed
 from rhtcomm.reduce.split import check_streams, split_into_chunks
-from rhtcomm.wire import PayloadError
+from rhtcomm.segments import merge_
 
-__all__ = ["scatter_mean_"]
+__all__ = ["ExactScatter", "Scatter"]
 
 
-def scatter_mean_(
-    output: torch.Tensor,
-    flat: torch.Tensor,
-    codec: Codec,
-    key: Key,
-    communicator: Communicator,
-    min_numel: int,
-) -> Report:
-    """output (m,) becomes the mean over n ranks of this rank's shard of flat (n m,), contiguous."""
-    sent, numel, world_size = communicator.bytes_sent, output.numel(), communicator.world_size
-    clock = Clock()
-    wanted = None
-    compressed = flat.numel() >= min_numel and world_size > 1
-    if compressed:
-        # Shards begin at whole blocks, as far as randomness is concerned.
+class Scatter:
+    """How shards of `numel` coordinates each travel to their owners as payloads.
+
+    Shards begin at whole blocks, as far as randomness is concerned.
+    """
+
+    def __init__(
+        self, codec: Codec, communicator: Communicator, numel: int, device: torch.device
+    ) -> None:
         stride = -(-numel // codec.block) * codec.block
-        check_streams(world_size * stride, world_size)
-        chunks = [
-            _Chunk(codec, communicator, chunk, output, stride)
+        check_streams(communicator.world_size * stride, communicator.world_size)
+        self._chunks = [
+            _Chunk(codec, communicator, chunk, device, stride)
             for chunk in split_into_chunks(numel, codec.block, 1)
         ]
-        nothing = flat.new_empty(0, dtype=torch.uint8)
-        try:
-            wanted = pipeline(chunks, Job(flat, key, clock), nothing)
-        except PayloadError as error:
-            settle_failed(error, communicator, clock)
-            raise
-    else:
-        clock.to("exchange")
-        _sum_exactly(output, flat, communicator)
-    clock.to("exchange")
-    communicator.settle()
-    clock.to(None)
-    return Report(
-        bytes_sent=communicator.bytes_sent - sent,
-        bytes_uncompressed=communicator.ring_bytes(flat.nbytes) // 2,
-        rotations=codec.default_rotations if compressed else None,
-        wanted_rotations=wanted,
-        encode_seconds=clock.seconds["encode"],
-        exchange_seconds=clock.seconds["exchange"],
-        decode_seconds=clock.seconds["decode"],
-    )
+
+    def __call__(self, job: Job, used: torch.Tensor) -> int | None:
+        """`used` has a row for each shard; this rank's row becomes what any rank uses of it."""
+        return pipeline(self._chunks, job, used)
 
 
 class _Chunk:
@@ -68,39 +46,65 @@ class _Chunk:
         codec: Codec,
         communicator: Communicator,
         chunk: slice,
-        output: torch.Tensor,
+        device: torch.device,
         stride: int,
     ) -> None:
-        self._communicator, self._chunk, self._output = communicator, chunk, output
-        self._stride = stride
-        self._coder = codec.coder(chunk.stop - chunk.start, 1, output.device)
+        self._communicator, self._chunk, self._stride = communicator, chunk, stride
+        length = chunk.stop - chunk.start
+        # Shards of whole blocks, all of them in this chunk, are encoded by one call.
+        self._together = communicator.world_size if length == stride else 1
+        self._encoder = codec.coder(self._together * length, self._together, device)
+        self._decoder = codec.coder(length, 1, device)
+        self._auto = codec.rotations == AUTO
 
     def course(self, job: Job, used: torch.Tensor) -> Course:
-        rank, world_size = self._communicator.rank, self._communicator.world_size
-        offset, coder = self._chunk.start, self._coder
+        communicator, chunk, nbytes = self._communicator, self._chunk, self._decoder.nbytes
+        rank, world_size = communicator.rank, communicator.world_size
         job.clock.to("encode")
-        outgoing = job.flat.new_empty(world_size, 1, coder.nbytes, dtype=torch.uint8)
-        for shard, x in enumerate(job.flat.view(world_size, -1)):
-            coder.encode(
-                x[self._chunk],
-                job.key,
-                shard * self._stride + offset,
-                rank,
-                world_size,
-                outgoing[shard],
+        behind = used.shape[-1] if used.nbytes else 0
+        outgoing = job.flat.new_empty(world_size, nbytes + behind, dtype=torch.uint8)
+        shards = job.flat.view(world_size, -1)
+        for first in range(0, world_size, self._together):
+            some = slice(first, first + self._together)
+            x, offset = shards[some, chunk].view(-1), first * self._stride + chunk.start
+            self._encoder.encode(
+                x, job.key, offset, rank, world_size, outgoing[some], job.rotations
             )
-        incoming = yield self._communicator.start_all_to_all, outgoing.flatten(1)
+        if self._auto:
+            # Each row says what its own shard wants. Say the most in all of them, so that all
+            # owners hear the same. (The bits below, how often they were rotated, are the same.)
+            outgoing[:, 3] = outgoing[:, 3].max()
+        if behind:
+            outgoing[:, nbytes:] = used
+        incoming = yield communicator.start_all_to_all, outgoing
         job.clock.to("decode")
-        mean, offset = self._output[self._chunk], rank * self._stride + offset
-        return coder.decode(incoming.unsqueeze(1), job.key, offset, 0, world_size, mean)
+        if behind:
+            merge_(used[rank], incoming[:, nbytes:])
+        offset, mean = rank * self._stride + chunk.start, job.result[chunk]
+        return self._decoder.decode(incoming.unsqueeze(1), job.key, offset, 0, world_size, mean)
 
 
-def _sum_exactly(output: torch.Tensor, flat: torch.Tensor, communicator: Communicator) -> None:
-    """The same uncompressed, as float32, summed in the order of ranks."""
-    with default_mode(pool=flat.numel() > GRAIN):
-        rows = flat.float().view(communicator.world_size, -1)
-        received = communicator.start_all_to_all(rows.view(torch.uint8))()
-        total = torch.zeros(output.numel(), dtype=torch.float32, device=output.device)
-        for x in received.view(torch.float32):
-            total += x
-        assign_(output, total / communicator.world_size)
+class ExactScatter:
+    """The same uncompressed: shards travel in their own dtype.
+
+    They are summed in the order of ranks, as float32 unless they are float64.
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+
+    def __call__(self, job: Job, used: torch.Tensor) -> None:
+        world_size, flat = self._communicator.world_size, job.flat
+        job.clock.to("exchange")
+        shards = flat.view(world_size, -1).view(torch.uint8)
+        received = self._communicator.start_all_to_all(shards)().view(flat.dtype)
+        job.clock.to("decode")
+        wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
+        total = torch.zeros(job.result.numel(), dtype=wide, device=flat.device)
+        for shard in received:
+            total += shard
+        total /= world_size
+        if wide == torch.float64:
+            job.result.copy_(total)
+        else:
+            assign_(job.result, total)

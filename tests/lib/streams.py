@@ -80,6 +80,9 @@ class Streams(engines.Cuda):
         self.note(f"record event {self._events}")
         return Event(self, self._events)
 
+    def current_stream(self, device: torch.device) -> Stream:
+        return Stream(self)
+
     def record_stream(self, x: torch.Tensor, stream: Stream) -> None:
         self.note("record_stream")
 
@@ -114,6 +117,16 @@ class Enqueuing(TorchCommunicator):
 
         def finished() -> torch.Tensor:
             self.note("finish all_gather")
+            return finish()
+
+        return finished
+
+    def start_all_to_all(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        self.note("start all_to_all")
+        finish = super().start_all_to_all(x)
+
+        def finished() -> torch.Tensor:
+            self.note("finish all_to_all")
             return finish()
 
         return finished

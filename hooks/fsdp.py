@@ -1,0 +1,115 @@
+"""One line that compresses the gradients of a model that `fully_shard` was called on."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+
+from ..reduce import Reducer
+from .engines import Engine
+from .policy import Bits
+from .register import Handle
+from .sharded import ShardedState
+from .summary import log_summary
+from .units import Unit, units_in
+
+__all__ = ["compress_fsdp"]
+
+
+def compress_fsdp(
+    model: nn.Module,
+    bits: Bits = 4,
+    *,
+    replicate_group: dist.ProcessGroup | None = None,
+    **options: Any,
+) -> Handle:
+    """Compress the gradients of a model that `fully_shard` (FSDP2) was called on.
+
+    ``handle = rhtcomm.hooks.compress_fsdp(model, bits=4)`` after the calls of `fully_shard`, on all
+    ranks alike.
+
+    The reduce-scatter of each unit becomes one all-to-all of encoded shards. With n ranks, g_j the
+    unit's gradients on rank j, and C the code of this step and unit, rank i gets
+
+        (1 / n) sum over j of decode(C(shard i of g_j)).
+
+    Its expected value is the mean; its squared error is e / n times the mean over j of
+    |shard i of g_j|^2, with e the quantizer's. A rank sends n - 1 payloads of one shard. The
+    parameters' all-gather stays exact, and torch does the rest as before: mixed precision,
+    accumulation, divide factors.
+
+    Args:
+        model: on whose modules `fully_shard` was called, with a mesh of one dimension.
+        bits: bits per coordinate, or a function of a unit's parameters; see `RHTState`.
+        replicate_group: ranks with the same shards of replicas of the model (HSDP); their means
+            are averaged, compressed, as `rhtcomm.all_reduce` does. torch must not know of them:
+            with a mesh of dimensions "replicate" and "shard", give ``mesh["shard"]`` to
+            `fully_shard`, and ``mesh.get_group("replicate")`` here. A mesh of (ranks, 1)
+            replicates only. After `set_gradient_divide_factor` replicas are added up instead, as in
+            torch's own HSDP.
+        options: of `RHTState`; not process_group, communicator, error_feedback or
+            quantizer="lattice". A step is a backward pass that reduces; to reduce a unit a second
+            time in one pass begins another step. algorithm is for replicate_group, with which
+            rotations="auto" is refused.
+
+    Returns:
+        A handle as that of `register`. Its `remove` gives the reductions back to torch.
+
+    Raises:
+        TypeError: `fully_shard` was not called on the model, or an option is of another type.
+        ValueError: torch itself replicates a unit (native HSDP), units have different ranks, or an
+            option is out of its range or refused.
+        RuntimeError: a unit has a reduce-scatter or an all-reduce hook already; or another rank did
+            not come.
+        DisagreementError: on all ranks, where their arguments or units differ.
+    """
+    units = units_in(model)
+    for unit in units:
+        unit.check(hooks=replicate_group is not None)
+    state = ShardedState(units, replicate_group, bits, **options)
+    state.begin()
+    for unit in units:
+        unit.module.set_custom_reduce_scatter(_ReduceScatter(state, unit))
+        if replicate_group is not None:
+            unit.module.set_all_reduce_hook(partial(state.average, unit))
+    log_summary(state, units[0].device, _reductions(units, state.engines))
+    return Handle(model, state)
+
+
+def _reductions(
+    units: Sequence[Unit], engines: Sequence[Engine]
+) -> list[tuple[Reducer, torch.dtype, int, bool]]:
+    """Of a step."""
+    shards, *replicas = (engine.reducer for engine in engines)
+    found = []
+    for unit in units:
+        if shards.topology.world_size > 1:
+            found.append((shards, unit.dtype, unit.numel * shards.topology.world_size, True))
+        found += [(reducer, unit.dtype, unit.numel, False) for reducer in replicas]
+    return found
+
+
+class _ReduceScatter(ReduceScatter):
+    """What FSDP2 reduces the gradients of a unit by."""
+
+    def __init__(self, state: ShardedState, unit: Unit) -> None:
+        self._state, self._unit = state, unit
+
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        self._state.scatter(self._unit, output_tensor, input_tensor, group, op)

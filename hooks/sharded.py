@@ -1,0 +1,305 @@
+"""The state of a model that `fully_shard` was called on: its reductions, their keys, their end."""
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..communicators import Topology
+from ..randomness import Key
+from ..reduce import Reducer
+from .buckets import say_if_exact
+from .engines import Bucket, Engine
+from .inline import InlineEngine
+from .models import ranks_of
+from .policy import Bits
+from .session import Session
+from .state import RHTState
+from .units import CALL, Unit
+
+__all__ = ["ShardedState"]
+
+_REFUSED = {
+    "process_group": "each unit has the ranks of its mesh",
+    "communicator": "each unit has the ranks of its mesh",
+    "equalize": "its scales are of whole parameters, and ranks have shards of them",
+    "error_feedback": "it would keep float32 numbers of the whole model's size on every rank",
+}
+
+
+class ShardedState(RHTState):
+    """Configuration and progress of a model's reductions. `compress_fsdp` makes it.
+
+    Buckets are numbered by unit: i of u units for its reduce-scatter, and u (1 + s) + i where the
+    ranks with shard s average it over replicas.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        replicate_group: dist.ProcessGroup | None,
+        bits: Bits,
+        **options: Any,
+    ) -> None:
+        _check_ranks(units, replicate_group)
+        _check_options(options, replicate_group)
+        super().__init__(bits, **options)
+        # They have the model, which has this state.
+        self._numbers = weakref.WeakKeyDictionary({unit: i for i, unit in enumerate(units)})
+        self._shards = [(unit.name, unit.numel) for unit in units]
+        self._replicate_group = replicate_group
+        self._replicas = Session(None, self._timeout, None, silent=True)
+        self._finalizer_of_replicas = weakref.finalize(self, self._replicas.close_late)
+        # The step that goes on: its key, its backward pass by autograd's number, its buckets.
+        self._now, self._pass, self._reduced = self.key, -1, set[int]()
+
+    # Beginning ----------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Connect the ranks and compare their arguments; all of them call it alike.
+
+        Raises:
+            ValueError: it excludes a parameter that the model has not.
+            RuntimeError: another rank did not come.
+            DisagreementError: on all ranks, where their arguments or units differ.
+        """
+        self._learn_units()
+        unit = next(iter(self._numbers))
+        try:
+            engine = self._session.start(unit.device, unit.ranks, self._make_engine)
+            self._compare(engine, unit.device)
+            if self._replicate_group is not None:
+                make = self._make_engine_of_replicas
+                engine = self._replicas.start(unit.device, self._replicate_group, make)
+                self._compare(engine, unit.device)
+        except BaseException as failure:
+            for engine in self.engines:
+                engine.fail(failure)
+                engine.close()
+            self._session.called = True  # nobody could
+            raise
+
+    def _compare(self, engine: Engine, device: torch.device) -> None:
+        engine.agree(self.key, device)
+        engine.agreed = False  # a checkpoint may be loaded before the first reduction
+
+    def _learn_units(self) -> None:
+        """The parameters of the units and their names."""
+        named = [pair for unit in self._numbers for pair in unit.named_parameters()]
+        self._session.learn([parameter for _, parameter in named])
+        self.policy.learn(named)
+
+    @property
+    def engines(self) -> list[InlineEngine]:
+        """That of the shards and, where there are replicas, theirs."""
+        found = (self._session.engine, self._replicas.engine)
+        return [engine for engine in found if isinstance(engine, InlineEngine)]
+
+    def _kind_of_engine(self, device: torch.device, reducer: Reducer) -> type[Engine]:
+        return InlineEngine
+
+    def _facts(self, number: int) -> dict[str, object]:
+        replicas = 1 if self._replicate_group is None else self._replicate_group.size()
+        return super()._facts(number) | {"units": self._shards, "replicas": replicas}
+
+    def _make_engine_of_replicas(
+        self, topology: Topology, number: int, device: torch.device
+    ) -> Engine:
+        reducer = Reducer(self.codec, topology, self.algorithm, self.min_numel)
+        facts = self._facts(number) | {"shard": self.engines[0].topology.rank}
+        return InlineEngine(reducer, facts, repr(self), self.totals, None, self.nmse_every)
+
+    # Reductions ---------------------------------------------------------------------------------
+
+    def scatter(
+        self,
+        unit: Unit,
+        output: torch.Tensor,
+        gradients: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+    ) -> None:
+        """`output` becomes what `op` makes of this rank's shards of the ranks' gradients."""
+        with self._failures_told():
+            factor = _factor(op, group.size())
+            engine = self.engines[0]
+            if not engine.topology.private and group not in engine.topology.carriers():
+                raise RuntimeError(
+                    f"{CALL}: {unit.name} is reduced over another process group than at first; "
+                    "call set_separate_reduce_scatter_group before compress_fsdp"
+                )
+            number = self._numbers[unit]
+            bucket = self._bucket(unit, number, self._session, _floats(gradients), _floats(output))
+            engine.run(bucket)
+            if factor != 1:
+                output.mul_(factor)
+
+    def average(self, unit: Unit, shard: torch.Tensor) -> None:
+        """`shard` becomes its mean over replicas; their sum, if the user gave a divide factor."""
+        with self._failures_told():
+            shards, replicas = self.engines
+            number = len(self._shards) * (1 + shards.topology.rank) + self._numbers[unit]
+            replicas.run(self._bucket(unit, number, self._replicas, _floats(shard)))
+            if unit.divide_factor is not None:
+                shard.mul_(replicas.topology.world_size)
+
+    @contextlib.contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        """Within it, the other ranks hear of errors."""
+        self._session.called = True
+        try:
+            if self._session.closed:
+                raise RuntimeError(f"{CALL}: its handle was closed; call compress_fsdp again")
+            yield
+        except BaseException as failure:
+            for engine in self.engines:
+                engine.fail(failure)
+            raise
+
+    def _bucket(
+        self,
+        unit: Unit,
+        number: int,
+        session: Session,
+        buffer: torch.Tensor,
+        output: torch.Tensor | None = None,
+    ) -> Bucket:
+        say_if_exact(buffer.dtype, self._said)
+        numel = buffer.numel() if output is None else output.numel()
+        parameters, lengths, rows = unit.segments(numel) or ([], (numel,), (1,))
+        if not parameters and self.policy.by_bucket:
+            raise RuntimeError(
+                f"{CALL}: some parameters of {unit.name} have no gradient, and torch does not say "
+                "which, while exclude and a function for bits depend on it; call "
+                "model.set_reduce_scatter_unused_params(True) of newer torch versions, which gives "
+                "them zeros"
+            )
+        if parameters and not self._session.knows(parameters):
+            self._learn_units()  # load_state_dict(assign=True) brought new ones
+        key, ends = self._next_key(number, session)
+        treatment = self.policy.treatment(key.step, parameters)
+        return Bucket(buffer, key, parameters, ends, treatment, self, output, (lengths, rows))
+
+    def _next_key(self, number: int, session: Session) -> tuple[Key, bool]:
+        """The key of a bucket, and whether it has to end its step, since nothing else would.
+
+        A step is a backward pass. A number that comes again in one begins another step, so that no
+        key comes twice.
+        """
+        current: int = torch._C._current_graph_task_id()  # -1: none
+        if current not in (-1, self._pass):
+            torch.autograd.Variable._execution_engine.queue_callback(self._settle)
+        if current != self._pass or number in self._reduced:
+            self._now, self._pass, self._reduced = self.key, current, set()
+            self._next_step()
+        self._reduced.add(number)
+        private = session.engine is not None and session.engine.topology.private
+        owner = 0 if private else session.number
+        return replace(self._now, bucket=number, owner=owner), current == -1
+
+    def _settle(self) -> None:
+        """At the end of a backward pass."""
+        with self._failures_told():
+            for engine in self.engines:
+                engine.settle(self._now)
+
+    # Checkpoints and the end --------------------------------------------------------------------
+
+    def state_dict(self, model: nn.Module | None = None) -> dict[str, Any]:
+        for engine in self.engines:
+            engine.checks.raise_failed(wait=True)
+        return super().state_dict(model)
+
+    def load_state_dict(self, state: dict[str, Any], model: nn.Module | None = None) -> None:
+        super().load_state_dict(state, model)
+        self._pass, self._reduced = -1, set()
+
+    def close(self) -> None:
+        self._finalizer_of_replicas.detach()
+        self._replicas.close()
+        super().close()
+        for engine in self.engines:
+            if engine.failure is None:
+                engine.checks.raise_failed(wait=True)
+
+    def bypass(self, model: nn.Module) -> None:
+        """Give the reductions back to torch; an average over replicas, to `torch.distributed`."""
+        for unit in self._numbers:
+            unit.restore()
+            if self._replicate_group is not None:
+                hook = partial(_average_exactly, unit, self._replicate_group)
+                unit.module.set_all_reduce_hook(hook)
+
+
+def _floats(x: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(x).view(-1) if x.is_complex() else x
+
+
+def _average_exactly(unit: Unit, group: dist.ProcessGroup, shard: torch.Tensor) -> None:
+    dist.all_reduce(shard, group=group)
+    if unit.divide_factor is None:
+        shard.div_(group.size())
+
+
+def _factor(op: Any, world_size: int) -> float:
+    """What a reduction is, as a multiple of the mean.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if op == dist.ReduceOp.AVG:
+        return 1
+    if op == dist.ReduceOp.SUM:
+        return world_size
+    if op == dist.ReduceOp.PREMUL_SUM:
+        return world_size * float(op.__getstate__()[1])
+    raise ValueError(f"{CALL}: {op} is no sum or mean; leave the divide factors to torch")
+
+
+def _check_ranks(units: Sequence[Unit], replicate_group: object) -> None:
+    shards = ranks_of(units[0].ranks)
+    for unit in units:
+        if ranks_of(unit.ranks) != shards:
+            raise ValueError(
+                f"{CALL}: {units[0].name} is sharded over the ranks {shards}, but {unit.name} over "
+                f"{ranks_of(unit.ranks)}; give fully_shard one mesh for all units"
+            )
+    if replicate_group is None:
+        return
+    if not isinstance(replicate_group, dist.ProcessGroup):
+        raise TypeError(
+            f"{CALL}: replicate_group={replicate_group!r} must be a process group of which this "
+            'rank is one, such as mesh.get_group("replicate")'
+        )
+    replicas = ranks_of(replicate_group)
+    if {*replicas} & {*shards} != {dist.get_rank()}:
+        raise ValueError(
+            f"{CALL}: replicate_group has the ranks {replicas}, and the model is sharded over "
+            f"{shards}; rank {dist.get_rank()} must be the only one that both have"
+        )
+
+
+def _check_options(options: dict[str, Any], replicate_group: object) -> None:
+    for name, reason in _REFUSED.items():
+        if options.get(name):
+            raise ValueError(f"{CALL}: leave out {name}; {reason}")
+    if options.get("quantizer") == "lattice":
+        raise ValueError(
+            f'{CALL}: quantizer="lattice" has no payload for one rank alone; take another one'
+        )
+    if replicate_group is None and options.get("algorithm", "auto") != "auto":
+        raise ValueError(
+            f"{CALL}: algorithm={options['algorithm']!r} is for replicate_group; shards travel by "
+            "one all-to-all"
+        )
+    if replicate_group is not None and options.get("rotations") == "auto":
+        raise ValueError(
+            f'{CALL}: rotations="auto" is not for replicate_group, since ranks with other shards '
+            "would want other numbers; give a number"
+        )

@@ -1,0 +1,77 @@
+"""What a hook does, in one line."""
+
+import logging
+from collections.abc import Iterable
+
+import torch
+
+from ..codec import DTYPES
+from ..communicators import Topology, TorchCommunicator, backend_of
+from ..kernels import cpu, kernel_for, reference
+from ..lattice import Lattice
+from ..reduce import Reducer
+from .state import RHTState
+
+__all__ = ["log_summary"]
+
+_log = logging.getLogger("rhtcomm")
+
+
+def log_summary(
+    state: RHTState,
+    device: torch.device,
+    reductions: Iterable[tuple[Reducer, torch.dtype, int, bool]],
+) -> None:
+    """Log on rank 0 what is done to gradients on a device.
+
+    `reductions` are those of a step: by which reducer, of which dtype, of how many coordinates, and
+    whether the mean is scattered.
+    """
+    engine = state.engine
+    assert engine is not None
+    topology, codec = engine.topology, str(state.codec)
+    if topology.rank != 0:
+        return
+    if state.policy.by_bucket:
+        traffic = "a policy decides bucket by bucket what is compressed, and how"
+    else:
+        sent, uncompressed = (b / 1e6 for b in _bytes_per_step(state, reductions))
+        traffic = f"a rank sends about {sent:.2f} MB per step instead of {uncompressed:.2f} MB"
+        if state.policy.treatment(state.key.step, ()) is not None:
+            traffic += f" from step {state.policy.warmup_steps} on"
+    _log.info(
+        f"rhtcomm: gradients of {topology.world_size} ranks are averaged by {codec}, algorithm "
+        f"{state.algorithm!r}, over {_transport(topology, device)}, with "
+        f"{_kernels(state, device)}; {traffic}"
+    )
+
+
+def _transport(topology: Topology, device: torch.device) -> str:
+    if topology.within is not None:
+        within, between = _transport(topology.within, device), _transport(topology.between, device)
+        return f"{within} within a node and {between} between nodes"
+    if isinstance(topology, TorchCommunicator):
+        return "gloo" if topology.private else backend_of(topology.group, device.type)
+    return type(topology).__name__
+
+
+def _kernels(state: RHTState, device: torch.device) -> str:
+    if isinstance(state.codec, Lattice):
+        return "plain torch"
+    kernel = kernel_for(device, state.codec.quantizer)
+    if isinstance(kernel, cpu.Library):
+        return f"C kernels ({kernel.variant})"
+    return "plain torch" if kernel is reference else "Triton kernels"
+
+
+def _bytes_per_step(
+    state: RHTState, reductions: Iterable[tuple[Reducer, torch.dtype, int, bool]]
+) -> tuple[float, float]:
+    """What a rank sends with and without compression."""
+    sent = uncompressed = 0.0
+    for reducer, dtype, numel, scatters in reductions:
+        before = reducer.topology.ring_bytes(numel * dtype.itemsize) / (2 if scatters else 1)
+        uncompressed += before
+        compressed = dtype in DTYPES and numel >= state.min_numel
+        sent += reducer.expected_bytes(numel, scatters) if compressed else before
+    return sent, uncompressed

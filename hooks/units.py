@@ -1,0 +1,178 @@
+"""The units of a model that torch's `fully_shard` was called on.
+
+torch says in public which modules are units, and takes a reduce-scatter and an all-reduce hook for
+each. Which parameters a unit reduces, in which order and over which ranks, it keeps to itself: that
+is asked for here, and nowhere else. The names are those of torch 2.11 to 2.15.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo
+
+from ..segments import rows_of
+from .models import plain_name
+
+__all__ = ["CALL", "Unit", "units_in"]
+
+CALL = "rhtcomm.hooks.compress_fsdp"  # for errors
+
+
+class Unit:
+    """Parameters that are gathered, and whose gradients are reduced, in one exchange.
+
+    Args:
+        module: that `fully_shard` was called on, or the first of several.
+        group: torch's, of its parameters.
+        names: of the model's modules.
+    """
+
+    def __init__(self, module: FSDPModule, group: Any, names: dict[nn.Module, str]) -> None:
+        assert isinstance(module, nn.Module)
+        self.module, self._group = module, group
+        self.name = names[module] or type(module).__name__
+        infos = [parameter._module_info for parameter in group.fsdp_params]
+        self._names = [f"{names[info.module]}.{info.param_name}".lstrip(".") for info in infos]
+        self._before = group._reduce_scatter_comm, group._all_reduce_hook
+
+    def named_parameters(self) -> list[tuple[str, torch.Tensor]]:
+        """This rank's shards of them, and their names in the model."""
+        parameters = [parameter.sharded_param for parameter in self._group.fsdp_params]
+        return list(zip(self._names, parameters, strict=True))
+
+    @property
+    def ranks(self) -> dist.ProcessGroup:
+        """That share out its gradients."""
+        ranks: dist.ProcessGroup = self._group._reduce_scatter_process_group
+        return ranks
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._group.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which its gradients are reduced; of complex ones, of their parts."""
+        first = self._group.fsdp_params[0]
+        policy, own = first.mp_policy, first.sharded_param.dtype
+        dtype: torch.dtype = policy.reduce_dtype or policy.param_dtype or own
+        return dtype.to_real()
+
+    @property
+    def divide_factor(self) -> float | None:
+        """What the user had its gradients divided by; None: by the number of ranks."""
+        factor: float | None = self._group.gradient_divide_factor
+        return factor
+
+    @property
+    def numel(self) -> int:
+        """Coordinates of a shard, where all parameters that are trained have a gradient."""
+        return sum(shape.numel() for _, shape in self._trained())
+
+    def segments(
+        self, numel: int
+    ) -> tuple[list[torch.Tensor], tuple[int, ...], tuple[int, ...]] | None:
+        """Of a shard of `numel` coordinates: the parameters, their lengths and their rows.
+
+        With the zeros that make the shards of uneven parameters equally long. None where some
+        parameter has no gradient.
+        """
+        trained = self._trained()
+        lengths = tuple(shape.numel() for _, shape in trained)
+        if sum(lengths) != numel:
+            return None
+        rows = tuple(rows_of(shape, shape.numel()) for _, shape in trained)
+        return [parameter for parameter, _ in trained], lengths, rows
+
+    def _trained(self) -> list[tuple[torch.Tensor, torch.Size]]:
+        """Parameters with the shapes of their shards, in the order of their gradients.
+
+        Complex numbers are pairs.
+        """
+        trained = [p for p in self._group.fsdp_params if p.sharded_param.requires_grad]
+        return [
+            (
+                p.sharded_param,
+                torch.Size([*p.padded_sharded_param_size, *[2] * p.sharded_param.is_complex()]),
+            )
+            for p in trained
+        ]
+
+    def restore(self) -> None:
+        """Have it reduce as it did when this object was made."""
+        self._group._reduce_scatter_comm, self._group._all_reduce_hook = self._before
+
+    def check(self, hooks: bool) -> None:
+        """Raise unless its reduce-scatter and, with `hooks`, its all-reduce hook can be replaced.
+
+        Raises:
+            ValueError: torch itself replicates it, by an all-reduce that nothing can replace.
+            RuntimeError: it has a reduce-scatter or a hook of somebody's.
+        """
+        mesh_info = self._group.mesh_info
+        if isinstance(mesh_info, DDPMeshInfo):
+            raise ValueError(
+                f"{CALL}: torch itself replicates {self.name} (native HSDP or replicate, on "
+                f"{mesh_info.mesh}), by an all-reduce that nothing can replace. Give fully_shard "
+                'the mesh of the shards alone, such as mesh["shard"], and compress_fsdp the group '
+                'of the replicas: replicate_group=mesh.get_group("replicate")'
+            )
+        scatter, hook = self._before
+        if type(scatter).__name__ != "DefaultReduceScatter":
+            raise RuntimeError(
+                f"{CALL}: {self.name} has a reduce-scatter already ({type(scatter).__name__}); "
+                "remove() the handle of an earlier call, or leave out what set it, such as "
+                "set_custom_reduce_scatter or set_symm_mem_for_comm"
+            )
+        if hooks and hook is not None:
+            raise RuntimeError(
+                f"{CALL}: {self.name} has an all-reduce hook already, and torch takes one; leave "
+                "out replicate_group, or that hook"
+            )
+
+
+def _groups_of(state: Any) -> list[Any]:
+    """Of parameters, that torch keeps for modules that `fully_shard` was called on."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    only = state._fsdp_param_group  # in torch 2.11
+    return [] if only is None else [only]
+
+
+def units_in(model: nn.Module) -> list[Unit]:
+    """The units of a model that have parameters, in the order of its modules.
+
+    Raises:
+        TypeError: it has none.
+        ValueError: the parameters of a unit are sharded over several meshes.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{CALL}: model={model!r:.80} must be a model that fully_shard was called on"
+        )
+    names = {module: plain_name(name) for name, module in model.named_modules()}
+    units, seen = list[Unit](), set[int]()
+    for module in names:
+        if not isinstance(module, FSDPModule):
+            continue
+        state: Any = module._get_fsdp_state()
+        groups = _groups_of(state)
+        if len(groups) > 1:
+            raise ValueError(
+                f"{CALL}: the parameters of {names[module] or type(module).__name__} are sharded "
+                f"over {len(groups)} meshes, and torch takes one reduce-scatter; call fully_shard "
+                "for the modules of each mesh"
+            )
+        if groups and id(state) not in seen:  # fully_shard([a, b]) makes one unit of both
+            seen.add(id(state))
+            units.append(Unit(module, groups[0], names))
+    if not units:
+        raise TypeError(
+            f"{CALL}: fully_shard was called on no module of this {type(model).__name__}; call it "
+            "first. (A model in DistributedDataParallel goes to rhtcomm.hooks.register.)"
+        )
+    return units
