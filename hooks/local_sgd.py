@@ -135,6 +135,7 @@ class OuterAverager:
         self.optimizer = outer_optimizer(optimizer or _diloco, self.anchors)
         self.inner_steps = 0
         """How often `step` was called."""
+        self._began = [0] * fragments  # after which inner step each was last exchanged
         self._flights: list[_Flight] = []
         self.state = OuterState(self._facts(followed), bits, **options)
         self._handle = Handle(self.anchors, self.state)
@@ -196,9 +197,10 @@ class OuterAverager:
 
     @torch.no_grad()
     def synchronize(self) -> None:
-        """Exchange all fragments now: afterwards all ranks have the anchors for parameters.
+        """Exchange what was trained since its last exchange; then parameters are the anchors.
 
-        For the end of training, on all ranks alike. It takes outer steps like any other.
+        For the end of training, on all ranks alike. What is in flight is applied before. It takes
+        outer steps as `step` does, of fragments that were not exchanged after this very step.
 
         Raises:
             RuntimeError: the exchange failed, or the averager was closed.
@@ -206,8 +208,9 @@ class OuterAverager:
         self._check_open("synchronize")
         with self._failures_told():
             self._land(self.inner_steps + self._delay)
-            for i in range(len(self._fragments)):
-                self._send(i, self.inner_steps)
+            for i, began in enumerate(self._began):
+                if began < self.inner_steps:
+                    self._send(i, self.inner_steps)
             self._land(self.inner_steps)
 
     def _check_open(self, call: str) -> None:
@@ -221,6 +224,7 @@ class OuterAverager:
         futures = self.state.send(parts, changes)
         if due == self.inner_steps:
             starts.clear()
+        self._began[fragment] = self.inner_steps
         self._flights.append(_Flight(fragment, due, starts, changes, futures))
 
     def _land(self, now: int) -> bool:
@@ -277,6 +281,7 @@ class OuterAverager:
             "anchors": {name: x.clone() for name, x in self.anchors.state_dict().items()},
             "buffers": {name: x.clone() for name, x in self._anchors_of_buffers().items()},
             "optimizer": copy.deepcopy(saved_optimizer(self.optimizer, self.anchors)),
+            "exchanged": [*self._began],
             "in_flight": [[flight.fragment, flight.due] for flight in self._flights],
         }
         if self._flights:
@@ -313,7 +318,7 @@ class OuterAverager:
         self.anchors.load_state_dict(dict(saved.anchors))
         for name, anchor in self._anchors_of_buffers().items():
             anchor.copy_(saved.buffers[name])
-        self.inner_steps = saved.inner_steps
+        self.inner_steps, self._began = saved.inner_steps, saved.began
         self._flights = [
             _Flight(i, due, self._placed(i, starts), self._placed(i, changes), [])
             for i, due, starts, changes in saved.flights

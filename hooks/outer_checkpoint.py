@@ -10,7 +10,7 @@ from torch import nn
 __all__ = ["Saved", "read", "saved_optimizer", "to_torch"]
 
 _CALL = "rhtcomm.hooks.OuterAverager.load_state_dict"
-_KEYS = {"seed", "step", "inner_steps", "anchors", "buffers", "optimizer", "in_flight"}
+_KEYS = {"seed", "step", "inner_steps", "anchors", "buffers", "optimizer", "exchanged", "in_flight"}
 
 Named = Mapping[str, torch.Tensor]
 
@@ -19,6 +19,8 @@ class Saved(NamedTuple):
     """What `OuterAverager.state_dict` returned, checked."""
 
     inner_steps: int
+    began: list[int]
+    """After which inner step each fragment was last exchanged."""
     anchors: Named
     buffers: Named
     optimizer: Mapping[str, Any]
@@ -86,12 +88,19 @@ def read(
     _check_optimizer(state["optimizer"], optimizer, anchors)
     try:
         inner_steps = operator.index(state["inner_steps"])
+        began = [*map(operator.index, state["exchanged"])]
         flights = [(operator.index(f), operator.index(due)) for f, due in state["in_flight"]]
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{_CALL}: inner_steps is {state['inner_steps']!r:.80} and in_flight "
-            f"{state['in_flight']!r:.80}; give what state_dict() returned"
+            f"{_CALL}: inner_steps is {state['inner_steps']!r:.80}, exchanged "
+            f"{state['exchanged']!r:.80} and in_flight {state['in_flight']!r:.80}; give what "
+            "state_dict() returned"
         ) from error
+    if len(began) != len(lengths):
+        raise ValueError(
+            f"{_CALL}: it was saved with fragments={len(began)}, and here are {len(lengths)}; take "
+            "as many as then"
+        )
     tensors = state.get(own, {})
     if flights and not tensors:
         raise ValueError(
@@ -104,14 +113,15 @@ def read(
     for i, (fragment, due) in enumerate(flights):
         starts, changes = (tensors[str(i)][what] for what in ("starts", "changes"))
         numbers = [tensor.numel() for tensor in starts]
-        expected = [*lengths[fragment]] if 0 <= fragment < len(lengths) else []
+        expected = [*lengths[fragment]]
         if numbers != expected:
             raise ValueError(
                 f"{_CALL}: fragment {fragment} was in flight with {numbers} numbers, and has "
-                f"{expected} here; take the same model and fragments as then"
+                f"{expected} here; take the same model as then"
             )
         found.append((fragment, due, starts, changes))
-    return Saved(inner_steps, state["anchors"], state["buffers"], state["optimizer"], found)
+    named = (state["anchors"], state["buffers"], state["optimizer"])
+    return Saved(inner_steps, began, *named, found)
 
 
 def _check_alike(what: str, saved: Any, here: Named) -> None:
