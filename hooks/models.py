@@ -49,9 +49,8 @@ def ddp_in(model: nn.Module, owner: str) -> DistributedDataParallel:
     sharded = [one for one in model.modules() if _is_sharded(one)]
     if sharded:
         raise TypeError(
-            f"{owner}: the model is sharded ({type(sharded[0]).__name__}); where fully_shard did "
-            "that (FSDP2), call rhtcomm.hooks.compress_fsdp(model) instead, and in place of "
-            "FullyShardedDataParallel (FSDP1) use fully_shard"
+            f"{owner}: the model is sharded ({type(sharded[0]).__name__}); call "
+            "rhtcomm.hooks.compress_fsdp(model) instead"
         )
     raise TypeError(
         f"{owner}: there is no DistributedDataParallel in this {type(model).__name__}; wrap the "
