@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -49,12 +50,11 @@ def lighthouse() -> Iterator[str]:
 def keys(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Key]]:
     """The keys of all exchanges, with the reducers that used them."""
     seen: list[tuple[int, Key]] = []
-    alive: list[Reducer] = []  # so that no two have one id
+    numbers_of: weakref.WeakKeyDictionary[Reducer, int] = weakref.WeakKeyDictionary()
     original = Reducer.mean_
 
     def listening(self: Reducer, flat: torch.Tensor, key: Key, **options: Any) -> Any:
-        alive.append(self)
-        seen.append((id(self), key))
+        seen.append((numbers_of.setdefault(self, len(seen)), key))
         return original(self, flat, key, **options)
 
     monkeypatch.setattr(Reducer, "mean_", listening)
@@ -75,8 +75,9 @@ class Replica:
         self.outer = torch.optim.SGD(self.model.parameters(), 0.7, momentum=0.9, nesterov=True)
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.number, self.sizes = number, list[int]()
+        self.pg = torchft.ProcessGroupGloo(timeout=LATE)
         self.manager = torchft.Manager(
-            pg=torchft.ProcessGroupGloo(timeout=LATE),
+            pg=self.pg,
             load_state_dict=self.load,
             state_dict=self.save,
             min_replica_size=least,
@@ -132,6 +133,7 @@ class Replica:
     def end(self) -> None:
         self.compressed.remove()
         self.manager.shutdown(wait=False)
+        self.pg.shutdown()  # as its connections end with a process
 
 
 def test_quantized_all_reduces_are_compressed_and_others_are_not(lighthouse: str) -> None:
