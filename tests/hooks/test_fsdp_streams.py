@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from rhtcomm import PayloadError
 from rhtcomm.hooks import Handle, compress_fsdp
-from rhtcomm.hooks.engines import Bucket
+from rhtcomm.hooks.buckets import Bucket
 from rhtcomm.hooks.inline import InlineEngine
 
 Gradients = list[dict[str, torch.Tensor]]
