@@ -85,7 +85,8 @@ class OuterAverager:
     parameters and buffers are left alone.
 
     All ranks begin with the same parameters and followed buffers, which they compare. From then on
-    they apply the same means by the same arithmetic, so that anchors stay identical by bits.
+    they apply the same means by the same arithmetic, so that anchors stay identical by bits; where
+    their processors round differently, a warning says so.
 
     Args:
         model: it may be wrapped in DistributedDataParallel over other ranks than those that

@@ -1,5 +1,6 @@
 """What an averager refuses, and that ranks hear of each other's failures."""
 
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -100,6 +101,27 @@ def test_ranks_that_disagree_find_out(ranks: Ranks) -> None:
     for messages in ranks.run(disagree, 2):
         for name, pattern in expected.items():
             assert re.search(pattern, messages[name]), (name, messages[name])
+
+
+def rounds_differently(rank: int, world_size: int) -> list[str]:
+    messages: list[str] = []
+    fused = "rhtcomm.hooks.outer._fused_sum"
+    with pytest.MonkeyPatch.context() as patch:
+        for numbers in (torch.zeros(9), torch.full((9,), float(rank))):
+            patch.setattr(fused, lambda device, numbers=numbers: numbers)
+            patch.setattr(
+                logging.getLogger("rhtcomm"), "warning", lambda *a: messages.append(a[0] % a[1:])
+            )
+            averager(normed(), period=1).state.close()
+            messages.append("made")
+    return messages
+
+
+def test_processors_that_round_differently_are_told(ranks: Ranks) -> None:
+    first, second = ranks.run(rounds_differently, 2)
+    assert first[0] == first[2] == "made"
+    assert "whose processors are of other kinds" in first[1]
+    assert second == ["made", "made"]
 
 
 # ---- Ranks that fail --------------------------------------------------------------------------
