@@ -107,8 +107,8 @@ def rounds_differently(rank: int, world_size: int) -> list[str]:
     messages: list[str] = []
     fused = "rhtcomm.hooks.outer._fused_sum"
     with pytest.MonkeyPatch.context() as patch:
-        for numbers in (torch.zeros(9), torch.full((9,), float(rank))):
-            patch.setattr(fused, lambda device, numbers=numbers: numbers)
+        for drawn in (torch.zeros(9), torch.full((9,), float(rank))):
+            patch.setattr(fused, lambda device, drawn=drawn: drawn)
             patch.setattr(
                 logging.getLogger("rhtcomm"), "warning", lambda *a: messages.append(a[0] % a[1:])
             )

@@ -27,7 +27,10 @@ from rhtcomm.hooks.trainers.torchft import compress_manager  # noqa: E402
 from rhtcomm.reduce import Reducer  # noqa: E402
 
 # What torchft itself does.
-pytestmark = pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated"),
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable"),
+]
 
 LATE = timedelta(seconds=limit(30))
 
@@ -225,3 +228,7 @@ def test_replicas_leave_and_join(lighthouse: str, keys: list[tuple[int, Key]]) -
 def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match=r"must be a torchft\.Manager"):
         compress_manager(object())  # type: ignore[arg-type]
+    manager = torchft.Manager.__new__(torchft.Manager)
+    manager._pg = torchft.process_group.ProcessGroupDummy(0, 1)
+    with pytest.raises(TypeError, match=r"ProcessGroupDummy, and only torchft\.ProcessGroupGloo"):
+        compress_manager(manager)
