@@ -356,8 +356,7 @@ class OuterAverager:
         """
         if self._closed:
             return
-        self._closed = True
-        self.state.close()
+        self._end()
         if self.stats().steps == 0 and self._engine.topology.world_size > 1:
             warnings.warn(
                 f"{CALL}: it was closed before the first exchange, after {self.inner_steps} calls "
@@ -366,8 +365,15 @@ class OuterAverager:
                 stacklevel=2,
             )
 
+    def _end(self) -> None:
+        self._closed = True
+        self.state.close()
+
     def __enter__(self) -> "OuterAverager":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:  # which says more than a warning
+            self._end()

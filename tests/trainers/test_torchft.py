@@ -179,6 +179,23 @@ def test_quantized_all_reduces_are_compressed_and_others_are_not(lighthouse: str
         assert result["stats"].compression_ratio == pytest.approx(8, rel=0.04)
 
 
+def test_replicas_that_disagree_discard_the_step(lighthouse: str) -> None:
+    def run(number: int) -> tuple[str, bool]:
+        replica = Replica(number, lighthouse, least=2, bits=3 + number)
+        manager = replica.manager
+        manager.start_quorum()
+        assert not manager.allreduce(torch.ones(300), should_quantize=True).wait()
+        error, commits = str(manager.errored()), manager.should_commit()
+        replica.end()
+        return error, commits
+
+    with ThreadPoolExecutor(2) as pool:
+        for error, commits in pool.map(run, range(2)):
+            assert "configured differently in" in error
+            assert "bits" in error
+            assert not commits
+
+
 def test_replicas_leave_and_join(lighthouse: str, keys: list[tuple[int, Key]]) -> None:
     """Two train; one leaves; the other goes on alone; a third one joins, and takes its state."""
     both, left, third_is_done = threading.Barrier(2), threading.Event(), threading.Event()
