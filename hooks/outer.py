@@ -52,8 +52,7 @@ class OuterState(RHTState):
             DisagreementError: on all ranks, where their arguments or models differ.
         """
         session = self._session
-        named = [pair for part in parts for pair in zip(part.names, part.tensors, strict=True)]
-        self.policy.learn(named)
+        self.learn(parts)
         session.called = True  # what it warns of is not for this one
         device = parts[0].flat.device
         engine = session.start(device, None, self._make_engine)
@@ -66,6 +65,13 @@ class OuterState(RHTState):
             engine.close()
             raise
         return engine
+
+    def learn(self, parts: Sequence[Part]) -> None:
+        """The names of the parts' tensors, if these are new."""
+        named = [pair for part in parts for pair in zip(part.names, part.tensors, strict=True)]
+        if not all(self._session.knows([tensor]) for _, tensor in named):
+            self._session.learn([tensor for _, tensor in named])
+            self.policy.learn(named)
 
     def _make_engine(self, *args: Any) -> Engine:
         engine = super()._make_engine(*args)

@@ -45,13 +45,15 @@ def mixed(rank: int, world_size: int) -> dict[str, Any]:
             model.complex += scale * torch.complex(torch.tensor(1.0), torch.tensor(2.0 * rank))
             model.channels += scale * numbers(rank, shape=(4, 3, 2, 2))
             model.frozen += rank
-            model.statistic += scale * (rank + 1)
+            model.statistic = model.statistic + scale * (rank + 1)  # another tensor
             model.count += rank
             model.cache += rank
 
     with averager(model, mean_of_models, period=1, bits=8) as outer:
         outer.step()  # of nothing
         nothing = {name: x.clone() for name, x in model.state_dict().items()}
+        same = {name: x.clone() for name, x in model.state_dict().items()}
+        model.load_state_dict(same, assign=True)  # other tensors too
         learn(1.0)
         outer.step()
         learned = {name: x.clone() for name, x in model.state_dict().items()}
