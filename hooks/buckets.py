@@ -1,16 +1,72 @@
-"""DDP's gradient buckets, before they reach an engine."""
+"""Gradient buckets, as DDP hands them over and as engines take them."""
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ..codec import DTYPES
+from ..randomness import Key
+from ..reduce import Treatment
+from ..segments import rows_of
+from .models import numel_of
 
-__all__ = ["floats_in", "plain_mean", "say_if_exact"]
+__all__ = ["Bucket", "floats_in", "plain_mean", "say_if_exact"]
 
 _log = logging.getLogger("rhtcomm")
+
+
+@dataclass(slots=True)
+class Bucket:
+    """A gradient bucket of one step; with FSDP2, what a unit reduces at once."""
+
+    buffer: torch.Tensor
+    """(numel,) floating, contiguous."""
+    key: Key
+    parameters: list[torch.Tensor]
+    ends: bool
+    """Whether its step ends with it, after which others use its connections, or its rank leaves."""
+    treatment: Treatment | None = None
+    """How it travels, where it is not all of it by the state's codec."""
+    state: object = None
+    """Kept until the bucket is finished: connections end when the state goes."""
+    output: torch.Tensor | None = None
+    """Where the mean is scattered: (m,), for this rank's shard of it. Then `buffer` is (n m,), one
+    shard for each rank, and what follows is of a shard."""
+    segments: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """Lengths and rows, see `rhtcomm.segments`; None: as the parameters have them."""
+    parts: "list[Bucket]" = field(default_factory=list)
+    """Buckets with all of its parameters, which travel in its place, one after the other. Until
+    their turn comes, they have its buffer."""
+    gradients: torch.Tensor | None = None
+    """Memory that parameters' gradients may be views of, where it is not `buffer`."""
+
+    def lengths_and_rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the segments in the buffer."""
+        if self.segments is not None:
+            return self.segments
+        lengths = tuple(map(torch.Tensor.numel, self.parameters))
+        if sum(lengths) != self.buffer.numel():
+            lengths = tuple(map(numel_of, self.parameters))
+        shapes = (parameter.shape for parameter in self.parameters)
+        return lengths, tuple(map(rows_of, shapes, lengths))
+
+    def by_parts_(self, mean_: "Callable[[Bucket], None]") -> None:
+        """Have `mean_` replace each part's buffer by its mean, and so this one's."""
+        lengths, _ = self.lengths_and_rows()
+        pieces = self.buffer.split(lengths)
+        piece_of = dict(zip(map(id, self.parameters), pieces, strict=True))
+        while self.parts:
+            part = self.parts.pop(0)
+            own = [piece_of[id(parameter)] for parameter in part.parameters]
+            part.buffer, part.gradients = torch.cat(own), self.buffer
+            self.key = part.key  # which errors name
+            mean_(part)
+            for piece, mean in zip(own, part.buffer.split([*map(len, own)]), strict=True):
+                piece.copy_(mean)
 
 
 def floats_in(buffer: torch.Tensor, index: int) -> torch.Tensor:

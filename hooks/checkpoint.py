@@ -24,6 +24,7 @@ class Saved(NamedTuple):
     place: tuple[int, int] | None
     """Rank and world size that the residuals are of, where there are any."""
     scales: Mapping[str, torch.Tensor]
+    buckets: list[list[str]]
 
 
 def read(state: object, codec: Codec | Lattice, error_feedback: bool) -> Saved:
@@ -42,7 +43,8 @@ def read(state: object, codec: Codec | Lattice, error_feedback: bool) -> Saved:
     # What a run with "auto" saved means nothing to a fixed number.
     wishes = _wishes(state.get("rotations", [])) if codec.rotations == AUTO else {}
     scales = _by_name(state, "scales") or {}
-    return Saved(Key(state["seed"], state["step"]), wishes, residuals, place, scales)
+    key, buckets = Key(state["seed"], state["step"]), _buckets(state.get("buckets", []))
+    return Saved(key, wishes, residuals, place, scales, buckets)
 
 
 def check_place(saved: tuple[Any, Any] | None, own: tuple[int, int] | None) -> None:
@@ -72,6 +74,18 @@ def _wishes(rows: Any) -> dict[tuple[int, int], int]:
             "returned"
         )
     return wishes
+
+
+def _buckets(rows: Any) -> list[list[str]]:
+    """The names of the parameters in each bucket."""
+    plain = isinstance(rows, list) and all(isinstance(names, list) and names for names in rows)
+    names = [name for row in rows for name in row] if plain else [None]
+    if not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
+        raise ValueError(
+            f"{_CALL}: buckets must be lists of names of parameters, each name once, but this has "
+            f"{rows!r:.80}; give what state_dict() returned"
+        )
+    return rows  # type: ignore[no-any-return]
 
 
 def _by_name(state: Mapping[str, Any], what: str) -> Mapping[str, torch.Tensor] | None:

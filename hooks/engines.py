@@ -18,7 +18,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,41 +25,19 @@ import torch
 from ..codec import DTYPES
 from ..deferred import DeferredChecks
 from ..randomness import Key
-from ..reduce import Reducer, Treatment
-from ..segments import rows_of
+from ..reduce import Reducer
+from .buckets import Bucket
 from .failures import clear_frames, explain, text_of
-from .models import numel_of
 from .residuals import Residuals
 from .scales import SCALED, Scales
 from .telemetry import Totals
 from .turns import Turn
 
-__all__ = ["Bucket", "Cuda", "Engine", "StreamEngine", "ThreadEngine", "engine_for"]
+__all__ = ["Cuda", "Engine", "StreamEngine", "ThreadEngine", "engine_for"]
 
 Future = torch.futures.Future[torch.Tensor]
 
 _log = logging.getLogger("rhtcomm")
-
-
-@dataclass(slots=True)
-class Bucket:
-    """A gradient bucket of one step; with FSDP2, what a unit reduces at once."""
-
-    buffer: torch.Tensor
-    """(numel,) floating, contiguous."""
-    key: Key
-    parameters: list[torch.Tensor]
-    ends: bool
-    """Whether its step ends with it, after which others use its connections, or its rank leaves."""
-    treatment: Treatment | None = None
-    """How it travels, where it is not all of it by the state's codec."""
-    state: object = None
-    """Kept until the bucket is finished: connections end when the state goes."""
-    output: torch.Tensor | None = None
-    """Where the mean is scattered: (m,), for this rank's shard of it. Then `buffer` is (n m,), one
-    shard for each rank, and what follows is of a shard."""
-    segments: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    """Lengths and rows, see `rhtcomm.segments`; None: as the parameters have them."""
 
 
 class Cuda:
@@ -172,6 +149,9 @@ class Engine:
 
     def _mean_(self, bucket: Bucket) -> None:
         """Replace the bucket's buffer by its mean over ranks."""
+        if bucket.parts:
+            bucket.by_parts_(self._mean_)
+            return
         reducer, buffer, key = self.reducer, bucket.buffer, bucket.key
         if self.failure is not None:
             # The other ranks are in an unknown state by now, so the first error ends it.
@@ -182,13 +162,14 @@ class Engine:
         compressible = buffer.dtype in DTYPES
         residual = None
         if self._residuals is not None and compressible:
-            residual = self._residuals.gather(bucket.parameters, buffer)
+            gradients = buffer if bucket.gradients is None else bucket.gradients
+            residual = self._residuals.gather(bucket.parameters, gradients)
         exact = None
         if self._nmse_every and compressible and key.step % self._nmse_every == 0:
             exact = self._exact_mean(buffer, residual)
         # Where others may use the connections after this step, they must be settled before.
         settle = bucket.ends and not self.topology.private
-        lengths, rows = bucket.segments or _segments(bucket)
+        lengths, rows = bucket.lengths_and_rows()
         how: Any = {
             "lengths": lengths,
             "rows": rows,
@@ -373,12 +354,3 @@ class StreamEngine(Engine):
 def engine_for(device: torch.device, reducer: Reducer) -> type[Engine]:
     """The engine that fits a reducer's transport, for buckets on a device."""
     return StreamEngine if reducer.topology.enqueues(device.type) else ThreadEngine
-
-
-def _segments(bucket: Bucket) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Lengths and rows of the parameters in the bucket's buffer."""
-    lengths = tuple(map(torch.Tensor.numel, bucket.parameters))
-    if sum(lengths) != bucket.buffer.numel():
-        lengths = tuple(map(numel_of, bucket.parameters))
-    shapes = (parameter.shape for parameter in bucket.parameters)
-    return lengths, tuple(map(rows_of, shapes, lengths))

@@ -1,7 +1,8 @@
 """Exchanges whose caller needs the result when they return."""
 
 from ..randomness import Key
-from .engines import Bucket, Engine
+from .buckets import Bucket
+from .engines import Engine
 from .failures import text_of
 
 __all__ = ["InlineEngine"]

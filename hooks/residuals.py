@@ -14,7 +14,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .models import named_parameters, numel_of, pairs_in
+from .models import model_given, named_parameters, numel_of, pairs_in
 
 __all__ = ["Residuals"]
 
@@ -122,12 +122,13 @@ class Residuals:
         """The parameters and their residuals, in the parameters' shapes."""
         return [(parameter, kept.in_shape()) for parameter, kept in pairs_in(self._of)]
 
-    def by_name(self, model: nn.Module) -> dict[str, torch.Tensor]:
+    def by_name(self, model: nn.Module | None) -> dict[str, torch.Tensor]:
         """The residuals of a model's parameters, in their shapes.
 
         Raises:
-            ValueError: there are residuals, but none of this model.
+            ValueError: the model is missing; or there are residuals, but none of this model.
         """
+        model = model_given(model, "state_dict(model)")
         found = {
             name: self._of[parameter].in_shape()
             for name, parameter in named_parameters(model).items()
@@ -148,14 +149,14 @@ class Residuals:
             found[parameter] = _Residual.from_shape(value.float().cpu(), _Layout.of(parameter))
         self._of = found
 
-    def load(self, model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    def load(self, model: nn.Module | None, saved: Mapping[str, torch.Tensor]) -> None:
         """Forget all, and take what `by_name` gave.
 
         Raises:
-            ValueError: the model lacks one of the parameters, or has it in another shape, or what
-                was saved are no residuals; nothing has changed then.
+            ValueError: the model is missing, lacks one of the parameters, or has it in another
+                shape, or what was saved are no residuals; nothing has changed then.
         """
-        named = named_parameters(model)
+        named = named_parameters(model_given(model, "load_state_dict(state, model)"))
         odd = sorted(name for name, value in saved.items() if not _is_residual(value))
         if odd:
             raise ValueError(

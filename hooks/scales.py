@@ -159,8 +159,13 @@ class Scales:
         for parameter, logarithms in pairs:
             self._of[parameter] = logarithms.to("cpu", torch.int32, copy=True)
 
-    def by_name(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Of all parameters of a model that get gradients, zeros where nothing is known."""
+    def by_name(self, model: nn.Module | None) -> dict[str, torch.Tensor]:
+        """Of all parameters of a model that get gradients, zeros where nothing is known.
+
+        Raises:
+            ValueError: the model is missing.
+        """
+        model = model_given(model, "state_dict(model)")
         return {
             name: self._of[parameter].clone() if parameter in self._of else _nothing(parameter)
             for name, parameter in named_parameters(model).items()

@@ -1,6 +1,7 @@
 """What a state runs on: whose ranks, over which connections, and how that ends."""
 
 import contextlib
+import logging
 import os
 import threading
 import warnings
@@ -20,6 +21,8 @@ from .failures import cause_of, text_of
 from .models import ranks_of
 
 __all__ = ["Session"]
+
+_log = logging.getLogger("rhtcomm")
 
 MakeEngine = Callable[[Topology, int, torch.device], Engine]
 
@@ -54,6 +57,13 @@ class Session:
         self._averages_over: list[int] | None = None  # ranks of the first model, where known
         self._seen = WeakTensorKeyDictionary()  # the parameters of models that were looked at
 
+    def say_that_a_copy_has_none(self) -> None:
+        if self.given is not None:
+            _log.warning(
+                "a copy of an RHTState has no communicator: where it is registered, it exchanges "
+                "over the model's process group; make a new RHTState to give it another one"
+            )
+
     def place(self, find: Callable[[], dist.ProcessGroup | None]) -> tuple[int, int] | None:
         """Rank and world size, where they are known; `find` looks for the model's group."""
         topology = self.given if self.engine is None else self.engine.topology
@@ -84,6 +94,11 @@ class Session:
             )
         self._averages_over = ranks  # not the group, which would not end before the state
         check_ranks(ranks, self._process_group, self.given)
+
+    def check_open(self) -> None:
+        """Raise RuntimeError if the state was closed."""
+        if self.closed:
+            raise RuntimeError("rht_hook: its RHTState was closed; make a new one and register it")
 
     # Beginning ----------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ from torch import nn
 from ..communicators import Topology
 from ..randomness import Key
 from ..reduce import Reducer
-from .buckets import say_if_exact
-from .engines import Bucket, Engine
+from .buckets import Bucket, say_if_exact
+from .engines import Engine
 from .fsdp1 import FlatUnit
 from .inline import InlineEngine
 from .models import ranks_of

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import logging
 import weakref
 from dataclasses import replace
 from datetime import timedelta
@@ -19,11 +18,12 @@ from ..communicators import Topology
 from ..randomness import Key
 from ..reduce import Algorithm, Reducer, check_algorithm
 from . import checkpoint
-from .buckets import floats_in, plain_mean, say_if_exact
+from .buckets import Bucket, floats_in, plain_mean, say_if_exact
 from .configuration import Quantizer, codec_for, most_bits
 from .connect import check_communicator
-from .engines import Bucket, Engine, Future, engine_for
-from .models import group_of_model, model_given, named_parameters
+from .engines import Engine, Future, engine_for
+from .layout import Layout
+from .models import group_of_model, named_parameters
 from .policy import Bits, Exclude, Policy
 from .residuals import Residuals
 from .scales import Scales, read_scales
@@ -31,8 +31,6 @@ from .session import Session
 from .telemetry import Stats, Totals
 
 __all__ = ["RHTState"]
-
-_log = logging.getLogger("rhtcomm")
 
 
 class RHTState:
@@ -145,6 +143,7 @@ class RHTState:
         self.wishes: dict[tuple[int, int], int] = {}
         self.residuals = Residuals()
         self.scales = Scales() if equalize else None
+        self.layout = Layout()
         self._residuals_of: tuple[int, int] | None = None  # the rank and world size that loaded
         self._begin(Session(process_group, timeout, communicator))
 
@@ -159,11 +158,7 @@ class RHTState:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: a copy has no worker thread, process group or communicator."""
-        if self._session.given is not None:
-            _log.warning(
-                "a copy of an RHTState has no communicator: where it is registered, it exchanges "
-                "over the model's process group; make a new RHTState to give it another one"
-            )
+        self._session.say_that_a_copy_has_none()
         kept = [name for name in vars(self) if name not in self._LEFT_BEHIND]
         state = {name: copy.copy(getattr(self, name)) for name in kept}
         state["totals"] = replace(self.totals, rotations=dict(self.totals.rotations))
@@ -215,12 +210,14 @@ class RHTState:
         if self.engine is not None:
             self.engine.checks.raise_failed(wait=True)
         wishes = [[*bucket, count] for bucket, count in sorted(self.wishes.items())]
-        state: dict[str, Any] = {"seed": self.key.seed, "step": self.key.step, "rotations": wishes}
+        step = self.key.step + (self._last_index >= 0)  # DDP may have left out the last buckets
+        state: dict[str, Any] = {"seed": self.key.seed, "step": step, "rotations": wishes}
+        state["buckets"] = self.layout.buckets()
         if self.error_feedback:
-            state["residuals"] = self.residuals.by_name(model_given(model, "state_dict(model)"))
+            state["residuals"] = self.residuals.by_name(model)
             state["rank"], state["world_size"] = self.place() or (None, None)
         if self.scales is not None:
-            state["scales"] = self.scales.by_name(model_given(model, "state_dict(model)"))
+            state["scales"] = self.scales.by_name(model)
         return state
 
     def load_state_dict(self, state: dict[str, Any], model: nn.Module | None = None) -> None:
@@ -240,14 +237,14 @@ class RHTState:
         saved = checkpoint.read(state, self.codec, self.error_feedback)
         known = read_scales(model, saved.scales) if self.scales is not None else []
         if saved.residuals is not None:
-            model = model_given(model, "load_state_dict(state, model)")
             checkpoint.check_place(saved.place, self.place())
             self.residuals.load(model, saved.residuals)
             self._residuals_of = saved.place
         if self.scales is not None:
             self.scales.replace(known)
-            if self.engine is not None:  # before the next bucket the ranks compare them
-                self.engine.agreed = False
+        if self.engine is not None:  # before the next bucket the ranks compare what they loaded
+            self.engine.agreed = False
+        self.layout.load(saved.buckets)
         self.key, self._last_index = saved.key, -1
         self.wishes.clear()
         self.wishes.update(saved.wishes)
@@ -268,19 +265,17 @@ class RHTState:
         if session.bypassed is not None:
             return plain_mean(bucket, session.bypassed())
         try:
-            if session.closed:
-                raise RuntimeError(
-                    "rht_hook: its RHTState was closed; make a new one and register it"
-                )
+            session.check_open()
             given = bucket.buffer()
             buffer = floats_in(given, bucket.index())
             parameters = bucket.parameters()
             of_model = None if session.knows(parameters) else self._look_at_model(parameters)
             engine = session.engine or self._start(buffer.device, of_model)
             say_if_exact(buffer.dtype, self._said)
-            key, ends = self._next(bucket.index(), bucket.is_last(), engine)
-            treatment = self.policy.treatment(key.step, parameters)
-            done = engine.submit(Bucket(buffer, key, parameters, ends, treatment, self))
+            place = self.layout.place(bucket.index(), bucket.is_last(), parameters)
+            key, ends = self._next(place.number, place.last, engine)
+            queued = Bucket(buffer, key, parameters, ends, state=self)
+            done = engine.submit(place.prepare(queued, self.policy))
         except BaseException as failure:
             self._give_up(bucket, failure)
             raise
@@ -325,6 +320,7 @@ class RHTState:
             **self.policy.facts,
             **{name: getattr(self, name) for name in names},
             "equalize": self.scales is not None,
+            "buckets of the checkpoint": self.layout,
             "states that were given its communicator before it": number,
         }
 
@@ -365,6 +361,7 @@ class RHTState:
         named = named_parameters(model)
         self._session.learn([*named.values()])
         self.policy.learn(named.items())
+        self.layout.learn(model, named)
 
     def _give_up(self, bucket: Any, failure: BaseException) -> None:
         """Tell the other ranks of a failure that comes before the engine has the bucket."""

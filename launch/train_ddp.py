@@ -73,12 +73,6 @@ class Trainer:
         self.model = DistributedDataParallel(
             self.gpt, bucket_cap_mb=args.bucket_cap_mb, gradient_as_bucket_view=True
         )
-        # DDP orders its buckets anew after its first backward pass, and compressed gradients depend
-        # on the buckets. One pass thrown away before the hook is there gives every step the final
-        # ones, in a new run and in a resumed one.
-        loss_of(self.model, *self.batch(corpus.train, args.seed, 0, self.rank)).backward()
-        self.optimizer.zero_grad()
-
         self.hook_state, hook = make_hook(args)
         self.measured = MeasuredHook(hook, device)
         self.model.register_comm_hook(self.hook_state, self.measured.hook)

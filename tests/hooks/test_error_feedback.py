@@ -202,7 +202,7 @@ def test_checkpoints_that_do_not_fit() -> None:
         state.load_state_dict({"seed": 0, "step": 4}, model)
     with pytest.raises(ValueError, match="saved has residuals"):
         plain.load_state_dict(good, model)
-    assert plain.state_dict(model) == {"seed": 0, "step": 0, "rotations": []}
+    assert plain.state_dict(model) == {"seed": 0, "step": 0, "rotations": [], "buckets": []}
 
 
 # ---- Wrong use --------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def test_nothing_happens_before_something_is_known(ranks: Ranks) -> None:
 def test_it_is_off_by_default() -> None:
     state = RHTState()
     assert state.scales is None
-    assert state.state_dict() == {"seed": 0, "step": 0, "rotations": []}
+    assert state.state_dict() == {"seed": 0, "step": 0, "rotations": [], "buckets": []}
     with pytest.raises(TypeError, match="equalize=1 must be True or False"):
         RHTState(equalize=1)  # type: ignore[arg-type]
 
