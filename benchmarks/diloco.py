@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import sysconfig
@@ -186,6 +187,7 @@ def figures(runs: dict[str, list[dict[str, Any]]], steps: int) -> list[dict[str,
             "standard_error": f"{spread:.3f}",
             "kilobytes_per_step": f"{median(name, 'bytes') / steps / 1e3:.2f}",
             "seconds_per_period": f"{median(name, 'outer_seconds'):.4f}",
+            "exchange_seconds": f"{median(name, 'exchange_seconds'):.4f}",
             "codec_seconds": f"{median(name, 'codec_seconds'):.4f}",
         }
         for other in (DDP, BASE):
@@ -197,21 +199,28 @@ def figures(runs: dict[str, list[dict[str, Any]]], steps: int) -> list[dict[str,
     return rows
 
 
+def change_of(row: dict[str, Any]) -> str:
+    """Of the loss, in percent, and its standard error where there are several seeds."""
+    if row["contestant"] == BASE:
+        return ""
+    error = f" ± {row['standard_error']}" if row["seeds"] > 1 else ""
+    return f"{float(row['percent_of_float32']):+.2f}%{error}"
+
+
 def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
     header = ["", "seeds", "loss", f"against {BASE}", "KB sent per step", "s per period"]
-    header += ["of DDP's", f"of {BASE}'s", "codec, s"]
+    header += ["of DDP's", f"of {BASE}'s", "exchange, s", "codec, s"]
     cells = [
         [
             row["contestant"],
             str(row["seeds"]),
             row["loss"],
-            ""
-            if row["contestant"] == BASE
-            else f"{float(row['percent_of_float32']):+.2f}% ± {row['standard_error']}",
+            change_of(row),
             row["kilobytes_per_step"],
             row["seconds_per_period"],
             row[f"of_{DDP}"],
             row[f"of_{BASE}"],
+            row["exchange_seconds"],
             "" if row["codec_seconds"] == "nan" else row["codec_seconds"],
         ]
         for row in rows
@@ -227,7 +236,9 @@ changes seed by seed, ± its standard error. All ranks ended with the same bits 
 Seconds per period: communication of {arguments.period} inner steps that training waits for, median
 over seeds: for DDP from the first gradient bucket to the last mean, in each step; for the others
 the whole outer step, in which the parameters are read, encoded, exchanged, decoded and set. With
-delay most of the exchange is hidden.
+delay most of the exchange is hidden. Exchange: how long of it messages were waited for. Load
+average at the end, {os.getloadavg()[0]:.1f}: what exceeds the number of ranks is other work, which
+slows all but the link.
 
 {table(header, cells)}"""
 
