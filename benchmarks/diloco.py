@@ -253,6 +253,7 @@ def main() -> None:
     parser.add_argument("--period", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--ddp-seeds", type=int, default=2, help="its runs take longest")
+    parser.add_argument("--delay-seeds", type=int, default=3, help="of contestants with delay")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--logs", type=Path, default=Path("demo-results/diloco"))
     parser.add_argument("--keep", action="store_true", help="use summaries that are there already")
@@ -272,7 +273,12 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.contestants}
     turns = list(itertools.product(range(arguments.seeds), arguments.contestants))
-    turns = [turn for turn in turns if turn[1] != DDP or turn[0] < arguments.ddp_seeds]
+    most = {
+        name: arguments.ddp_seeds if name == DDP else arguments.delay_seeds
+        for name in CONTESTANTS
+        if name == DDP or "delay" in CONTESTANTS[name]
+    }
+    turns = [turn for turn in turns if turn[0] < most.get(turn[1], arguments.seeds)]
     for seed, contestant in progress(turns, keep=True):
         runs[contestant].append(run(seed, contestant, arguments))
     rows = figures(runs, arguments.steps)
