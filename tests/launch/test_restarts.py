@@ -1,7 +1,5 @@
 """The trainer, started again: what all ranks resume from, and how a restarted run ends."""
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -10,46 +8,16 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from harness import ROOT, Ranks, limit
+from trainer_in_ranks import train
 from training_runs import FAULT, KILL, STEP_8, STEPS, Files
 
-import train_ddp
 from lib import processes
-from options import parse_args
 
 LIMIT = 180  # seconds for agents and ranks, each of which is started twice and imports torch
-
-
-def train(
-    rank: int,
-    world_size: int,
-    arguments: list[list[str]],
-    environments: list[dict[str, str]],
-    fails_at: int | None,
-) -> str:
-    """Train with each rank's own arguments and environment; return what the rank printed."""
-    clip = torch.nn.utils.clip_grad_norm_
-    calls = 0
-
-    def clip_or_fail(*given: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == fails_at:
-            raise RuntimeError("made for the purpose")
-        return clip(*given)
-
-    with (
-        mock.patch.dict(os.environ, {"RANK": str(rank)} | environments[rank]),
-        mock.patch.object(sys, "argv", ["train_ddp.py", *arguments[rank]]),
-        mock.patch.object(torch.nn.utils, "clip_grad_norm_", clip_or_fail),
-        contextlib.redirect_stdout(io.StringIO()) as printed,
-    ):
-        train_ddp.train(parse_args())
-    return printed.getvalue()
 
 
 def start(
