@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import ROOT, Ranks, limit
+from harness import ROOT, Ranks, limit, reserved_port
 from trainer_in_ranks import train
 from training_runs import FAULT, KILL, STEP_8, STEPS, Files
 
@@ -198,10 +197,8 @@ def test_a_rank_killed_on_one_of_two_nodes(
 ) -> None:
     files = Files(tmp_path, "run")
     (tmp_path / "sitecustomize.py").write_text(FAULT)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with (
+        reserved_port() as port,
         processes.marked_processes() as (environment, started),
         (tmp_path / "printed").open("w+") as output,
     ):
