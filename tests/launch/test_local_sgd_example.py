@@ -1,28 +1,27 @@
 """launch/examples/local_sgd.py trains on two ranks, and resumes with the same bits."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-from harness import ROOT, limit
+from harness import ROOT, run_program
 
 EXAMPLE = ROOT / "launch/examples/local_sgd.py"
 
 
 def run(folder: Path, *arguments: str) -> tuple[str, int, float]:
     """The loss, and how many outer steps sent how many kilobytes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(EXAMPLE), *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=limit(120),
-    )
-    assert done.returncode == 0, done.stderr
-    found = re.fullmatch(r"loss (\S+); (\d+) outer steps sent (\d+) kB\n", done.stdout)
-    assert found, done.stdout
+    argv = [str(EXAMPLE), *arguments]
+    program = f"""
+import os, runpy, sys
+os.chdir({str(folder)!r})
+sys.argv = {argv!r}
+runpy.run_path({str(EXAMPLE)!r}, run_name="__main__")
+"""
+    done = run_program(program, 2)
+    for one in done:
+        assert one.returncode == 0, one.stderr
+    found = re.fullmatch(r"loss (\S+); (\d+) outer steps sent (\d+) kB\n", done[0].stdout)
+    assert found, done[0].stdout
     return found[1], int(found[2]), float(found[3])
 
 
