@@ -11,6 +11,7 @@ from outer import averager, everything, mean_of_models, normed, train, wander
 from problems import ROUNDOFF
 from torch import nn
 
+from rhtcomm import Key
 from rhtcomm.reduce import Reducer
 
 # ---- Anchors ----------------------------------------------------------------------------------
@@ -19,15 +20,22 @@ from rhtcomm.reduce import Reducer
 def ten_outer_steps(rank: int, world_size: int) -> dict[str, Any]:
     model = normed()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    apart, together = [], []
-    with averager(model, period=3) as outer:
+    apart, together, keys, original = [], [], [], Reducer.mean_
+
+    def listening(self: Reducer, flat: torch.Tensor, key: Key, **options: Any) -> Any:
+        keys.append(key)
+        return original(self, flat, key, **options)
+
+    with pytest.MonkeyPatch.context() as patch, averager(model, period=3) as outer:
+        patch.setattr(Reducer, "mean_", listening)
         for step in range(30):
             train(model, optimizer, rank, step)
             apart.append(everything(model))
             if outer.step():
                 together.append(everything(model))
         anchors, stats = everything(outer.anchors), outer.stats()
-    return {"apart": apart[2], "together": together, "anchors": anchors, "stats": stats}
+    outcome = {"apart": apart[2], "together": together, "anchors": anchors, "stats": stats}
+    return {**outcome, "keys": keys}
 
 
 def test_anchors_are_the_same_bits_after_ten_outer_steps(ranks: Ranks) -> None:
@@ -42,6 +50,8 @@ def test_anchors_are_the_same_bits_after_ten_outer_steps(ranks: Ranks) -> None:
         numel = first["anchors"].numel()
         assert torch.equal(result["anchors"], result["together"][-1][:numel])
         assert result["stats"].steps == 10
+        assert result["keys"] == first["keys"]
+        assert len({*result["keys"]}) == len(result["keys"]) == 20  # parameters and buffers
         # 4 bits, two_shot or all_gather of 3 ranks, and BatchNorm's statistics in float64.
         assert 4 < result["stats"].compression_ratio < 8.1
 
