@@ -210,7 +210,7 @@ def _rebuilt(model: nn.Module | None) -> tuple[bool, list[list[torch.Tensor]]]:
         return False, []
     order = known.get("prev_iteration_grad_ready_order_indices", "")
     indices = [int(index) for index in order.split(",") if index.strip()]
-    parameters = ddp._module_parameters
+    parameters = [p for p in ddp._module_parameters if p.requires_grad]
     if sorted(indices) != [*range(len(parameters))]:
         return True, []
     private: Any = dist
