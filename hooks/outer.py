@@ -10,8 +10,8 @@ from torch import nn
 from ..arguments import natural
 from ..reduce import DisagreementError
 from .anchors import CALL, Part, real
-from .buckets import say_if_exact
-from .engines import Bucket, Engine, Future
+from .buckets import Bucket, say_if_exact
+from .engines import Engine, Future
 from .policy import Bits
 from .state import RHTState
 
