@@ -6,6 +6,7 @@
 # make slurm  runs launch/slurm.sbatch under a real Slurm of two nodes on this machine, as root; skips
 #             where slurm-wlm or munge is missing
 # make matrix   runs the core tests on the oldest and the newest versions (downloads up to 18 GB)
+# make peers   runs torch's own distributed tests with the hook in place of theirs (docs/peers.md)
 # make cross   checks the C kernels under qemu on aarch64 and riscv64, and by clang, where installed
 # make        lists these
 
@@ -18,7 +19,7 @@ WORKERS ?= 2
 FUZZ ?= 20
 SEED ?= $(shell date +%s)
 
-.PHONY: help demo test fuzz lint sanitize cross matrix slurm clean
+.PHONY: help demo test fuzz lint sanitize cross matrix peers slurm clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -57,6 +58,10 @@ slurm: $(VENV)/.installed
 
 matrix: $(VENV)/.installed
 	$(BIN)/python tests/packaging/matrix.py
+
+peers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	$(BIN)/python tests/peers/run.py
 
 cross: $(VENV)/.installed
 	$(BIN)/python tests/kernels/cross/run.py

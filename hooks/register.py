@@ -109,10 +109,10 @@ class Handle:
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to go on where it is; `torch.distributed.checkpoint.Stateful`.
 
-        Plain numbers, and with equalize int32 tensors, which are the same on all ranks. With error
-        feedback also this rank's residuals, under a name of its own, so that no rank gets those of
-        another one: float32 tensors in the parameters' shapes, zeros where nothing was left unsent
-        so far.
+        Numbers, names of parameters by bucket, and with equalize int32 tensors, which are the same
+        on all ranks. With error feedback also this rank's residuals, under a name of its own, so
+        that no rank gets those of another one: float32 tensors in the parameters' shapes, zeros
+        where nothing was left unsent so far.
 
         Raises:
             RuntimeError: the model is gone.

@@ -192,7 +192,7 @@ class RHTState:
     # Checkpoints --------------------------------------------------------------------------------
 
     def state_dict(self, model: nn.Module | None = None) -> dict[str, Any]:
-        """Plain values with which a resumed run goes on in the same random streams.
+        """Plain values with which a resumed run goes on in the same random streams and buckets.
 
         With error feedback also the residuals, float32 tensors in the parameters' shapes (of
         complex ones as `torch.view_as_real` has them), by the names of the model's parameters, and
