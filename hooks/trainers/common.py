@@ -31,15 +31,14 @@ def attach(model: nn.Module, bits: Bits, options: dict[str, Any], owner: str, ho
     """Compress the gradients of the model that a trainer has wrapped.
 
     Args:
-        model: in DDP, or sharded by `fully_shard`. In a run of one process, any: a warning says
+        model: in DDP, or sharded by FSDP2 or FSDP1. In a run of one process, any: a warning says
             that there is nothing to send, and the handle that is returned has no hook.
         bits, options: of `rhtcomm.hooks.register`.
         owner: whose errors these are.
         how: what to do for several processes and DDP, in the trainer's words.
 
     Raises:
-        TypeError: several processes train a model that is neither in DDP nor sharded by
-            `fully_shard`.
+        TypeError: several processes train a model that is neither in DDP nor sharded.
     """
     if _world_size() == 1:
         warnings.warn(
@@ -51,15 +50,15 @@ def attach(model: nn.Module, bits: Bits, options: dict[str, Any], owner: str, ho
     modules = list(model.modules())
     if any(isinstance(module, DistributedDataParallel) for module in modules):
         return register(model, bits, **options)
-    # By its name, since the import of FSDP2 takes seconds.
-    if any("FSDPModule" in {kind.__name__ for kind in type(m).__mro__} for m in modules):
+    kinds = {kind.__name__ for module in modules for kind in type(module).__mro__}
+    # By their names, since their import takes seconds.
+    if kinds & {"FSDPModule", "FullyShardedDataParallel"}:
         from ..fsdp import compress_fsdp
 
         return compress_fsdp(model, bits, **options)
     raise TypeError(
         f"{owner}: {_world_size()} processes train a {type(model).__name__} which is neither in "
-        f"DistributedDataParallel nor sharded by fully_shard (FSDP2), so there is no place for the "
-        f"hook; {how}"
+        f"DistributedDataParallel nor sharded by FSDP, so there is no place for the hook; {how}"
     )
 
 

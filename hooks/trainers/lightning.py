@@ -45,7 +45,7 @@ class RHTCallback(_Callback):
         bits, options: of `rhtcomm.hooks.register`.
 
     Raises:
-        TypeError: when a fit begins: several processes train without DDP and without FSDP2.
+        TypeError: when a fit begins: several processes train without DDP and without FSDP.
     """
 
     def __init__(self, bits: Bits = 4, **options: Any) -> None:
