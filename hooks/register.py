@@ -16,7 +16,7 @@ from .models import ddp_in, named_parameters, numel_of
 from .policy import Bits
 from .state import RHTState
 from .summary import log_summary
-from .telemetry import Stats
+from .telemetry import Stats, figures
 
 __all__ = ["Handle", "register"]
 
@@ -86,6 +86,7 @@ class Handle:
     def __init__(self, model: nn.Module, state: RHTState) -> None:
         self.state = state
         self._weak_model = weakref.ref(model)
+        self._shown = state.stats()  # what `figures` has told of
 
     def __repr__(self) -> str:
         return f"Handle({self.state!r})"
@@ -93,6 +94,17 @@ class Handle:
     def stats(self) -> Stats:
         """Totals since `register`; see `Stats`."""
         return self.state.stats()
+
+    def figures(self) -> dict[str, float]:
+        """What a step took, as means over those since the last call, under names for a logger.
+
+        ``logger.log({"loss": loss} | handle.figures())``. Names begin with "rhtcomm/": `bytes_sent`
+        and `encode_seconds`, `exchange_seconds` and `decode_seconds` of this rank and one step;
+        `compression_ratio`; and `nmse` of all steps so far, where `nmse_every` asks for it. Empty
+        where there was no step.
+        """
+        before, self._shown = self._shown, self.stats()
+        return figures(before, self._shown)
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to go on where it is; `torch.distributed.checkpoint.Stateful`.

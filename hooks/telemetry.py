@@ -7,7 +7,7 @@ import torch
 
 from ..reduce import Report
 
-__all__ = ["Stats", "Totals"]
+__all__ = ["Stats", "Totals", "figures"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,29 @@ class Stats:
     @property
     def compression_ratio(self) -> float:
         return self.bytes_uncompressed / self.bytes_sent if self.bytes_sent else 1.0
+
+
+def figures(before: Stats, after: Stats) -> dict[str, float]:
+    """Means over the steps between two Stats, under names for a logger; empty where there are none.
+
+    `rhtcomm/bytes_sent` and the seconds are of one step; `rhtcomm/nmse`, where errors are measured,
+    is of all steps so far.
+    """
+    steps = after.steps - before.steps
+    if steps == 0:
+        return {}
+    sent = after.bytes_sent - before.bytes_sent
+    uncompressed = after.bytes_uncompressed - before.bytes_uncompressed
+    values = {
+        "bytes_sent": sent / steps,
+        "compression_ratio": uncompressed / sent if sent else 1.0,
+        "encode_seconds": (after.encode_seconds - before.encode_seconds) / steps,
+        "exchange_seconds": (after.exchange_seconds - before.exchange_seconds) / steps,
+        "decode_seconds": (after.decode_seconds - before.decode_seconds) / steps,
+    }
+    if after.nmse is not None:
+        values["nmse"] = after.nmse
+    return {f"rhtcomm/{name}": value for name, value in values.items()}
 
 
 @dataclass

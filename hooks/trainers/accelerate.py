@@ -1,0 +1,69 @@
+"""The hook in Accelerate."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from ..policy import Bits
+from ..register import Handle
+from .common import attach, restore_rank, save_rank
+
+__all__ = ["register"]
+
+
+def register(accelerator: Accelerator, model: nn.Module, bits: Bits = 4, **options: Any) -> Handle:
+    """Compress the gradients of a model that `accelerator.prepare` returned.
+
+    ``handle = register(accelerator, model, bits=4)``; all processes call it alike.
+
+    `accelerator.save_state` and `load_state` save and load the hook's state, one file for each
+    rank, as Accelerate does with random states; a checkpoint without them is loaded with a warning.
+    `accelerator.end_training` closes the hook. Log with
+    ``accelerator.log({"loss": ...} | handle.figures(), step=step)``.
+
+    With FSDP2 (`fsdp_version=2`) it is `compress_fsdp`. In one process it warns that there is
+    nothing to compress.
+
+    Raises:
+        TypeError: several processes train a model without DDP and without FSDP2.
+        What `rhtcomm.hooks.register` raises.
+    """
+    if not isinstance(accelerator, Accelerator):
+        raise TypeError(
+            "rhtcomm.hooks.trainers.accelerate.register: accelerator must be the Accelerator, and "
+            f"model what its prepare() returned, but this is {accelerator!r:.80}"
+        )
+    how = "start the script by accelerate launch or torchrun, for DDP or fsdp_version=2"
+    owner = "rhtcomm.hooks.trainers.accelerate.register"
+    handle = attach(model, bits, options, owner, how)
+    ending = accelerator.end_training
+    if not isinstance(ending, _Hooks):
+        accelerator.end_training = ending = _Hooks(ending)
+        accelerator.register_save_state_pre_hook(ending.save)
+        accelerator.register_load_state_pre_hook(ending.load)
+    ending.handles.append(handle)
+    return handle
+
+
+class _Hooks:
+    """All hooks of an accelerator. It takes the place of `end_training`, and closes them first."""
+
+    def __init__(self, end_training: Callable[[], None]) -> None:
+        self.handles: list[Handle] = []
+        self._end_training = end_training
+
+    def __call__(self) -> None:
+        for handle in self.handles:
+            handle.close()
+        self._end_training()
+
+    def save(self, models: Any, weights: Any, folder: str | os.PathLike[str]) -> None:
+        for index, handle in enumerate(self.handles):
+            save_rank(handle, folder, f"rhtcomm_{index}")
+
+    def load(self, models: Any, folder: str | os.PathLike[str]) -> None:
+        for index, handle in enumerate(self.handles):
+            restore_rank(handle, folder, f"rhtcomm_{index}")

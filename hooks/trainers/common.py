@@ -1,0 +1,148 @@
+"""What the modules for trainers share: to attach the hook, to end it, and to save its state."""
+
+import contextlib
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..policy import Bits
+from ..register import Handle, register
+from ..state import RHTState
+
+__all__ = ["abandon", "attach", "finish", "restore_rank", "save_rank", "state_of_all_ranks"]
+
+
+def attach(model: nn.Module, bits: Bits, options: dict[str, Any], owner: str, how: str) -> Handle:
+    """Compress the gradients of the model that a trainer has wrapped.
+
+    Args:
+        model: in DDP, or sharded by `fully_shard`. In a run of one process, any: a warning says
+            that there is nothing to send, and the handle that is returned has no hook.
+        bits, options: of `rhtcomm.hooks.register`.
+        owner: whose errors these are.
+        how: what to do for several processes and DDP, in the trainer's words.
+
+    Raises:
+        TypeError: several processes train a model that is neither in DDP nor sharded by
+            `fully_shard`.
+    """
+    if _world_size() == 1:
+        warnings.warn(
+            f"{owner}: one process has no gradients to send, so nothing is compressed; to train in "
+            f"several, {how}",
+            stacklevel=3,
+        )
+        return Handle(model, RHTState(bits, **options))
+    modules = list(model.modules())
+    if any(isinstance(module, DistributedDataParallel) for module in modules):
+        return register(model, bits, **options)
+    # By its name, since the import of FSDP2 takes seconds.
+    if any("FSDPModule" in {kind.__name__ for kind in type(m).__mro__} for m in modules):
+        from ..fsdp import compress_fsdp
+
+        return compress_fsdp(model, bits, **options)
+    raise TypeError(
+        f"{owner}: {_world_size()} processes train a {type(model).__name__} which is neither in "
+        f"DistributedDataParallel nor sharded by fully_shard (FSDP2), so there is no place for the "
+        f"hook; {how}"
+    )
+
+
+def finish(handle: Handle, trained: bool, owner: str, why: str) -> None:
+    """Close the hook; warn where steps were `trained` of which it saw none, and say `why`."""
+    missed = trained and handle.stats().steps == 0 and _world_size() > 1
+    with warnings.catch_warnings():
+        # What follows says the same in the trainer's words. No steps, no warning.
+        warnings.filterwarnings("ignore", "the hook was never called")
+        _end(handle)
+    if missed:
+        warnings.warn(
+            f"{owner}: the hook was never called: gradients were not averaged, or not by it; {why}",
+            stacklevel=3,
+        )
+
+
+def abandon(handle: Handle) -> None:
+    """Close the hook of a run that failed, whose error must not be hidden by another one."""
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        _end(handle)
+
+
+def _end(handle: Handle) -> None:
+    """Close it, and leave a model that trains without it, or can get another one (FSDP2)."""
+    if handle.state.engine is None:  # one process
+        handle.close()
+    else:
+        handle.remove()
+
+
+# Saved states -----------------------------------------------------------------------------------
+
+
+def state_of_all_ranks(handle: Handle) -> dict[str, Any]:
+    """For a checkpoint that rank 0 writes and all ranks read; all ranks call it alike.
+
+    It is `handle.state_dict()`, and with error feedback, on rank 0, has the residuals of all ranks,
+    as many times the size of the model as there are ranks. `handle.load_state_dict` takes it on
+    every rank.
+    """
+    state = handle.state_dict()
+    if not handle.state.error_feedback or _world_size() == 1:
+        return state
+    states: list[Any] | None = [None] * _world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(state, states)
+    return _merged(states) if states else state
+
+
+def save_rank(handle: Handle, folder: str | os.PathLike[str], name: str) -> None:
+    """Write this rank's state into a checkpoint's folder, which exists."""
+    torch.save(handle.state_dict(), _file(folder, name, _rank()))
+
+
+def restore_rank(handle: Handle, folder: str | os.PathLike[str], name: str) -> None:
+    """Load what `save_rank` wrote; all ranks call it alike.
+
+    Ranks take what rank 0 wrote, and their own residuals. Where there is nothing, the hook begins
+    with its first step, and a warning says so.
+
+    Raises:
+        ValueError: see `Handle.load_state_dict`.
+    """
+    # On several machines, each may have the files of its own ranks alone.
+    files = [file for rank in (0, _rank()) if (file := _file(folder, name, rank)).is_file()]
+    if not files:
+        warnings.warn(
+            f"rhtcomm: {folder} has no state of the hook ({_file('', name, 0)}), so it begins with "
+            "its first step, as in a new run",
+            stacklevel=3,
+        )
+        return
+    states = [torch.load(file, map_location="cpu", weights_only=True) for file in files]
+    handle.load_state_dict(_merged(states))
+
+
+def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first state with the residuals of all, whose names have the rank."""
+    merged: dict[str, Any] = {}
+    for state in reversed(states):
+        merged |= state
+    return merged
+
+
+def _file(folder: str | os.PathLike[str], name: str, rank: int) -> Path:
+    return Path(folder, f"{name}_rank{rank}.pt")
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,0 +1,97 @@
+"""The hook in Lightning's Trainer."""
+
+import contextlib
+import importlib
+import sys
+from typing import Any
+
+from torch import nn
+
+from ..policy import Bits
+from ..register import Handle
+from .common import abandon, attach, finish, state_of_all_ranks
+
+__all__ = ["RHTCallback"]
+
+
+def _callback_class() -> Any:
+    """`Callback` of the package that is in use: each of the two has one of its own."""
+    names = ("lightning.pytorch", "pytorch_lightning")
+    loaded = [name for name in names if name in sys.modules]
+    for name in (*loaded, *names):
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(name).Callback
+    raise ModuleNotFoundError(
+        "rhtcomm.hooks.trainers.lightning: Lightning is not installed; pip install lightning"
+    )
+
+
+_Callback: Any = _callback_class()
+
+
+class RHTCallback(_Callback):
+    """Compress the gradients of `Trainer.fit`.
+
+    ``Trainer(strategy="ddp", callbacks=[RHTCallback(bits=4)], ...)``
+
+    It registers the hook when a fit begins, logs its figures with each step (`Handle.figures`, by
+    `self.log`), saves its state in the Trainer's checkpoints, and closes it when the fit ends or
+    fails. A further fit goes on in the same random streams. On `ModelParallelStrategy` (FSDP2) it
+    is `compress_fsdp`. In one process it warns that there is nothing to compress.
+
+    With error feedback each checkpoint has the residuals of all ranks, gathered on rank 0.
+
+    Args:
+        bits, options: of `rhtcomm.hooks.register`.
+
+    Raises:
+        TypeError: when a fit begins: several processes train without DDP and without FSDP2.
+    """
+
+    def __init__(self, bits: Bits = 4, **options: Any) -> None:
+        super().__init__()
+        self.handle: Handle | None = None
+        """Of the fit that is running."""
+        self._bits, self._options = bits, options
+        self._state: dict[str, Any] = {}  # from a checkpoint, or of the fit before
+        self._first_step = 0
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        model = trainer.strategy.model
+        assert isinstance(model, nn.Module)
+        how = 'take Trainer(strategy="ddp", devices=...), or ModelParallelStrategy for FSDP2'
+        self.handle = attach(model, self._bits, self._options, "RHTCallback", how)
+        if self._state:
+            self.handle.load_state_dict(self._state)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._first_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.handle is not None:
+            pl_module.log_dict(self.handle.figures(), on_step=True, on_epoch=False)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.handle is not None:
+            self._state = state_of_all_ranks(self.handle)  # for those who save after the fit
+            handle, self.handle = self.handle, None
+            why = (
+                "where you optimize manually, call self.manual_backward(loss), not loss.backward()"
+            )
+            finish(handle, trainer.global_step > self._first_step, "RHTCallback", why)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self.handle is not None:
+            handle, self.handle = self.handle, None
+            abandon(handle)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning calls it on all ranks, and writes what rank 0 returns."""
+        return self._state if self.handle is None else state_of_all_ranks(self.handle)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = state_dict
+        if self.handle is not None:  # some strategies load a checkpoint when they have wrapped
+            self.handle.load_state_dict(state_dict)

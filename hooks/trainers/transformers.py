@@ -1,0 +1,116 @@
+"""The hook in Transformers' Trainer."""
+
+import functools
+import os
+import warnings
+import weakref
+from typing import Any
+
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from ..policy import Bits
+from ..register import Handle
+from .common import abandon, attach, finish, restore_rank, save_rank
+
+__all__ = ["RHTCallback"]
+
+_NAME = "rhtcomm"  # of the files in a checkpoint
+
+
+class RHTCallback(TrainerCallback):
+    """Compress the gradients of `Trainer.train`.
+
+    ``trainer.add_callback(RHTCallback(trainer, bits=4))``, on all ranks and before `train`.
+
+    It registers the hook on the model that the Trainer has wrapped when training begins, adds its
+    figures (`Handle.figures`) to what the Trainer logs, writes one file for each rank into each
+    checkpoint, reads them where `train` resumes, and closes the hook when training ends or fails.
+    With FSDP2 it is `compress_fsdp`. In one process it warns that there is nothing to compress.
+
+    Args:
+        trainer: the Trainer, since callbacks are not told of the wrapped model, nor of the
+            checkpoint that is resumed. Its `train` is replaced by one that notes these.
+        bits, options: of `rhtcomm.hooks.register`.
+
+    Raises:
+        TypeError: trainer is no Trainer. When training begins: several processes train without DDP
+            and without FSDP2.
+    """
+
+    def __init__(self, trainer: Trainer, bits: Bits = 4, **options: Any) -> None:
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                "RHTCallback: it needs the Trainer, which has the wrapped model; make that first, "
+                "then trainer.add_callback(RHTCallback(trainer, bits=4)), but this is "
+                f"{trainer!r:.80}"
+            )
+        self.handle: Handle | None = None
+        """Of the training that is running."""
+        self._trainer: Any = weakref.ref(trainer)
+        self._bits, self._options = bits, options
+        self._checkpoint: str | None = None  # that is resumed
+        self._first_step = 0
+        trainer.train = self._around(trainer.train)
+
+    def _around(self, train: Any) -> Any:
+        """`train`, with what it is told noted before, and the hook closed after it failed."""
+
+        @functools.wraps(train)
+        def noted(resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+            trainer = self._trainer()
+            self._checkpoint = resume_from_checkpoint or None
+            if resume_from_checkpoint is True:
+                self._checkpoint = get_last_checkpoint(trainer.args.output_dir)
+            modules = trainer.model_wrapped.modules()
+            if any(isinstance(module, DistributedDataParallel) for module in modules):
+                # The Trainer would train on in it, but DDP takes a hook only once.
+                trainer.model_wrapped = trainer.model
+            if self not in trainer.callback_handler.callbacks:
+                warnings.warn(
+                    "RHTCallback: it is none of the Trainer's callbacks, so nothing is compressed; "
+                    "trainer.add_callback(RHTCallback(trainer, ...))",
+                    stacklevel=2,
+                )
+            try:
+                return train(resume_from_checkpoint, *args, **options)
+            finally:
+                self._abandon()
+
+        return noted
+
+    def _abandon(self) -> None:
+        if self.handle is not None:
+            handle, self.handle = self.handle, None
+            abandon(handle)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._abandon()  # of an attempt with a batch that was too large (auto_find_batch_size)
+        trainer = self._trainer()
+        how = "start the script by torchrun or accelerate launch, for DDP or fsdp_version=2"
+        self.handle = attach(trainer.model_wrapped, self._bits, self._options, "RHTCallback", how)
+        if self._checkpoint is not None:
+            restore_rank(self.handle, self._checkpoint, _NAME)
+        self._first_step = state.global_step
+        # Callbacks that report are called in order, and must find the figures in the logs.
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop(callbacks.index(self)))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.handle is not None and logs is not None and "loss" in logs:
+            figures = self.handle.figures()
+            logs.update(figures)
+            state.log_history[-1].update(figures)  # which has a copy of the logs
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        # A search of hyperparameters has other folders, and resumes none.
+        if self.handle is not None and not args.save_only_model and os.path.isdir(folder):
+            save_rank(self.handle, folder, _NAME)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.handle is not None:
+            handle, self.handle = self.handle, None
+            why = "compute_loss must call the model that it is given, not self.model"
+            finish(handle, state.global_step > self._first_step, "RHTCallback", why)

@@ -1,0 +1,217 @@
+"""Lightning's Trainer, on two ranks."""
+
+import csv
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import Ranks
+from models import parameters_of
+from torch.utils.data import DataLoader
+from trainers import (
+    OPTIONS,
+    RATE,
+    batches,
+    check_example,
+    check_logged,
+    example,
+    launched,
+    loss_of,
+    plain,
+    seeded,
+)
+
+import rhtcomm.hooks
+
+pytest.importorskip("lightning", reason="the extra 'test' is not installed")
+
+
+def quiet() -> None:
+    """Warnings of Lightning's own, which are errors here."""
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    for message in (
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        "The 'train_dataloader' does not have many workers",
+        "Checkpoint directory .* exists and is not empty",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def module(manual: bool = False) -> Any:
+    """`Net` and its loss; with `manual`, a mistake by which no gradient is averaged."""
+    import lightning
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = seeded()
+            self.automatic_optimization = not manual
+
+        def configure_model(self) -> None:
+            mesh = self.device_mesh
+            if mesh is not None and not isinstance(self.net, FSDPModule):
+                fully_shard(self.net, mesh=mesh["data_parallel"])
+
+        def training_step(self, x: torch.Tensor, index: int) -> torch.Tensor:
+            loss = loss_of(self.net, x)
+            if manual:
+                loss.backward()
+                self.optimizers().step()
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), RATE)
+
+    return Module()
+
+
+def fit(
+    rank: int,
+    folder: str,
+    epochs: int,
+    checkpoint: str | None = None,
+    manual: bool = False,
+    strategy: Any = "ddp",
+    **options: Any,
+) -> Any:
+    """Parameters after a fit, and the Trainer."""
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger
+
+    from rhtcomm.hooks.trainers.lightning import RHTCallback
+
+    model = module(manual)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=torch.distributed.get_world_size(),
+        strategy=strategy,
+        max_epochs=epochs,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=CSVLogger(folder, flush_logs_every_n_steps=1),
+        callbacks=[
+            RHTCallback(**OPTIONS | options),
+            ModelCheckpoint(folder, "{epoch}", save_top_k=-1, auto_insert_metric_name=False),
+        ],
+    )
+    trainer.fit(model, DataLoader(batches(rank), batch_size=None), ckpt_path=checkpoint)
+    return parameters_of(model.net), trainer
+
+
+def fsdp2(rank: int, world_size: int, folder: str) -> dict[str, torch.Tensor]:
+    """This rank's shards after two epochs by `fully_shard`, by Lightning, and resumed by it."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def shards(net: torch.nn.Module) -> torch.Tensor:
+        parameters: list[Any] = [*net.parameters()]
+        return torch.cat([p.detach().to_local().flatten() for p in parameters])
+
+    exact = {"error_feedback": False}  # which FSDP2 has not
+    net = fully_shard(seeded(), mesh=init_device_mesh("cpu", (world_size,)))
+    optimizer = torch.optim.SGD(net.parameters(), RATE)
+    with rhtcomm.hooks.compress_fsdp(net, **OPTIONS | exact):
+        for x in batches(rank) * 2:
+            loss_of(net, x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    results = {"plain": shards(net)}
+    for name, checkpoint in (("whole", None), ("resumed", f"{folder}/0.ckpt")):
+        strategy = ModelParallelStrategy(world_size, 1, process_group_backend="gloo")
+        _, trainer = fit(rank, folder, 2, checkpoint, strategy=strategy, **exact)
+        results[name] = shards(trainer.lightning_module.net)
+    return results
+
+
+def cases(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    os.chdir(folder)
+    with launched(rank, world_size), warnings.catch_warnings():
+        quiet()
+        expected, figures = plain(rank, epochs=2)
+        whole, trainer = fit(rank, folder, 2)
+        trainer.save_checkpoint(f"{folder}/after.ckpt")  # when the hook is closed
+        resumed, _ = fit(rank, folder, 2, f"{folder}/0.ckpt")
+
+        checkpoint = torch.load(f"{folder}/0.ckpt")
+        del checkpoint["callbacks"]["RHTCallback"]
+        torch.save(checkpoint, f"{folder}/without{rank}.ckpt")
+        forgotten, _ = fit(rank, folder, 2, f"{folder}/without{rank}.ckpt")
+
+        with pytest.warns(match="hook was never called.*call self.manual_backward"):
+            fit(rank, folder, 1, manual=True)
+        printed = example("train_lightning.py")
+        sharded = fsdp2(rank, world_size, f"{folder}/fsdp2")
+    return {
+        "whole": whole,
+        "plain": expected,
+        "figures": figures,
+        "resumed": resumed,
+        "forgotten": forgotten,
+        "printed": printed,
+        "sharded": sharded,
+    }
+
+
+def one_process(rank: int, world_size: int, folder: str) -> None:
+    with launched(rank, world_size), warnings.catch_warnings():
+        quiet()
+        with pytest.warns(match="RHTCallback: one process has no gradients to send.*strategy="):
+            fit(rank, folder, 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lightning")
+
+
+@pytest.fixture(scope="module")
+def results(trainer_ranks: Ranks, folder: Path) -> list[dict[str, Any]]:
+    return trainer_ranks.run(cases, 2, str(folder), timeout=120)
+
+
+def test_same_bits_as_plain_ddp(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert torch.equal(result["whole"], result["plain"])
+
+
+def test_fsdp2(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        sharded = result["sharded"]
+        assert torch.equal(sharded["whole"], sharded["plain"])
+        assert torch.equal(sharded["resumed"], sharded["whole"])
+
+
+def test_resume_is_bit_identical(results: list[dict[str, Any]], folder: Path) -> None:
+    for result in results:
+        assert torch.equal(result["resumed"], result["whole"])
+        assert not torch.equal(result["forgotten"], result["whole"]), "the state changes nothing"
+    during, after = (
+        torch.load(folder / name)["callbacks"]["RHTCallback"] for name in ("1.ckpt", "after.ckpt")
+    )
+    assert during.keys() == after.keys()
+    assert during["step"] == after["step"] == 6
+
+
+def test_logs_each_step(results: list[dict[str, Any]], folder: Path) -> None:
+    with (folder / "lightning_logs/version_0/metrics.csv").open() as file:
+        check_logged([*csv.DictReader(file)], results[0]["figures"])
+
+
+def test_a_hook_that_was_never_called_warns(
+    results: list[dict[str, Any]], trainer_ranks: Ranks, tmp_path: Path
+) -> None:
+    assert results  # where the ranks called it in vain
+    trainer_ranks.run(one_process, 1, str(tmp_path))
+
+
+def test_example(results: list[dict[str, Any]]) -> None:
+    check_example(results[0]["printed"], loss=0.05)
