@@ -1,5 +1,5 @@
 # make demo   trains a small model by DDP on 2 ranks, with and without compression, and compares
-# make test   runs all tests
+# make test   runs all tests, in WORKERS=2 processes
 # make test-trainers   runs the tests of all trainers, also in Ray Train, DeepSpeed and torchft, which
 #             it installs into the same environment (1 GB)
 # make fuzz   looks for inputs that break a promised property, for minutes (FUZZ=20 SEED=1)
@@ -14,6 +14,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A file's tests share fixtures, so they stay together; long files come first in the usual order.
+PARALLEL = --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
+WORKERS ?= 2
 FUZZ ?= 20
 SEED ?= $(shell date +%s)
 
@@ -33,7 +36,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python launch/demo.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 $(VENV)/.trainers: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test-trainers]'
@@ -53,7 +56,7 @@ lint: $(VENV)/.installed
 
 sanitize: $(VENV)/.installed
 	$(BIN)/cmake -S . -B build/sanitize -DRHTCOMM_SANITIZE=address,undefined
-	$(BIN)/cmake --build build/sanitize
+	$(BIN)/cmake --build build/sanitize --parallel 2
 	RHTCOMM_TEST_LIBRARY=build/sanitize/rhtcomm_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest -s tests/kernels/test_kernels.py tests/kernels/test_ecdq_kernels.py -k "not environment"

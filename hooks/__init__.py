@@ -1,8 +1,10 @@
-"""Communication hooks for torch's data-parallel wrappers."""
+"""Communication hooks for torch's data-parallel wrappers, and averagers for outer steps."""
 
 from typing import TYPE_CHECKING, Any
 
 from .ddp import rht_hook
+from .local_sgd import OuterAverager
+from .model_averager import CompressedModelAverager
 from .register import Handle, register
 from .state import RHTState
 from .telemetry import Stats
@@ -10,7 +12,16 @@ from .telemetry import Stats
 if TYPE_CHECKING:
     from .fsdp import compress_fsdp
 
-__all__ = ["Handle", "RHTState", "Stats", "compress_fsdp", "register", "rht_hook"]
+__all__ = [
+    "CompressedModelAverager",
+    "Handle",
+    "OuterAverager",
+    "RHTState",
+    "Stats",
+    "compress_fsdp",
+    "register",
+    "rht_hook",
+]
 
 
 def __getattr__(name: str) -> Any:

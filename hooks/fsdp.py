@@ -7,15 +7,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from ..reduce import Reducer
 from .engines import Engine
+from .fsdp1 import FlatUnit, flat_units_in
 from .policy import Bits
 from .register import Handle
 from .sharded import ShardedState
 from .summary import log_summary
-from .units import Unit, units_in
+from .units import CALL, Unit, units_in
 
 __all__ = ["compress_fsdp"]
 
@@ -27,7 +27,7 @@ def compress_fsdp(
     replicate_group: dist.ProcessGroup | None = None,
     **options: Any,
 ) -> Handle:
-    """Compress the gradients of a model that `fully_shard` (FSDP2) was called on.
+    """Compress the gradients of a model that `fully_shard` (FSDP2) or FSDP1 shards.
 
     ``handle = rhtcomm.hooks.compress_fsdp(model, bits=4)`` after the calls of `fully_shard`, on all
     ranks alike.
@@ -43,7 +43,10 @@ def compress_fsdp(
     accumulation, divide factors.
 
     Args:
-        model: on whose modules `fully_shard` was called, with a mesh of one dimension.
+        model: on whose modules `fully_shard` was called, with a mesh of one dimension; or in
+            FullyShardedDataParallel (FSDP1) with FULL_SHARD or SHARD_GRAD_OP, whose shards do not
+            end where parameters do: `exclude` takes the names of its flat tensors, and rows of
+            zeros get noise.
         bits: bits per coordinate, or a function of a unit's parameters; see `RHTState`.
         replicate_group: ranks with the same shards of replicas of the model (HSDP); their means
             are averaged, compressed, as `rhtcomm.all_reduce` does. torch must not know of them:
@@ -60,28 +63,33 @@ def compress_fsdp(
         A handle as that of `register`. Its `remove` gives the reductions back to torch.
 
     Raises:
-        TypeError: `fully_shard` was not called on the model, or an option is of another type.
-        ValueError: torch itself replicates a unit (native HSDP), units have different ranks, or an
-            option is out of its range or refused.
+        TypeError: the model is not sharded, or an option is of another type.
+        ValueError: torch itself replicates a unit (native HSDP, NO_SHARD), units have different
+            ranks, or an option is out of its range or refused.
         RuntimeError: a unit has a reduce-scatter or an all-reduce hook already; or another rank did
             not come.
         DisagreementError: on all ranks, where their arguments or units differ.
     """
-    units = units_in(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{CALL}: model={model!r:.80} must be a model that fully_shard was called on"
+        )
+    units = flat_units_in(model) or units_in(model)
     for unit in units:
-        unit.check(hooks=replicate_group is not None)
+        unit.check(replicas=replicate_group is not None)
     state = ShardedState(units, replicate_group, bits, **options)
     state.begin()
     for unit in units:
-        unit.module.set_custom_reduce_scatter(_ReduceScatter(state, unit))
+        unit.reduce_by(partial(state.scatter, unit))
         if replicate_group is not None:
-            unit.module.set_all_reduce_hook(partial(state.average, unit))
+            assert isinstance(unit, Unit)  # `check` refuses others
+            unit.average_by(partial(state.average, unit))
     log_summary(state, units[0].device, _reductions(units, state.engines))
     return Handle(model, state)
 
 
 def _reductions(
-    units: Sequence[Unit], engines: Sequence[Engine]
+    units: Sequence[Unit | FlatUnit], engines: Sequence[Engine]
 ) -> list[tuple[Reducer, torch.dtype, int, bool]]:
     """Of a step."""
     shards, *replicas = (engine.reducer for engine in engines)
@@ -91,25 +99,3 @@ def _reductions(
             found.append((shards, unit.dtype, unit.numel * shards.topology.world_size, True))
         found += [(reducer, unit.dtype, unit.numel, False) for reducer in replicas]
     return found
-
-
-class _ReduceScatter(ReduceScatter):
-    """What FSDP2 reduces the gradients of a unit by."""
-
-    def __init__(self, state: ShardedState, unit: Unit) -> None:
-        self._state, self._unit = state, unit
-
-    def allocate(
-        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self,
-        output_tensor: torch.Tensor,
-        input_tensor: torch.Tensor,
-        group: dist.ProcessGroup,
-        op: Any,
-        async_op: bool = False,
-    ) -> None:
-        self._state.scatter(self._unit, output_tensor, input_tensor, group, op)

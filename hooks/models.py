@@ -19,6 +19,7 @@ __all__ = [
     "pairs_in",
     "plain_name",
     "ranks_of",
+    "unwrapped",
 ]
 
 # What wrappers put into the names of modules and parameters.
@@ -48,9 +49,8 @@ def ddp_in(model: nn.Module, owner: str) -> DistributedDataParallel:
     sharded = [one for one in model.modules() if _is_sharded(one)]
     if sharded:
         raise TypeError(
-            f"{owner}: the model is sharded ({type(sharded[0]).__name__}); where fully_shard did "
-            "that (FSDP2), call rhtcomm.hooks.compress_fsdp(model) instead, and in place of "
-            "FullyShardedDataParallel (FSDP1) use fully_shard"
+            f"{owner}: the model is sharded ({type(sharded[0]).__name__}); call "
+            "rhtcomm.hooks.compress_fsdp(model) instead"
         )
     raise TypeError(
         f"{owner}: there is no DistributedDataParallel in this {type(model).__name__}; wrap the "
@@ -71,11 +71,17 @@ def numel_of(parameter: torch.Tensor) -> int:
 
 def named_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters of a model under the names that they have without wrappers."""
+    named = unwrapped(model).named_parameters()
+    return {plain_name(name): parameter for name, parameter in named}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What DistributedDataParallel and torch.compile were given."""
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
         inner = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
         assert isinstance(inner, nn.Module)
         model = inner
-    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    return model
 
 
 def plain_name(name: str) -> str:

@@ -16,6 +16,7 @@ from ..randomness import Key
 from ..reduce import Reducer
 from .buckets import Bucket, say_if_exact
 from .engines import Engine
+from .fsdp1 import FlatUnit
 from .inline import InlineEngine
 from .models import ranks_of
 from .policy import Bits
@@ -24,6 +25,8 @@ from .state import RHTState
 from .units import CALL, Unit
 
 __all__ = ["ShardedState"]
+
+AnyUnit = Unit | FlatUnit
 
 _REFUSED = {
     "process_group": "each unit has the ranks of its mesh",
@@ -42,7 +45,7 @@ class ShardedState(RHTState):
 
     def __init__(
         self,
-        units: Sequence[Unit],
+        units: Sequence[AnyUnit],
         replicate_group: dist.ProcessGroup | None,
         bits: Bits,
         **options: Any,
@@ -119,7 +122,7 @@ class ShardedState(RHTState):
 
     def scatter(
         self,
-        unit: Unit,
+        unit: AnyUnit,
         output: torch.Tensor,
         gradients: torch.Tensor,
         group: dist.ProcessGroup,
@@ -164,7 +167,7 @@ class ShardedState(RHTState):
 
     def _bucket(
         self,
-        unit: Unit,
+        unit: AnyUnit,
         number: int,
         session: Session,
         buffer: torch.Tensor,
@@ -233,8 +236,9 @@ class ShardedState(RHTState):
         for unit in self._numbers:
             unit.restore()
             if self._replicate_group is not None:
+                assert isinstance(unit, Unit)
                 hook = partial(_average_exactly, unit, self._replicate_group)
-                unit.module.set_all_reduce_hook(hook)
+                unit.average_by(hook)
 
 
 def _floats(x: torch.Tensor) -> torch.Tensor:
@@ -262,7 +266,7 @@ def _factor(op: Any, world_size: int) -> float:
     raise ValueError(f"{CALL}: {op} is no sum or mean; leave the divide factors to torch")
 
 
-def _check_ranks(units: Sequence[Unit], replicate_group: object) -> None:
+def _check_ranks(units: Sequence[AnyUnit], replicate_group: object) -> None:
     shards = ranks_of(units[0].ranks)
     for unit in units:
         if ranks_of(unit.ranks) != shards:

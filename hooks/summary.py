@@ -21,11 +21,14 @@ def log_summary(
     state: RHTState,
     device: torch.device,
     reductions: Iterable[tuple[Reducer, torch.dtype, int, bool]],
+    *,
+    what: str = "gradients",
+    step: str = "step",
 ) -> None:
     """Log on rank 0 what is done to gradients on a device.
 
     `reductions` are those of a step: by which reducer, of which dtype, of how many coordinates, and
-    whether the mean is scattered.
+    whether the mean is scattered. `what` is averaged, and what is called a `step`, in words.
     """
     engine = state.engine
     assert engine is not None
@@ -36,11 +39,11 @@ def log_summary(
         traffic = "a policy decides bucket by bucket what is compressed, and how"
     else:
         sent, uncompressed = (b / 1e6 for b in _bytes_per_step(state, reductions))
-        traffic = f"a rank sends about {sent:.2f} MB per step instead of {uncompressed:.2f} MB"
+        traffic = f"a rank sends about {sent:.2f} MB per {step} instead of {uncompressed:.2f} MB"
         if state.policy.treatment(state.key.step, ()) is not None:
-            traffic += f" from step {state.policy.warmup_steps} on"
+            traffic += f" from {step} {state.policy.warmup_steps} on"
     _log.info(
-        f"rhtcomm: gradients of {topology.world_size} ranks are averaged by {codec}, algorithm "
+        f"rhtcomm: {what} of {topology.world_size} ranks are averaged by {codec}, algorithm "
         f"{state.algorithm!r}, over {_transport(topology, device)}, with "
         f"{_kernels(state, device)}; {traffic}"
     )

@@ -5,20 +5,24 @@ each. Which parameters a unit reduces, in which order and over which ranks, it k
 is asked for here, and nowhere else. The names are those of torch 2.11 to 2.15.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo
 
 from ..segments import rows_of
 from .models import plain_name
 
-__all__ = ["CALL", "Unit", "units_in"]
+__all__ = ["CALL", "Scatter", "Unit", "units_in"]
 
 CALL = "rhtcomm.hooks.compress_fsdp"  # for errors
+
+Scatter = Callable[[torch.Tensor, torch.Tensor, dist.ProcessGroup, Any], None]
 
 
 class Unit:
@@ -102,12 +106,20 @@ class Unit:
             for p in trained
         ]
 
+    def reduce_by(self, scatter: Scatter) -> None:
+        """Have its reduction be ``scatter(output, gradients, ranks, op)``."""
+        self.module.set_custom_reduce_scatter(_ReduceScatter(scatter))
+
+    def average_by(self, average: Callable[[torch.Tensor], None]) -> None:
+        """Have ``average(shard)`` follow each reduction."""
+        self.module.set_all_reduce_hook(average)
+
     def restore(self) -> None:
         """Have it reduce as it did when this object was made."""
         self._group._reduce_scatter_comm, self._group._all_reduce_hook = self._before
 
-    def check(self, hooks: bool) -> None:
-        """Raise unless its reduce-scatter and, with `hooks`, its all-reduce hook can be replaced.
+    def check(self, replicas: bool) -> None:
+        """Raise unless its reduce-scatter, and for `replicas` its all-reduce hook, can be replaced.
 
         Raises:
             ValueError: torch itself replicates it, by an all-reduce that nothing can replace.
@@ -128,11 +140,33 @@ class Unit:
                 "remove() the handle of an earlier call, or leave out what set it, such as "
                 "set_custom_reduce_scatter or set_symm_mem_for_comm"
             )
-        if hooks and hook is not None:
+        if replicas and hook is not None:
             raise RuntimeError(
                 f"{CALL}: {self.name} has an all-reduce hook already, and torch takes one; leave "
                 "out replicate_group, or that hook"
             )
+
+
+class _ReduceScatter(ReduceScatter):
+    """What FSDP2 reduces the gradients of a unit by."""
+
+    def __init__(self, scatter: Scatter) -> None:
+        self._scatter = scatter
+
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        self._scatter(output_tensor, input_tensor, group, op)
 
 
 def _groups_of(state: Any) -> list[Any]:
@@ -150,10 +184,6 @@ def units_in(model: nn.Module) -> list[Unit]:
         TypeError: it has none.
         ValueError: the parameters of a unit are sharded over several meshes.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"{CALL}: model={model!r:.80} must be a model that fully_shard was called on"
-        )
     names = {module: plain_name(name) for name, module in model.named_modules()}
     units, seen = list[Unit](), set[int]()
     for module in names:

@@ -37,7 +37,7 @@ from torch.distributed.tensor import Shard
 from rhtcomm.hooks import compress_fsdp
 from rhtcomm.hooks.models import plain_name
 
-ERROR = {2: 0.24583, 4: 0.011587}  # of QUIC-FL by bits, of one encoding: DESIGN.md, README
+ERROR = {2: 0.24583, 4: 0.011587}  # of QUIC-FL by bits, of one encoding: README's table
 
 
 # ---- Errors and bytes -------------------------------------------------------------------------

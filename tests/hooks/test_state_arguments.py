@@ -76,7 +76,7 @@ def test_a_timeout_is_positive(seconds: int) -> None:
         (torch.ones(3), 1),
         (SimpleNamespace(buffer=lambda: torch.ones(3)),),
     ],
-    ids=str,
+    ids=["a tensor", "a tuple", "more", "something with a buffer"],
 )
 def test_other_callers_are_told_what_the_hook_is_for(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(TypeError, match=r"in place of a GradBucket.*FullyShardedDataParallel"):

@@ -5,11 +5,10 @@ import ctypes.util
 import json
 import os
 import platform
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from harness import call_in_fresh_process, limit
@@ -147,13 +146,9 @@ assert torch.get_num_threads() == 3
 
 def digests(mode: object, how: str, kernels: str) -> str:
     """What a fresh process makes of a tensor: tables, plans, kernels and torch's threads."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(mode), how],
-        env={**os.environ, "RHTCOMM_KERNELS": kernels, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=limit(300),
-    )
+    environment = {**os.environ, "RHTCOMM_KERNELS": kernels}
+    process = forks.start(PROGRAM, environment, json.dumps(mode), how, strict=False)
+    done = process.wait(limit(300))
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -5,10 +5,9 @@ Without a GPU they run in Triton's interpreter, block by block in NumPy: slow, s
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 
+import forks
 import pytest
 import torch
 from cuda import needs_cuda
@@ -276,16 +275,11 @@ for wish in {wishes}:
 assert not torch.cuda.is_initialized()
 """
     environment = {name: value for name, value in os.environ.items() if "TRITON" not in name}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**environment, **({"TRITON_INTERPRET": "1"} if interpret else {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=limit(120),
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout.splitlines()
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    done = forks.start(program, environment, strict=False).wait(limit(120))
+    assert done.returncode == 0, done.stderr
+    return [*done.stderr.splitlines(), *done.stdout.splitlines()]
 
 
 @needs_triton

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
@@ -271,16 +272,9 @@ def load_module(file: str) -> ModuleType:
 def in_fresh_process(program: str, **environment: str) -> list[str]:
     """The lines that it prints. Of the environment it has no choice of kernels but these."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RHTCOMM_KERNELS", "RHTCOMM_CPU")}
-    kept["PYTHONPATH"] = os.pathsep.join(sys.path)
     if "TRITON_INTERPRET" in environment:
         program = f"__import__('interpreter').mend()\n{program}"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        env={**kept, **environment},
-        capture_output=True,
-        text=True,
-        timeout=limit(180),
-    )
+    done = forks.start(program, {**kept, **environment}).wait(limit(180))
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -304,26 +298,17 @@ def run_program(
     timeout = limit(timeout)
     store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     environment = {
-        # The programs must find the rhtcomm that the tests import, be it installed or a checkout.
-        "PYTHONPATH": os.pathsep.join(sys.path),
+        **os.environ,
         "MASTER_ADDR": _HOST,
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(world_size),
-        "OMP_NUM_THREADS": "1",
     }
     if sys.platform == "linux":
         # Where the host's name cannot be resolved, Gloo says on stderr that it takes this one.
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-    command = [sys.executable, "-W", "error", "-c", source]
     processes = [
-        subprocess.Popen(
-            command,
-            env=os.environ | environment | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        forks.start(source, environment | {"RANK": str(rank)}, imported="torch._dynamo")
         for rank in range(world_size)
     ]
     deadline = time.monotonic() + timeout
@@ -331,13 +316,13 @@ def run_program(
     finished = []
     for process in processes:
         try:
-            output = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+            finished.append(process.wait(max(0.0, deadline - time.monotonic())))
+        except subprocess.TimeoutExpired as error:
             late = True
-            for other in processes:
-                other.kill()
-            output = process.communicate()
-        finished.append(subprocess.CompletedProcess(command, process.returncode, *output))
+            killed = -signal.SIGKILL
+            finished.append(
+                subprocess.CompletedProcess(error.cmd, killed, error.output, error.stderr)
+            )
     if late:
         pytest.fail(f"the program did not end within {timeout:.0f} s: {finished}")
     return finished

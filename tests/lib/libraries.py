@@ -2,9 +2,9 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from harness import limit
@@ -76,10 +76,4 @@ for _ in range(2):
 print(getattr(kernel, "variant", "reference"))
 """
     kept = {k: v for k, v in os.environ.items() if k not in ("RHTCOMM_KERNELS", "RHTCOMM_CPU")}
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env={**kept, **environment},
-        capture_output=True,
-        text=True,
-        timeout=limit(120),
-    )
+    return forks.start(program, {**kept, **environment}, strict=False).wait(limit(120))

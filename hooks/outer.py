@@ -1,0 +1,155 @@
+"""Exchanges of outer steps, and that the ranks begin alike."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..arguments import natural
+from ..reduce import DisagreementError
+from .anchors import CALL, Part, real
+from .buckets import Bucket, say_if_exact
+from .engines import Engine, Future
+from .policy import Bits
+from .state import RHTState
+
+__all__ = [
+    "OuterState",
+    "check_schedule",
+    "digest",
+    "outer_optimizer",
+]
+
+
+class OuterState(RHTState):
+    """Configuration and progress of the exchanges of an `OuterAverager`.
+
+    A step is an exchange of one fragment; each of its parts is a bucket.
+    """
+
+    def __init__(
+        self, facts: Mapping[str, object], bits: Bits, warmup_steps: int = 0, **options: Any
+    ) -> None:
+        if options.get("equalize"):
+            raise ValueError(
+                f"{CALL}: leave out equalize; it is for gradients that Adam divides by their size"
+            )
+        super().__init__(bits, warmup_steps=warmup_steps, **options)
+        self.facts = dict(facts)
+        """What the ranks compare in addition, before the next exchange where `agreed` is false."""
+
+    def begin(self, parts: Sequence[Part], followed: Mapping[str, torch.Tensor]) -> Engine:
+        """Connect the ranks, compare their arguments and what is followed; all call it alike.
+
+        Raises:
+            ValueError: it excludes a parameter that the model has not.
+            RuntimeError: another rank did not come.
+            DisagreementError: on all ranks, where their arguments or models differ.
+        """
+        session = self._session
+        named = [pair for part in parts for pair in zip(part.names, part.tensors, strict=True)]
+        self.policy.learn(named)
+        session.called = True  # what it warns of is not for this one
+        device = parts[0].flat.device
+        engine = session.start(device, None, self._make_engine)
+        try:
+            engine.agree(self.key, device)
+            engine.agreed = False  # a checkpoint may be loaded before the first exchange
+            _check_alike(followed, engine, device)
+        except BaseException as failure:
+            engine.fail(failure)
+            engine.close()
+            raise
+        return engine
+
+    def _make_engine(self, *args: Any) -> Engine:
+        engine = super()._make_engine(*args)
+        engine.owner = CALL
+        return engine
+
+    def _facts(self, number: int) -> dict[str, object]:
+        self.facts = super()._facts(number) | self.facts
+        return self.facts
+
+    def send(self, parts: Sequence[Part], changes: Sequence[torch.Tensor]) -> list[Future]:
+        """Have the changes of a fragment's parts averaged, in place; when, the futures tell."""
+        engine, sent = self.engine, []
+        assert engine is not None
+        for part, change in zip(parts, changes, strict=True):
+            key, ends = self._next(part.number, part is parts[-1], engine)
+            treatment = None
+            if not part.exact:
+                say_if_exact(change.dtype, self._said)
+                treatment = self.policy.treatment(key.step, part.tensors)
+            bucket = Bucket(change, key, [*part.anchors], ends, treatment, self)
+            sent.append(engine.submit(bucket))
+        return sent
+
+
+# What the ranks begin with ----------------------------------------------------------------------
+
+
+def _check_alike(named: Mapping[str, torch.Tensor], engine: Engine, device: torch.device) -> None:
+    """Raise DisagreementError on all ranks unless all have the same tensors, bit for bit."""
+    digests = b"".join(map(digest, named.values()))
+    row = torch.frombuffer(bytearray(digests), dtype=torch.uint8).to(device)
+    rows = engine.topology.all_gather(row).view(-1, len(named), _DIGEST_BYTES)
+    alike = (rows == rows[0]).all(dim=2).all(dim=0).tolist()
+    odd = [name for name, same in zip(named, alike, strict=True) if not same]
+    if odd:
+        raise DisagreementError(
+            f"{CALL}: the ranks have other values of {len(odd)} of {len(named)} parameters and "
+            f"buffers, such as {odd[0]}, but must begin with the same: call torch.manual_seed "
+            "before the model is made, or load one checkpoint on all ranks. What each rank saved "
+            "for itself is loaded after the averager is made"
+        )
+
+
+_DIGEST_BYTES = 16
+
+
+def digest(tensor: torch.Tensor) -> bytes:
+    """Of its bits."""
+    octets = real(tensor).contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+    return hashlib.blake2b(octets.tobytes(), digest_size=_DIGEST_BYTES).digest()
+
+
+# Arguments ---------------------------------------------------------------------------------------
+
+
+def check_schedule(period: object, fragments: object, delay: object) -> tuple[int, int]:
+    steps, count = natural(period, CALL, "period"), natural(fragments, CALL, "fragments")
+    wait = natural(delay, CALL, "delay")
+    if steps < 1:
+        raise ValueError(f"{CALL}: period={steps} must be at least 1, in inner steps")
+    if not 1 <= count <= steps:
+        raise ValueError(
+            f"{CALL}: fragments={count} must lie in [1, period={steps}]: one is exchanged at a time"
+        )
+    if wait >= steps:
+        raise ValueError(
+            f"{CALL}: delay={wait} must be less than period={steps}: a fragment's exchange is over "
+            "before its next one begins"
+        )
+    return steps, wait
+
+
+def outer_optimizer(make: object, anchors: nn.Module) -> torch.optim.Optimizer:
+    if not callable(make) or isinstance(make, torch.optim.Optimizer):
+        raise TypeError(
+            f"{CALL}: optimizer={make!r:.80} must be a function that makes the outer optimizer of "
+            "the list of anchors, such as lambda anchors: torch.optim.SGD(anchors, lr=1.0)"
+        )
+    parameters = [*anchors.parameters()]
+    made = make(parameters)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"{CALL}: optimizer made {made!r:.80}, which is no torch.optim.Optimizer")
+    has = {id(p) for group in made.param_groups for p in group["params"]}
+    if has != {*map(id, parameters)}:
+        raise ValueError(
+            f"{CALL}: the outer optimizer has {len(has)} parameters, and there are "
+            f"{len(parameters)} anchors; give it these, and all of them"
+        )
+    return made

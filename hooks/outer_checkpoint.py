@@ -1,0 +1,157 @@
+"""What an OuterAverager saves, and how it is read back."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+__all__ = ["Saved", "read", "saved_optimizer", "to_torch"]
+
+_CALL = "rhtcomm.hooks.OuterAverager.load_state_dict"
+_KEYS = {"seed", "step", "inner_steps", "anchors", "buffers", "optimizer", "exchanged", "in_flight"}
+
+Named = Mapping[str, torch.Tensor]
+
+
+class Saved(NamedTuple):
+    """What `OuterAverager.state_dict` returned, checked."""
+
+    inner_steps: int
+    began: list[int]
+    """After which inner step each fragment was last exchanged."""
+    anchors: Named
+    buffers: Named
+    optimizer: Mapping[str, Any]
+    flights: list[tuple[int, int, list[torch.Tensor], list[torch.Tensor]]]
+    """Of each exchange in flight: fragment, due, starts and changes by part."""
+
+
+def saved_optimizer(optimizer: torch.optim.Optimizer, anchors: nn.Module) -> dict[str, Any]:
+    """Its state by the names of the anchors.
+
+    SGD makes momenta in its first step. They are saved as zeros before it, so that what is loaded
+    into a new averager (`torch.distributed.checkpoint`) finds all its names there.
+    """
+    plain, names = optimizer.state_dict(), _names(optimizer, anchors)
+    state = {names[i]: dict(values) for i, values in plain["state"].items()}
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+        if group["momentum"] and not group["dampening"]:
+            for name, anchor in anchors.named_parameters():
+                if any(anchor is parameter for parameter in group["params"]):
+                    momenta = state.setdefault(name, {})
+                    if momenta.get("momentum_buffer") is None:
+                        momenta["momentum_buffer"] = torch.zeros_like(anchor, requires_grad=False)
+    kept = sum(len(values) for values in state.values())
+    return {"state": state, "param_groups": plain["param_groups"], "kept": kept}
+
+
+def to_torch(
+    saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, anchors: nn.Module
+) -> dict[str, Any]:
+    """What `saved_optimizer` returned, as the optimizer's own `load_state_dict` takes it."""
+    numbers = {name: i for i, name in enumerate(_names(optimizer, anchors))}
+    state = {numbers[name]: values for name, values in saved["state"].items()}
+    return {"state": state, "param_groups": saved["param_groups"]}
+
+
+def _names(optimizer: torch.optim.Optimizer, anchors: nn.Module) -> list[str]:
+    """Of the anchors, as the optimizer numbers them."""
+    name_of = {id(anchor): name for name, anchor in anchors.named_parameters()}
+    return [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def read(
+    state: object,
+    anchors: Named,
+    buffers: Named,
+    optimizer: Mapping[str, Any],
+    own: str,
+    lengths: Sequence[Sequence[int]],
+) -> Saved:
+    """Check a saved state.
+
+    Args:
+        anchors, buffers, optimizer: as they are now.
+        own: the name under which this rank saved what was in flight.
+        lengths: of each fragment's parts.
+
+    Raises:
+        ValueError: it is none, or does not fit.
+    """
+    if not isinstance(state, Mapping) or not state.keys() >= _KEYS:
+        this = f"has {list(state)}" if isinstance(state, Mapping) else f"is {state!r:.80}"
+        raise ValueError(f"{_CALL}: give what state_dict() returned; this {this}")
+    _check_alike("anchors", state["anchors"], anchors)
+    _check_alike("buffers", state["buffers"], buffers)
+    _check_optimizer(state["optimizer"], optimizer, anchors)
+    try:
+        inner_steps = operator.index(state["inner_steps"])
+        began = [*map(operator.index, state["exchanged"])]
+        flights = [(operator.index(f), operator.index(due)) for f, due in state["in_flight"]]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{_CALL}: inner_steps is {state['inner_steps']!r:.80}, exchanged "
+            f"{state['exchanged']!r:.80} and in_flight {state['in_flight']!r:.80}; give what "
+            "state_dict() returned"
+        ) from error
+    if len(began) != len(lengths):
+        raise ValueError(
+            f"{_CALL}: it was saved with fragments={len(began)}, and here are {len(lengths)}; take "
+            "as many as then"
+        )
+    tensors = state.get(own, {})
+    if flights and not tensors:
+        raise ValueError(
+            f"{_CALL}: {len(flights)} exchange(s) were in flight when it was saved, and this rank "
+            f"needs {own!r}, which is missing; give each rank what it saved by torch.save, or save "
+            "when nothing is in flight (torch.distributed.checkpoint leaves out what a new "
+            "averager has not)"
+        )
+    found = []
+    for i, (fragment, due) in enumerate(flights):
+        starts, changes = (tensors[str(i)][what] for what in ("starts", "changes"))
+        numbers = [tensor.numel() for tensor in starts]
+        expected = [*lengths[fragment]]
+        if numbers != expected:
+            raise ValueError(
+                f"{_CALL}: fragment {fragment} was in flight with {numbers} numbers, and has "
+                f"{expected} here; take the same model as then"
+            )
+        found.append((fragment, due, starts, changes))
+    named = (state["anchors"], state["buffers"], state["optimizer"])
+    return Saved(inner_steps, began, *named, found)
+
+
+def _check_alike(what: str, saved: Any, here: Named) -> None:
+    """Raise ValueError unless the names and shapes are those of this model."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in here.items()}
+    given = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in dict(saved).items()}
+    odd = sorted(
+        name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)
+    )
+    if odd:
+        raise ValueError(
+            f"{_CALL}: {what} of another model: {odd[0]} was saved in shape "
+            f"{given.get(odd[0], 'none')}, and this model has it in {shapes.get(odd[0], 'none')}; "
+            "give the model that it was saved for"
+        )
+
+
+def _check_optimizer(saved: Any, here: Mapping[str, Any], anchors: Named) -> None:
+    numbers, expected = (
+        [len(group["params"]) for group in one["param_groups"]] for one in (saved, here)
+    )
+    if numbers != expected or not saved["state"].keys() <= anchors.keys():
+        raise ValueError(
+            f"{_CALL}: the outer optimizer had groups of {numbers} parameters when it was saved, "
+            f"and has {expected}; make it as it was then"
+        )
+    kept = sum(len(values) for values in saved["state"].values())
+    if kept != saved["kept"]:
+        raise ValueError(
+            f"{_CALL}: the outer optimizer kept {saved['kept']} values when it was saved, and here "
+            f"are {kept}; torch.distributed.checkpoint leaves out what a new optimizer has not "
+            "made yet: save it by torch.save"
+        )
