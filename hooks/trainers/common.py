@@ -15,7 +15,16 @@ from ..policy import Bits
 from ..register import Handle, register
 from ..state import RHTState
 
-__all__ = ["abandon", "attach", "finish", "restore_rank", "save_rank", "state_of_all_ranks"]
+__all__ = [
+    "abandon",
+    "attach",
+    "finish",
+    "gathered",
+    "load",
+    "restore_rank",
+    "save_rank",
+    "state_of_all_ranks",
+]
 
 
 def attach(model: nn.Module, bits: Bits, options: dict[str, Any], owner: str, how: str) -> Handle:
@@ -93,12 +102,23 @@ def state_of_all_ranks(handle: Handle) -> dict[str, Any]:
     as many times the size of the model as there are ranks. `handle.load_state_dict` takes it on
     every rank.
     """
-    state = handle.state_dict()
-    if not handle.state.error_feedback or _world_size() == 1:
+    return gathered(handle.state_dict())
+
+
+def gathered(state: dict[str, Any]) -> dict[str, Any]:
+    """What `state_of_all_ranks` returns, of what `state_dict` returned on each rank."""
+    if not any(name.startswith("residuals") for name in state) or _world_size() == 1:
         return state
     states: list[Any] | None = [None] * _world_size() if dist.get_rank() == 0 else None
     dist.gather_object(state, states)
     return _merged(states) if states else state
+
+
+def load(handle: Handle, state: dict[str, Any]) -> None:
+    """Load a saved state; all ranks call it alike, and one process that sends nothing, too."""
+    if handle.state.engine is None and handle.state.error_feedback:
+        state = state | {"residuals": {}}
+    handle.load_state_dict(state)
 
 
 def save_rank(handle: Handle, folder: str | os.PathLike[str], name: str) -> None:
@@ -125,7 +145,7 @@ def restore_rank(handle: Handle, folder: str | os.PathLike[str], name: str) -> N
         )
         return
     states = [torch.load(file, map_location="cpu", weights_only=True) for file in files]
-    handle.load_state_dict(_merged(states))
+    load(handle, _merged(states))
 
 
 def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
