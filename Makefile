@@ -1,11 +1,14 @@
 # make demo   trains a small model by DDP on 2 ranks, with and without compression, and compares
 # make test   runs all tests, in WORKERS=2 processes
+# make test-trainers   runs the tests of all trainers, also in Ray Train, DeepSpeed and torchft, which
+#             it installs into the same environment (1 GB)
 # make fuzz   looks for inputs that break a promised property, for minutes (FUZZ=20 SEED=1)
 # make lint   runs the checks that CI and pre-commit run
 # make sanitize   runs the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc)
 # make slurm  runs launch/slurm.sbatch under a real Slurm of two nodes on this machine, as root; skips
 #             where slurm-wlm or munge is missing
 # make matrix   runs the core tests on the oldest and the newest versions (downloads up to 18 GB)
+# make peers   runs torch's own distributed tests with the hook in place of theirs (docs/peers.md)
 # make cross   checks the C kernels under qemu on aarch64 and riscv64, and by clang, where installed
 # make        lists these
 
@@ -18,7 +21,7 @@ WORKERS ?= 2
 FUZZ ?= 20
 SEED ?= $(shell date +%s)
 
-.PHONY: help demo test fuzz lint sanitize cross matrix slurm clean
+.PHONY: help demo test test-trainers fuzz lint sanitize cross matrix peers slurm clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -35,6 +38,13 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PARALLEL)
+
+$(VENV)/.trainers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test-trainers]'
+	touch $@
+
+test-trainers: $(VENV)/.trainers
+	$(BIN)/python -m pytest tests/trainers
 
 fuzz: $(VENV)/.installed
 	RHTCOMM_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/codec/test_fuzz.py --hypothesis-seed=$(SEED)
@@ -57,6 +67,10 @@ slurm: $(VENV)/.installed
 
 matrix: $(VENV)/.installed
 	$(BIN)/python tests/packaging/matrix.py
+
+peers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	$(BIN)/python tests/peers/run.py
 
 cross: $(VENV)/.installed
 	$(BIN)/python tests/kernels/cross/run.py

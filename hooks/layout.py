@@ -16,6 +16,7 @@ import json
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -100,8 +101,9 @@ class Layout:
 
     def buckets(self) -> list[Names]:
         """Those of the next step, as far as they are known."""
-        model = self._model()
-        rebuilds, coming = _rebuilt(model) if model is not None else (False, [])
+        rebuilds, coming = False, list[list[torch.Tensor]]()
+        with suppress(AttributeError):  # torch has other names for it
+            rebuilds, coming = _rebuilt(self._model())
         found = [[self._names.get(parameter) for parameter in bucket] for bucket in coming]
         if not found and self._saved is not None:
             found = [[*names] for names in self._saved.buckets]
@@ -191,11 +193,11 @@ class _Saved:
         self._steps, self._count, self._apart = self._steps + 1, 0, False
 
 
-def _rebuilt(model: nn.Module) -> tuple[bool, list[list[torch.Tensor]]]:
+def _rebuilt(model: nn.Module | None) -> tuple[bool, list[list[torch.Tensor]]]:
     """Whether DDP will still make other buckets, and those, once it knows the order of gradients.
 
     It makes them before the forward pass that follows, by the order on rank 0. torch says none of
-    this in public; the names are those of torch 2.9 to 2.15.
+    this in public; the names are those of torch 2.11 to 2.15.
     """
     if not isinstance(model, DistributedDataParallel):
         return False, []
@@ -208,7 +210,7 @@ def _rebuilt(model: nn.Module) -> tuple[bool, list[list[torch.Tensor]]]:
         return False, []
     order = known.get("prev_iteration_grad_ready_order_indices", "")
     indices = [int(index) for index in order.split(",") if index.strip()]
-    parameters = ddp._module_parameters
+    parameters = [p for p in ddp._module_parameters if p.requires_grad]
     if sorted(indices) != [*range(len(parameters))]:
         return True, []
     private: Any = dist

@@ -109,6 +109,41 @@ def test_a_stream_engine_queues_everything_in_order_and_waits_for_nothing(ranks:
                 assert asked[i : i + len(of_a_bucket(1))] == of_a_bucket(events)
 
 
+def resume_on_streams(rank: int, world_size: int) -> tuple[int, list[Any]]:
+    """How many buckets a step has, and what is asked in one that has the first ones of new DDP."""
+    with in_place_of_cuda() as streams:
+        streams.host_may_wait = True
+        state = RHTState(**FINE)
+        ddp = registered(state, static_graph=True)  # which has them in two steps
+        for step in range(3):
+            backward(ddp, rank, step)
+        saved = state.state_dict()
+        gradients = [backward(ddp, rank, step) for step in (3, 4)]
+        state.close()
+        state = RHTState(**FINE)
+        ddp = registered(state, static_graph=True)
+        state.load_state_dict(saved)
+        resumed = [backward(ddp, rank, 3)]
+        streams.host_may_wait = False
+        streams.asked()
+        with no_look_at_numbers():
+            resumed.append(backward(ddp, rank, 4))
+        asked = streams.asked()
+        streams.host_may_wait = True
+        state.close()
+    for found, expected in zip(resumed, gradients, strict=True):
+        assert all(map(torch.equal, found, expected))
+    return len(saved["buckets"]), asked
+
+
+def test_a_bucket_that_is_taken_apart_waits_for_nothing(ranks: Ranks) -> None:
+    for buckets, asked in ranks.run(resume_on_streams, 2):
+        *begin, _, _, _, complete = of_a_bucket(int(asked[0][0].split()[-1]))
+        exchange = of_a_bucket(1)[3:6]
+        assert buckets > 2
+        assert asked == [*begin, *exchange * buckets, complete]
+
+
 def train_on_a_device_over_gloo(rank: int, world_size: int) -> list[torch.Tensor]:
     with in_place_of_cuda(enqueues=False) as streams:
         with RHTState(**FINE, timeout=TIMEOUT) as state:

@@ -24,13 +24,14 @@ NO_BUCKETS: dict[str, Any] = {"buckets": []}
 
 
 class Dtypes(nn.Module):
-    """Parameters of three dtypes, which DDP's first buckets are of."""
+    """Parameters of three dtypes, which DDP's first buckets are of, and a frozen one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(32, 64), nn.Linear(64, 8)
         self.middle = mlp(64, 64, 64).bfloat16()
         self.scale = nn.Parameter(torch.ones(64, dtype=torch.float64))
+        self.first.bias.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.middle(self.first(x).tanh().bfloat16())
