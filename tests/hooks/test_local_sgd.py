@@ -226,6 +226,8 @@ def resume(rank: int, world_size: int) -> dict[str, Any]:
         for name, part in {"model": model, "optimizer": optimizer, "averager": outer}.items():
             if name in kept:
                 part.load_state_dict(saved[name])
+        exchanged = outer.state_dict()["exchanged"]
+        assert exchanged == (saved["averager"]["exchanged"] if "averager" in kept else [0, 0])
         go(model, optimizer, outer, range(6, 11))
         outcome[kept[-1]] = ends(model, outer)
     return outcome | {"saved": saved["averager"]}
@@ -235,6 +237,7 @@ def test_a_resumed_run_ends_with_the_same_bits(ranks: Ranks) -> None:
     for rank, outcome in enumerate(ranks.run(resume, 2)):
         saved = outcome["saved"]
         assert saved["inner_steps"] == 6
+        assert saved["exchanged"] == [6, 4]
         assert saved["in_flight"] == [[0, 7]], "the checkpoint had to hold an exchange"
         assert saved[f"residuals of rank {rank} of 2"]["0.weight"].abs().max() > 0
         torch.testing.assert_close(outcome["averager"], outcome["whole"], rtol=0, atol=0)
