@@ -64,6 +64,10 @@ def run(
                 given |= {"atol": seen.tolerance, "rtol": 1.3e-6}
             super().assertEqual(x, y, *args, **given)  # noqa: PT009
 
+        def _run_uneven_inputs_test(self, test_case: Any, *args: Any, **given: Any) -> None:
+            if test_case.name != "large_conv_model":  # which takes minutes without a GPU
+                super()._run_uneven_inputs_test(test_case, *args, **given)
+
     case = Case(name)
     case.rank, case.file_name = rank, f"{folder}/file"
     module.Barrier.barrier_id = 0

@@ -21,39 +21,51 @@ os.environ.setdefault("RHTCOMM_TEST_STRETCH", "1")  # a test that hangs costs it
 
 import of_ddp  # noqa: E402
 import of_fsdp  # noqa: E402
+import pytest  # noqa: E402
 from harness import Failure, Ranks  # noqa: E402
 from stand_in import HOOKS  # noqa: E402
 
 WORLD_SIZE = 2
-LIMIT, LONG = 30, {"test_ddp_uneven_inputs": 400}  # seconds
+LIMIT, LONG = 30, {"test_ddp_uneven_inputs": 400, "test_ddp_compile_static_graph": 150}  # seconds
 
 # Patterns of names, and why such tests say nothing of a hook.
 CANNOT = {
-    "SyncBatchNorm|sync_bn": "SyncBatchNorm runs on GPUs alone",
+    "SyncBatchNorm|sync_bn|ddp_inference": "SyncBatchNorm runs on GPUs alone",
+    "test_ddp_device$|logging_data_gpu": "it asks for the numbers of GPUs",
     "apply_optim_in_backward": "DDP itself registers a hook for it, and takes one",
     "comm_hook_logging": "it asks for the names of torch's own hooks",
     "pickling_powerSGD": "it asks for PowerSGD's own fields",
     "python_error_logged": "it registers what is no hook, to see it refused",
     "profiling": "it counts all-reduces by name",
-    "compile_static_graph": "it counts the graphs of torch.compile on a GPU",
+    "native_mixed_precision_(no_)?grad": "it needs events of CUDA",
+    "grad_div_uneven_inputs": "DDP tells no hook how many ranks still train",
 }
 
 
+# What registers a hook, but asks only that nothing hangs.
+WITHOUT_MEANS = ("test_ddp_uneven_inputs",)
+
+
 def outcome(ranks: Ranks, name: str, function: Any, *args: Any) -> tuple[str, int]:
-    """What became of a test, in one line, and how often the hook was called."""
-    ranks.run(of_ddp.be_there, WORLD_SIZE, timeout=200)  # processes start slowly
-    try:
-        limit = LONG.get(name, LIMIT)
-        found = ranks.outcomes(function, WORLD_SIZE, *args, timeout=limit)
-    except BaseException as error:  # of pytest's own kind
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        return f"hangs: {str(error).splitlines()[0]}", 0
-    failed = [one for one in found if isinstance(one, Failure)]
-    if failed:
-        return f"fails: {failed[0].type}: {(failed[0].message.splitlines() or [''])[0]:.90}", 0
-    text, calls = found[0]
-    return text, calls
+    """What became of a test, in one line, and how often the hook was called.
+
+    A test that ends or hangs its processes gets new ones, once: what other tests left in them
+    (debug levels) may be why.
+    """
+    for _ in range(2):
+        ranks.run(of_ddp.be_there, WORLD_SIZE, timeout=200)  # processes start slowly
+        try:
+            limit = LONG.get(name, LIMIT)
+            found = ranks.outcomes(function, WORLD_SIZE, *args, timeout=limit)
+        except (Exception, pytest.fail.Exception) as error:
+            text = f"hangs: {str(error).splitlines()[0]}"
+            continue
+        failed = [one for one in found if isinstance(one, Failure)]
+        if failed:
+            line = (failed[0].message.splitlines() or [""])[0]
+            return f"fails: {failed[0].type}: {line:.90}", 0
+        return found[0]
+    return text, 0
 
 
 def tests(ranks: Ranks, folder: str) -> list[tuple[str, str, Any, bool]]:
@@ -91,7 +103,9 @@ def main() -> int:
                     results.setdefault(hook, run(hook))
                 notices = results["wrong"][0] != "passed"
                 what = "passes, and notices a wrong mean" if notices else "passes with any mean"
-                if (compares and not notices) or results.get("8 bits", ("passed",))[0] != "passed":
+                if (compares and not notices and name not in WITHOUT_MEANS) or results.get(
+                    "8 bits", ("passed",)
+                )[0] != "passed":
                     bad.append(name)
             elif text == "passed":
                 what = "never calls the hook"
