@@ -146,6 +146,13 @@ def cases(rank: int, world_size: int, folder: str) -> dict[str, Any]:
             train(f"{folder}/unwrapped", 1, kind=unwrapped())
         with pytest.raises(ZeroDivisionError):
             train(f"{folder}/failing", 1, kind=failing())
+        trainer = trainer_of(f"{folder}/failing", 1, failing())
+        RHTCallback(trainer)
+        with (
+            pytest.warns(match="none of the Trainer's callbacks"),
+            pytest.raises(ZeroDivisionError),
+        ):
+            trainer.train()
         with pytest.raises(TypeError, match=r"trainer.add_callback\(RHTCallback\(trainer, bits=4"):
             RHTCallback(4)
         reset()
