@@ -74,5 +74,13 @@ def test_the_page_has_the_lines_of_the_example(row: Row) -> None:
 
 
 def test_each_example_has_a_row() -> None:
-    names = {path.stem for path in (ROOT / "launch/examples").glob("train_*.py")}
-    assert names == {f"train_{row.name}" for row in rows()}
+    names = {path.stem for path in (ROOT / "launch/examples").glob("*.py")}
+    # Outer steps have a page of their own.
+    assert names - {"local_sgd"} == {f"train_{row.name}" for row in rows()}
+    assert "(../launch/examples/local_sgd.py)" in (ROOT / "docs/local_sgd.md").read_text()
+
+
+def test_each_example_says_how_to_run_it() -> None:
+    for path in (ROOT / "launch/examples").glob("*.py"):
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert re.search(rf"^    (torchrun|python) .*launch/examples/{path.name}", text, re.M), path
