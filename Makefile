@@ -1,5 +1,7 @@
 # make demo   trains a small model by DDP on 2 ranks, with and without compression, and compares
 # make test   runs all tests, in WORKERS=2 processes
+# make test-trainers   runs the tests of all trainers, also in Ray Train, DeepSpeed and torchft, which
+#             it installs into the same environment (1 GB)
 # make fuzz   looks for inputs that break a promised property, for minutes (FUZZ=20 SEED=1)
 # make lint   runs the checks that CI and pre-commit run
 # make sanitize   runs the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc)
@@ -19,7 +21,7 @@ WORKERS ?= 2
 FUZZ ?= 20
 SEED ?= $(shell date +%s)
 
-.PHONY: help demo test fuzz lint sanitize cross matrix peers slurm clean
+.PHONY: help demo test test-trainers fuzz lint sanitize cross matrix peers slurm clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -36,6 +38,13 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PARALLEL)
+
+$(VENV)/.trainers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test-trainers]'
+	touch $@
+
+test-trainers: $(VENV)/.trainers
+	$(BIN)/python -m pytest tests/trainers
 
 fuzz: $(VENV)/.installed
 	RHTCOMM_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/codec/test_fuzz.py --hypothesis-seed=$(SEED)

@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import sysconfig
@@ -186,6 +187,7 @@ def figures(runs: dict[str, list[dict[str, Any]]], steps: int) -> list[dict[str,
             "standard_error": f"{spread:.3f}",
             "kilobytes_per_step": f"{median(name, 'bytes') / steps / 1e3:.2f}",
             "seconds_per_period": f"{median(name, 'outer_seconds'):.4f}",
+            "exchange_seconds": f"{median(name, 'exchange_seconds'):.4f}",
             "codec_seconds": f"{median(name, 'codec_seconds'):.4f}",
         }
         for other in (DDP, BASE):
@@ -197,21 +199,28 @@ def figures(runs: dict[str, list[dict[str, Any]]], steps: int) -> list[dict[str,
     return rows
 
 
+def change_of(row: dict[str, Any]) -> str:
+    """Of the loss, in percent, and its standard error where there are several seeds."""
+    if row["contestant"] == BASE:
+        return ""
+    error = f" ± {row['standard_error']}" if row["seeds"] > 1 else ""
+    return f"{float(row['percent_of_float32']):+.2f}%{error}"
+
+
 def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
     header = ["", "seeds", "loss", f"against {BASE}", "KB sent per step", "s per period"]
-    header += ["of DDP's", f"of {BASE}'s", "codec, s"]
+    header += ["of DDP's", f"of {BASE}'s", "exchange, s", "codec, s"]
     cells = [
         [
             row["contestant"],
             str(row["seeds"]),
             row["loss"],
-            ""
-            if row["contestant"] == BASE
-            else f"{float(row['percent_of_float32']):+.2f}% ± {row['standard_error']}",
+            change_of(row),
             row["kilobytes_per_step"],
             row["seconds_per_period"],
             row[f"of_{DDP}"],
             row[f"of_{BASE}"],
+            row["exchange_seconds"],
             "" if row["codec_seconds"] == "nan" else row["codec_seconds"],
         ]
         for row in rows
@@ -227,7 +236,9 @@ changes seed by seed, ± its standard error. All ranks ended with the same bits 
 Seconds per period: communication of {arguments.period} inner steps that training waits for, median
 over seeds: for DDP from the first gradient bucket to the last mean, in each step; for the others
 the whole outer step, in which the parameters are read, encoded, exchanged, decoded and set. With
-delay most of the exchange is hidden.
+delay most of the exchange is hidden. Exchange: how long of it messages were waited for. Load
+average at the end, {os.getloadavg()[0]:.1f}: what exceeds the number of ranks is other work, which
+slows all but the link.
 
 {table(header, cells)}"""
 
@@ -242,6 +253,7 @@ def main() -> None:
     parser.add_argument("--period", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--ddp-seeds", type=int, default=2, help="its runs take longest")
+    parser.add_argument("--delay-seeds", type=int, default=3, help="of contestants with delay")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--logs", type=Path, default=Path("demo-results/diloco"))
     parser.add_argument("--keep", action="store_true", help="use summaries that are there already")
@@ -261,7 +273,12 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.contestants}
     turns = list(itertools.product(range(arguments.seeds), arguments.contestants))
-    turns = [turn for turn in turns if turn[1] != DDP or turn[0] < arguments.ddp_seeds]
+    most = {
+        name: arguments.ddp_seeds if name == DDP else arguments.delay_seeds
+        for name in CONTESTANTS
+        if name == DDP or "delay" in CONTESTANTS[name]
+    }
+    turns = [turn for turn in turns if turn[0] < most.get(turn[1], arguments.seeds)]
     for seed, contestant in progress(turns, keep=True):
         runs[contestant].append(run(seed, contestant, arguments))
     rows = figures(runs, arguments.steps)

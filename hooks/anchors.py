@@ -13,6 +13,7 @@ __all__ = [
     "CALL",
     "Part",
     "difference",
+    "everything_in",
     "followed_in",
     "mirror_of",
     "parts_of",
@@ -128,6 +129,12 @@ def mirror_of(named: Mapping[str, nn.Parameter]) -> nn.Module:
             node = node.get_submodule(step)
         node.register_parameter(last, parameter)
     return root
+
+
+def everything_in(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers of a model, by their names without wrappers."""
+    buffers = {plain_name(name): buffer for name, buffer in unwrapped(model).named_buffers()}
+    return named_parameters(model) | buffers
 
 
 def followed_in(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

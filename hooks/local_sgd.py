@@ -12,15 +12,10 @@ import torch
 from torch import nn
 
 from ..floating_point import default_mode
-from .anchors import CALL, difference, followed_in, mirror_of, parts_of
+from .anchors import CALL, difference, everything_in, followed_in, mirror_of, parts_of
 from .engines import Future
 from .models import named_parameters
-from .outer import (
-    OuterState,
-    check_schedule,
-    digest,
-    outer_optimizer,
-)
+from .outer import OuterState, check_schedule, digest, outer_optimizer
 from .outer_checkpoint import read, saved_optimizer, to_torch
 from .policy import Bits
 from .register import Handle
@@ -85,7 +80,8 @@ class OuterAverager:
     parameters and buffers are left alone.
 
     All ranks begin with the same parameters and followed buffers, which they compare. From then on
-    they apply the same means by the same arithmetic, so that anchors stay identical by bits.
+    they apply the same means by the same arithmetic, so that anchors stay identical by bits; where
+    their processors round differently, a warning says so.
 
     Args:
         model: it may be wrapped in DistributedDataParallel over other ranks than those that
@@ -119,6 +115,7 @@ class OuterAverager:
         bits: Bits = 4,
         **options: Any,
     ) -> None:
+        self._model = model
         self._period, self._delay = check_schedule(period, fragments, delay)
         trained, buffers = followed_in(model)
         followed = named_parameters(model) | buffers
@@ -189,10 +186,17 @@ class OuterAverager:
         with self._failures_told():
             self.inner_steps += 1
             now, count = self.inner_steps, len(self._fragments)
+            begins = [
+                i
+                for i in range(count)
+                if (now - self._period * (i + 1) // count) % self._period == 0
+            ]
+            if not begins and all(flight.due > now for flight in self._flights):
+                return False
+            self._look_at_model()
             applied = self._land(now)
-            for i in range(count):
-                if (now - self._period * (i + 1) // count) % self._period == 0:
-                    self._send(i, now + self._delay)
+            for i in begins:
+                self._send(i, now + self._delay)
             return self._land(now) or applied
 
     @torch.no_grad()
@@ -207,6 +211,7 @@ class OuterAverager:
         """
         self._check_open("synchronize")
         with self._failures_told():
+            self._look_at_model()
             self._land(self.inner_steps + self._delay)
             for i, began in enumerate(self._began):
                 if began < self.inner_steps:
@@ -216,6 +221,18 @@ class OuterAverager:
     def _check_open(self, call: str) -> None:
         if self._closed:
             raise RuntimeError(f"{CALL}.{call}: it was closed; make a new one")
+
+    def _look_at_model(self) -> None:
+        """Follow tensors that took the place of others: load_state_dict(assign=True) does that."""
+        present = everything_in(self._model)
+        for part in self._parts:
+            missing = [name for name in part.names if name not in present]
+            if missing:
+                raise RuntimeError(
+                    f"{CALL}: the model has no {missing[0]} any more; make a new averager"
+                )
+            part.tensors = [present[name] for name in part.names]
+        self.state.learn(self._parts)
 
     def _send(self, fragment: int, due: int) -> None:
         parts = self._fragments[fragment]
@@ -355,8 +372,7 @@ class OuterAverager:
         """
         if self._closed:
             return
-        self._closed = True
-        self.state.close()
+        self._end()
         if self.stats().steps == 0 and self._engine.topology.world_size > 1:
             warnings.warn(
                 f"{CALL}: it was closed before the first exchange, after {self.inner_steps} calls "
@@ -365,8 +381,15 @@ class OuterAverager:
                 stacklevel=2,
             )
 
+    def _end(self) -> None:
+        self._closed = True
+        self.state.close()
+
     def __enter__(self) -> "OuterAverager":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:  # which says more than a warning
+            self._end()

@@ -36,13 +36,12 @@ def saved_optimizer(optimizer: torch.optim.Optimizer, anchors: nn.Module) -> dic
     """
     plain, names = optimizer.state_dict(), _names(optimizer, anchors)
     state = {names[i]: dict(values) for i, values in plain["state"].items()}
-    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
-        if group["momentum"] and not group["dampening"]:
-            for name, anchor in anchors.named_parameters():
-                if any(anchor is parameter for parameter in group["params"]):
-                    momenta = state.setdefault(name, {})
-                    if momenta.get("momentum_buffer") is None:
-                        momenta["momentum_buffer"] = torch.zeros_like(anchor, requires_grad=False)
+    parameters = dict(anchors.named_parameters())
+    for group in plain["param_groups"] if isinstance(optimizer, torch.optim.SGD) else ():
+        for i in group["params"] if group["momentum"] and not group["dampening"] else ():
+            momenta = state.setdefault(names[i], {})
+            if momenta.get("momentum_buffer") is None:
+                momenta["momentum_buffer"] = torch.zeros_like(parameters[names[i]]).detach()
     kept = sum(len(values) for values in state.values())
     return {"state": state, "param_groups": plain["param_groups"], "kept": kept}
 

@@ -2,11 +2,12 @@
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +19,7 @@ from .state import RHTState
 from .summary import log_summary
 from .telemetry import Stats, figures
 
-__all__ = ["Handle", "register"]
+__all__ = ["Handle", "begin", "register"]
 
 _log = logging.getLogger("rhtcomm")
 
@@ -51,18 +52,29 @@ def register(model: nn.Module, bits: Bits = 4, **options: Any) -> "Handle":
             "rhtcomm.hooks.register: leave out process_group; it takes the model's own"
         )
     state = RHTState(bits, **options)
-    device = _device_of(ddp)
-    engine = state.start(ddp, device)
+    begin(state, ddp, ddp.process_group, lambda: _add_hook(ddp, state))
+    return Handle(ddp, state)
+
+
+def begin(
+    state: RHTState, model: nn.Module, group: dist.ProcessGroup, add: Callable[[], None]
+) -> None:
+    """Connect the ranks of a group, compare their arguments, `add` the hook, and say what it does.
+
+    Raises:
+        See `register`.
+    """
+    device = _device_of(model)
+    engine = state.start(model, group, device)
     try:
         engine.agree(state.key, device)
         engine.agreed = False  # a checkpoint may be loaded before the first bucket
-        _add_hook(ddp, state)
+        add()
     except BaseException as failure:
         engine.fail(failure)
         engine.close()
         raise
-    log_summary(state, device, _reductions(ddp, engine.reducer))
-    return Handle(ddp, state)
+    log_summary(state, device, _reductions(model, engine.reducer))
 
 
 def _add_hook(ddp: DistributedDataParallel, state: RHTState) -> None:
@@ -204,17 +216,15 @@ def _zeros_for(parameter: torch.Tensor) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.float32)
 
 
-def _device_of(ddp: DistributedDataParallel) -> torch.device:
+def _device_of(model: nn.Module) -> torch.device:
     """Of the buckets."""
-    return next(p.device for p in ddp.parameters() if p.requires_grad)
+    return next(p.device for p in model.parameters() if p.requires_grad)
 
 
-def _reductions(
-    ddp: DistributedDataParallel, reducer: Reducer
-) -> list[tuple[Reducer, torch.dtype, int, bool]]:
+def _reductions(model: nn.Module, reducer: Reducer) -> list[tuple[Reducer, torch.dtype, int, bool]]:
     """Of a step, as if each dtype had one bucket."""
     numel_by_dtype: dict[torch.dtype, int] = {}
-    for parameter in ddp.parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             dtype = parameter.real.dtype
             numel_by_dtype[dtype] = numel_by_dtype.get(dtype, 0) + numel_of(parameter)

@@ -324,16 +324,16 @@ class RHTState:
             "states that were given its communicator before it": number,
         }
 
-    def start(self, ddp: DistributedDataParallel, device: torch.device) -> Engine:
+    def start(self, model: nn.Module, group: dist.ProcessGroup, device: torch.device) -> Engine:
         """Connect the ranks of its model before the first bucket; all ranks call it alike.
 
         Raises:
             ValueError: the state was told of other ranks, or excludes what the model has not.
             RuntimeError: another rank did not come.
         """
-        self._session.check_group(ddp.process_group)
-        self._learn(ddp)
-        return self._start(device, ddp.process_group)
+        self._session.check_group(group)
+        self._learn(model)
+        return self._start(device, group)
 
     def _start(self, device: torch.device, of_model: dist.ProcessGroup | None) -> Engine:
         engine = self._session.start(device, of_model, self._make_engine)

@@ -20,7 +20,7 @@ def ranks() -> Iterator[Ranks]:
         yield ranks
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def interpreted() -> Iterator[Interpreted]:
     """Calls a function of tests/lib/interpreter.py where the Triton kernels run."""
     spawn = mp.get_context("spawn")

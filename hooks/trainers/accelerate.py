@@ -24,11 +24,11 @@ def register(accelerator: Accelerator, model: nn.Module, bits: Bits = 4, **optio
     `accelerator.end_training` closes the hook. Log with
     ``accelerator.log({"loss": ...} | handle.figures(), step=step)``.
 
-    With FSDP2 (`fsdp_version=2`) it is `compress_fsdp`. In one process it warns that there is
+    With FSDP it is `compress_fsdp`. In one process it warns that there is
     nothing to compress.
 
     Raises:
-        TypeError: several processes train a model without DDP and without FSDP2.
+        TypeError: several processes train a model without DDP and without FSDP.
         What `rhtcomm.hooks.register` raises.
     """
     if not isinstance(accelerator, Accelerator):
@@ -36,7 +36,7 @@ def register(accelerator: Accelerator, model: nn.Module, bits: Bits = 4, **optio
             "rhtcomm.hooks.trainers.accelerate.register: accelerator must be the Accelerator, and "
             f"model what its prepare() returned, but this is {accelerator!r:.80}"
         )
-    how = "start the script by accelerate launch or torchrun, for DDP or fsdp_version=2"
+    how = "start the script by accelerate launch or torchrun, for DDP or FSDP"
     owner = "rhtcomm.hooks.trainers.accelerate.register"
     handle = attach(model, bits, options, owner, how)
     ending = accelerator.end_training

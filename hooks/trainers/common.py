@@ -15,22 +15,30 @@ from ..policy import Bits
 from ..register import Handle, register
 from ..state import RHTState
 
-__all__ = ["abandon", "attach", "finish", "restore_rank", "save_rank", "state_of_all_ranks"]
+__all__ = [
+    "abandon",
+    "attach",
+    "finish",
+    "gathered",
+    "load",
+    "restore_rank",
+    "save_rank",
+    "state_of_all_ranks",
+]
 
 
 def attach(model: nn.Module, bits: Bits, options: dict[str, Any], owner: str, how: str) -> Handle:
     """Compress the gradients of the model that a trainer has wrapped.
 
     Args:
-        model: in DDP, or sharded by `fully_shard`. In a run of one process, any: a warning says
+        model: in DDP, or sharded by FSDP2 or FSDP1. In a run of one process, any: a warning says
             that there is nothing to send, and the handle that is returned has no hook.
         bits, options: of `rhtcomm.hooks.register`.
         owner: whose errors these are.
         how: what to do for several processes and DDP, in the trainer's words.
 
     Raises:
-        TypeError: several processes train a model that is neither in DDP nor sharded by
-            `fully_shard`.
+        TypeError: several processes train a model that is neither in DDP nor sharded.
     """
     if _world_size() == 1:
         warnings.warn(
@@ -42,15 +50,15 @@ def attach(model: nn.Module, bits: Bits, options: dict[str, Any], owner: str, ho
     modules = list(model.modules())
     if any(isinstance(module, DistributedDataParallel) for module in modules):
         return register(model, bits, **options)
-    # By its name, since the import of FSDP2 takes seconds.
-    if any("FSDPModule" in {kind.__name__ for kind in type(m).__mro__} for m in modules):
+    kinds = {kind.__name__ for module in modules for kind in type(module).__mro__}
+    # By their names, since their import takes seconds.
+    if kinds & {"FSDPModule", "FullyShardedDataParallel"}:
         from ..fsdp import compress_fsdp
 
         return compress_fsdp(model, bits, **options)
     raise TypeError(
         f"{owner}: {_world_size()} processes train a {type(model).__name__} which is neither in "
-        f"DistributedDataParallel nor sharded by fully_shard (FSDP2), so there is no place for the "
-        f"hook; {how}"
+        f"DistributedDataParallel nor sharded by FSDP, so there is no place for the hook; {how}"
     )
 
 
@@ -93,12 +101,23 @@ def state_of_all_ranks(handle: Handle) -> dict[str, Any]:
     as many times the size of the model as there are ranks. `handle.load_state_dict` takes it on
     every rank.
     """
-    state = handle.state_dict()
-    if not handle.state.error_feedback or _world_size() == 1:
+    return gathered(handle.state_dict())
+
+
+def gathered(state: dict[str, Any]) -> dict[str, Any]:
+    """What `state_of_all_ranks` returns, of what `state_dict` returned on each rank."""
+    if not any(name.startswith("residuals") for name in state) or _world_size() == 1:
         return state
     states: list[Any] | None = [None] * _world_size() if dist.get_rank() == 0 else None
     dist.gather_object(state, states)
     return _merged(states) if states else state
+
+
+def load(handle: Handle, state: dict[str, Any]) -> None:
+    """Load a saved state; all ranks call it alike, and one process that sends nothing, too."""
+    if handle.state.engine is None and handle.state.error_feedback:
+        state = state | {"residuals": {}}
+    handle.load_state_dict(state)
 
 
 def save_rank(handle: Handle, folder: str | os.PathLike[str], name: str) -> None:
@@ -125,7 +144,7 @@ def restore_rank(handle: Handle, folder: str | os.PathLike[str], name: str) -> N
         )
         return
     states = [torch.load(file, map_location="cpu", weights_only=True) for file in files]
-    handle.load_state_dict(_merged(states))
+    load(handle, _merged(states))
 
 
 def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:

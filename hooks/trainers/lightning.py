@@ -9,7 +9,7 @@ from torch import nn
 
 from ..policy import Bits
 from ..register import Handle
-from .common import abandon, attach, finish, state_of_all_ranks
+from .common import abandon, attach, finish, gathered, load
 
 __all__ = ["RHTCallback"]
 
@@ -45,7 +45,7 @@ class RHTCallback(_Callback):
         bits, options: of `rhtcomm.hooks.register`.
 
     Raises:
-        TypeError: when a fit begins: several processes train without DDP and without FSDP2.
+        TypeError: when a fit begins: several processes train without DDP and without FSDP.
     """
 
     def __init__(self, bits: Bits = 4, **options: Any) -> None:
@@ -62,7 +62,7 @@ class RHTCallback(_Callback):
         how = 'take Trainer(strategy="ddp", devices=...), or ModelParallelStrategy for FSDP2'
         self.handle = attach(model, self._bits, self._options, "RHTCallback", how)
         if self._state:
-            self.handle.load_state_dict(self._state)
+            load(self.handle, self._state)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._first_step = trainer.global_step
@@ -75,23 +75,31 @@ class RHTCallback(_Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.handle is not None:
-            self._state = state_of_all_ranks(self.handle)  # for those who save after the fit
             handle, self.handle = self.handle, None
+            self._state = handle.state_dict()  # for those who save or fit once more
             why = (
                 "where you optimize manually, call self.manual_backward(loss), not loss.backward()"
             )
             finish(handle, trainer.global_step > self._first_step, "RHTCallback", why)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._abandon()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._abandon()  # of a fit that had nothing to do, and did not come to its end
+
+    def _abandon(self) -> None:
         if self.handle is not None:
             handle, self.handle = self.handle, None
+            with contextlib.suppress(Exception):  # Lightning may save after an error
+                self._state = handle.state_dict()
             abandon(handle)
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning calls it on all ranks, and writes what rank 0 returns."""
-        return self._state if self.handle is None else state_of_all_ranks(self.handle)
+        return gathered(self._state if self.handle is None else self.handle.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict
         if self.handle is not None:  # some strategies load a checkpoint when they have wrapped
-            self.handle.load_state_dict(state_dict)
+            load(self.handle, state_dict)

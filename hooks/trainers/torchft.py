@@ -213,6 +213,8 @@ class _Quorum:
             self._mean_(tensor.detach(), key, factor, totals)
         except BaseException as error:
             clear_frames(error)  # which hold connections
+            if not isinstance(error, Exception):  # futures take no others
+                error = RuntimeError(f"{CALL}: {error!r} on the worker thread")
             done.set_exception(error)  # type: ignore[arg-type]
         else:
             done.set_result(tensor)

@@ -27,7 +27,7 @@ class RHTCallback(TrainerCallback):
     It registers the hook on the model that the Trainer has wrapped when training begins, adds its
     figures (`Handle.figures`) to what the Trainer logs, writes one file for each rank into each
     checkpoint, reads them where `train` resumes, and closes the hook when training ends or fails.
-    With FSDP2 it is `compress_fsdp`. In one process it warns that there is nothing to compress.
+    With FSDP it is `compress_fsdp`. In one process it warns that there is nothing to compress.
 
     Args:
         trainer: the Trainer, since callbacks are not told of the wrapped model, nor of the
@@ -36,7 +36,7 @@ class RHTCallback(TrainerCallback):
 
     Raises:
         TypeError: trainer is no Trainer. When training begins: several processes train without DDP
-            and without FSDP2.
+            and without FSDP.
     """
 
     def __init__(self, trainer: Trainer, bits: Bits = 4, **options: Any) -> None:
@@ -88,7 +88,7 @@ class RHTCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._abandon()  # of an attempt with a batch that was too large (auto_find_batch_size)
         trainer = self._trainer()
-        how = "start the script by torchrun or accelerate launch, for DDP or fsdp_version=2"
+        how = "start the script by torchrun or accelerate launch, for DDP or FSDP"
         self.handle = attach(trainer.model_wrapped, self._bits, self._options, "RHTCallback", how)
         if self._checkpoint is not None:
             restore_rank(self.handle, self._checkpoint, _NAME)

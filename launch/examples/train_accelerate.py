@@ -29,10 +29,11 @@ def main(checkpoint: str | None = None) -> None:
         DataLoader(data, batch_size=64, shuffle=True),
     )
     handle = register(accelerator, model, bits=4)  # rhtcomm
-    step, loss, first_epoch = 0, torch.tensor(0.0), 0
+    first_epoch = 0
     if checkpoint is not None:
         accelerator.load_state(checkpoint)
         first_epoch = int(checkpoint.split("-")[-1])
+    step, loss = first_epoch * len(loader), torch.tensor(0.0)
     for epoch in range(first_epoch, 3):
         for inputs, targets in loader:
             with accelerator.accumulate(model):

@@ -33,7 +33,7 @@ def main(checkpoint: str | None = None) -> None:
     state["hook"] = handle  # rhtcomm
     if checkpoint is not None:
         fabric.load(checkpoint, state)
-    step, loss = 0, torch.tensor(0.0)
+    step, loss = state["epoch"] * len(loader), torch.tensor(0.0)
     while state["epoch"] < 3:
         for inputs, targets in loader:
             loss = nn.functional.mse_loss(model(inputs), targets)

@@ -83,7 +83,8 @@ def test_an_error_on_one_rank_ends_all_of_them(ranks: Ranks) -> None:
 
 def started(state: RHTState) -> Any:
     """The group that a state made for itself."""
-    return state.start(DistributedDataParallel(nn.Linear(1, 1)), torch.device("cpu")).topology.group
+    ddp = DistributedDataParallel(nn.Linear(1, 1))
+    return state.start(ddp, ddp.process_group, torch.device("cpu")).topology.group
 
 
 def take_steps(state: RHTState, buffer: torch.Tensor) -> None:

@@ -7,7 +7,6 @@ import csv
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from harness import ROOT, Ranks, limit
+from harness import ROOT, Ranks, limit, reserved_port
 from torch.nn.parallel import DistributedDataParallel
 
 import faults
@@ -133,11 +132,8 @@ def test_slurm_starts_a_torchrun_on_each_node(tmp_path: Path) -> None:
     for command, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / command).write_text(text)
         (tmp_path / command).chmod(0o755)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     script = str(ROOT / "launch" / "slurm.sbatch")
-    with processes.marked_processes() as (environment, started):
+    with reserved_port() as port, processes.marked_processes() as (environment, started):
         environment |= {
             **{"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHON": sys.executable},
             **{"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7"},

@@ -1,14 +1,17 @@
 """Outer steps: what ranks end with, against theory and references in float64."""
 
 import io
+import threading
 from typing import Any
 
 import pytest
 import torch
-from harness import Ranks
+from harness import Ranks, limit
 from outer import averager, everything, mean_of_models, normed, train, wander
 from problems import ROUNDOFF
 from torch import nn
+
+from rhtcomm.reduce import Reducer
 
 # ---- Anchors ----------------------------------------------------------------------------------
 
@@ -154,6 +157,25 @@ def test_outer_nesterov_follows_its_reference(
     for ours, theirs in zip(found, expected, strict=True):
         bound = steps * 16 * ROUNDOFF * float(theirs[-1].abs().max())
         torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=0, atol=bound)
+
+
+def train_meanwhile(rank: int, world_size: int) -> list[bool]:
+    """The exchange begins in the second step, and goes on only after that has returned."""
+    model, goes_on, original = normed(), threading.Event(), Reducer.mean_
+
+    def waiting(self: Reducer, *args: Any, **options: Any) -> Any:
+        assert goes_on.wait(limit(40)), "step() waited for the exchange"
+        return original(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, averager(model, period=2, delay=1) as outer:
+        patch.setattr(Reducer, "mean_", waiting)
+        applied = [outer.step(), outer.step()]
+        goes_on.set()
+        return [*applied, outer.step()]
+
+
+def test_an_exchange_with_delay_lets_training_go_on(ranks: Ranks) -> None:
+    assert ranks.run(train_meanwhile, 2) == [[False, False, True]] * 2
 
 
 # ---- Checkpoints ------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """What an averager refuses, and that ranks hear of each other's failures."""
 
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import Ranks
 from outer import averager, mean_of_models, normed, wander
 from states import GAVE_UP, LOST_PEER
@@ -102,6 +104,27 @@ def test_ranks_that_disagree_find_out(ranks: Ranks) -> None:
             assert re.search(pattern, messages[name]), (name, messages[name])
 
 
+def rounds_differently(rank: int, world_size: int) -> list[str]:
+    messages: list[str] = []
+    fused = "rhtcomm.hooks.outer._fused_sum"
+    with pytest.MonkeyPatch.context() as patch:
+        for drawn in (torch.zeros(9), torch.full((9,), float(rank))):
+            patch.setattr(fused, lambda device, drawn=drawn: drawn)
+            patch.setattr(
+                logging.getLogger("rhtcomm"), "warning", lambda *a: messages.append(a[0] % a[1:])
+            )
+            averager(normed(), period=1).state.close()
+            messages.append("made")
+    return messages
+
+
+def test_processors_that_round_differently_are_told(ranks: Ranks) -> None:
+    first, second = ranks.run(rounds_differently, 2)
+    assert first[0] == first[2] == "made"
+    assert "whose processors are of other kinds" in first[1]
+    assert second == ["made", "made"]
+
+
 # ---- Ranks that fail --------------------------------------------------------------------------
 
 
@@ -119,6 +142,7 @@ def fail_on_rank_1(rank: int, world_size: int, delay: int) -> list[str]:
     for step in range(12):
         wander(model, rank, step)
         messages.append(said(outer.step))
+    dist.barrier()  # the others hear before connections close
     outer.close()
     return messages
 
@@ -135,6 +159,7 @@ def test_a_rank_that_fails_wakes_the_others(delay: int, ranks: Ranks) -> None:
         else:
             assert "rhtcomm.hooks.OuterAverager: " in failed[0]
             assert re.search(f"{GAVE_UP}|{LOST_PEER}", failed[0])
+            assert "did not answer" not in failed[0]
         assert "an earlier bucket failed" in messages[-1] or failed[0] == messages[-1]
 
 

@@ -12,6 +12,7 @@ from states import FINE, TIMEOUT
 
 from rhtcomm import Codec, QuicFL
 from rhtcomm.hooks import RHTState
+from rhtcomm.hooks.telemetry import Stats, figures
 
 
 def count(rank: int, world_size: int, algorithm: Any, nmse_every: int) -> list[Any]:
@@ -56,6 +57,21 @@ def test_stats(algorithm: str, world_size: int, nmse_every: int, ranks: Ranks) -
             tolerance = 0.01 + 4 * math.sqrt(150 / (2 << 18))
             assert stats[4].nmse == pytest.approx(expected, rel=tolerance)
             assert stats[1].nmse == stats[2].nmse == stats[3].nmse != stats[4].nmse
+
+
+def test_figures_are_means_over_the_steps_between() -> None:
+    before = Stats(2, 1000, 4000, 1.0, 2.0, 4.0, None, {})
+    after = Stats(6, 1400, 6400, 2.0, 2.5, 4.2, 0.01, {})
+    expected = {
+        "rhtcomm/bytes_sent": 100,
+        "rhtcomm/compression_ratio": 6,
+        "rhtcomm/encode_seconds": 0.25,
+        "rhtcomm/exchange_seconds": 0.125,
+        "rhtcomm/decode_seconds": pytest.approx(0.05),
+        "rhtcomm/nmse": 0.01,
+    }
+    assert figures(before, after) == expected
+    assert figures(after, after) == {}
 
 
 def train_alone(rank: int, world_size: int) -> Any:

@@ -1,55 +1,22 @@
 """The trainer, started again: what all ranks resume from, and how a restarted run ends."""
 
-import contextlib
-import io
 import json
 import os
 import re
-import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from harness import ROOT, Ranks, limit
+from harness import ROOT, Ranks, limit, reserved_port
+from trainer_in_ranks import train
 from training_runs import FAULT, KILL, STEP_8, STEPS, Files
 
-import train_ddp
 from lib import processes
-from options import parse_args
 
 LIMIT = 180  # seconds for agents and ranks, each of which is started twice and imports torch
-
-
-def train(
-    rank: int,
-    world_size: int,
-    arguments: list[list[str]],
-    environments: list[dict[str, str]],
-    fails_at: int | None,
-) -> str:
-    """Train with each rank's own arguments and environment; return what the rank printed."""
-    clip = torch.nn.utils.clip_grad_norm_
-    calls = 0
-
-    def clip_or_fail(*given: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == fails_at:
-            raise RuntimeError("made for the purpose")
-        return clip(*given)
-
-    with (
-        mock.patch.dict(os.environ, {"RANK": str(rank)} | environments[rank]),
-        mock.patch.object(sys, "argv", ["train_ddp.py", *arguments[rank]]),
-        mock.patch.object(torch.nn.utils, "clip_grad_norm_", clip_or_fail),
-        contextlib.redirect_stdout(io.StringIO()) as printed,
-    ):
-        train_ddp.train(parse_args())
-    return printed.getvalue()
 
 
 def start(
@@ -230,10 +197,8 @@ def test_a_rank_killed_on_one_of_two_nodes(
 ) -> None:
     files = Files(tmp_path, "run")
     (tmp_path / "sitecustomize.py").write_text(FAULT)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with (
+        reserved_port() as port,
         processes.marked_processes() as (environment, started),
         (tmp_path / "printed").open("w+") as output,
     ):

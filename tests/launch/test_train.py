@@ -1,4 +1,4 @@
-"""The trainer, run as users run it: through torchrun, on two ranks."""
+"""The trainer on two ranks; where it resumes, run as users run it: through torchrun."""
 
 import csv
 import math
@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import limit
+from harness import Ranks, limit
+from trainer_in_ranks import train
 
 import data
 import train_ddp
@@ -45,9 +46,16 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
-def train(*arguments: str | Path) -> None:
-    finished = torchrun(*arguments)
-    assert finished.returncode == 0, finished.stdout
+def run(ranks: Ranks, *arguments: str | Path) -> list[Any]:
+    """What two ranks printed or failed with, in processes that have imported torch before."""
+    options = [*TINY.split(), *map(str, arguments)]
+    return ranks.outcomes(train, 2, [options] * 2, [{}, {}], None)
+
+
+def check_run(ranks: Ranks, *arguments: str | Path) -> None:
+    assert [
+        str(outcome) for outcome in run(ranks, *arguments) if not isinstance(outcome, str)
+    ] == []
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
@@ -68,7 +76,7 @@ def tensors_of(value: Any, name: str = "") -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("hook", ["none", "rht"])
-def test_trains_and_resumes_as_if_uninterrupted(hook: str, tmp_path: Path) -> None:
+def test_trains_and_resumes_as_if_uninterrupted(hook: str, ranks: Ranks, tmp_path: Path) -> None:
     def files(name: str) -> list[str | Path]:
         options: list[str | Path] = ["--csv", tmp_path / f"{name}.csv"]
         options += ["--checkpoint", tmp_path / f"{name}.pt", "--checkpoint-every", "3"]
@@ -78,12 +86,13 @@ def test_trains_and_resumes_as_if_uninterrupted(hook: str, tmp_path: Path) -> No
         # Several buckets, each large enough to be compressed.
         return [*options, "--bucket-cap-mb", "0.15"]
 
-    train(*files("whole"))
+    check_run(ranks, *files("whole"))
     # The log goes on after the checkpoint, as that of a run which was killed.
-    train(*files("halved"), "--stop-at", "6")
+    check_run(ranks, *files("halved"), "--stop-at", "6")
     rows = (tmp_path / "halved.csv").read_text()
     (tmp_path / "halved.csv").write_text(rows + "7,99.0,,1.0,1.0,1\n")
-    train(*files("halved"), "--resume")
+    finished = torchrun(*files("halved"), "--resume")
+    assert finished.returncode == 0, finished.stdout
 
     whole = torch.load(tmp_path / "whole.pt", weights_only=True)
     halved = torch.load(tmp_path / "halved.pt", weights_only=True)
@@ -117,12 +126,11 @@ def test_trains_and_resumes_as_if_uninterrupted(hook: str, tmp_path: Path) -> No
     assert training("halved") == training("whole")
 
 
-def test_resuming_another_run_names_what_differs(tmp_path: Path) -> None:
+def test_resuming_another_run_names_what_differs(ranks: Ranks, tmp_path: Path) -> None:
     arguments = ("--hook", "none", "--checkpoint", tmp_path / "run.pt")
-    train(*arguments, "--stop-at", "1")
-    refused = torchrun(*arguments, "--resume", "--seed", "1")
-    assert refused.returncode != 0
-    assert "belongs to another run, with seed=0 (now 1)" in refused.stdout
+    check_run(ranks, *arguments, "--stop-at", "1")
+    for refused in run(ranks, *arguments, "--resume", "--seed", "1"):
+        assert "belongs to another run, with seed=0 (now 1)" in refused.message
 
 
 @pytest.mark.parametrize(

@@ -146,8 +146,10 @@ def serve() -> str:
     import_module(sys.argv[2])
     gc.collect()
     gc.freeze()  # or each process would touch, and so copy, all objects as it ends
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that wait
     while True:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         message, files, *_ = socket.recv_fds(server, _LARGEST, 3)
         if not message:
             sys.exit()
@@ -156,7 +158,6 @@ def serve() -> str:
         for file in files:
             os.close(file)
     server.close()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return _become(json.loads(message), *files)
 
 

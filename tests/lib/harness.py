@@ -12,6 +12,7 @@ import multiprocessing as mp
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -42,6 +43,7 @@ __all__ = [
     "in_fresh_process",
     "limit",
     "load_module",
+    "reserved_port",
     "run_program",
 ]
 
@@ -267,6 +269,19 @@ def load_module(file: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port for a program that takes a number; nobody else is given it meanwhile.
+
+    Stores reuse addresses, as this socket does, and so can have the port of one that does not
+    listen.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((_HOST, 0))
+        yield probe.getsockname()[1]
 
 
 def in_fresh_process(program: str, **environment: str) -> list[str]:

@@ -48,13 +48,24 @@ def test_how_a_process_ended(program: str, code: int, said: str) -> None:
     assert done.stderr.endswith(said) if said else not done.stderr
 
 
-def test_a_process_that_does_not_end_is_killed() -> None:
-    program = "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"
-    process = forks.start(program, os.environ)
+def test_a_process_that_does_not_end_is_killed(tmp_path: Path) -> None:
+    program = """
+import os, sys, time
+print("begun", flush=True)
+with open(sys.argv[1] + ".new", "w") as file:
+    file.write(str(os.getpid()))
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+time.sleep(1000)
+"""
+    written, deadline = tmp_path / "pid", time.monotonic() + limit(60)
+    process = forks.start(program, os.environ, str(written))
+    while not written.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     with pytest.raises(subprocess.TimeoutExpired) as late:
-        process.wait(limit(2))
-    deadline = time.monotonic() + limit(30)
-    while lives(int(late.value.output)):
+        process.wait(0.1)
+    assert late.value.output == "begun\n"
+    while lives(int(written.read_text())):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

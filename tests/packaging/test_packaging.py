@@ -48,6 +48,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"rhtcomm"}
     assert "rhtcomm/hooks/ddp.py" in names
+    assert "rhtcomm/hooks/trainers/lightning.py" in names
     assert "rhtcomm/codebooks/quic_fl.npz" in names
     assert "rhtcomm/py.typed" in names
     assert not [name for name in names if name.endswith((".c", ".h"))]

@@ -101,6 +101,8 @@ def accumulate(rank: int) -> list[bool]:
             optimizer.zero_grad()
         logged.append(bool(handle.figures()))
     end(acc)
+    with pytest.raises(TypeError, match="Net which is neither in DistributedDataParallel nor"):
+        register(acc, net, **OPTIONS)
     return logged
 
 
@@ -140,16 +142,21 @@ def cases(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 
 
 def one_process(rank: int, world_size: int, folder: str) -> None:
+    """Trains on from a checkpoint of two ranks."""
     with (
         launched(rank, world_size),
         pytest.warns(match="one process has no gradients to send.*accelerate launch"),
     ):
-        train(rank, folder, range(2))
+        train(rank, folder, range(2, 3))
 
 
 @pytest.fixture(scope="module")
-def results(trainer_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("accelerate")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("accelerate")
+
+
+@pytest.fixture(scope="module")
+def results(trainer_ranks: Ranks, folder: Path) -> list[dict[str, Any]]:
     return trainer_ranks.run(cases, 2, str(folder), timeout=120)
 
 
@@ -173,10 +180,10 @@ def test_a_step_of_several_batches_is_logged_once(results: list[dict[str, Any]])
 
 
 def test_a_hook_that_was_never_called_warns(
-    results: list[dict[str, Any]], trainer_ranks: Ranks, tmp_path: Path
+    results: list[dict[str, Any]], trainer_ranks: Ranks, folder: Path
 ) -> None:
-    assert results  # where the ranks called it in vain
-    trainer_ranks.run(one_process, 1, str(tmp_path))
+    assert results  # where the ranks waited for it in vain
+    trainer_ranks.run(one_process, 1, str(folder))
 
 
 def test_example(results: list[dict[str, Any]]) -> None:

@@ -115,7 +115,7 @@ def test_logs_each_step(results: list[dict[str, Any]], folder: Path) -> None:
 
 
 def test_a_hook_that_was_never_called_warns(results: list[dict[str, Any]]) -> None:
-    assert results  # where the ranks called it in vain
+    assert results  # where the ranks waited for it in vain
 
 
 def test_example(results: list[dict[str, Any]]) -> None:

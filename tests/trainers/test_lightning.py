@@ -1,10 +1,13 @@
 """Lightning's Trainer, on two ranks."""
 
 import csv
+import importlib.util
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -139,7 +142,9 @@ def cases(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         expected, figures = plain(rank, epochs=2)
         whole, trainer = fit(rank, folder, 2)
         trainer.save_checkpoint(f"{folder}/after.ckpt")  # when the hook is closed
-        resumed, _ = fit(rank, folder, 2, f"{folder}/0.ckpt")
+        resumed, trainer = fit(rank, folder, 2, f"{folder}/0.ckpt")
+        trainer.fit(module(), DataLoader(batches(rank), batch_size=None))  # nothing is left to do
+        assert trainer.callbacks[0].handle is None, "the hook was not closed"
 
         checkpoint = torch.load(f"{folder}/0.ckpt")
         del checkpoint["callbacks"]["RHTCallback"]
@@ -162,10 +167,11 @@ def cases(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 
 
 def one_process(rank: int, world_size: int, folder: str) -> None:
+    """Trains on from a checkpoint of two ranks."""
     with launched(rank, world_size), warnings.catch_warnings():
         quiet()
         with pytest.warns(match="RHTCallback: one process has no gradients to send.*strategy="):
-            fit(rank, folder, 1)
+            fit(rank, folder, 3, f"{folder}/after.ckpt")
 
 
 @pytest.fixture(scope="module")
@@ -207,11 +213,29 @@ def test_logs_each_step(results: list[dict[str, Any]], folder: Path) -> None:
 
 
 def test_a_hook_that_was_never_called_warns(
-    results: list[dict[str, Any]], trainer_ranks: Ranks, tmp_path: Path
+    results: list[dict[str, Any]], trainer_ranks: Ranks, folder: Path
 ) -> None:
-    assert results  # where the ranks called it in vain
-    trainer_ranks.run(one_process, 1, str(tmp_path))
+    assert results  # where the ranks waited for it in vain
+    trainer_ranks.run(one_process, 1, str(folder))
 
 
 def test_example(results: list[dict[str, Any]]) -> None:
     check_example(results[0]["printed"], loss=0.05)
+
+
+def test_the_callback_is_of_the_package_that_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rhtcomm.hooks.trainers import lightning as module
+
+    class Callback:
+        pass
+
+    other = ModuleType("pytorch_lightning")
+    other.Callback = Callback  # type: ignore[attr-defined]
+    monkeypatch.delitem(sys.modules, "lightning.pytorch")
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", other)
+    name = f"{module.__package__}.anew"
+    spec = importlib.util.spec_from_file_location(name, module.__file__)
+    anew = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(anew)  # type: ignore[union-attr]
+    assert issubclass(anew.RHTCallback, Callback)
+    assert not issubclass(module.RHTCallback, Callback)

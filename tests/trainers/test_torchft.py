@@ -27,7 +27,10 @@ from rhtcomm.hooks.trainers.torchft import compress_manager  # noqa: E402
 from rhtcomm.reduce import Reducer  # noqa: E402
 
 # What torchft itself does.
-pytestmark = pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated"),
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable"),
+]
 
 LATE = timedelta(seconds=limit(30))
 
@@ -176,6 +179,23 @@ def test_quantized_all_reduces_are_compressed_and_others_are_not(lighthouse: str
         assert result["stats"].compression_ratio == pytest.approx(8, rel=0.04)
 
 
+def test_replicas_that_disagree_discard_the_step(lighthouse: str) -> None:
+    def run(number: int) -> tuple[str, bool]:
+        replica = Replica(number, lighthouse, least=2, bits=3 + number)
+        manager = replica.manager
+        manager.start_quorum()
+        assert not manager.allreduce(torch.ones(300), should_quantize=True).wait()
+        error, commits = str(manager.errored()), manager.should_commit()
+        replica.end()
+        return error, commits
+
+    with ThreadPoolExecutor(2) as pool:
+        for error, commits in pool.map(run, range(2)):
+            assert "configured differently in" in error
+            assert "bits" in error
+            assert not commits
+
+
 def test_replicas_leave_and_join(lighthouse: str, keys: list[tuple[int, Key]]) -> None:
     """Two train; one leaves; the other goes on alone; a third one joins, and takes its state."""
     both, left, third_is_done = threading.Barrier(2), threading.Event(), threading.Event()
@@ -225,3 +245,7 @@ def test_replicas_leave_and_join(lighthouse: str, keys: list[tuple[int, Key]]) -
 def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match=r"must be a torchft\.Manager"):
         compress_manager(object())  # type: ignore[arg-type]
+    manager = torchft.Manager.__new__(torchft.Manager)
+    manager._pg = torchft.process_group.ProcessGroupDummy(0, 1)
+    with pytest.raises(TypeError, match=r"ProcessGroupDummy, and only torchft\.ProcessGroupGloo"):
+        compress_manager(manager)

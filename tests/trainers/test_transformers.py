@@ -164,16 +164,21 @@ def cases(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 
 
 def one_process(rank: int, world_size: int, folder: str) -> None:
+    """Trains on from a checkpoint of two ranks."""
     with (
         launched(rank, world_size),
         pytest.warns(match="RHTCallback: one process has no gradients to send.*torchrun"),
     ):
-        train(folder, 1)
+        train(folder, 3, True)
 
 
 @pytest.fixture(scope="module")
-def results(trainer_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("transformers")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("transformers")
+
+
+@pytest.fixture(scope="module")
+def results(trainer_ranks: Ranks, folder: Path) -> list[dict[str, Any]]:
     return trainer_ranks.run(cases, 2, str(folder), timeout=120)
 
 
@@ -194,10 +199,10 @@ def test_logs_each_step(results: list[dict[str, Any]]) -> None:
 
 
 def test_a_hook_that_was_never_called_warns(
-    results: list[dict[str, Any]], trainer_ranks: Ranks, tmp_path: Path
+    results: list[dict[str, Any]], trainer_ranks: Ranks, folder: Path
 ) -> None:
-    assert results  # where the ranks called it in vain
-    trainer_ranks.run(one_process, 1, str(tmp_path))
+    assert results  # where the ranks waited for it in vain
+    trainer_ranks.run(one_process, 1, str(folder))
 
 
 def test_example(results: list[dict[str, Any]]) -> None:

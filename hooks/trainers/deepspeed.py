@@ -1,0 +1,224 @@
+"""The hook in DeepSpeed without ZeRO, where the engine averages gradients itself.
+
+The engine has no DistributedDataParallel. When a step is due, after the backward pass, it flattens
+the gradients of all parameters and averages them. Here `rht_hook` does that at the same place, with
+buckets that are like DDP's, but are the same in each step.
+"""
+
+import inspect
+import logging
+import os
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from ..ddp import rht_hook
+from ..policy import Bits
+from ..register import Handle, begin
+from ..state import RHTState
+from ..telemetry import figures
+from .common import attach, restore_rank, save_rank
+
+__all__ = ["register"]
+
+CALL = "rhtcomm.hooks.trainers.deepspeed.register"
+FILE = "rhtcomm"  # of the hook, in a checkpoint's folder
+NUMEL = 1 << 23  # of a bucket: one travels while others are encoded and decoded
+
+_log = logging.getLogger("rhtcomm")
+
+
+def register(engine: DeepSpeedEngine, bits: Bits = 4, **options: Any) -> Handle:
+    """Compress the gradients of an engine that `deepspeed.initialize` returned, without ZeRO.
+
+    ``handle = register(engine, bits=4)``; all processes call it alike.
+
+    Gradients are averaged where the engine does it, after the backward pass of the last micro-batch
+    of a step, in the dtype that they have there. The engine's `save_checkpoint` and
+    `load_checkpoint` save and load the hook's state, one file for each rank; where
+    `load_checkpoint` leaves out the optimizer, it leaves out the hook, and a checkpoint without it
+    is loaded with a warning. The figures of each step go to DeepSpeed's monitors. Call
+    `handle.close()` before `destroy_process_group`.
+
+    In one process it warns that there is nothing to compress.
+
+    Raises:
+        TypeError: it is no DeepSpeedEngine.
+        ValueError: the engine has ZeRO or other parallelism than that of data, or adds gradients
+            up; or an option is out of its range or has other ranks.
+        RuntimeError: the engine has a hook already, or another rank did not come.
+        DisagreementError: on all ranks, where their arguments differ.
+    """
+    _check(engine, options)
+    if engine.seq_dp_world_size == 1:
+        how = "start the script by deepspeed or torchrun"
+        return attach(engine.module, bits, options, CALL, how)
+    handle = _Handle(engine, RHTState(bits, **options))
+    begin(handle.state, engine.module, engine.seq_data_parallel_group, handle.install)
+    return handle
+
+
+def _check(engine: DeepSpeedEngine, options: dict[str, Any]) -> None:
+    if not isinstance(engine, DeepSpeedEngine):
+        raise TypeError(
+            f"{CALL}: engine={engine!r:.80} must be a DeepSpeedEngine, the first of what "
+            "deepspeed.initialize returns"
+        )
+    other = engine.pipeline_parallelism or engine.has_moe_layers
+    refused = (
+        ("process_group" in options, "leave out process_group; it takes the engine's own"),
+        (
+            engine.zero_optimization(),
+            f"the engine has ZeRO, stage {engine.zero_optimization_stage()}, which reduces shards; "
+            'set "zero_optimization": {"stage": 0}, or shard the model by fully_shard (FSDP2) '
+            "instead and call rhtcomm.hooks.compress_fsdp(model)",
+        ),
+        (
+            other or engine.mp_world_size * engine.sequence_parallel_size > 1,
+            "the engine has other parallelism than that of data (pipelines, experts, or parallel "
+            "tensors or sequences); the hook is for data parallelism alone",
+        ),
+        (
+            not engine.gradient_average,
+            'the engine adds gradients up; set "gradient_allreduce_op": "mean"',
+        ),
+    )
+    for holds, reason in refused:
+        if holds:
+            raise ValueError(f"{CALL}: {reason}")
+    if _REPLACED[0] in vars(engine):
+        raise RuntimeError(
+            f"{CALL}: the engine has a hook already; call remove() of its handle first"
+        )
+
+
+_REPLACED = ("buffered_allreduce_fallback", "save_checkpoint", "load_checkpoint")
+
+
+class _Handle(Handle):
+    """A handle whose methods take the place of three of the engine's."""
+
+    def __init__(self, engine: DeepSpeedEngine, state: RHTState) -> None:
+        super().__init__(engine.module, state)
+        self._weak_engine = weakref.ref(engine)
+        self._logged = state.stats()  # what the monitors have
+
+    def install(self) -> None:
+        for name, method in zip(_REPLACED, (self._average, self._save, self._load), strict=True):
+            setattr(self._engine(), name, method)
+
+    def remove(self) -> None:
+        """Go back to the engine's own averaging, on all ranks alike and between steps."""
+        self.close()
+        for name in _REPLACED:
+            vars(self._engine()).pop(name, None)
+        if torch.distributed.get_rank() == 0:
+            _log.info("rhtcomm: gradients are averaged as they are from now on")
+
+    def _engine(self) -> Any:
+        engine = self._weak_engine()
+        if engine is None:
+            raise RuntimeError(f"{CALL}: its engine is gone; register the new one")
+        return engine
+
+    def _average(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
+        """Replace the gradients of all parameters by their means over ranks."""
+        assert grads is None, "the engine names gradients to average in pipelines alone"
+        engine = self._engine()
+        buckets = [*_buckets(engine.module)]
+        means = [rht_hook(self.state, bucket) for bucket in buckets]
+        for bucket, mean in zip(buckets, means, strict=True):
+            bucket.take(mean.wait())
+        if engine.monitor.enabled:
+            before, self._logged = self._logged, self.stats()
+            samples = engine.global_samples + engine.train_batch_size()  # after this step
+            events = figures(before, self._logged).items()
+            engine.monitor.write_events([(name, value, samples) for name, value in events])
+
+    def _save(
+        self, save_dir: str | os.PathLike[str], tag: Any = None, *others: Any, **named: Any
+    ) -> Any:
+        engine = self._engine()
+        tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+        folder = Path(save_dir, tag)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_rank(self, folder, FILE)
+        # The engine waits for all ranks before it writes that this is the latest checkpoint.
+        return type(engine).save_checkpoint(engine, save_dir, tag, *others, **named)
+
+    def _load(self, *arguments: Any, **named: Any) -> Any:
+        engine = self._engine()
+        load = type(engine).load_checkpoint
+        path, client_state = load(engine, *arguments, **named)
+        given = inspect.signature(load).bind(engine, *arguments, **named)
+        given.apply_defaults()
+        told = given.arguments
+        if path is not None and told["load_optimizer_states"] and not told["load_module_only"]:
+            restore_rank(self, Path(path).parent, FILE)
+        return path, client_state
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Gradients as `rht_hook` knows them from DDP."""
+
+    number: int
+    last: bool
+    owners: list[torch.Tensor]
+    """The parameters."""
+    flat: torch.Tensor
+    """(numel,) their gradients."""
+
+    def index(self) -> int:
+        return self.number
+
+    def is_last(self) -> bool:
+        return self.last
+
+    def parameters(self) -> list[torch.Tensor]:
+        return self.owners
+
+    def buffer(self) -> torch.Tensor:
+        return self.flat
+
+    def take(self, mean: torch.Tensor) -> None:
+        """Copy the mean to the gradients."""
+        pieces = mean.split([parameter.numel() for parameter in self.owners])
+        for parameter, piece in zip(self.owners, pieces, strict=True):
+            _gradient(parameter).copy_(piece.view(parameter.shape))
+
+
+def _buckets(model: torch.nn.Module) -> Iterator[_Bucket]:
+    """All gradients in the order of the parameters, by dtype."""
+    lists: dict[torch.dtype, list[list[torch.Tensor]]] = {}
+    room: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad or parameter.numel() == 0:
+            continue
+        if parameter.grad is None:  # other ranks may have one
+            parameter.grad = torch.zeros_like(parameter)
+        dtype = parameter.grad.dtype
+        room[dtype] = room.get(dtype, 0) - parameter.numel()
+        if room[dtype] < 0:
+            lists.setdefault(dtype, []).append([])
+            room[dtype] = NUMEL - parameter.numel()
+        lists[dtype][-1].append(parameter)
+    found = [owners for of_dtype in lists.values() for owners in of_dtype]
+    for number, owners in enumerate(found):
+        flat = torch.cat([_gradient(parameter).reshape(-1) for parameter in owners])
+        yield _Bucket(number, number == len(found) - 1, owners, flat)
+
+
+def _gradient(parameter: torch.Tensor) -> torch.Tensor:
+    assert parameter.grad is not None
+    if parameter.grad.layout != torch.strided:
+        raise TypeError(
+            f"{CALL}: a gradient of shape {tuple(parameter.shape)} is sparse, which cannot be "
+            "rotated; make the layer dense (sparse=False for nn.Embedding)"
+        )
+    return parameter.grad.detach()

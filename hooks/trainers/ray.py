@@ -1,0 +1,52 @@
+"""The hook in the training loops of Ray Train's workers."""
+
+import os
+from typing import Any
+
+from torch import nn
+
+from ..policy import Bits
+from ..register import Handle
+from .common import attach, restore_rank, save_rank
+
+__all__ = ["register", "restore", "save"]
+
+FILE = "rhtcomm"  # of the hook, in a checkpoint's folder
+
+
+def register(model: nn.Module, bits: Bits = 4, **options: Any) -> Handle:
+    """Compress the gradients of a model that `ray.train.torch.prepare_model` returned.
+
+    ``handle = register(model, bits=4)``; all workers call it alike. It is `rhtcomm.hooks.register`,
+    or for FSDP2 `compress_fsdp`; with one worker it warns that there is nothing to compress.
+    Report ``{"loss": ...} | handle.figures()``, and close it at the end of the training loop, or
+    use it as a context manager.
+
+    Raises:
+        TypeError: the model of several workers has neither DDP nor FSDP2.
+        What `rhtcomm.hooks.register` raises.
+    """
+    how = "give the trainer ScalingConfig(num_workers=2), and prepare_model() the model"
+    return attach(model, bits, options, "rhtcomm.hooks.trainers.ray.register", how)
+
+
+def save(handle: Handle, folder: str | os.PathLike[str]) -> None:
+    """Write this worker's state of the hook into the folder that it reports as a checkpoint.
+
+    ``save(handle, folder)`` on all workers, and each reports ``Checkpoint.from_directory(folder)``:
+    Ray puts the files of all workers into one checkpoint. What is equal on all workers, such as the
+    model, needs to be in the folder of rank 0 alone.
+    """
+    save_rank(handle, folder, FILE)
+
+
+def restore(handle: Handle, folder: str | os.PathLike[str]) -> None:
+    """Load what `save` wrote, from ``checkpoint.as_directory()``, on all workers alike.
+
+    Their number may have changed, but for error feedback. A checkpoint without the hook's state is
+    loaded with a warning.
+
+    Raises:
+        ValueError: see `Handle.load_state_dict`.
+    """
+    restore_rank(handle, folder, FILE)
