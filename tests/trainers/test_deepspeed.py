@@ -94,14 +94,14 @@ def train(
 
 def logged(folder: str) -> list[dict[str, str]]:
     """What DeepSpeed's monitor wrote, by step: one file for each name."""
-    columns = {}
+    rows: list[dict[str, str]] = []
     for file in Path(folder, "logs/rank 0").glob("rhtcomm_*.csv"):
         with file.open() as lines:
-            (_, header), *rows = csv.reader(lines)
-        columns[f"rhtcomm/{header}"] = rows
-    steps = [[int(step) for step, _ in rows] for rows in columns.values()]
-    assert all(column == [8 * (i + 1) for i in range(6)] for column in steps), "samples so far"
-    return [{name: rows[i][1] for name, rows in columns.items()} for i in range(len(steps[0]))]
+            (_, header), *values = csv.reader(lines)
+        rows = rows or [{} for _ in values]
+        for row, (samples, value) in zip(rows, values, strict=True):
+            row |= {f"rhtcomm/{header}": value, f"samples of {header}": samples}
+    return rows
 
 
 def refused() -> None:
@@ -184,7 +184,9 @@ def test_resume_is_bit_identical(results: list[dict[str, Any]]) -> None:
 
 
 def test_logs_each_step(results: list[dict[str, Any]]) -> None:
-    check_logged(results[0]["rows"], results[0]["figures"])
+    rows = results[0]["rows"]
+    check_logged(rows, results[0]["figures"])
+    assert [int(row["samples of bytes_sent"]) for row in rows] == [8, 16, 24, 32, 40, 48]
 
 
 def test_a_hook_that_was_never_called_warns(results: list[dict[str, Any]]) -> None:
