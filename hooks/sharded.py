@@ -222,6 +222,8 @@ class ShardedState(RHTState):
 
     def load_state_dict(self, state: dict[str, Any], model: nn.Module | None = None) -> None:
         super().load_state_dict(state, model)
+        for engine in self.engines:
+            engine.agreed = False
         self._pass, self._reduced = None, set()
 
     def close(self) -> None:
