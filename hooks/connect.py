@@ -39,7 +39,10 @@ def connect(
         return given.apart(device.type)
     group = group or dist.group.WORLD
     if group is None:
-        raise RuntimeError("rht_hook: torch.distributed is not initialized")
+        raise RuntimeError(
+            "rhtcomm.hooks: torch.distributed is not initialized; call "
+            "torch.distributed.init_process_group first (and launch by torchrun)"
+        )
     shared = TorchCommunicator(group)
     if shared.enqueues(device.type):
         return shared

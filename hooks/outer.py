@@ -164,8 +164,9 @@ def check_schedule(period: object, fragments: object, delay: object) -> tuple[in
 def outer_optimizer(make: object, anchors: nn.Module) -> torch.optim.Optimizer:
     if not callable(make) or isinstance(make, torch.optim.Optimizer):
         raise TypeError(
-            f"{CALL}: optimizer={make!r:.80} must be a function that makes the outer optimizer of "
-            "the list of anchors, such as lambda anchors: torch.optim.SGD(anchors, lr=1.0)"
+            f"{CALL}: optimizer is of type {type(make).__name__}; it must be a function that makes "
+            "the outer optimizer of the list of anchors, such as "
+            "lambda anchors: torch.optim.SGD(anchors, lr=1.0)"
         )
     parameters = [*anchors.parameters()]
     made = make(parameters)

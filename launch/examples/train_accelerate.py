@@ -9,7 +9,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,7 +17,9 @@ from rhtcomm.hooks.trainers.accelerate import register  # rhtcomm
 
 
 def main(checkpoint: str | None = None) -> None:
-    accelerator = Accelerator(cpu=True)  # log_with="wandb", "tensorboard", ...
+    # With it and set_epoch a resumed run shuffles as an uninterrupted one.
+    order = DataLoaderConfiguration(use_seedable_sampler=True)
+    accelerator = Accelerator(cpu=True, dataloader_config=order)  # log_with="wandb", ...
     accelerator.init_trackers("accelerate-example")
     set_seed(0)
     net = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64))
@@ -35,6 +37,7 @@ def main(checkpoint: str | None = None) -> None:
         first_epoch = int(checkpoint.split("-")[-1])
     step, loss = first_epoch * len(loader), torch.tensor(0.0)
     for epoch in range(first_epoch, 3):
+        loader.set_epoch(epoch)
         for inputs, targets in loader:
             with accelerator.accumulate(model):
                 loss = nn.functional.mse_loss(model(inputs), targets)
@@ -46,7 +49,7 @@ def main(checkpoint: str | None = None) -> None:
             step += 1
         accelerator.save_state(f"accelerate-{epoch + 1}")
     ratio = handle.stats().compression_ratio
-    accelerator.print(f"loss {loss.item():.3f}, {ratio:.1f} times fewer bytes")
+    accelerator.print(f"loss {loss.item():.6f}, {ratio:.1f} times fewer bytes")
     accelerator.end_training()
 
 

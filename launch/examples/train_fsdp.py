@@ -57,7 +57,7 @@ def main(checkpoint: str | None = None) -> None:
         dcp.save(state, checkpoint_id=f"fsdp-{epoch + 1}")
     if dist.get_rank() == 0:
         ratio = handle.stats().compression_ratio
-        print(f"loss {loss.item():.3f}, {ratio:.1f} times fewer bytes")
+        print(f"loss {loss.item():.6f}, {ratio:.1f} times fewer bytes")
     handle.close()  # rhtcomm
     dist.destroy_process_group()
 

@@ -1,12 +1,15 @@
 """Lightning with compressed gradients.
 
-    torchrun --nproc-per-node=2 launch/examples/train_lightning.py
+    torchrun --nproc-per-node=2 launch/examples/train_lightning.py [checkpoint to go on from]
 
 Compression adds the lines that end with "# rhtcomm".
 """
 
+import sys
+
 import lightning
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -31,7 +34,7 @@ class Regression(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def main() -> None:
+def main(checkpoint: str | None = None) -> None:
     lightning.seed_everything(0)
     x = torch.randn(4096, 64)
     data = TensorDataset(x, x @ torch.randn(64, 64) / 8)
@@ -43,14 +46,18 @@ def main() -> None:
         log_every_n_steps=1,
         logger=CSVLogger("logs", "lightning"),
         enable_progress_bar=False,
-        callbacks=[RHTCallback(bits=4)],  # rhtcomm
+        callbacks=[
+            ModelCheckpoint("lightning-example", filename="{epoch}", save_top_k=-1),
+            RHTCallback(bits=4),  # rhtcomm
+        ],
     )
-    trainer.fit(Regression(), DataLoader(data, batch_size=64, shuffle=True))
+    loader = DataLoader(data, batch_size=64, shuffle=True)
+    trainer.fit(Regression(), loader, ckpt_path=checkpoint)
     logged = trainer.logged_metrics
     if trainer.is_global_zero:
         ratio = logged["rhtcomm/compression_ratio"]
-        print(f"loss {logged['loss']:.3f}, {ratio:.1f} times fewer bytes")
+        print(f"loss {logged['loss']:.6f}, {ratio:.1f} times fewer bytes")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -37,7 +37,7 @@ def frozen() -> nn.Module:
         (
             {"optimizer": torch.optim.SGD(normed().parameters(), 1.0)},
             TypeError,
-            "must be a function that makes the outer optimizer",
+            "of type SGD; it must be a function that makes the outer optimizer",
         ),
         ({"optimizer": lambda anchors: anchors}, TypeError, "which is no torch.optim.Optimizer"),
         (

@@ -25,6 +25,7 @@ __all__ = [
     "batches",
     "check_example",
     "check_logged",
+    "check_resumed_example",
     "example",
     "launched",
     "loss_of",
@@ -132,9 +133,16 @@ def example(name: str, *arguments: str) -> str:
     return printed.getvalue()
 
 
-def check_example(printed: str, loss: float) -> None:
-    """That a script of launch/examples has learned, and sent less."""
+def check_example(printed: str, loss: float) -> str:
+    """That a script of launch/examples has learned, and sent less. Returns the loss."""
     found = re.search(r"loss ([0-9.]+), ([0-9.]+) times fewer bytes\s*$", printed)
     assert found, printed
     assert float(found[1]) < loss
     assert 4 < float(found[2]) <= 8
+    return found[1]
+
+
+def check_resumed_example(printed: list[str], loss: float) -> None:
+    """The same of a whole run and one that went on from its checkpoint: they end alike."""
+    whole, resumed = (check_example(text, loss) for text in printed)
+    assert resumed == whole

@@ -14,8 +14,8 @@ from trainers import (
     OPTIONS,
     RATE,
     batches,
-    check_example,
     check_logged,
+    check_resumed_example,
     example,
     launched,
     loss_of,
@@ -129,7 +129,7 @@ def cases(rank: int, world_size: int, folder: str) -> dict[str, Any]:
             train(rank, f"{folder}/unwrapped", range(1), unwrapped=True)
         with mock.patch("torch.distributed.destroy_process_group"):
             accelerator()
-            printed = example("train_accelerate.py")
+            printed = [example("train_accelerate.py", *last) for last in ([], ["accelerate-2"])]
     return {
         "whole": whole,
         "plain": expected,
@@ -211,4 +211,4 @@ def test_the_hook_of_a_model_that_is_gone_is_not_saved(trainer_ranks: Ranks, fol
 
 
 def test_example(results: list[dict[str, Any]]) -> None:
-    check_example(results[0]["printed"], loss=0.05)
+    check_resumed_example(results[0]["printed"], loss=0.05)
