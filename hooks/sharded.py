@@ -60,7 +60,8 @@ class ShardedState(RHTState):
         self._replicas = Session(None, self._timeout, None, silent=True)
         self._finalizer_of_replicas = weakref.finalize(self, self._replicas.close_late)
         # The step that goes on: its key, its backward pass by autograd's number, its buckets.
-        self._now, self._pass, self._reduced = self.key, -1, set[int]()
+        self._now, self._reduced = self.key, set[int]()
+        self._pass: int | None = None  # none: no step has begun
 
     # Beginning ----------------------------------------------------------------------------------
 
@@ -221,7 +222,9 @@ class ShardedState(RHTState):
 
     def load_state_dict(self, state: dict[str, Any], model: nn.Module | None = None) -> None:
         super().load_state_dict(state, model)
-        self._pass, self._reduced = -1, set()
+        for engine in self.engines:
+            engine.agreed = False
+        self._pass, self._reduced = None, set()
 
     def close(self) -> None:
         self._finalizer_of_replicas.detach()

@@ -1,6 +1,7 @@
 """The hook in Accelerate."""
 
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -44,26 +45,29 @@ def register(accelerator: Accelerator, model: nn.Module, bits: Bits = 4, **optio
         accelerator.end_training = ending = _Hooks(ending)
         accelerator.register_save_state_pre_hook(ending.save)
         accelerator.register_load_state_pre_hook(ending.load)
-    ending.handles.append(handle)
+    ending.handles[model] = handle
     return handle
 
 
 class _Hooks:
-    """All hooks of an accelerator. It takes the place of `end_training`, and closes them first."""
+    """All hooks of an accelerator, by model: those of models that are gone go with them.
+
+    It takes the place of `end_training`, and closes them first.
+    """
 
     def __init__(self, end_training: Callable[[], None]) -> None:
-        self.handles: list[Handle] = []
+        self.handles = weakref.WeakKeyDictionary[nn.Module, Handle]()
         self._end_training = end_training
 
     def __call__(self) -> None:
-        for handle in self.handles:
+        for handle in self.handles.values():
             handle.close()
         self._end_training()
 
     def save(self, models: Any, weights: Any, folder: str | os.PathLike[str]) -> None:
-        for index, handle in enumerate(self.handles):
+        for index, handle in enumerate(self.handles.values()):
             save_rank(handle, folder, f"rhtcomm_{index}")
 
     def load(self, models: Any, folder: str | os.PathLike[str]) -> None:
-        for index, handle in enumerate(self.handles):
+        for index, handle in enumerate(self.handles.values()):
             restore_rank(handle, folder, f"rhtcomm_{index}")

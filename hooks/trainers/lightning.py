@@ -63,6 +63,7 @@ class RHTCallback(_Callback):
         self.handle = attach(model, self._bits, self._options, "RHTCallback", how)
         if self._state:
             load(self.handle, self._state)
+            self._state = {}  # it may have the residuals of all ranks
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._first_step = trainer.global_step
@@ -100,6 +101,7 @@ class RHTCallback(_Callback):
         return gathered(self._state if self.handle is None else self.handle.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._state = state_dict
-        if self.handle is not None:  # some strategies load a checkpoint when they have wrapped
+        if self.handle is None:
+            self._state = state_dict
+        else:  # some strategies load a checkpoint when they have wrapped
             load(self.handle, state_dict)

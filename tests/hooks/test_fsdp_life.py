@@ -93,6 +93,22 @@ def test_a_unit_may_be_reduced_several_times_in_one_pass(ranks: Ranks) -> None:
     ranks.run(reduce_chunks, 2)
 
 
+def backward_by_stages(model: Any, rank: int, step: int) -> None:
+    """As torch's pipelines do, which have the gradients reduced when the pass is over."""
+    model.set_is_last_backward(False)
+    model.set_reshard_after_backward(False)
+    model.set_requires_gradient_sync(False)
+    loss(model, rank, step).backward()
+    model.set_is_last_backward(True)
+    model.set_reshard_after_backward(True)
+    model.set_requires_gradient_sync(True)
+    state = model._get_fsdp_state()
+    for one in state._state_ctx.all_states:
+        if one._fsdp_param_group is not None:
+            one._fsdp_param_group.post_backward()
+    state._root_post_backward_final_callback()
+
+
 def use(rank: int, world_size: int, how: str) -> list[tuple[int, int]]:
     """Step and unit of each reduction."""
     with pytest.MonkeyPatch.context() as patch:
@@ -114,6 +130,9 @@ def use(rank: int, world_size: int, how: str) -> list[tuple[int, int]]:
                 if how == "twice":
                     loss(model, rank, step).backward()
                     loss(model, rank, step + 7).backward()
+                elif how == "in stages":
+                    backward_by_stages(model, rank, step)
+                    handle.load_state_dict(handle.state_dict())
                 elif how == "two losses":
                     y = model(numbers(rank, step, shape=(8, WIDTHS[0])))
                     y.square().mean().backward(retain_graph=True)
@@ -135,6 +154,7 @@ def use(rank: int, world_size: int, how: str) -> list[tuple[int, int]]:
     [
         ("once", 2),
         ("twice", 4),
+        ("in stages", 2),
         ("two losses", 4),
         ("two passes in one", None),
         ("checkpointed layers", 2),

@@ -137,6 +137,22 @@ def test_replicas_of_other_shards_are_found_out(ranks: Ranks) -> None:
         assert "configured differently in shard (0 on rank 0" in message or "shard (1" in message
 
 
+def load_apart(rank: int, world_size: int) -> str:
+    """Replicas load other steps, after one that was the same."""
+    model, handle = replicated(mesh_of(2, 1))
+    with handle:
+        backward(model, rank, 0)
+        handle.load_state_dict({"seed": 0, "step": 5 + rank})
+        with pytest.raises(DisagreementError) as caught:
+            backward(model, rank, 1)
+    return str(caught.value)
+
+
+def test_replicas_that_load_other_steps_are_found_out(ranks: Ranks) -> None:
+    for message in ranks.run(load_apart, 2):
+        assert "configured differently in step (5 on rank 0; 6 on rank 1)" in message
+
+
 def fail(rank: int, world_size: int) -> str:
     """Of four ranks one fails: the one that shares its shard, and the one with its replica, hear of
     it, and from them so does the last one."""

@@ -1,5 +1,6 @@
 """Accelerate, on two ranks."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,22 @@ def one_process(rank: int, world_size: int, folder: str) -> None:
         train(rank, folder, range(2, 3))
 
 
+def one_model_after_another(rank: int, world_size: int, folder: str) -> None:
+    from rhtcomm.hooks.trainers.accelerate import register
+
+    with launched(rank, world_size):
+        acc = accelerator()
+        for trial in range(2):
+            model = acc.prepare(torch.nn.Linear(2, 2))
+            with pytest.warns(match="one process has no gradients to send"):
+                handle = register(acc, model)
+            handle.load_state_dict({"seed": 0, "step": 5 + trial})
+            acc.save_state(f"{folder}/trial{trial}")
+            del model
+            acc.free_memory()
+            gc.collect()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("accelerate")
@@ -184,6 +201,13 @@ def test_a_hook_that_was_never_called_warns(
 ) -> None:
     assert results  # where the ranks waited for it in vain
     trainer_ranks.run(one_process, 1, str(folder))
+
+
+def test_the_hook_of_a_model_that_is_gone_is_not_saved(trainer_ranks: Ranks, folder: Path) -> None:
+    """As in a search of hyperparameters, with one accelerator."""
+    trainer_ranks.run(one_model_after_another, 1, str(folder))
+    assert [file.name for file in folder.glob("trial1/rhtcomm*")] == ["rhtcomm_0_rank0.pt"]
+    assert torch.load(folder / "trial1/rhtcomm_0_rank0.pt")["step"] == 6
 
 
 def test_example(results: list[dict[str, Any]]) -> None:

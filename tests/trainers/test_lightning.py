@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 import warnings
+import weakref
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,6 +223,23 @@ def test_a_hook_that_was_never_called_warns(
 
 def test_example(results: list[dict[str, Any]]) -> None:
     check_resumed_example(results[0]["printed"], loss=0.05)
+
+
+def test_a_state_that_was_loaded_is_not_kept() -> None:
+    """With error feedback it has the residuals of all ranks."""
+    from rhtcomm.hooks.trainers.lightning import RHTCallback
+
+    callback = RHTCallback(error_feedback=True)
+    residual = torch.zeros(3)
+    kept = weakref.ref(residual)
+    callback.load_state_dict({"seed": 0, "step": 5, "residuals of rank 1 of 2": {"w": residual}})
+    del residual
+    assert kept() is not None
+    trainer = SimpleNamespace(strategy=SimpleNamespace(model=torch.nn.Linear(2, 2)))
+    with pytest.warns(match="one process has no gradients to send"):
+        callback.on_fit_start(trainer, None)
+    assert kept() is None
+    assert callback.state_dict()["step"] == 5
 
 
 def test_the_callback_is_of_the_package_that_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
