@@ -63,7 +63,7 @@ def train_loop(config: dict[str, Any]) -> None:
 def main(checkpoint: str | None = None) -> None:
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
-        train_loop_config={"checkpoint": checkpoint and Checkpoint(checkpoint)},
+        train_loop_config={"checkpoint": checkpoint and Checkpoint(Path(checkpoint).resolve())},
         scaling_config=ScalingConfig(num_workers=2),
         run_config=RunConfig(storage_path=str(Path("ray-example").resolve())),
     )
