@@ -68,7 +68,7 @@ def main(checkpoint: str | None = None) -> None:
         run_config=RunConfig(storage_path=str(Path("ray-example").resolve())),
     )
     last = trainer.fit().metrics
-    print(f"loss {last['loss']:.3f}, {last['rhtcomm/compression_ratio']:.1f} times fewer bytes")
+    print(f"loss {last['loss']:.6f}, {last['rhtcomm/compression_ratio']:.1f} times fewer bytes")
 
 
 if __name__ == "__main__":

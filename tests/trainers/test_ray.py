@@ -121,7 +121,11 @@ def drive(folder: str) -> None:
         scaling_config=ScalingConfig(num_workers=2),
         run_config=run_config,
     ).fit()
-    print(example("train_ray.py"), end="")
+    whole = example("train_ray.py")
+    saved = sorted(Path("ray-example").glob("*/checkpoint_*"))[1]
+    resumed = example("train_ray.py", str(saved))
+    assert resumed.split(",")[0] == whole.split(",")[0], (resumed, whole)  # the loss
+    print(whole, end="")
     ray.shutdown()
 
 
