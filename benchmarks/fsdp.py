@@ -1,6 +1,6 @@
 """Time of a training step of FSDP2 with and without compression, on emulated links.
 
-    python benchmarks/fsdp.py                              all of it (root; 8 minutes)
+    python benchmarks/fsdp.py                              all of it (root; 9 minutes)
     python benchmarks/fsdp.py --links 1gbit --ranks 2
     python benchmarks/fsdp.py --quick
 

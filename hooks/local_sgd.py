@@ -15,7 +15,7 @@ from ..floating_point import default_mode
 from .anchors import CALL, difference, everything_in, followed_in, mirror_of, parts_of
 from .engines import Future
 from .models import named_parameters
-from .outer import OuterState, check_schedule, digest, outer_optimizer
+from .outer import OuterState, check_schedule, digest, outer_optimizer, warn_of_ddp
 from .outer_checkpoint import read, saved_optimizer, to_torch
 from .policy import Bits
 from .register import Handle
@@ -137,6 +137,7 @@ class OuterAverager:
         self.state = OuterState(self._facts(followed), bits, **options)
         self._handle = Handle(self.anchors, self.state)
         self._engine = self.state.begin(self._parts, followed)
+        warn_of_ddp(model, self._engine.topology)
         self._closed = False
         reductions = [
             (self._engine.reducer, p.flat.dtype, p.flat.numel(), False) for p in self._parts

@@ -2,17 +2,21 @@
 
 import hashlib
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..arguments import natural
+from ..communicators import Topology, TorchCommunicator
 from ..reduce import DisagreementError
 from .anchors import CALL, Part, real
 from .buckets import Bucket, say_if_exact
 from .engines import Engine, Future
+from .models import ranks_of
 from .policy import Bits
 from .state import RHTState
 
@@ -21,6 +25,7 @@ __all__ = [
     "check_schedule",
     "digest",
     "outer_optimizer",
+    "warn_of_ddp",
 ]
 
 _log = logging.getLogger("rhtcomm")
@@ -130,6 +135,23 @@ def _fused_sum(device: torch.device) -> torch.Tensor:
     """x + a y, as torch's optimizers do it; not all processors round it once."""
     x = torch.arange(1, 4097, dtype=torch.float32, device=device) / 3
     return torch.add(x, x.flip(0), alpha=0.7)
+
+
+def warn_of_ddp(model: nn.Module, topology: Topology) -> None:
+    """Warn where DDP averages the gradients of ranks that exchange outer steps."""
+    if not isinstance(topology, TorchCommunicator):
+        return  # levels, with DDP within the lower one; or other transports
+    ranks = {*ranks_of(topology.group)}
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            both = ranks & {*ranks_of(module.process_group)}
+            if len(both) > 1:
+                warnings.warn(
+                    f"{CALL}: ranks {sorted(both)} exchange what they train, but are in one "
+                    "DistributedDataParallel too, which sends every gradient in addition; leave "
+                    "that out, or name one rank of each site by process_group",
+                    stacklevel=3,
+                )
 
 
 _DIGEST_BYTES = 16

@@ -46,6 +46,7 @@ def attach(model: nn.Module, bits: Bits, options: dict[str, Any], owner: str, ho
             f"several, {how}",
             stacklevel=3,
         )
+        options = {name: value for name, value in options.items() if name != "replicate_group"}
         return Handle(model, RHTState(bits, **options))
     modules = list(model.modules())
     if any(isinstance(module, DistributedDataParallel) for module in modules):

@@ -39,7 +39,7 @@ class RHTCallback(TrainerCallback):
             and without FSDP.
     """
 
-    def __init__(self, trainer: Trainer, bits: Bits = 4, **options: Any) -> None:
+    def __init__(self, trainer: Trainer | None = None, bits: Bits = 4, **options: Any) -> None:
         if not isinstance(trainer, Trainer):
             raise TypeError(
                 "RHTCallback: it needs the Trainer, which has the wrapped model; make that first, "

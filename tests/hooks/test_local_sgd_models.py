@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -129,6 +130,16 @@ def test_sites_train_by_ddp_and_exchange_between_them(ranks: Ranks) -> None:
         sent[levels] = sum(result["sent"] for result in results)
         assert results[0]["names"][0] == "0.weight"
     assert sent[True] < 0.6 * sent[False], "each byte crosses once"
+
+
+def in_ddp(rank: int, world_size: int) -> None:
+    ddp = DistributedDataParallel(normed())
+    with pytest.warns(match=r"ranks \[0, 1\] exchange what they train, but are in one Distributed"):
+        averager(ddp, period=2).close()
+
+
+def test_a_model_in_ddp_over_the_ranks_that_exchange_warns(ranks: Ranks) -> None:
+    ranks.run(in_ddp, 2)
 
 
 # ---- Checkpoints by torch.distributed.checkpoint ----------------------------------------------

@@ -154,7 +154,7 @@ def cases(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         ):
             trainer.train()
         with pytest.raises(TypeError, match=r"trainer.add_callback\(RHTCallback\(trainer, bits=4"):
-            RHTCallback(4)
+            RHTCallback(bits=4)
         reset()
         printed = example("train_transformers.py")
     return {
