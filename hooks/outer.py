@@ -141,7 +141,7 @@ def warn_of_ddp(model: nn.Module, topology: Topology) -> None:
     """Warn where DDP averages the gradients of ranks that exchange outer steps."""
     if not isinstance(topology, TorchCommunicator):
         return  # levels, with DDP within the lower one; or other transports
-    ranks = {*ranks_of(topology.group)}
+    ranks = {*topology.ranks}
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             both = ranks & {*ranks_of(module.process_group)}

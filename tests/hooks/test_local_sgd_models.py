@@ -135,7 +135,9 @@ def test_sites_train_by_ddp_and_exchange_between_them(ranks: Ranks) -> None:
 def in_ddp(rank: int, world_size: int) -> None:
     ddp = DistributedDataParallel(normed())
     with pytest.warns(match=r"ranks \[0, 1\] exchange what they train, but are in one Distributed"):
-        averager(ddp, period=2).close()
+        outer = averager(ddp, period=1)
+    outer.step()
+    outer.close()
 
 
 def test_a_model_in_ddp_over_the_ranks_that_exchange_warns(ranks: Ranks) -> None:

@@ -12,7 +12,7 @@ from rhtcomm import ECDQ, codebooks
 from rhtcomm.codebooks import ecdq
 
 FloatArray = npt.NDArray[np.float64]
-# DESIGN.md's table: the ideal code with C = 4, without a margin and without lanes' states.
+# Errors of the ideal code with C = 4, without a margin and without lanes' states.
 IDEAL = {1: 0.57104, 1.5: 0.21936, 2: 0.09824, 2.5: 0.04668, 3: 0.02278, 4: 0.00559, 5: 0.00139}
 
 

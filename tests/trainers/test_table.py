@@ -41,7 +41,8 @@ class Row(NamedTuple):
 
 
 def rows() -> list[Row]:
-    lines = [line.strip("|").split("|") for line in TEXT.splitlines() if line.startswith("|")]
+    (table,) = [block for block in TEXT.split("\n\n") if block.startswith("| trainer |")]
+    lines = [line.strip("|").split("|") for line in table.splitlines()]
     header, _, *others = ([cell.strip() for cell in line] for line in lines)
     found = []
     for other in others:
