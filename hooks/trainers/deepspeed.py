@@ -109,8 +109,9 @@ class _Handle(Handle):
         self._logged = state.stats()  # what the monitors have
 
     def install(self) -> None:
-        for name, method in zip(_REPLACED, (self._average, self._save, self._load), strict=True):
-            setattr(self._engine(), name, method)
+        engine = self._engine()
+        engine.buffered_allreduce_fallback = self._average
+        engine.save_checkpoint, engine.load_checkpoint = self._save, self._load
 
     def remove(self) -> None:
         """Go back to the engine's own averaging, on all ranks alike and between steps."""
