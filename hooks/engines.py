@@ -147,6 +147,24 @@ class Engine:
         self.reducer.agree(facts, device)
         self.agreed = True
 
+    @contextmanager
+    def beginning(self, key: Key, device: torch.device) -> Iterator[None]:
+        """Compare the ranks' arguments; what fails then or within it ends the engine on all ranks.
+
+        They are compared again before the first bucket, as a checkpoint may be loaded until then.
+
+        Raises:
+            DisagreementError: see `agree`.
+        """
+        try:
+            self.agree(key, device)
+            self.agreed = False
+            yield
+        except BaseException as failure:
+            self.fail(failure)
+            self.close()
+            raise
+
     def _mean_(self, bucket: Bucket) -> None:
         """Replace the bucket's buffer by its mean over ranks."""
         if bucket.parts:

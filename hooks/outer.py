@@ -61,14 +61,8 @@ class OuterState(RHTState):
         session.called = True  # what it warns of is not for this one
         device = parts[0].flat.device
         engine = session.start(device, None, self._make_engine)
-        try:
-            engine.agree(self.key, device)
-            engine.agreed = False  # a checkpoint may be loaded before the first exchange
+        with engine.beginning(self.key, device):
             _check_alike(followed, engine, device)
-        except BaseException as failure:
-            engine.fail(failure)
-            engine.close()
-            raise
         return engine
 
     def learn(self, parts: Sequence[Part]) -> None:

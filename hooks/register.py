@@ -66,14 +66,8 @@ def begin(
     """
     device = _device_of(model)
     engine = state.start(model, group, device)
-    try:
-        engine.agree(state.key, device)
-        engine.agreed = False  # a checkpoint may be loaded before the first bucket
+    with engine.beginning(state.key, device):
         add()
-    except BaseException as failure:
-        engine.fail(failure)
-        engine.close()
-        raise
     log_summary(state, device, _reductions(model, engine.reducer))
 
 
@@ -173,10 +167,13 @@ class Handle:
         without one, with the same result.
         """
         self.close()
-        self.state.bypass(self._model())
+        self._bypass()
         place = self.state.place()
         if place is None or place[0] == 0:
             _log.info("rhtcomm: gradients are averaged as they are from now on")
+
+    def _bypass(self) -> None:
+        self.state.bypass(self._model())
 
     def close(self) -> None:
         """Finish what is in flight, end the worker thread and the hook's own connections.

@@ -77,21 +77,15 @@ class ShardedState(RHTState):
         unit = next(iter(self._numbers))
         try:
             engine = self._session.start(unit.device, unit.ranks, self._make_engine)
-            self._compare(engine, unit.device)
-            if self._replicate_group is not None:
-                make = self._make_engine_of_replicas
-                engine = self._replicas.start(unit.device, self._replicate_group, make)
-                self._compare(engine, unit.device)
-        except BaseException as failure:
-            for engine in self.engines:
-                engine.fail(failure)
-                engine.close()
+            with engine.beginning(self.key, unit.device):
+                if self._replicate_group is not None:
+                    make = self._make_engine_of_replicas
+                    replicas = self._replicas.start(unit.device, self._replicate_group, make)
+                    with replicas.beginning(self.key, unit.device):
+                        pass
+        except BaseException:
             self._session.called = True  # nobody could
             raise
-
-    def _compare(self, engine: Engine, device: torch.device) -> None:
-        engine.agree(self.key, device)
-        engine.agreed = False  # a checkpoint may be loaded before the first reduction
 
     def _learn_units(self) -> None:
         """The parameters of the units and their names."""

@@ -25,8 +25,7 @@ def register(accelerator: Accelerator, model: nn.Module, bits: Bits = 4, **optio
     `accelerator.end_training` closes the hook. Log with
     ``accelerator.log({"loss": ...} | handle.figures(), step=step)``.
 
-    With FSDP it is `compress_fsdp`. In one process it warns that there is
-    nothing to compress.
+    With FSDP it is `compress_fsdp`. In one process it warns that there is nothing to compress.
 
     Raises:
         TypeError: several processes train a model without DDP and without FSDP.

@@ -121,12 +121,12 @@ def load(handle: Handle, state: dict[str, Any]) -> None:
     handle.load_state_dict(state)
 
 
-def save_rank(handle: Handle, folder: str | os.PathLike[str], name: str) -> None:
+def save_rank(handle: Handle, folder: str | os.PathLike[str], name: str = "rhtcomm") -> None:
     """Write this rank's state into a checkpoint's folder, which exists."""
     torch.save(handle.state_dict(), _file(folder, name, _rank()))
 
 
-def restore_rank(handle: Handle, folder: str | os.PathLike[str], name: str) -> None:
+def restore_rank(handle: Handle, folder: str | os.PathLike[str], name: str = "rhtcomm") -> None:
     """Load what `save_rank` wrote; all ranks call it alike.
 
     Ranks take what rank 0 wrote, and their own residuals. Where there is nothing, the hook begins

@@ -6,7 +6,6 @@ buckets that are like DDP's, but are the same in each step.
 """
 
 import inspect
-import logging
 import os
 import weakref
 from collections.abc import Iterator
@@ -27,10 +26,7 @@ from .common import attach, restore_rank, save_rank
 __all__ = ["register"]
 
 CALL = "rhtcomm.hooks.trainers.deepspeed.register"
-FILE = "rhtcomm"  # of the hook, in a checkpoint's folder
 NUMEL = 1 << 23  # of a bucket: one travels while others are encoded and decoded
-
-_log = logging.getLogger("rhtcomm")
 
 
 def register(engine: DeepSpeedEngine, bits: Bits = 4, **options: Any) -> Handle:
@@ -113,13 +109,10 @@ class _Handle(Handle):
         engine.buffered_allreduce_fallback = self._average
         engine.save_checkpoint, engine.load_checkpoint = self._save, self._load
 
-    def remove(self) -> None:
-        """Go back to the engine's own averaging, on all ranks alike and between steps."""
-        self.close()
+    def _bypass(self) -> None:
+        """Go back to the engine's own averaging."""
         for name in _REPLACED:
             vars(self._engine()).pop(name, None)
-        if torch.distributed.get_rank() == 0:
-            _log.info("rhtcomm: gradients are averaged as they are from now on")
 
     def _engine(self) -> Any:
         engine = self._weak_engine()
@@ -148,7 +141,7 @@ class _Handle(Handle):
         tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
         folder = Path(save_dir, tag)
         folder.mkdir(parents=True, exist_ok=True)
-        save_rank(self, folder, FILE)
+        save_rank(self, folder)
         # The engine waits for all ranks before it writes that this is the latest checkpoint.
         return type(engine).save_checkpoint(engine, save_dir, tag, *others, **named)
 
@@ -160,7 +153,7 @@ class _Handle(Handle):
         given.apply_defaults()
         told = given.arguments
         if path is not None and told["load_optimizer_states"] and not told["load_module_only"]:
-            restore_rank(self, Path(path).parent, FILE)
+            restore_rank(self, Path(path).parent)
         return path, client_state
 
 

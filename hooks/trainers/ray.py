@@ -11,8 +11,6 @@ from .common import attach, restore_rank, save_rank
 
 __all__ = ["register", "restore", "save"]
 
-FILE = "rhtcomm"  # of the hook, in a checkpoint's folder
-
 
 def register(model: nn.Module, bits: Bits = 4, **options: Any) -> Handle:
     """Compress the gradients of a model that `ray.train.torch.prepare_model` returned.
@@ -37,7 +35,7 @@ def save(handle: Handle, folder: str | os.PathLike[str]) -> None:
     Ray puts the files of all workers into one checkpoint. What is equal on all workers, such as the
     model, needs to be in the folder of rank 0 alone.
     """
-    save_rank(handle, folder, FILE)
+    save_rank(handle, folder)
 
 
 def restore(handle: Handle, folder: str | os.PathLike[str]) -> None:
@@ -49,4 +47,4 @@ def restore(handle: Handle, folder: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: see `Handle.load_state_dict`.
     """
-    restore_rank(handle, folder, FILE)
+    restore_rank(handle, folder)

@@ -16,8 +16,6 @@ from .common import abandon, attach, finish, restore_rank, save_rank
 
 __all__ = ["RHTCallback"]
 
-_NAME = "rhtcomm"  # of the files in a checkpoint
-
 
 class RHTCallback(TrainerCallback):
     """Compress the gradients of `Trainer.train`.
@@ -91,7 +89,7 @@ class RHTCallback(TrainerCallback):
         how = "start the script by torchrun or accelerate launch, for DDP or FSDP"
         self.handle = attach(trainer.model_wrapped, self._bits, self._options, "RHTCallback", how)
         if self._checkpoint is not None:
-            restore_rank(self.handle, self._checkpoint, _NAME)
+            restore_rank(self.handle, self._checkpoint)
         self._first_step = state.global_step
         # Callbacks that report are called in order, and must find the figures in the logs.
         callbacks = trainer.callback_handler.callbacks
@@ -107,7 +105,7 @@ class RHTCallback(TrainerCallback):
         folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         # A search of hyperparameters has other folders, and resumes none.
         if self.handle is not None and not args.save_only_model and os.path.isdir(folder):
-            save_rank(self.handle, folder, _NAME)
+            save_rank(self.handle, folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.handle is not None:
