@@ -1,7 +1,6 @@
 """What a bucket may hold."""
 
 import copy
-import logging
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch.distributed as dist
 from harness import Ranks
 from models import error_of_mean, wrapped
 from problems import nmse, numbers
-from states import BLOCK, FINE, TIMEOUT, TOLERANCE, submit
+from states import BLOCK, FINE, TIMEOUT, TOLERANCE, logged, submit
 from torch import nn
 
 import rhtcomm
@@ -37,13 +36,12 @@ def train_in_two_precisions(
     rank: int, world_size: int, options: dict[str, Any]
 ) -> tuple[list[float], bool, list[str]]:
     """Errors of both gradients, whether the float64 one is exact to the bit, and the log."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("rhtcomm").addHandler(handler)
     torch.manual_seed(0)
     model = Precise()
-    with RHTState(8, block=BLOCK, min_numel=0, timeout=TIMEOUT, **options) as state:
+    with (
+        logged() as lines,
+        RHTState(8, block=BLOCK, min_numel=0, timeout=TIMEOUT, **options) as state,
+    ):
         ddp = wrapped(model, state)
         for step in range(3):
             plain = copy.deepcopy(model)
@@ -59,7 +57,6 @@ def train_in_two_precisions(
         dist.all_reduce(total)
         exact = torch.equal(model.scale.grad, total / world_size)
         assert state.stats().nmse is None or state.stats().nmse < 1e-3
-    logging.getLogger("rhtcomm").removeHandler(handler)
     return errors, exact, lines
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from harness import Ranks
 from models import (
+    EarlyBranches,
     Probe,
     all_equal,
     descend,
@@ -134,19 +135,6 @@ class Branches(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.branches[int(x[0, 0] > 0)](self.trunk(x).tanh())
-        return result
-
-
-class EarlyBranches(nn.Module):
-    """The same with what all inputs take at the end, so that DDP's last buckets are a branch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList([mlp(32, 48, 64), mlp(32, 32, 64)])
-        self.head = nn.Linear(64, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.head(self.branches[int(x[0, 0] > 0)](x).tanh())
         return result
 
 

@@ -1,15 +1,12 @@
 """rhtcomm.hooks.compress_fsdp: keys, checkpoints, how it ends and how it fails."""
 
 import gc
-import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from harness import Ranks
 from problems import numbers
 from sharded import (
@@ -24,7 +21,7 @@ from sharded import (
     same,
     sharded,
 )
-from states import GAVE_UP, SOON, TIMEOUT
+from states import GAVE_UP, SAVERS, SOON, TIMEOUT
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from rhtcomm import DisagreementError, Key
-from rhtcomm.hooks import Handle, compress_fsdp
+from rhtcomm.hooks import compress_fsdp
 from rhtcomm.hooks.inline import InlineEngine
 
 # ---- Keys -------------------------------------------------------------------------------------
@@ -174,26 +171,6 @@ def test_keys_never_repeat(how: str, steps: int | None, ranks: Ranks) -> None:
 # ---- Checkpoints ------------------------------------------------------------------------------
 
 
-def by_file(handle: Handle, rank: int, folder: str) -> Callable[[Handle], None]:
-    file = io.BytesIO()
-    torch.save(handle.state_dict(), file)
-
-    def load(into: Handle) -> None:
-        file.seek(0)
-        into.load_state_dict(torch.load(file, weights_only=True))
-
-    return load
-
-
-def by_dcp(handle: Handle, rank: int, folder: str) -> Callable[[Handle], None]:
-    """All ranks in one checkpoint."""
-    dcp.save({"hook": handle}, checkpoint_id=folder)
-    return lambda into: dcp.load({"hook": into}, checkpoint_id=folder)
-
-
-SAVERS = {"torch.save": by_file, "torch.distributed.checkpoint": by_dcp}
-
-
 def steps_of(model: nn.Module, rank: int, steps: range) -> list[dict[str, torch.Tensor]]:
     """Gradients; every other step is two microbatches, and the last layer is not in each."""
     found = []
@@ -211,7 +188,7 @@ def resume(rank: int, world_size: int, saver: str, options: dict[str, Any], fold
     model = sharded(net())
     with compress_fsdp(model, **options) as handle:
         steps_of(model, rank, range(3))
-        load = SAVERS[saver](handle, rank, folder)
+        load = SAVERS[saver](handle, folder)
         expected = steps_of(model, rank, range(3, 5))
     again = sharded(net())
     with compress_fsdp(again, **options) as resumed:

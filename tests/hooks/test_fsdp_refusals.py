@@ -9,6 +9,7 @@ from harness import Ranks
 from models import mlp
 from problems import numbers
 from sharded import FINE, WIDTHS, backward, net, probe, sharded
+from states import logged
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -83,13 +84,7 @@ def test_ranks_that_differ_find_out_at_once(what: str, ranks: Ranks) -> None:
 
 
 def say(rank: int, world_size: int) -> list[str]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("rhtcomm")
-    log.setLevel(logging.INFO)
-    log.addHandler(handler)
-    try:
+    with logged(logging.INFO) as lines:
         model = sharded(net())
         with compress_fsdp(model, bits=4, min_numel=0, warmup_steps=0) as handle:
             backward(model, rank, 0)
@@ -98,9 +93,6 @@ def say(rank: int, world_size: int) -> list[str]:
         with compress_fsdp(model, **FINE):
             for step in range(2):
                 model(numbers(rank, step, shape=(100,)).double()).backward()
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(logging.NOTSET)
     return [*lines, f"{sent / 1e6:.2f} MB"]
 
 

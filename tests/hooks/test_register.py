@@ -2,24 +2,22 @@
 
 import copy
 import gc
-import io
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from harness import Ranks
+from states import SAVERS, logged
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import rhtcomm
 from rhtcomm import HierarchicalCommunicator
-from rhtcomm.hooks import Handle, RHTState, register, rht_hook
+from rhtcomm.hooks import RHTState, register, rht_hook
 
 WIDTH = 64
 OPTIONS: dict[str, Any] = {"min_numel": 0, "block": 256, "warmup_steps": 0}
@@ -164,21 +162,12 @@ def test_ranks_that_differ_find_out_at_once(ranks: Ranks) -> None:
 
 
 def say(rank: int, world_size: int) -> list[str]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("rhtcomm")
-    log.setLevel(logging.INFO)
-    log.addHandler(handler)
-    try:
+    with logged(logging.INFO) as lines:
         model = DistributedDataParallel(net())
         with register(model, bits=4, **OPTIONS) as handle:
             assert "Handle(RHTState(Codec(quantizer=QuicFL(bits=4" in repr(handle)
             backward(model, rank, 0)
             sent = handle.stats().bytes_sent
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(logging.NOTSET)
     return [*lines, f"{sent / 1e6:.2f} MB"]
 
 
@@ -238,33 +227,13 @@ def test_it_ends_with_the_model(ranks: Ranks) -> None:
 # ---- Checkpoints ------------------------------------------------------------------------------
 
 
-def by_file(handle: Handle, rank: int, folder: str) -> Callable[[Handle], None]:
-    file = io.BytesIO()
-    torch.save(handle.state_dict(), file)
-
-    def load(into: Handle) -> None:
-        file.seek(0)
-        into.load_state_dict(torch.load(file, weights_only=True))
-
-    return load
-
-
-def by_dcp(handle: Handle, rank: int, folder: str) -> Callable[[Handle], None]:
-    """All ranks in one checkpoint."""
-    dcp.save({"hook": handle}, checkpoint_id=folder)
-    return lambda into: dcp.load({"hook": into}, checkpoint_id=folder)
-
-
-SAVERS = {"torch.save": by_file, "torch.distributed.checkpoint": by_dcp}
-
-
 def resume(rank: int, world_size: int, saver: str, options: dict[str, Any], folder: str) -> None:
     options = {"bits": 2, **OPTIONS, **options}
     model = DistributedDataParallel(net(), bucket_cap_mb=0.005)
     with register(model, **options) as handle:
         for step in range(3):
             backward(model, rank, step)
-        load = SAVERS[saver](handle, rank, folder)
+        load = SAVERS[saver](handle, folder)
         expected = [backward(model, rank, step) for step in (3, 4)]
     again = DistributedDataParallel(net(), bucket_cap_mb=0.005)
     with register(again, **options) as resumed:

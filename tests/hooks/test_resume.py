@@ -2,7 +2,6 @@
 
 import inspect
 import io
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from harness import Ranks
-from models import all_equal, descend, mlp, parameters_of, task_loss, wrapped
+from models import EarlyBranches, all_equal, descend, mlp, parameters_of, task_loss, wrapped
 from problems import numbers
-from states import BLOCK, TIMEOUT
+from states import BLOCK, TIMEOUT, logged
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,19 +38,6 @@ class Dtypes(nn.Module):
         return result
 
 
-class Branches(nn.Module):
-    """One of two branches, as the first input says; DDP's last buckets are of one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList([mlp(32, 48, 64), mlp(32, 32, 64)])
-        self.head = nn.Linear(64, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.head(self.branches[int(x[0, 0] > 0)](x).tanh())
-        return result
-
-
 def plain() -> nn.Module:
     return mlp(32, 64, 64, 48, 8)
 
@@ -75,7 +61,7 @@ CASES = {
     "one bucket": Case({"bucket_cap_mb": 25}),
     "dtypes": Case(model=Dtypes, after=(1, 2)),
     "static graph": Case({"static_graph": True}, model=Dtypes, after=(2, 3)),
-    "unused parameters": Case({"find_unused_parameters": True}, model=Branches, rebuilt=False),
+    "unused parameters": Case({"find_unused_parameters": True}, model=EarlyBranches, rebuilt=False),
     "error feedback": Case({}, {"quantizer": "eden", "error_feedback": True}, Dtypes),
     "equalized": Case({}, {"equalize": True, "error_feedback": True, "quantizer": "ecdq"}),
     "rotations": Case({}, {"rotations": "auto", "nmse_every": 2, "exact_fraction": 1 / 512}),
@@ -87,7 +73,7 @@ CASES = {
 # DDP then hands over no bucket without gradients, not even a step's last one.
 SKIP = {"find_unused_parameters": True, "skip_all_reduce_unused_params": True}
 if SKIP.keys() <= inspect.signature(DistributedDataParallel).parameters.keys():
-    CASES["skipped buckets"] = Case(SKIP, model=Branches, after=(1, 2), rebuilt=False)
+    CASES["skipped buckets"] = Case(SKIP, model=EarlyBranches, after=(1, 2), rebuilt=False)
 
 
 def train(model: nn.Module, ddp: nn.Module, rank: int, steps: range) -> None:
@@ -157,17 +143,6 @@ def test_a_resumed_run_ends_with_the_same_bits(name: str, ranks: Ranks) -> None:
 # ---- Checkpoints that do not fit --------------------------------------------------------------
 
 
-def lines_of(call: Callable[[], object]) -> list[str]:
-    """What the hook's log has of a call."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("rhtcomm").addHandler(handler)
-    call()
-    logging.getLogger("rhtcomm").removeHandler(handler)
-    return lines
-
-
 def load_elsewhere(rank: int, world_size: int) -> dict[str, Any]:
     """What the log says and how training ends, where a checkpoint of `plain` is loaded."""
     model, ddp, state = begin(CASES["plain"])
@@ -187,7 +162,8 @@ def load_elsewhere(rank: int, world_size: int) -> dict[str, Any]:
         model, ddp, state = begin(case)
         file.seek(0)
         state.load_state_dict(torch.load(file)["hook"])
-        lines = lines_of(lambda: train(model, ddp, rank, range(3, 6)))  # noqa: B023
+        with logged() as lines:
+            train(model, ddp, rank, range(3, 6))
         found[name] = parameters_of(model), lines, state.key.step
         state.close()
     return found
@@ -226,7 +202,8 @@ def test_numbers_of_buckets() -> None:
     # What is given up within a step: no number comes twice in it.
     layout.load(saved)
     assert step((2, 0), (1, 3)) == [[0, 2], [1]]
-    lines = lines_of(lambda: step((2, 0), (1,), (3,)))
+    with logged() as lines:
+        step((2, 0), (1,), (3,))
     assert len(lines) == 1
     layout.load(saved)
     assert step((2, 0), (1,), (3,)) == [[0, 2], [4], [5]]
@@ -235,7 +212,9 @@ def test_numbers_of_buckets() -> None:
     layout.load(saved)
     assert step((0, 2), (3, 1), by_index=False) == [[0, 2], [1]]
     assert step((2,), (1, 3), (0,)) == [[0], [1], [2]]
-    assert lines_of(lambda: step((0, 1, 2, 3))) == []
+    with logged() as lines:
+        step((0, 1, 2, 3))
+    assert lines == []
     assert layout.buckets() == [["0", "1", "2", "3"]]
 
 

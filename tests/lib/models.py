@@ -45,6 +45,19 @@ class Probe(nn.Module):
         return torch.stack(terms).sum()
 
 
+class EarlyBranches(nn.Module):
+    """One of two branches, as the first input says; DDP's last buckets are of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([mlp(32, 48, 64), mlp(32, 32, 64)])
+        self.head = nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.branches[int(x[0, 0] > 0)](x).tanh())
+        return result
+
+
 def wrapped(model: nn.Module, state: Any, hook: Any = rht_hook, **options: Any) -> Any:
     """The model in DDP, with the hook registered."""
     ddp = DistributedDataParallel(model, **options)

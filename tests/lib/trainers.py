@@ -25,7 +25,9 @@ __all__ = [
     "batches",
     "check_example",
     "check_logged",
+    "check_resumed",
     "check_resumed_example",
+    "check_same",
     "example",
     "launched",
     "loss_of",
@@ -123,6 +125,19 @@ def check_logged(rows: Sequence[Mapping[str, Any]], figures: Sequence[Mapping[st
             else:  # the trainer may have made a float32 of it
                 assert float(row[name]) == pytest.approx(value, rel=1e-6), name
     assert figures[0] != figures[-1], "after the warm-up a step takes other bytes"
+
+
+def check_same(results: Sequence[Mapping[str, Any]]) -> None:
+    """That each rank ended with the bits of the same training without the trainer."""
+    for result in results:
+        assert torch.equal(result["whole"], result["plain"])
+
+
+def check_resumed(results: Sequence[Mapping[str, Any]]) -> None:
+    """That each rank's resumed run ended as the whole one, and that it needed the hook's state."""
+    for result in results:
+        assert torch.equal(result["resumed"], result["whole"])
+        assert not torch.equal(result["forgotten"], result["whole"]), "the state changes nothing"
 
 
 def example(name: str, *arguments: str) -> str:

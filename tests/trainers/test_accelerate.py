@@ -15,7 +15,9 @@ from trainers import (
     RATE,
     batches,
     check_logged,
+    check_resumed,
     check_resumed_example,
+    check_same,
     example,
     launched,
     loss_of,
@@ -167,25 +169,12 @@ def one_model_after_another(rank: int, world_size: int, folder: str) -> None:
             gc.collect()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("accelerate")
-
-
-@pytest.fixture(scope="module")
-def results(trainer_ranks: Ranks, folder: Path) -> list[dict[str, Any]]:
-    return trainer_ranks.run(cases, 2, str(folder), timeout=120)
-
-
 def test_same_bits_as_plain_ddp(results: list[dict[str, Any]]) -> None:
-    for result in results:
-        assert torch.equal(result["whole"], result["plain"])
+    check_same(results)
 
 
 def test_resume_is_bit_identical(results: list[dict[str, Any]]) -> None:
-    for result in results:
-        assert torch.equal(result["resumed"], result["whole"])
-        assert not torch.equal(result["forgotten"], result["whole"]), "the state changes nothing"
+    check_resumed(results)
 
 
 def test_logs_each_step(results: list[dict[str, Any]]) -> None:

@@ -14,7 +14,9 @@ from trainers import (
     RATE,
     batches,
     check_logged,
+    check_resumed,
     check_resumed_example,
+    check_same,
     example,
     launched,
     loss_of,
@@ -85,28 +87,15 @@ def one_process(rank: int, world_size: int, folder: str) -> None:
         assert torch.equal(train(rank, folder, range(1)), plain(rank, 1)[0])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fabric")
-
-
-@pytest.fixture(scope="module")
-def results(trainer_ranks: Ranks, folder: Path) -> list[dict[str, Any]]:
-    return trainer_ranks.run(cases, 2, str(folder), timeout=120)
-
-
 def test_same_bits_as_plain_ddp(
     results: list[dict[str, Any]], trainer_ranks: Ranks, tmp_path: Path
 ) -> None:
-    for result in results:
-        assert torch.equal(result["whole"], result["plain"])
+    check_same(results)
     trainer_ranks.run(one_process, 1, str(tmp_path))
 
 
 def test_resume_is_bit_identical(results: list[dict[str, Any]]) -> None:
-    for result in results:
-        assert torch.equal(result["resumed"], result["whole"])
-        assert not torch.equal(result["forgotten"], result["whole"]), "the state changes nothing"
+    check_resumed(results)
 
 
 def test_logs_each_step(results: list[dict[str, Any]], folder: Path) -> None:

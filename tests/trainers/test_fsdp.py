@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from harness import Ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from trainers import (
     OPTIONS,
     RATE,
     batches,
+    check_resumed,
     check_resumed_example,
     example,
     launched,
@@ -119,12 +119,6 @@ def cases(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def results(trainer_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("fsdp")
-    return trainer_ranks.run(cases, 2, str(folder), timeout=120)
-
-
 def test_trains_as_plain_fsdp2(results: list[dict[str, Any]]) -> None:
     """With 8 bits. An error in the gradients' place or size would be as large as the way."""
     for result in results:
@@ -134,9 +128,7 @@ def test_trains_as_plain_fsdp2(results: list[dict[str, Any]]) -> None:
 
 
 def test_resume_is_bit_identical(results: list[dict[str, Any]]) -> None:
-    for result in results:
-        assert torch.equal(result["resumed"], result["whole"])
-        assert not torch.equal(result["forgotten"], result["whole"]), "the state changes nothing"
+    check_resumed(results)
 
 
 def test_logs_each_step(results: list[dict[str, Any]]) -> None:

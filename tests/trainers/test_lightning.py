@@ -21,7 +21,9 @@ from trainers import (
     RATE,
     batches,
     check_logged,
+    check_resumed,
     check_resumed_example,
+    check_same,
     example,
     launched,
     loss_of,
@@ -176,19 +178,8 @@ def one_process(rank: int, world_size: int, folder: str) -> None:
             fit(rank, folder, 3, f"{folder}/after.ckpt")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("lightning")
-
-
-@pytest.fixture(scope="module")
-def results(trainer_ranks: Ranks, folder: Path) -> list[dict[str, Any]]:
-    return trainer_ranks.run(cases, 2, str(folder), timeout=120)
-
-
 def test_same_bits_as_plain_ddp(results: list[dict[str, Any]]) -> None:
-    for result in results:
-        assert torch.equal(result["whole"], result["plain"])
+    check_same(results)
 
 
 def test_fsdp2(results: list[dict[str, Any]]) -> None:
@@ -199,9 +190,7 @@ def test_fsdp2(results: list[dict[str, Any]]) -> None:
 
 
 def test_resume_is_bit_identical(results: list[dict[str, Any]], folder: Path) -> None:
-    for result in results:
-        assert torch.equal(result["resumed"], result["whole"])
-        assert not torch.equal(result["forgotten"], result["whole"]), "the state changes nothing"
+    check_resumed(results)
     during, after = (
         torch.load(folder / name)["callbacks"]["RHTCallback"] for name in ("1.ckpt", "after.ckpt")
     )
