@@ -1,25 +1,36 @@
-"""`python -m rhtcomm plan`: what the exchange of a bucket will take, and whether to compress."""
+"""Tools of rhtcomm on the command line."""
 
 import argparse
+import importlib
 import sys
 
-from rhtcomm.cost import add_arguments, run
+# A command's module has `add_arguments(parser)` and `run(arguments)`, whose result is the exit
+# status (None: 0). Only the module of the command that was asked for is imported.
+COMMANDS = {
+    "plan": ("rhtcomm.cost", "predict the time of an exchange, and whether compression pays"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rhtcomm", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    plan = commands.add_parser(
-        "plan",
-        help="predict the time of an exchange by the codec's speed on this machine",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_arguments(plan)
-    args = parser.parse_args()
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (module, purpose) in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=purpose,
+            description=f"{purpose[0].upper()}{purpose[1:]}.",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        if name in sys.argv[1:2]:
+            tool = importlib.import_module(module)
+            tool.add_arguments(command)
+            command.set_defaults(run=tool.run)
+    arguments = parser.parse_args()
     try:
-        run(args)
+        status = arguments.run(arguments)
     except ValueError as error:
         sys.exit(str(error))
+    sys.exit(status)
 
 
 if __name__ == "__main__":
