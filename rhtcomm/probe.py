@@ -1,0 +1,163 @@
+"""What a link and its transport cost, measured between the ranks of a program.
+
+`rhtcomm.cost` predicts exchanges from these figures; its docstring has the equations.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from rhtcomm.communicators import Communicator, MPICommunicator, ring_bytes
+
+__all__ = ["FRAMING", "Link", "measure_link"]
+
+# What the frames of Ethernet, IP and TCP add to the bytes that they carry, as a factor.
+FRAMING = 1514 / 1448
+
+_SMALL = 64  # bytes of a small message
+_LARGE = 3 << 17  # bytes of a large one: a chunk of 768 Ki coordinates with 4 bits
+_IN_FLIGHT = 3  # large exchanges at a time, as chunks travel
+_RECEIVED = 1 << 24  # the most bytes that a rank receives at a time
+_SUMMED = 1 << 20  # numbers in a large all-reduce
+_FEWEST, _MOST = 3, 40  # turns of a measurement
+
+
+@dataclass(frozen=True)
+class Link:
+    """What an exchange costs besides the codec.
+
+    Seconds are wall-clock time, processor seconds those of all threads of one rank. Where exchanges
+    are queued on the stream of a device, no processor moves their bytes: there `transport`,
+    `all_reduce` and `all_reduce_bf16` are 0.
+    """
+
+    latency: float
+    """Seconds until a small message has arrived, without the work of posting it."""
+    posting: float
+    """Processor seconds of the calling thread for each message that it sends or receives."""
+    gbps: float
+    """Gbit/s in each direction, frames included: of the link, or what processors move over it."""
+    transport: float
+    """Processor seconds for each byte that a rank sends while another one arrives."""
+    all_reduce: float
+    """The same in the transport's own all-reduce of float32, which adds the numbers as well."""
+    all_reduce_bf16: float | None
+    """The same of bfloat16; None where the transport cannot add these."""
+    step: float
+    """Seconds of each of the 2 (n - 1) steps of such an all-reduce of a single number."""
+
+
+def measure_link(
+    communicator: Communicator, device: str | torch.device = "cpu", seconds: float = 3.0
+) -> Link:
+    """Measure the link between the ranks of a communicator; all of them call it.
+
+    Every rank gets the same figures, which are means over the ranks.
+
+    Args:
+        communicator: at least 2 ranks. To see what the hook will see, give what it exchanges over,
+            which is `communicator.apart("cpu")`.
+        device: where the tensors are.
+        seconds: about how long it may take. It takes longer on a link that needs more than
+            0.2 seconds for an exchange of 4 MiB.
+
+    Raises:
+        ValueError: the communicator has one rank.
+    """
+    if communicator.world_size < 2:
+        raise ValueError("measure_link: the communicator has 1 rank; a link has at least 2")
+    probe = _Probe(communicator, torch.device(device), seconds / 5)
+    latency, posting = probe.small_messages()
+    transport = probe.large_messages()
+    step, _, _ = probe.all_reduce(1, torch.float32)
+    _, all_reduce, gbps = probe.all_reduce(_SUMMED, torch.float32)
+    bf16 = None
+    if not isinstance(communicator, MPICommunicator):  # MPI has no such type
+        _, bf16, _ = probe.all_reduce(_SUMMED, torch.bfloat16)
+    if communicator.enqueues(probe.device.type):
+        transport, all_reduce, bf16 = 0.0, 0.0, bf16 and 0.0
+    return Link(latency, posting, gbps, transport, all_reduce, bf16, step)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    seconds: float
+    thread: float  # processor seconds of the calling thread
+    process: float  # of all threads
+
+
+class _Probe:
+    def __init__(self, communicator: Communicator, device: torch.device, budget: float) -> None:
+        self.communicator, self.device, self.budget = communicator, device, budget
+        self.others = communicator.world_size - 1
+
+    def small_messages(self) -> tuple[float, float]:
+        """Latency, and what posting a message costs."""
+        x = torch.zeros(_SMALL, dtype=torch.uint8, device=self.device)
+
+        def exchange() -> None:
+            self.communicator.start_all_gather(x)()
+            self.communicator.settle(wait=False)
+
+        turns = self._turns(exchange, alone=False)
+        # A rank that has to wait for a core says nothing of the link.
+        quiet = statistics.quantiles((turn.seconds - turn.thread for turn in turns), n=10)[0]
+        posting = statistics.median(turn.thread for turn in turns) / (2 * self.others)
+        latency, posting = self._means([max(0.0, quiet), posting])
+        return latency, posting
+
+    def large_messages(self) -> float:
+        """Processor seconds per byte."""
+        nbytes = min(_LARGE, _RECEIVED // (_IN_FLIGHT * self.others))
+        x = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+
+        def exchange() -> None:
+            flying = [self.communicator.start_all_gather(x) for _ in range(_IN_FLIGHT)]
+            for finish in flying:
+                finish()
+            self.communicator.settle(wait=False)
+
+        process = statistics.median(turn.process for turn in self._turns(exchange))
+        return self._means([process / (_IN_FLIGHT * self.others * nbytes)])[0]
+
+    def all_reduce(self, numel: int, dtype: torch.dtype) -> tuple[float, float, float]:
+        """Seconds per step, processor seconds per byte, and Gbit/s at best."""
+        x = torch.zeros(numel, dtype=dtype, device=self.device)
+        turns = self._turns(lambda: self.communicator.all_reduce_(x), alone=numel > 1)
+        sent = ring_bytes(x.nbytes, self.others + 1)
+        step = statistics.median(turn.seconds for turn in turns) / (2 * self.others)
+        process = statistics.median(turn.process for turn in turns) / sent
+        best = min(turn.seconds for turn in turns)
+        step, process, gbps = self._means([step, process, 8e-9 * sent * FRAMING / best])
+        return step, process, gbps
+
+    def _turns(self, exchange: Callable[[], None], alone: bool = True) -> list[_Turn]:
+        """Times of an exchange, as many as the budget allows; `alone`: the ranks begin together."""
+        first = self._time(exchange)  # connections that were idle are slow
+        (mean,) = self._means([first.seconds])
+        count = round(min(_MOST, max(_FEWEST, self.budget / mean)))
+        turns = []
+        for _ in range(count):
+            if alone:
+                self._means([0.0])
+            turns.append(self._time(exchange))
+        return turns
+
+    def _time(self, exchange: Callable[[], None]) -> _Turn:
+        process, thread, start = time.process_time(), time.thread_time(), time.perf_counter()
+        exchange()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return _Turn(
+            time.perf_counter() - start, time.thread_time() - thread, time.process_time() - process
+        )
+
+    def _means(self, figures: list[float]) -> list[float]:
+        """Over the ranks."""
+        total = torch.tensor(figures, dtype=torch.float64, device=self.device)
+        self.communicator.all_reduce_(total)
+        means: list[float] = (total / (self.others + 1)).tolist()
+        return means
