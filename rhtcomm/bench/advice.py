@@ -2,20 +2,30 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from rhtcomm.bench.results import Row, Step, in_words, mebibytes
 
-__all__ = ["WORTHWHILE", "advise", "best_compressed", "best_plain", "crossover", "of_steps"]
+__all__ = [
+    "PLAIN",
+    "WORTHWHILE",
+    "advise",
+    "best_compressed",
+    "best_plain",
+    "crossover",
+    "of_steps",
+    "pays",
+]
 
 # What compression must gain to be worth its error and another dependency; as `plan` has it.
 WORTHWHILE = 1.1
 _AS_FAST = 1.05  # of two that differ by less, the one with the smaller error is taken
-_PLAIN = ("float32", "bf16")
+PLAIN = ("float32", "bf16")
 
 
 def best_plain(rows: Sequence[Row], numel: int) -> Row | None:
     """The fastest of float32 and bf16 on buckets of one length; None: neither was measured."""
-    plain = [row for row in rows if row.numel == numel and row.contestant in _PLAIN]
+    plain = [row for row in rows if row.numel == numel and row.contestant in PLAIN]
     return min(plain, key=lambda row: row.median, default=None)
 
 
@@ -33,6 +43,18 @@ def best_compressed(
     return min(equals, key=error, default=None)
 
 
+def pays(best: Row | Step, plain: Row | Step) -> bool:
+    """Whether compression gains enough."""
+    return best.median * WORTHWHILE <= plain.median
+
+
+def _doubt(best: Row | Step, plain: Row | Step) -> str:
+    """What to add where the times of both vary too much."""
+    if best.low > plain.high or plain.low > best.high:
+        return ""
+    return "; these times overlap, so measure again with more --seconds or less other work"
+
+
 def crossover(ratios: Sequence[tuple[int, float]]) -> float | None:
     """Coordinates from which on compression is the faster one, interpolated on logarithms.
 
@@ -45,7 +67,7 @@ def crossover(ratios: Sequence[tuple[int, float]]) -> float | None:
     ratios = sorted(ratios)
     if not ratios or ratios[-1][1] < 1:
         return None
-    for (small, slower), (large, faster) in reversed([*zip(ratios, ratios[1:], strict=False)]):
+    for (small, slower), (large, faster) in reversed([*pairwise(ratios)]):
         if slower < 1:
             part = -math.log(slower) / (math.log(faster) - math.log(slower))
             return math.exp(math.log(small) + part * (math.log(large) - math.log(small)))
@@ -73,15 +95,16 @@ def advise(
     best = best_compressed(rows, numel, error, max_nmse)
     if best is None:
         return f"Do not compress: {base}, and nothing within the error allowed was measured."
-    if best.median * WORTHWHILE > plain.median:
+    if not pays(best, plain):
         return (
             f"Do not compress: {base}, and the fastest compression within the error allowed "
-            f"({in_words(best)}) {_milliseconds(best.median)}."
+            f"({in_words(best)}) {_milliseconds(best.median)}{_doubt(best, plain)}."
         )
     return (
         f"Take {in_words(best)}: {plain.median / best.median:.1f} times as fast as "
         f"{plain.contestant} here ({_milliseconds(best.median)} instead of "
-        f"{_milliseconds(plain.median)} for {mebibytes(numel)}); {_small(rows, best)}."
+        f"{_milliseconds(plain.median)} for {mebibytes(numel)}); {_small(rows, best)}"
+        f"{_doubt(best, plain)}."
     )
 
 
@@ -103,7 +126,7 @@ def _small(rows: Sequence[Row], best: Row) -> str:
 def of_steps(steps: Sequence[Step], error: Callable[[Step], float], max_nmse: float = 0.03) -> str:
     """The same from training steps."""
     plain = min(
-        (s for s in steps if s.contestant in _PLAIN), key=lambda step: step.median, default=None
+        (s for s in steps if s.contestant in PLAIN), key=lambda step: step.median, default=None
     )
     within = [s for s in steps if s.quantizer is not None and error(s) <= max_nmse]
     if plain is None or not within:
@@ -111,15 +134,15 @@ def of_steps(steps: Sequence[Step], error: Callable[[Step], float], max_nmse: fl
     best = min(within, key=lambda step: step.median)
     base = f"a step with {plain.contestant} takes {_milliseconds(plain.median)}"
     exposed = f"{_milliseconds(max(0.0, plain.exposed))} of it exposed communication"
-    if best.median * WORTHWHILE > plain.median:
+    if not pays(best, plain):
         return (
             f"Do not compress: {base}, {exposed}, and the fastest within the error allowed "
-            f"({in_words(best)}) {_milliseconds(best.median)}."
+            f"({in_words(best)}) {_milliseconds(best.median)}{_doubt(best, plain)}."
         )
     return (
         f"Take {in_words(best)}: a step takes {_milliseconds(best.median)}, "
         f"{plain.median / best.median:.1f} times as fast as with {plain.contestant} "
-        f"({_milliseconds(plain.median)}, {exposed})."
+        f"({_milliseconds(plain.median)}, {exposed}){_doubt(best, plain)}."
     )
 
 

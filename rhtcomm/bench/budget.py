@@ -8,7 +8,7 @@ __all__ = ["LEAST", "MOST", "TURN", "admitted", "allocate", "schedule"]
 TURN = 3  # timed exchanges of a contestant, one after the other, behind one that is not timed
 LEAST, MOST = 1, 12  # turns of a contestant
 _CHECK = 3  # exchanges that a check is expected to take
-# Of the seconds, so much is for contestants in their least number of turns; more turns get the rest.
+# Of the seconds, this part is for the least number of turns; more turns get the rest.
 _RESERVED = 0.6
 
 

@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranks", type=int, help="start so many ranks on this machine, without a launcher")
     add("--seconds", type=float, default=60.0, help="wall-clock time of the whole run")
     add("--mebibytes", type=float, nargs="+", default=[1.0, 25.0], help="sizes of buckets, float32")
-    add("--bits", type=float, nargs="+", default=[1, 2, 4, 8], help="bits per coordinate")
+    add("--bits", type=_number, nargs="+", default=[1, 2, 4, 8], help="bits per coordinate")
     add("--quantizers", nargs="+", choices=QUANTIZERS, default=list(QUANTIZERS[:-1]), help="which")
     add("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS), help="which")
     add("--max-nmse", type=float, default=0.03, help="squared error that the advice allows")
@@ -52,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 ALGORITHMS = ("all_gather", "two_shot", "gather")
+
+
+def _number(text: str) -> float:
+    """Of bits: whole ones as an int, since quantizers ask for that."""
+    number = float(text)
+    return int(number) if number % 1 == 0 else number
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -127,9 +132,7 @@ def _run_rank(arguments: argparse.Namespace, place: Place, watch: Watch) -> None
     measure_exchanges(arguments, share * arguments.seconds, result, budget, ranks, watch)
     if training is not None:
         watch.doing = "training steps were measured"
-        field = contestants_for(
-            result.facts["backend"], ranks.world_size, [float(b) for b in arguments.bits]
-        )
+        field = contestants_for(result.facts["backend"], ranks.world_size, arguments.bits)
         result.steps = measure_steps(training, field, arguments.seconds, budget, ranks)
         for one in field:
             one.close()

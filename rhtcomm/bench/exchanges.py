@@ -2,21 +2,21 @@
 
 import argparse
 import functools
-import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from rhtcomm.bench.advice import best_compressed, best_plain
+from rhtcomm.bench.advice import PLAIN, best_compressed, best_plain, pays
 from rhtcomm.bench.checks import Problem
 from rhtcomm.bench.contestants import (
     Contestant,
     compressed_by,
     expected_error,
+    fits,
     power_sgd,
     torchs,
     uncompressed_by_mpi,
@@ -32,11 +32,13 @@ from rhtcomm.communicators import (
     Topology,
     TorchCommunicator,
 )
+from rhtcomm.cost import measure_codec
+from rhtcomm.probe import measure_link
 
 __all__ = ["field", "interest", "measure_exchanges", "row_of"]
 
 _SMALL = (1 << 14, 1 << 16)  # coordinates of buckets that only the best ones are measured on
-_FOR_SMALL = 0.12  # of the seconds
+_FOR_SMALL, _FOR_LINK = 0.12, 0.05  # of the seconds
 _ALIGN = 1024  # coordinates, see `Bucket.of`
 
 
@@ -66,8 +68,33 @@ def two_levels(carrier: str, ranks: Ranks) -> Topology:
     from mpi4py import MPI
 
     node, place = divmod(ranks.rank, ranks.ranks_per_node)
-    within, between = MPI.COMM_WORLD.Split(node), MPI.COMM_WORLD.Split(place)
+    within: Any = MPI.COMM_WORLD.Split(node)
+    between: Any = MPI.COMM_WORLD.Split(place)
     return HierarchicalCommunicator(MPICommunicator(within), MPICommunicator(between))
+
+
+def _measure_machine(
+    arguments: argparse.Namespace, result: Result, budget: Budget, ranks: Ranks
+) -> None:
+    """The link and the codec, each alone, for `plan --from`."""
+    communicator: Communicator = (
+        MPICommunicator() if arguments.communicator == "mpi" else TorchCommunicator()
+    )
+    communicator = communicator.apart(ranks.device.type)
+    seconds = ranks.tell(_FOR_LINK * arguments.seconds)
+    result.facts["link"] = asdict(measure_link(communicator, ranks.device, seconds))
+    communicator.close()
+    budget.end("link")
+    speeds: dict[str, dict[str, dict[str, float]]] = {}
+    for quantizer in (q for q in arguments.quantizers if q in ("quic_fl", "ecdq")):
+        speeds[quantizer] = {
+            f"{bits:g}": asdict(measure_codec(bits, quantizer=quantizer))
+            for bits in arguments.bits
+            if ranks.first and fits(quantizer, bits)
+        }
+    result.facts["speeds"] = speeds
+    dist.barrier()
+    budget.end("codec")
 
 
 def interest(world_size: int, contestant: Contestant) -> int:
@@ -94,6 +121,7 @@ def measure_exchanges(
         seconds: of the budget, that may be gone at the end.
     """
     watch.doing = "the link was measured"
+    _measure_machine(arguments, result, budget, ranks)
     backend = str(result.facts["backend"])
     everybody = field(arguments, backend, ranks)
     sizes = sorted({_aligned(mebibytes) for mebibytes in arguments.mebibytes})
@@ -123,7 +151,8 @@ def measure_exchanges(
     result.rows = sorted(
         (row_of(entry) for entry in entries if entry.measured), key=lambda row: -row.numel
     )
-    result.failed = [_named(entry) | {"reason": entry.failure} for entry in entries if entry.failure]
+    failed = [entry for entry in entries if entry.failure]
+    result.failed = [_named(entry) | {"reason": entry.failure} for entry in failed]
     result.dropped = [_named(entry) for entry in dropped]
 
 
@@ -141,9 +170,9 @@ def _finalists(rows: Sequence[Row], max_nmse: float) -> list[tuple[str, str]]:
     numel = max((row.numel for row in rows), default=0)
     plain = best_plain(rows, numel)
     best = best_compressed(rows, numel, expected_of, max_nmse)
-    if plain is None or best is None:
+    if plain is None or best is None or not pays(best, plain):
         return []
-    uncompressed = {(row.contestant, row.carrier) for row in rows if row.quantizer is None}
+    uncompressed = {(row.contestant, row.carrier) for row in rows if row.contestant in PLAIN}
     return [(best.contestant, best.carrier), *sorted(uncompressed)]
 
 

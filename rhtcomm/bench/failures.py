@@ -6,7 +6,7 @@ import sys
 import time
 from types import FrameType
 
-import torch.distributed as dist
+from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr-defined]
 
 __all__ = ["Told", "Watch"]
 
@@ -24,12 +24,12 @@ class Watch:
         self.rank, self.world_size = rank, world_size
         self.doing = "the ranks were connecting"
         self._ending = False
-        self._store: dist.Store | None = None
+        self._store: Store | None = None
         # What launchers send to the other ranks when one is lost.
         signal.signal(signal.SIGTERM, self._told)
 
-    def connect(self, store: dist.Store) -> None:
-        self._store = dist.PrefixStore("rhtcomm bench", store)
+    def connect(self, store: Store) -> None:
+        self._store = PrefixStore("rhtcomm bench", store)
 
     def _told(self, number: int, frame: FrameType | None) -> None:
         if not self._ending:
@@ -42,39 +42,42 @@ class Watch:
         gone, with a symptom.
         """
         self._ending = True
-        sentence = self._sentence(error)
-        if sentence:
-            print(f"rhtcomm bench: {sentence}", file=sys.stderr, flush=True)
+        self._say(error)
         sys.stdout.flush()
         os._exit(1)  # connections to ranks that are gone may never close
 
-    def _sentence(self, error: BaseException) -> str:
-        own = _in_words(error)
+    def _say(self, error: BaseException) -> None:
+        own, who = _in_words(error), f"rank {self.rank} of {self.world_size}"
         if self._store is None:
-            return f"rank {self.rank} of {self.world_size}: {own}"
+            _print(f"{who} ended while {self.doing}: {own.lstrip('?')}")
+            return
         try:
             self._store.set(f"ended {self.rank}", own)
-            teller = self._store.add("tellers", 1) == 1
-            if not teller:
+            if self._store.add("tellers", 1) > 1:
                 _wait(self._store, ["told"])
-                return ""
-            keys = [f"ended {rank}" for rank in range(self.world_size)]
-            _wait(self._store, keys)
-            known = {
-                rank: self._store.get(key).decode()
-                for rank, key in enumerate(keys)
-                if self._store.check([key])
-            }
-            sentence = sentence_of(known, self.world_size, self.doing)
+                return
+            known = self._gather()
+            _print(sentence_of(known, self.world_size, self.doing))
+            # The others leave when this is there, and some launchers then kill those that are left.
+            self._store.set("told", "")
         except (RuntimeError, OSError):  # the store went with rank 0
-            if self.rank > 1:
-                return ""
-            gone = f"rank 0 of {self.world_size} is gone" if self.rank else own
-            return f"{gone}; {self.doing}"
-        # The others leave when this is there, and some launchers then kill those that are left.
-        print(f"rhtcomm bench: {sentence}", file=sys.stderr, flush=True)
-        self._store.set("told", "")
-        return ""
+            if self.rank == 1:
+                _print(f"rank 0 of {self.world_size} is gone while {self.doing}")
+
+    def _gather(self) -> dict[int, str]:
+        """What ranks said before they ended."""
+        assert self._store is not None
+        keys = [f"ended {rank}" for rank in range(self.world_size)]
+        _wait(self._store, keys)
+        return {
+            rank: self._store.get(key).decode()
+            for rank, key in enumerate(keys)
+            if self._store.check([key])
+        }
+
+
+def _print(sentence: str) -> None:
+    print(f"rhtcomm bench: {sentence}", file=sys.stderr, flush=True)
 
 
 def _in_words(error: BaseException) -> str:
@@ -85,7 +88,7 @@ def _in_words(error: BaseException) -> str:
         return "it was interrupted"
     text = (str(error).splitlines() or [""])[0]
     # Torch raises RuntimeError for lost connections, with many texts.
-    if type(error) is RuntimeError or isinstance(error, dist.DistError):
+    if type(error) is RuntimeError or isinstance(error, DistError):
         return f"?{text}"
     return f"it raised {type(error).__name__}: {text}"
 
@@ -110,7 +113,7 @@ def sentence_of(known: dict[int, str], world_size: int, doing: str) -> str:
     return f"all ranks were told to end (SIGTERM) while {doing}"
 
 
-def _wait(store: dist.Store, keys: list[str]) -> None:
+def _wait(store: Store, keys: list[str]) -> None:
     """Until they are there, or for `_PATIENCE`."""
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline and not store.check(keys):

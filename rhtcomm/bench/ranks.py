@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store, TCPStore, rendezvous  # type: ignore[attr-defined]
 
 __all__ = ["Place", "Ranks", "find_place", "first_host", "join", "spawn"]
 
@@ -109,9 +110,7 @@ class Ranks:
         return self.world_size // per_node, int(per_node)
 
 
-def join(
-    place: Place, backend: str | None, device: str | None
-) -> tuple[torch.device, dist.Store]:
+def join(place: Place, backend: str | None, device: str | None) -> tuple[torch.device, Store]:
     """Initialize torch.distributed; the device that this rank works on, and the ranks' store.
 
     Raises:
@@ -128,7 +127,7 @@ def join(
         backend = {"cuda": "nccl", "xpu": "xccl"}.get(chosen.type, "gloo")
     bound = None if backend == "gloo" or chosen.type == "cpu" else chosen
     store, rank, world_size = next(
-        dist.rendezvous("env://", place.rank, place.world_size, timeout=_TIMEOUT)
+        rendezvous("env://", place.rank, place.world_size, timeout=_TIMEOUT)
     )
     dist.init_process_group(
         backend,
@@ -165,11 +164,12 @@ def _meeting_point(place: Place) -> tuple[str, int]:
         return first_host(nodes), port
     try:
         from mpi4py import MPI
-    except ImportError:
+    except (ImportError, RuntimeError) as error:  # mpi4py's wheels say so where there is no MPI
         raise ValueError(
-            "rhtcomm bench: MPI's launcher names no address to meet at; pip install mpi4py, or set "
-            "MASTER_ADDR and MASTER_PORT on all ranks"
-        ) from None
+            "rhtcomm bench: MPI's launcher names no address to meet at, and mpi4py does not load "
+            f"({error}); pip install 'rhtcomm[mpi]', or set MASTER_ADDR and MASTER_PORT on all "
+            "ranks"
+        ) from error
     if MPI.COMM_WORLD.size != place.world_size:
         raise ValueError(
             f"rhtcomm bench: the launcher started {place.world_size} ranks, but mpi4py sees "
@@ -207,7 +207,7 @@ def spawn(count: int, arguments: Sequence[str]) -> int:
         The first exit status that is not 0, else 0. When a rank ends with such a one, the others
         get five seconds to say what they know.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = os.environ | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),

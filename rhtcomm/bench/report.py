@@ -11,16 +11,14 @@ from rhtcomm.bench.results import Result, Row, Step, mebibytes, table
 __all__ = ["printed"]
 
 _HEADER = (
-    ("", "bits", "algorithm", "over", "median, ms", "10% .. 90%", "speed")
-    + ("encode", "exchange", "decode", "MB sent", "NMSE")
-)  # fmt: skip
+    *("MiB", "", "bits", "algorithm", "over", "median, ms", "10% .. 90%", "speed"),
+    *("encode", "exchange", "decode", "MB sent", "NMSE"),
+)
 
 
 def printed(result: Result, seconds: float) -> str:
     """All of it; the advice is the last line."""
-    sizes = sorted({row.numel for row in result.rows}, reverse=True)
-    parts = [_heading(result.facts), _EXPLANATION]
-    parts += [_of_size(result, numel) for numel in sizes]
+    parts = [_heading(result.facts), _EXPLANATION, _exchanges(result.rows)]
     if result.steps:
         parts.append(_of_steps(result.steps))
     parts += [f"Failed, and so not timed: {_who(one)}: {one['reason']}." for one in result.failed]
@@ -31,7 +29,7 @@ def printed(result: Result, seconds: float) -> str:
 
 
 _EXPLANATION = (
-    "Milliseconds until the slowest rank has the mean of a bucket, medians of all rounds. Speed: "
+    "Milliseconds until the slowest rank has the mean of a bucket, medians of some rounds. Speed: "
     "how many times\nas fast as the faster one of float32 and bf16. Encode, exchange (what it "
     "waited for) and decode: rank 0.\nNMSE: squared error of the mean, checked before."
 )
@@ -59,14 +57,11 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _of_size(result: Result, numel: int) -> str:
-    rows = [row for row in result.rows if row.numel == numel]
-    plain = best_plain(rows, numel)
-    lines = [_cells(row, plain) for row in rows]
-    rounds = sorted({row.rounds for row in rows})
-    some = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
-    unit = "round" if rounds == [1] else "rounds"
-    return f"{mebibytes(numel)}, {some} {unit}\n\n{table(_HEADER, lines, left=4)}"
+def _exchanges(rows: Sequence[Row]) -> str:
+    """Larger buckets first, and of each size the fastest first."""
+    ordered = sorted(rows, key=lambda row: (-row.numel, row.median))
+    lines = [_cells(row, best_plain(rows, row.numel)) for row in ordered]
+    return table(_HEADER, lines, left=5)
 
 
 def _cells(row: Row, plain: Row | None) -> list[str]:
@@ -74,6 +69,7 @@ def _cells(row: Row, plain: Row | None) -> list[str]:
     sent = "" if row.bytes_sent is None else f"{row.bytes_sent / 1e6:.3g}"
     parts = [_milliseconds(value) for value in (row.encode, row.exchange, row.decode)]
     return [
+        f"{row.numel / 2**18:.3g}",
         name,
         f"{row.bits:g}" if row.quantizer else "",
         row.algorithm or "",
@@ -125,9 +121,9 @@ def _left_out(result: Result, seconds: float) -> str:
     names = [_who(one) for one in result.dropped]
     shown = "; ".join(names[:3]) + ("; ..." if len(names) > 3 else "")
     return (
-        f"Left out, for {seconds:g} seconds do not hold all: {len(names)} of "
-        f"{len(names) + len(result.rows)} ({shown}). --seconds gives more, --quantizers, --bits and "
-        "--algorithms choose."
+        f"Left out, since {seconds:g} seconds do not hold all: {len(names)} of "
+        f"{len(names) + len(result.rows)} ({shown}). --seconds gives more; --quantizers, --bits "
+        "and --algorithms choose."
     )
 
 

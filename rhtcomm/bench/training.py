@@ -17,6 +17,7 @@ communication. (That contestant makes weights of ranks differ, so they are worth
 afterwards.)
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -137,7 +138,7 @@ def _local_hook(
 ) -> torch.futures.Future[torch.Tensor]:
     """This rank's own gradients."""
     buffer: torch.Tensor = bucket.buffer()
-    devices = [buffer.device] if buffer.device.type != "cpu" else None
+    devices: Any = [buffer.device] if buffer.device.type != "cpu" else None
     done: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
     done.set_result(buffer)
     return done
@@ -155,7 +156,7 @@ def contestants_for(carrier: str, world_size: int, bits: list[float]) -> list[Co
     found += torchs(carrier, world_size, ("float32", "bf16"))
     for b in bits:
         one = compressed(carrier, b, "two_shot" if world_size > 2 else "all_gather")
-        one.make_state = lambda b=b: rhtcomm.hooks.RHTState(b, warmup_steps=0)
+        one.make_state = functools.partial(rhtcomm.hooks.RHTState, b, warmup_steps=0)
         found.append(one)
     return found
 
