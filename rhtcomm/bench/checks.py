@@ -1,5 +1,6 @@
 """A contestant is timed only after its mean was found right, on the same ranks and size."""
 
+import functools
 import hashlib
 import math
 
@@ -41,22 +42,22 @@ class Problem:
         return x.roll(rank * x.numel() // self.ranks.world_size + rank)
 
     def _mean(self, x: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(x.shape, dtype=torch.float64)
-        for rank in range(self.ranks.world_size):
+        total = self._turned(x, 0).double()
+        for rank in range(1, self.ranks.world_size):
             total += self._turned(x, rank)
-        return total / self.ranks.world_size
+        return (total / self.ranks.world_size).float().to(self.data.device)
 
-    def gaussian(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's gradient (numel,) float32, and the mean (numel,) float64."""
-        return self.data, self._mean(self._gaussian).to(self.data.device)
+    @functools.cached_property
+    def mean(self) -> torch.Tensor:
+        """(numel,) float32, of all ranks' `data`, correctly rounded."""
+        return self._mean(self._gaussian)
 
     def low_rank(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same of matrices of rank 1, which differ between ranks in one factor."""
-        column = self._gaussian[: self.numel // _COLUMNS, None]
+        """Other data and their mean: matrices of rank 1, of which ranks share one factor."""
+        column = self._gaussian[: self.numel // _COLUMNS, None].to(self.data.device)
         row = torch.randn(_COLUMNS, generator=torch.Generator().manual_seed(1))
-        own = (column * self._turned(row, self.ranks.rank)).flatten()
-        mean = (column.double() * self._mean(row)).flatten()
-        return own.to(self.data.device), mean.to(self.data.device)
+        own = self._turned(row, self.ranks.rank).to(self.data.device)
+        return (column * own).flatten(), (column * self._mean(row)).flatten()
 
 
 def check(contestant: Contestant, problem: Problem) -> tuple[float, float]:
@@ -72,7 +73,7 @@ def check(contestant: Contestant, problem: Problem) -> tuple[float, float]:
     if contestant.low_rank:
         _error(contestant, problem, *problem.low_rank(), repeats=_WARMUP)
     bounded = not contestant.low_rank
-    return _error(contestant, problem, *problem.gaussian(), bounded=bounded)
+    return _error(contestant, problem, problem.data, problem.mean, bounded=bounded)
 
 
 def _error(
@@ -97,7 +98,8 @@ def _error(
             raise CheckError(failure or "it failed on another rank")
         if attempt >= repeats - 1 and seconds > _QUICK:
             break
-    nmse = float((bucket.tensor - exact).square().sum() / exact.square().sum())
+    difference = bucket.tensor - exact
+    nmse = float(difference.dot(difference) / exact.dot(exact))
     digest = hashlib.blake2b(bucket.tensor.cpu().numpy().tobytes(), digest_size=6).digest()
     number = float(int.from_bytes(digest, "little"))  # of 48 bits, which float64 holds exactly
     nmse, most, least = problem.ranks.largest(

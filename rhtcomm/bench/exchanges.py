@@ -38,7 +38,7 @@ from rhtcomm.probe import measure_link
 __all__ = ["field", "interest", "measure_exchanges", "row_of"]
 
 _SMALL = (1 << 14, 1 << 16)  # coordinates of buckets that only the best ones are measured on
-_FOR_SMALL, _FOR_LINK = 0.12, 0.05  # of the seconds
+_FOR_SMALL, _FOR_LINK = 0.1, 0.05  # of the seconds
 _ALIGN = 1024  # coordinates, see `Bucket.of`
 
 
