@@ -144,7 +144,7 @@ def measure_exchanges(
         for one in everybody
         if (one.name, one.carrier) in best
     ]
-    measure(small, seconds, budget, ranks, "small buckets")
+    dropped += measure(small, seconds, budget, ranks, "small buckets")
     entries += small
     for one in everybody:
         one.close()
