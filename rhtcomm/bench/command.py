@@ -134,7 +134,8 @@ def _run_rank(arguments: argparse.Namespace, place: Place, watch: Watch) -> None
     measure_exchanges(arguments, share * seconds, result, budget, ranks, watch)
     if training is not None:
         watch.doing = "training steps were measured"
-        field = contestants_for(result.facts["backend"], ranks.world_size, arguments.bits)
+        backend, what = str(result.facts["backend"]), (arguments.bits, arguments.quantizers)
+        field = contestants_for(backend, ranks.world_size, *what)
         result.steps = measure_steps(training, field, seconds, budget, ranks)
         for one in field:
             one.close()

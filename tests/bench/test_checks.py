@@ -43,11 +43,12 @@ FAULTS = ["exact", "wrong", "nan", "differs", "raises"]
 
 def measured_with_faults(rank: int, world_size: int) -> list[tuple[str, str, int]]:
     ranks = Ranks(torch.device("cpu"))
-    problem = Problem(4096, ranks)
+    problem = Problem(1 << 14, ranks)
     field = [broken(fault) for fault in FAULTS] + torchs("gloo", 2, ["float32", "bf16"])
-    field += [compressed("gloo", 4), compressed("gloo", 1.5, "two_shot", "ecdq")]
+    field += [compressed("gloo", 4, "gather"), compressed("gloo", 1.5, "two_shot", "ecdq")]
+    field += [compressed("gloo", 1, quantizer="eden"), compressed("gloo", 2, quantizer="vector")]
     entries = [Entry(one, problem) for one in field]
-    dropped = measure(entries, 30.0, Budget(30.0, ranks), ranks, "test")
+    dropped = measure(entries, 1e3, Budget(1e3, ranks), ranks, "test")
     for one in field:
         one.close()
     assert not dropped
@@ -64,7 +65,7 @@ def test_broken_contestants_get_no_time(ranks: Processes) -> None:
     assert found["differs"][0] == "ranks end with different means"
     assert found["raises"][0] == "ValueError: it cannot"
     rest = [found[name] for name in found if name not in FAULTS]
-    assert len(rest) == 4
+    assert len(rest) == 6
     assert all(failure == "" and rounds > 0 for failure, rounds in rest)
     assert both[0] == both[1]
 

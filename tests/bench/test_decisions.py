@@ -10,8 +10,8 @@ import pytest
 from rhtcomm.bench.advice import advise, crossover, of_steps
 from rhtcomm.bench.budget import LEAST, MOST, TURN, admitted, allocate, schedule
 from rhtcomm.bench.command import without_ranks
-from rhtcomm.bench.contestants import compressed_by, expected_error
-from rhtcomm.bench.exchanges import expected_of, interest
+from rhtcomm.bench.contestants import compressed_by, expected_error, interest
+from rhtcomm.bench.exchanges import expected_of
 from rhtcomm.bench.failures import sentence_of
 from rhtcomm.bench.ranks import find_place, first_host
 from rhtcomm.bench.report import printed
