@@ -136,7 +136,10 @@ def _run_rank(arguments: argparse.Namespace, place: Place, watch: Watch) -> None
         watch.doing = "training steps were measured"
         backend, what = str(result.facts["backend"]), (arguments.bits, arguments.quantizers)
         field = contestants_for(backend, ranks.world_size, *what)
-        result.steps = measure_steps(training, field, seconds, budget, ranks)
+        result.steps, dropped = measure_steps(training, field, seconds, budget, ranks)
+        result.dropped += [
+            {"contestant": one.name, "carrier": one.carrier, "numel": None} for one in dropped
+        ]
         for one in field:
             one.close()
     if ranks.first:
