@@ -7,7 +7,10 @@ import sys
 # A command's module has `add_arguments(parser)` and `run(arguments)`, whose result is the exit
 # status (None: 0). Only the module of the command that was asked for is imported.
 COMMANDS = {
-    "plan": ("rhtcomm.cost", "predict the time of an exchange, and whether compression pays"),
+    "plan": (
+        "rhtcomm.plan_command",
+        "predict the time of an exchange, and whether compression pays",
+    ),
 }
 
 

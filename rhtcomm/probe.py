@@ -1,18 +1,37 @@
-"""What a link and its transport cost, measured between the ranks of a program.
+"""What the cost model needs to know, measured: the link and its transport, and the codec.
 
-`rhtcomm.cost` predicts exchanges from these figures; its docstring has the equations.
+`rhtcomm/cost.py` predicts exchanges from these figures; its docstring has the equations.
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from rhtcomm.communicators import Communicator, MPICommunicator, ring_bytes
+from rhtcomm.codec import Codec
+from rhtcomm.communicators import (
+    Communicator,
+    MPICommunicator,
+    TorchCommunicator,
+    ring_bytes,
+)
+from rhtcomm.quantizers import ECDQ, QuicFL
+from rhtcomm.randomness import Key
 
-__all__ = ["FRAMING", "Link", "measure_link"]
+__all__ = [
+    "FRAMING",
+    "CodecSpeed",
+    "Link",
+    "PlanQuantizer",
+    "codec_of",
+    "measure_codec",
+    "measure_link",
+]
+
+PlanQuantizer = Literal["quic_fl", "ecdq"]
 
 # What the frames of Ethernet, IP and TCP add to the bytes that they carry, as a factor.
 FRAMING = 1514 / 1448
@@ -21,7 +40,8 @@ _SMALL = 64  # bytes of a small message
 _LARGE = 3 << 17  # bytes of a large one: a chunk of 768 Ki coordinates with 4 bits
 _IN_FLIGHT = 3  # large exchanges at a time, as chunks travel
 _RECEIVED = 1 << 24  # the most bytes that a rank receives at a time
-_SUMMED = 1 << 20  # numbers in a large all-reduce
+_SUMMED = 1 << 18  # numbers in a large all-reduce at least, ...
+_GROWTH = 16  # ... and how many times as many at most
 _FEWEST, _MOST = 3, 40  # turns of a measurement
 
 
@@ -35,7 +55,8 @@ class Link:
     """
 
     latency: float
-    """Seconds until a small message has arrived, without the work of posting it."""
+    """Seconds until a small message has arrived: of each of the 2 (n - 1) steps in which the
+    transport adds up a single number over n ranks."""
     posting: float
     """Processor seconds of the calling thread for each message that it sends or receives."""
     gbps: float
@@ -46,8 +67,79 @@ class Link:
     """The same in the transport's own all-reduce of float32, which adds the numbers as well."""
     all_reduce_bf16: float | None
     """The same of bfloat16; None where the transport cannot add these."""
-    step: float
-    """Seconds of each of the 2 (n - 1) steps of such an all-reduce of a single number."""
+    acknowledged: bool
+    """Whether the ranks tell each other at the end of a step that its messages arrived."""
+
+
+@dataclass(frozen=True)
+class CodecSpeed:
+    """Seconds per coordinate, at some number of bits."""
+
+    encode: float  # E
+    decode: float  # D_1: of one payload
+    decode_more: float  # D_2: of each further payload of the same mean
+    cast: float  # C: to bfloat16 and back
+    divide: float = 0.0  # V: by the number of ranks, which comes before an uncompressed sum
+
+
+def codec_of(quantizer: PlanQuantizer, bits: float) -> Codec:
+    """The codec that a plan is for."""
+    return Codec(ECDQ(bits) if quantizer == "ecdq" else QuicFL(int(bits)))
+
+
+def measure_codec(
+    bits: float,
+    numel: int = 1 << 22,
+    repeats: int = 7,
+    quantizer: PlanQuantizer = "quic_fl",
+    device: str | torch.device = "cpu",
+) -> CodecSpeed:
+    """Speed of the codec here, with torch's threads: the fastest of a few calls.
+
+    Ranks that share a machine share its caches too: let them all measure at once.
+
+    Args:
+        bits: of the quantizer.
+        numel: coordinates of the tensor that is encoded.
+        repeats: calls of each kind, of which the fastest counts.
+        quantizer: "quic_fl" or "ecdq".
+        device: where the tensor is.
+    """
+    codec, key, device = codec_of(quantizer, bits), Key(seed=0), torch.device(device)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(numel, generator=generator, dtype=torch.float32, device="cpu").to(device)
+    one, three = (
+        torch.stack([codec.encode(x, key, rank, count) for rank in range(count)])
+        for count in (1, 3)
+    )
+    out, half = torch.empty_like(x), x.bfloat16()
+
+    def seconds(action: Callable[[], object]) -> float:
+        times = []
+        for _ in range(repeats):
+            _wait_for(device)
+            start = time.perf_counter()
+            action()
+            _wait_for(device)
+            times.append(time.perf_counter() - start)
+        return min(times) / numel  # other work on the machine only ever adds
+
+    def decode(payloads: torch.Tensor) -> float:
+        return seconds(lambda: codec.decode_mean(payloads, key, numel, out=out))
+
+    of_one, of_three = decode(one), decode(three)
+    return CodecSpeed(
+        encode=seconds(lambda: codec.encode(x, key)),
+        decode=of_one,
+        decode_more=max(0.0, of_three - of_one) / 2,
+        cast=seconds(lambda: (half.copy_(x), out.copy_(half))),
+        divide=seconds(lambda: out.div_(2)),
+    )
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def measure_link(
@@ -70,16 +162,19 @@ def measure_link(
     if communicator.world_size < 2:
         raise ValueError("measure_link: the communicator has 1 rank; a link has at least 2")
     probe = _Probe(communicator, torch.device(device), seconds / 5)
-    latency, posting = probe.small_messages()
+    posting = probe.small_messages()
     transport = probe.large_messages()
-    step, _, _ = probe.all_reduce(1, torch.float32)
-    _, all_reduce, gbps = probe.all_reduce(_SUMMED, torch.float32)
+    latency, _, _ = probe.all_reduce(1, torch.float32)
+    numel = probe.large_enough()
+    _, all_reduce, gbps = probe.all_reduce(numel, torch.float32)
     bf16 = None
     if not isinstance(communicator, MPICommunicator):  # MPI has no such type
-        _, bf16, _ = probe.all_reduce(_SUMMED, torch.bfloat16)
-    if communicator.enqueues(probe.device.type):
+        _, bf16, _ = probe.all_reduce(numel, torch.bfloat16)
+    queued = communicator.enqueues(probe.device.type)
+    if queued:
         transport, all_reduce, bf16 = 0.0, 0.0, bf16 and 0.0
-    return Link(latency, posting, gbps, transport, all_reduce, bf16, step)
+    acknowledged = isinstance(communicator, TorchCommunicator) and probe.device.type == "cpu"
+    return Link(latency, posting, gbps, transport, all_reduce, bf16, acknowledged)
 
 
 @dataclass(frozen=True)
@@ -94,20 +189,16 @@ class _Probe:
         self.communicator, self.device, self.budget = communicator, device, budget
         self.others = communicator.world_size - 1
 
-    def small_messages(self) -> tuple[float, float]:
-        """Latency, and what posting a message costs."""
+    def small_messages(self) -> float:
+        """Processor seconds per message."""
         x = torch.zeros(_SMALL, dtype=torch.uint8, device=self.device)
 
         def exchange() -> None:
             self.communicator.start_all_gather(x)()
             self.communicator.settle(wait=False)
 
-        turns = self._turns(exchange, alone=False)
-        # A rank that has to wait for a core says nothing of the link.
-        quiet = statistics.quantiles((turn.seconds - turn.thread for turn in turns), n=10)[0]
-        posting = statistics.median(turn.thread for turn in turns) / (2 * self.others)
-        latency, posting = self._means([max(0.0, quiet), posting])
-        return latency, posting
+        thread = statistics.median(turn.thread for turn in self._turns(exchange, alone=False))
+        return self._means([thread / (2 * self.others)])[0]
 
     def large_messages(self) -> float:
         """Processor seconds per byte."""
@@ -122,6 +213,14 @@ class _Probe:
 
         process = statistics.median(turn.process for turn in self._turns(exchange))
         return self._means([process / (_IN_FLIGHT * self.others * nbytes)])[0]
+
+    def large_enough(self) -> int:
+        """How many numbers an all-reduce has which is long, but within the budget."""
+        x = torch.zeros(_SUMMED, dtype=torch.float32, device=self.device)
+        self.communicator.all_reduce_(x)
+        turn = self._time(lambda: self.communicator.all_reduce_(x))
+        (mean,) = self._means([turn.seconds])
+        return _SUMMED * min(_GROWTH, max(1, int(self.budget / (_FEWEST * mean))))
 
     def all_reduce(self, numel: int, dtype: torch.dtype) -> tuple[float, float, float]:
         """Seconds per step, processor seconds per byte, and Gbit/s at best."""
@@ -149,8 +248,7 @@ class _Probe:
     def _time(self, exchange: Callable[[], None]) -> _Turn:
         process, thread, start = time.process_time(), time.thread_time(), time.perf_counter()
         exchange()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        _wait_for(self.device)
         return _Turn(
             time.perf_counter() - start, time.thread_time() - thread, time.process_time() - process
         )
