@@ -37,10 +37,10 @@ direction after the other, each while chunks travel in the other one: X = (1 + 1
 Without compression the transport adds up numbers in a ring, in 2 (n - 1) steps, while bytes travel:
 
     float32      S = 2 (n - 1) / n 4 N        seconds = 2 (n - 1) L + max(X, T max(1, 1 / k)) + V N
-    bf16         half the bytes               the same, and C N for the casts
+    bf16         half the bytes               the same with C instead of V
 
-V is the time to divide a coordinate by n, C to cast it to bfloat16 and back; here A is that of such
-a sum. V N and C N become t / k times as long where k < t.
+V is the time to divide a coordinate by n, C to cast it to bfloat16, divide it there, and cast it
+back; A is that of such a sum. V N and C N become t / k times as long where k < t.
 
 The model ignores what the backward pass hides, congestion, and links between machines that are
 slower than the machines' own.
@@ -123,7 +123,7 @@ class Model:
         link = self.link
         ways = [("float32", 32, 4, link.all_reduce, divide, 0.0)]
         if link.all_reduce_bf16 is not None:
-            ways.append(("bf16", 16, 2, link.all_reduce_bf16, divide + cast, 2.0**-18))
+            ways.append(("bf16", 16, 2, link.all_reduce_bf16, cast, 2.0**-18))
         found = []
         for name, bits, itemsize, per_byte, passes, nmse in ways:
             sent = ring_bytes(itemsize * self.numel, self.world_size)

@@ -73,13 +73,13 @@ class Link:
 
 @dataclass(frozen=True)
 class CodecSpeed:
-    """Seconds per coordinate, at some number of bits."""
+    """Seconds per coordinate, at some number of bits, of a rank that need not wait for a core."""
 
     encode: float  # E
     decode: float  # D_1: of one payload
     decode_more: float  # D_2: of each further payload of the same mean
-    cast: float  # C: to bfloat16 and back
-    divide: float = 0.0  # V: by the number of ranks, which comes before an uncompressed sum
+    cast: float  # C: to bfloat16, divided there, and back
+    divide: float = 0.0  # V: by the number of ranks, which comes before the sum of float32
 
 
 def codec_of(quantizer: PlanQuantizer, bits: float) -> Codec:
@@ -96,7 +96,8 @@ def measure_codec(
 ) -> CodecSpeed:
     """Speed of the codec here, with torch's threads: the fastest of a few calls.
 
-    Ranks that share a machine share its caches too: let them all measure at once.
+    On a CPU it is the processor time of the calling thread, which other programs hardly change.
+    Ranks that share a machine share its memory: let them all measure at once.
 
     Args:
         bits: of the quantizer.
@@ -112,17 +113,18 @@ def measure_codec(
         torch.stack([codec.encode(x, key, rank, count) for rank in range(count)])
         for count in (1, 3)
     )
-    out, half = torch.empty_like(x), x.bfloat16()
+    out = torch.empty_like(x)
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
 
     def seconds(action: Callable[[], object]) -> float:
         times = []
         for _ in range(repeats):
             _wait_for(device)
-            start = time.perf_counter()
+            start = clock()
             action()
             _wait_for(device)
-            times.append(time.perf_counter() - start)
-        return min(times) / numel  # other work on the machine only ever adds
+            times.append(clock() - start)
+        return min(times) / numel  # what comes between only ever adds
 
     def decode(payloads: torch.Tensor) -> float:
         return seconds(lambda: codec.decode_mean(payloads, key, numel, out=out))
@@ -132,7 +134,7 @@ def measure_codec(
         encode=seconds(lambda: codec.encode(x, key)),
         decode=of_one,
         decode_more=max(0.0, of_three - of_one) / 2,
-        cast=seconds(lambda: (half.copy_(x), out.copy_(half))),
+        cast=seconds(lambda: out.copy_(x.bfloat16().div_(2))),
         divide=seconds(lambda: out.div_(2)),
     )
 
