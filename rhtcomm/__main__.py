@@ -7,10 +7,8 @@ import sys
 # A command's module has `add_arguments(parser)` and `run(arguments)`, whose result is the exit
 # status (None: 0). Only the module of the command that was asked for is imported.
 COMMANDS = {
-    "plan": (
-        "rhtcomm.plan_command",
-        "predict the time of an exchange, and whether compression pays",
-    ),
+    "bench": ("rhtcomm.bench.command", "measure exchanges on these ranks, and say what to do"),
+    "plan": ("rhtcomm.plan_command", "predict exchanges, and say whether compression pays"),
 }
 
 
