@@ -50,10 +50,7 @@ class Measured:
             threads=facts["threads"],
             link=_figures(Link, facts["link"], f"{path}: link"),
             speeds={
-                quantizer: {
-                    float(bits): _figures(CodecSpeed, speed, f"{path}: speeds of {quantizer}")
-                    for bits, speed in by_bits.items()
-                }
+                quantizer: _by_bits(by_bits, f"{path}: speeds of {quantizer}")
                 for quantizer, by_bits in facts["speeds"].items()
             },
             version=facts["rhtcomm"],
@@ -90,16 +87,27 @@ def _content(path: Path) -> dict[str, Any]:
         "link": dict,
         "speeds": dict,
     }
-    missing = [name for name, kind in expected.items() if not isinstance(facts.get(name), kind)]
-    missing += [name for name in expected if name not in facts and name not in missing]
-    missing += [name for name in ("world_size", "nodes", "threads") if _below_one(facts.get(name))]
+    missing = [
+        name
+        for name, kind in expected.items()
+        if name not in facts
+        or not isinstance(facts[name], kind)
+        or (isinstance(facts[name], int) and facts[name] < 1)
+    ]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}, or has no such value; {_REMEDY}")
     return facts
 
 
-def _below_one(number: object) -> bool:
-    return isinstance(number, int) and number < 1
+def _by_bits(found: object, where: str) -> dict[float, CodecSpeed]:
+    speeds = {}
+    for bits, speed in found.items() if isinstance(found, dict) else [("", None)]:
+        try:
+            number = float(bits)
+        except ValueError:
+            raise ValueError(f"{where}: {bits!r} is no number of bits; {_REMEDY}") from None
+        speeds[number] = _figures(CodecSpeed, speed, where)
+    return speeds
 
 
 def _figures(kind: type[Figures], found: object, where: str) -> Figures:
