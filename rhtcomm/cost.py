@@ -4,7 +4,7 @@ A bucket has N coordinates of float32. Each of n ranks has k cores, and a link o
 in each direction. A rank sends S bytes and posts m messages: it sends one half of them and asks for
 the other half. An exchange takes
 
-    seconds = h L + max(X, Y) + min(X, Y) / c
+    seconds = R + h L + max(X, Y) + min(X, Y) / c
 
     X = F S / B                               the link moves bytes
     Y = max(W, T, (t K + m Q + T) / k)        the processors of the rank work
@@ -15,18 +15,19 @@ because a bucket travels in c chunks, each while others are encoded or decoded: 
 and processors counts in full, the shorter by one c-th. With P the bytes of a payload of all N
 coordinates, P_n those of the payload of a shard (about P / n; both summed over chunks),
 
-                 S                m                        h    K
-    all_gather   (n - 1) P        (2 c + 2) (n - 1)        2    s (E + D_1 + (n - 1) D_2) N
-    two_shot     2 (n - 1) P_n    (4 c + 2) (n - 1)        3    s (E + (D_1 + (n - 1) D_2 + E) / n
-                                                                + D_1) N
-    gather       (n - 1) P        (2 c + 2) (n - 1)        3    s (2 E + 2 D_1 + (n - 1) D_2) N
+                 S              m                  h  g  K / s - g c G
+    all_gather   (n - 1) P      (2 c + 2) (n - 1)  2  2  (E + D_1 + (n - 1) D_2) N
+    two_shot     2 (n - 1) P_n  (4 c + 2) (n - 1)  3  4  (E + (D_1 + (n - 1) D_2 + E) / n + D_1) N
+    gather       (n - 1) P      (2 c + 2) (n - 1)  3  4  (2 E + 2 D_1 + (n - 1) D_2) N
 
+    R    handover: seconds until a worker thread has the bucket, and until its result is known
     L    latency: seconds until a small message has arrived
     h    messages that wait for each other, one after the other
     Q    posting: processor seconds of a rank for each message
     A    transport: processor seconds for each byte that a rank sends while another arrives
     F    1514 / 1448, what frames of Ethernet, IP and TCP add
     E    encode, D_1 decode one payload, D_2 add one more payload: seconds per coordinate
+    G    seconds of each of the g calls of the codec per chunk, in addition
     t    threads of the codec
     s    slowdown: how much slower the codec runs in training than it was measured
 
@@ -68,6 +69,7 @@ GLOO = Link(
     transport=1e-9,
     all_reduce=5e-10,
     all_reduce_bf16=6e-10,
+    handover=1e-4,
     acknowledged=True,
 )
 
@@ -81,9 +83,9 @@ class Prediction:
     bytes_sent: int  # S, without what frames add
     messages: int  # m; of uncompressed ones 0, for the transport posts them itself
     chunks: int
-    latency_seconds: float  # h L
+    latency_seconds: float  # R + h L
     link_seconds: float  # X
-    codec_seconds: float  # K; without compression V N or (V + C) N
+    codec_seconds: float  # K; without compression V N or C N
     posting_seconds: float  # m Q
     transport_seconds: float  # T
     processor_seconds: float  # Y; without compression of the sum alone
@@ -153,19 +155,21 @@ class Model:
 
         lengths = _lengths(split_into_chunks(self.numel, codec.block, 1))
         sent, chunks = others * sum(map(codec.nbytes, lengths)), len(lengths)
+        messages, calls = 2 * others * chunks, 2 * chunks * speed.call
+        codec_seconds = (encode + mean_of_all) * self.numel + calls
         all_gather = self._predict(
-            "all_gather", bits, sent, chunks, 2 * others * chunks, 1, encode + mean_of_all, nmse
+            "all_gather", bits, sent, chunks, messages, 1, codec_seconds, nmse
         )
-        twice = 2 * encode + mean_of_all + decode
-        gather = self._predict(
-            "gather", bits, sent, chunks, 2 * others * chunks, 2, twice, 2 * nmse
-        )
+        codec_seconds = (2 * encode + mean_of_all + decode) * self.numel + 2 * calls
+        gather = self._predict("gather", bits, sent, chunks, messages, 2, codec_seconds, 2 * nmse)
         lengths = _lengths(split_into_chunks(self.numel, codec.block, n))
         shards = (_lengths(split_into_shards(length, codec.block, n)) for length in lengths)
         sent = 2 * others * sum(max(map(codec.nbytes, of_chunk)) for of_chunk in shards)
-        each = encode + (mean_of_all + encode) / n + decode
-        messages = 4 * others * len(lengths)
-        two_shot = self._predict("two_shot", bits, sent, len(lengths), messages, 2, each, 2 * nmse)
+        messages, calls = 4 * others * len(lengths), 4 * len(lengths) * speed.call
+        codec_seconds = (encode + (mean_of_all + encode) / n + decode) * self.numel + calls
+        two_shot = self._predict(
+            "two_shot", bits, sent, len(lengths), messages, 2, codec_seconds, 2 * nmse
+        )
         return [all_gather, two_shot, gather]
 
     def _predict(
@@ -176,13 +180,13 @@ class Model:
         chunks: int,
         messages: int,
         hops: int,
-        per_coordinate: float,
+        codec_seconds: float,
         nmse: float,
     ) -> Prediction:
         link = self.link
         if link.acknowledged:
             messages, hops = messages + 2 * (self.world_size - 1), hops + 1
-        codec, posting = per_coordinate * self.numel * self.slowdown, messages * link.posting
+        codec, posting = codec_seconds * self.slowdown, messages * link.posting
         transport = sent * link.transport
         together = self.threads * codec + posting + transport
         on_the_link = self._on_the_link(sent)
@@ -194,7 +198,7 @@ class Model:
             bytes_sent=sent,
             messages=messages,
             chunks=chunks,
-            latency_seconds=hops * link.latency,
+            latency_seconds=link.handover + hops * link.latency,
             link_seconds=on_the_link,
             codec_seconds=codec,
             posting_seconds=posting,

@@ -152,6 +152,7 @@ def _facts(options: dict[str, Any], given: dict[str, Any], file: Measured | None
         ["rate of a link", f"{options['link_gbps']:.3g} Gbit/s", source("link_gbps")],
         ["latency", f"{1e6 * latency:.3g} us", source("latency")],
         ["posting a message", f"{1e6 * link.posting:.3g} us", found],
+        ["handover", f"{1e6 * link.handover:.3g} us", found],
         ["moving bytes", f"{1e9 * link.transport:.3g} ns per byte", found],
         ["float32 sum", f"{1e9 * link.all_reduce:.3g} ns per byte", found],
     ]

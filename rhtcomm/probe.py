@@ -6,6 +6,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,8 +38,8 @@ PlanQuantizer = Literal["quic_fl", "ecdq"]
 FRAMING = 1514 / 1448
 
 _SMALL = 64  # bytes of a small message
-_LARGE = 3 << 17  # bytes of a large one: a chunk of 768 Ki coordinates with 4 bits
-_IN_FLIGHT = 3  # large exchanges at a time, as chunks travel
+_CODEC = Codec(QuicFL(4))
+_CHUNK, _CHUNKS = 3 << 18, 3  # coordinates of a chunk, and how many travel at a time
 _RECEIVED = 1 << 24  # the most bytes that a rank receives at a time
 _SUMMED = 1 << 18  # numbers in a large all-reduce at least, ...
 _GROWTH = 16  # ... and how many times as many at most
@@ -67,6 +68,8 @@ class Link:
     """The same in the transport's own all-reduce of float32, which adds the numbers as well."""
     all_reduce_bf16: float | None
     """The same of bfloat16; None where the transport cannot add these."""
+    handover: float
+    """Seconds until a worker thread has begun with a bucket and until its result is known."""
     acknowledged: bool
     """Whether the ranks tell each other at the end of a step that its messages arrived."""
 
@@ -80,6 +83,7 @@ class CodecSpeed:
     decode_more: float  # D_2: of each further payload of the same mean
     cast: float  # C: to bfloat16, divided there, and back
     divide: float = 0.0  # V: by the number of ranks, which comes before the sum of float32
+    call: float = 0.0  # G: seconds of each call in addition, however short its tensor
 
 
 def codec_of(quantizer: PlanQuantizer, bits: float) -> Codec:
@@ -130,12 +134,15 @@ def measure_codec(
         return seconds(lambda: codec.decode_mean(payloads, key, numel, out=out))
 
     of_one, of_three = decode(one), decode(three)
+    short = x[: codec.block]
+    call = seconds(lambda: codec.encode(short, key)) * numel
     return CodecSpeed(
         encode=seconds(lambda: codec.encode(x, key)),
         decode=of_one,
         decode_more=max(0.0, of_three - of_one) / 2,
         cast=seconds(lambda: out.copy_(x.bfloat16().div_(2))),
         divide=seconds(lambda: out.div_(2)),
+        call=call,
     )
 
 
@@ -165,7 +172,7 @@ def measure_link(
         raise ValueError("measure_link: the communicator has 1 rank; a link has at least 2")
     probe = _Probe(communicator, torch.device(device), seconds / 5)
     posting = probe.small_messages()
-    transport = probe.large_messages()
+    transport = probe.chunks(posting)
     latency, _, _ = probe.all_reduce(1, torch.float32)
     numel = probe.large_enough()
     _, all_reduce, gbps = probe.all_reduce(numel, torch.float32)
@@ -176,7 +183,8 @@ def measure_link(
     if queued:
         transport, all_reduce, bf16 = 0.0, 0.0, bf16 and 0.0
     acknowledged = isinstance(communicator, TorchCommunicator) and probe.device.type == "cpu"
-    return Link(latency, posting, gbps, transport, all_reduce, bf16, acknowledged)
+    handover = probe.handover()
+    return Link(latency, posting, gbps, transport, all_reduce, bf16, handover, acknowledged)
 
 
 @dataclass(frozen=True)
@@ -202,19 +210,55 @@ class _Probe:
         thread = statistics.median(turn.thread for turn in self._turns(exchange, alone=False))
         return self._means([thread / (2 * self.others)])[0]
 
-    def large_messages(self) -> float:
-        """Processor seconds per byte."""
-        nbytes = min(_LARGE, _RECEIVED // (_IN_FLIGHT * self.others))
-        x = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+    def chunks(self, posting: float) -> float:
+        """Processor seconds per byte, while chunks are encoded and decoded as in training.
+
+        A thread that moves bytes works more while others work too: it waits for connections that
+        they are using, and for its turn.
+        """
+        nbytes = min(_RECEIVED // (_CHUNKS * self.others), _CODEC.nbytes(_CHUNK))
+        x = torch.linspace(-1, 1, _CHUNK, dtype=torch.float32, device=self.device)
+        out, key, spent = torch.empty_like(x), Key(seed=0), [0.0]
+
+        def codec(action: Callable[[], torch.Tensor]) -> torch.Tensor:
+            start = time.thread_time()
+            result = action()
+            spent[-1] += time.thread_time() - start
+            return result
 
         def exchange() -> None:
-            flying = [self.communicator.start_all_gather(x) for _ in range(_IN_FLIGHT)]
-            for finish in flying:
+            spent.append(0.0)
+            flying = []
+            for _ in range(_CHUNKS):
+                payload = codec(lambda: _CODEC.encode(x, key))
+                flying.append((payload, self.communicator.start_all_gather(payload[:nbytes])))
+            for payload, finish in flying:
                 finish()
+                codec(lambda payload=payload: _CODEC.decode_mean(payload[None], key, _CHUNK, out=out))
             self.communicator.settle(wait=False)
 
-        process = statistics.median(turn.process for turn in self._turns(exchange))
-        return self._means([process / (_IN_FLIGHT * self.others * nbytes)])[0]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # others would count as transport
+        try:
+            turns = self._turns(exchange)
+        finally:
+            torch.set_num_threads(threads)
+        own = [
+            turn.process - codec for turn, codec in zip(turns, spent[-len(turns) :], strict=True)
+        ]
+        messages = 2 * self.others * _CHUNKS
+        seconds = statistics.median(own) - messages * posting
+        return self._means([max(0.0, seconds) / (_CHUNKS * self.others * nbytes)])[0]
+
+    def handover(self) -> float:
+        """Seconds to a worker thread and back."""
+        with ThreadPoolExecutor(1) as worker:
+            times = []
+            for _ in range(_MOST):
+                start = time.perf_counter()
+                worker.submit(int).result()
+                times.append(time.perf_counter() - start)
+        return self._means([statistics.median(times)])[0]
 
     def large_enough(self) -> int:
         """How many numbers an all-reduce has which is long, but within the budget."""

@@ -21,11 +21,13 @@ LINK = Link(
     transport=1.5e-9,
     all_reduce=1e-9,
     all_reduce_bf16=2e-9,
+    handover=2e-4,
     acknowledged=True,
 )
 SPEEDS = {
     "quic_fl": {
-        bits: CodecSpeed(1e-9 * bits, 2e-9, 3e-10, 4e-10, divide=1e-10) for bits in (1.0, 4.0)
+        bits: CodecSpeed(1e-9 * bits, 2e-9, 3e-10, 4e-10, divide=1e-10, call=5e-5)
+        for bits in (1.0, 4.0)
     },
     "ecdq": {2.5: CodecSpeed(2e-9, 2e-9, 3e-10, 4e-10)},
     "eden": {4.0: CodecSpeed(2e-9, 2e-9, 3e-10, 4e-10)},

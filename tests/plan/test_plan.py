@@ -19,7 +19,7 @@ from rhtcomm.planning import Plan, plan
 from rhtcomm.probe import CodecSpeed, Link, measure_codec, measure_link
 from rhtcomm.reduce.split import split_into_chunks
 
-SPEED = CodecSpeed(encode=2e-9, decode=3e-9, decode_more=5e-10, cast=1e-9, divide=4e-10)
+SPEED = CodecSpeed(encode=2e-9, decode=3e-9, decode_more=5e-10, cast=1e-9, divide=4e-10, call=6e-5)
 SPEEDS = dict.fromkeys(range(1, 9), SPEED)
 LINK = Link(
     latency=1e-4,
@@ -28,6 +28,7 @@ LINK = Link(
     transport=1.5e-9,
     all_reduce=1e-9,
     all_reduce_bf16=2e-9,
+    handover=2e-4,
     acknowledged=True,
 )
 
@@ -47,9 +48,9 @@ CHUNKS = {"all_gather": 10, "two_shot": 3, "gather": 10}
 MESSAGES = {"all_gather": 6 * 10 + 6, "two_shot": 12 * 3 + 6, "gather": 6 * 10 + 6}
 HOPS = {"all_gather": 2, "two_shot": 3, "gather": 3}
 CODEC = {  # without slowdown
-    "all_gather": (2 + 3 + 1.5) * 1e-9 * NUMEL,
-    "two_shot": (2 + (3 + 1.5 + 2) / 4 + 3) * 1e-9 * NUMEL,
-    "gather": (2 + 3 + 1.5 + 2 + 3) * 1e-9 * NUMEL,
+    "all_gather": (2 + 3 + 1.5) * 1e-9 * NUMEL + 2 * 10 * 6e-5,
+    "two_shot": (2 + (3 + 1.5 + 2) / 4 + 3) * 1e-9 * NUMEL + 4 * 3 * 6e-5,
+    "gather": (2 + 3 + 1.5 + 2 + 3) * 1e-9 * NUMEL + 4 * 10 * 6e-5,
 }
 
 
@@ -72,7 +73,7 @@ def test_the_formula_by_hand(algorithm: str, cores: float, gbps: float) -> None:
     assert prediction.codec_seconds == pytest.approx(codec, rel=1e-12)
     assert prediction.posting_seconds == pytest.approx(posting, rel=1e-12)
     assert prediction.transport_seconds == pytest.approx(transport, rel=1e-12)
-    seconds = HOPS[algorithm] * 1e-4 + max(link, processors) + min(link, processors) / chunks
+    seconds = 2e-4 + HOPS[algorithm] * 1e-4 + max(link, processors) + min(link, processors) / chunks
     assert prediction.seconds == pytest.approx(seconds, rel=1e-12)
 
 
@@ -100,7 +101,7 @@ def test_a_transport_without_acknowledgements_posts_none() -> None:
         prediction = find(plan(NUMEL, N, speeds=SPEEDS, link=link), algorithm, 4)
         assert prediction.messages == messages - 6
         hops = HOPS[algorithm] - 1
-        assert prediction.latency_seconds == pytest.approx(hops * 1e-4, rel=1e-12)
+        assert prediction.latency_seconds == pytest.approx(2e-4 + hops * 1e-4, rel=1e-12)
 
 
 class Counting(TorchCommunicator):
