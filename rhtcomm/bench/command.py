@@ -23,9 +23,10 @@ from rhtcomm.bench.rounds import Budget
 from rhtcomm.bench.training import contestants_for, load, measure_steps
 from rhtcomm.versions import PACKAGE
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "run", "without_ranks"]
 
-_FOR_STEPS = 0.5  # of the seconds, where training steps are measured too
+_PLANNED = 0.96  # of the seconds; the last turn may take longer than it was expected to
+_FOR_STEPS = 0.5  # of these, where training steps are measured too
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "torchrun --standalone --nproc-per-node 2 -m rhtcomm bench, by mpiexec or srun, "
                 "or with --ranks 2 on this machine alone"
             )
-        return spawn(arguments.ranks, _without_ranks(sys.argv[2:]))
+        return spawn(arguments.ranks, without_ranks(sys.argv[2:]))
     watch = Watch(place.rank, place.world_size)
     try:
         _run_rank(arguments, place, watch)
@@ -101,7 +102,7 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"rhtcomm bench: {path}: there is no folder {path.parent}")
 
 
-def _without_ranks(arguments: Sequence[str]) -> list[str]:
+def without_ranks(arguments: Sequence[str]) -> list[str]:
     """Arguments for a rank, which finds its place in its environment."""
     kept, skip = [], False
     for word in arguments:
@@ -128,12 +129,14 @@ def _run_rank(arguments: argparse.Namespace, place: Place, watch: Watch) -> None
         watch.doing = "the model was loaded"
         training = load(arguments.model, arguments.step, device)
         budget.end("loading the model")
+    seconds = _PLANNED * arguments.seconds
     share = _FOR_STEPS if training is not None else 1.0
-    measure_exchanges(arguments, share * arguments.seconds, result, budget, ranks, watch)
+    measure_exchanges(arguments, share * seconds, result, budget, ranks, watch)
     if training is not None:
         watch.doing = "training steps were measured"
-        field = contestants_for(result.facts["backend"], ranks.world_size, arguments.bits)
-        result.steps = measure_steps(training, field, arguments.seconds, budget, ranks)
+        backend, what = str(result.facts["backend"]), (arguments.bits, arguments.quantizers)
+        field = contestants_for(backend, ranks.world_size, *what)
+        result.steps = measure_steps(training, field, seconds, budget, ranks)
         for one in field:
             one.close()
     if ranks.first:

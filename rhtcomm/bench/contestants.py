@@ -23,6 +23,7 @@ __all__ = [
     "compressed_by",
     "expected_error",
     "fits",
+    "interest",
     "power_sgd",
     "synchronize",
     "torchs",
@@ -153,12 +154,14 @@ def compressed(
     algorithm: str = "all_gather",
     quantizer: str = "quic_fl",
     make_communicator: Callable[[], Topology] | None = None,
+    min_numel: int = 0,
     **options: Any,
 ) -> Contestant:
     """This package's hook; by default over connections of its own, as in training.
 
     Args:
         make_communicator: what makes a communicator, over which it exchanges instead.
+        min_numel: of `RHTState`.
         options: further ones of `RHTState`, which become part of its name.
     """
 
@@ -168,7 +171,7 @@ def compressed(
             quantizer=quantizer,  # type: ignore[arg-type]
             algorithm="auto" if quantizer == "lattice" else algorithm,  # type: ignore[arg-type]
             communicator=None if make_communicator is None else make_communicator(),
-            min_numel=0,
+            min_numel=min_numel,
             warmup_steps=0,
             **options,
         )
@@ -188,10 +191,11 @@ def compressed_by(
     quantizers: Sequence[str],
     algorithms: Sequence[str],
     make_communicator: Callable[[], Topology] | None = None,
+    min_numel: int = 0,
 ) -> list[Contestant]:
     """All combinations that exist."""
     return [
-        compressed(carrier, b, algorithm, quantizer, make_communicator)
+        compressed(carrier, b, algorithm, quantizer, make_communicator, min_numel)
         for quantizer in quantizers
         for b in bits
         for algorithm in (algorithms if quantizer != "lattice" else ("lattice",))
@@ -253,3 +257,13 @@ def uncompressed_by_mpi(communicator: Topology) -> Contestant:
         error=1e-10,
         bytes_sent=functools.partial(_product, ring * 4),
     )
+
+
+def interest(world_size: int, contestant: Contestant) -> int:
+    """How late a contestant comes, and so how soon it is left out."""
+    if not contestant.compresses:
+        return 1 if contestant.low_rank else 0
+    usual = "all_gather" if world_size == 2 else "two_shot"
+    late = 0 if contestant.algorithm in (usual, "lattice") else 4
+    late += 0 if contestant.bits == 4 else 1 if contestant.bits in (2, 8) else 2
+    return late + {"quic_fl": 0, "ecdq": 1}.get(str(contestant.quantizer), 3)

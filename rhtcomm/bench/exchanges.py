@@ -17,6 +17,7 @@ from rhtcomm.bench.contestants import (
     compressed_by,
     expected_error,
     fits,
+    interest,
     power_sgd,
     torchs,
     uncompressed_by_mpi,
@@ -34,10 +35,11 @@ from rhtcomm.communicators import (
 )
 from rhtcomm.probe import measure_codec, measure_link
 
-__all__ = ["field", "interest", "measure_exchanges", "row_of"]
+__all__ = ["field", "measure_exchanges", "row_of"]
 
 _SMALL = (1 << 14, 1 << 16)  # coordinates of buckets that only the best ones are measured on
 _FOR_SMALL, _FOR_LINK = 0.1, 0.05  # of the seconds
+_LINK_SECONDS = 3.0  # which suffice
 _ALIGN = 1024  # coordinates, see `Bucket.of`
 
 
@@ -80,7 +82,7 @@ def _measure_machine(
         MPICommunicator() if arguments.communicator == "mpi" else TorchCommunicator()
     )
     communicator = communicator.apart(ranks.device.type)
-    seconds = ranks.tell(_FOR_LINK * arguments.seconds)
+    seconds = min(_LINK_SECONDS, _FOR_LINK * arguments.seconds)
     result.facts["link"] = asdict(measure_link(communicator, ranks.device, seconds))
     communicator.close()
     budget.end("link")
@@ -94,16 +96,6 @@ def _measure_machine(
     result.facts["speeds"] = speeds
     dist.barrier()
     budget.end("codec")
-
-
-def interest(world_size: int, contestant: Contestant) -> int:
-    """How late a contestant comes, and so how soon it is left out."""
-    if not contestant.compresses:
-        return 1 if contestant.low_rank else 0
-    usual = "all_gather" if world_size == 2 else "two_shot"
-    late = 0 if contestant.algorithm in (usual, "lattice") else 4
-    late += 0 if contestant.bits == 4 else 1 if contestant.bits in (2, 8) else 2
-    return late + {"quic_fl": 0, "ecdq": 1}.get(str(contestant.quantizer), 3)
 
 
 def measure_exchanges(
@@ -143,7 +135,7 @@ def measure_exchanges(
         for one in everybody
         if (one.name, one.carrier) in best
     ]
-    measure(small, seconds, budget, ranks, "small buckets")
+    dropped += measure(small, seconds, budget, ranks, "small buckets")
     entries += small
     for one in everybody:
         one.close()

@@ -21,9 +21,10 @@ import functools
 import importlib
 import importlib.util
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import rhtcomm.hooks
 from rhtcomm.bench.budget import MOST, TURN
-from rhtcomm.bench.contestants import Contestant, compressed, synchronize, torchs
+from rhtcomm.bench.contestants import Contestant, compressed_by, interest, synchronize, torchs
 from rhtcomm.bench.ranks import Ranks
 from rhtcomm.bench.results import Step
 from rhtcomm.bench.rounds import Budget, bar, quantiles
@@ -44,6 +44,9 @@ __all__ = ["load", "measure_steps"]
 
 _WARMUP = 3  # steps; DistributedDataParallel makes its buckets anew after the first
 _NOTHING = "no communication"
+_USUAL = ("quic_fl", "ecdq")  # quantizers
+_MIN_NUMEL = 1 << 14  # as `register` has it
+_FEWEST = 4  # contestants, of which one compresses
 
 Training = tuple[DistributedDataParallel, Callable[[], None]]
 
@@ -150,32 +153,41 @@ class _Timed:
     seconds: list[float] = field(default_factory=list)
 
 
-def contestants_for(carrier: str, world_size: int, bits: list[float]) -> list[Contestant]:
-    """No communication, torch's hooks, and this package's as `register` has it by default."""
+def contestants_for(
+    carrier: str, world_size: int, bits: Sequence[float], quantizers: Sequence[str]
+) -> list[Contestant]:
+    """No communication, torch's hooks, and this package's as `register` has it by default.
+
+    The more interesting ones come first.
+    """
     found = [Contestant(_NOTHING, carrier, _local_hook, lambda: None, 0.0)]
     found += torchs(carrier, world_size, ("float32", "bf16"))
-    for b in bits:
-        one = compressed(carrier, b, "two_shot" if world_size > 2 else "all_gather")
-        one.make_state = functools.partial(rhtcomm.hooks.RHTState, b, warmup_steps=0)
-        found.append(one)
-    return found
+    algorithm = "two_shot" if world_size > 2 else "all_gather"  # as "auto" has large buckets
+    ours = compressed_by(
+        carrier, bits, [q for q in quantizers if q in _USUAL], [algorithm], min_numel=_MIN_NUMEL
+    )
+    return found + sorted(ours, key=functools.partial(interest, world_size))
 
 
 def measure_steps(
     training: Training,
-    field: list[Contestant],
+    field: Sequence[Contestant],
     until: float,
     budget: Budget,
     ranks: Ranks,
 ) -> list[Step]:
-    """Time steps of a model by each contestant, in turns, until `until` seconds are gone."""
+    """Time steps of a model by each contestant, in turns, until `until` seconds are gone.
+
+    Of long steps only the first contestants' are timed.
+    """
     ddp, step = training
     switch = _Switch()
     switch.contestant = field[1]
     ddp.register_comm_hook(switch, _switching_hook)
-    for _ in range(_WARMUP):
-        step()
-    timed = [_Timed(one) for one in field]
+    alone = [_seconds(step, ranks) for _ in range(_WARMUP)][-1]
+    of_two_turns = 2 * (TURN + 1) * alone
+    count = ranks.tell(int((until - budget.gone()) / of_two_turns))
+    timed = [_Timed(one) for one in field[: max(_FEWEST, count)]]
     start = budget.gone()
     with bar(MOST * len(timed), "steps", ranks) as progress:
         for turn in range(MOST):
@@ -190,7 +202,7 @@ def measure_steps(
     for one in timed:
         one.seconds = ranks.largest(*one.seconds)
     budget.end("training steps")
-    alone = quantiles(timed[0].seconds)[1]
+    alone = statistics.median(timed[0].seconds)
     return [_row(one, alone) for one in timed]
 
 
