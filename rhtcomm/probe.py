@@ -134,15 +134,20 @@ def measure_codec(
         return seconds(lambda: codec.decode_mean(payloads, key, numel, out=out))
 
     of_one, of_three = decode(one), decode(three)
-    short = x[: codec.block]
-    call = seconds(lambda: codec.encode(short, key)) * numel
+    short, calls = x[: codec.block], []
+    for _ in range(4 * repeats):
+        out[:_CHUNK].copy_(x[:_CHUNK])  # in training too, other things are in the caches
+        start = clock()
+        codec.encode(short, key)
+        _wait_for(device)
+        calls.append(clock() - start)
     return CodecSpeed(
         encode=seconds(lambda: codec.encode(x, key)),
         decode=of_one,
         decode_more=max(0.0, of_three - of_one) / 2,
         cast=seconds(lambda: out.copy_(x.bfloat16().div_(2))),
         divide=seconds(lambda: out.div_(2)),
-        call=call,
+        call=statistics.median(calls),
     )
 
 
@@ -198,6 +203,7 @@ class _Probe:
     def __init__(self, communicator: Communicator, device: torch.device, budget: float) -> None:
         self.communicator, self.device, self.budget = communicator, device, budget
         self.others = communicator.world_size - 1
+        self._other = torch.zeros(_CHUNK, dtype=torch.float32)
 
     def small_messages(self) -> float:
         """Processor seconds per message."""
@@ -207,7 +213,7 @@ class _Probe:
             self.communicator.start_all_gather(x)()
             self.communicator.settle(wait=False)
 
-        thread = statistics.median(turn.thread for turn in self._turns(exchange, alone=False))
+        thread = statistics.median(turn.thread for turn in self._turns(exchange, cold=True))
         return self._means([thread / (2 * self.others)])[0]
 
     def chunks(self, posting: float) -> float:
@@ -234,7 +240,9 @@ class _Probe:
                 flying.append((payload, self.communicator.start_all_gather(payload[:nbytes])))
             for payload, finish in flying:
                 finish()
-                codec(lambda payload=payload: _CODEC.decode_mean(payload[None], key, _CHUNK, out=out))
+                codec(
+                    lambda payload=payload: _CODEC.decode_mean(payload[None], key, _CHUNK, out=out)
+                )
             self.communicator.settle(wait=False)
 
         threads = torch.get_num_threads()
@@ -255,6 +263,7 @@ class _Probe:
         with ThreadPoolExecutor(1) as worker:
             times = []
             for _ in range(_MOST):
+                self._fill_caches()
                 start = time.perf_counter()
                 worker.submit(int).result()
                 times.append(time.perf_counter() - start)
@@ -271,7 +280,7 @@ class _Probe:
     def all_reduce(self, numel: int, dtype: torch.dtype) -> tuple[float, float, float]:
         """Seconds per step, processor seconds per byte, and Gbit/s at best."""
         x = torch.zeros(numel, dtype=dtype, device=self.device)
-        turns = self._turns(lambda: self.communicator.all_reduce_(x), alone=numel > 1)
+        turns = self._turns(lambda: self.communicator.all_reduce_(x))
         sent = ring_bytes(x.nbytes, self.others + 1)
         step = statistics.median(turn.seconds for turn in turns) / (2 * self.others)
         process = statistics.median(turn.process for turn in turns) / sent
@@ -279,15 +288,20 @@ class _Probe:
         step, process, gbps = self._means([step, process, 8e-9 * sent * FRAMING / best])
         return step, process, gbps
 
-    def _turns(self, exchange: Callable[[], None], alone: bool = True) -> list[_Turn]:
-        """Times of an exchange, as many as the budget allows; `alone`: the ranks begin together."""
+    def _fill_caches(self) -> None:
+        """With other things, as training does."""
+        self._other.add_(1)
+
+    def _turns(self, exchange: Callable[[], None], cold: bool = False) -> list[_Turn]:
+        """Times of an exchange that the ranks begin together, as many as the budget allows."""
         first = self._time(exchange)  # connections that were idle are slow
         (mean,) = self._means([first.seconds])
         count = round(min(_MOST, max(_FEWEST, self.budget / mean)))
         turns = []
         for _ in range(count):
-            if alone:
-                self._means([0.0])
+            self._means([0.0])
+            if cold:
+                self._fill_caches()
             turns.append(self._time(exchange))
         return turns
 
