@@ -8,7 +8,7 @@ import sys
 # status (None: 0). Only the module of the command that was asked for is imported.
 COMMANDS = {
     "bench": ("rhtcomm.bench.command", "measure exchanges on these ranks, and say what to do"),
-    "plan": ("rhtcomm.cost", "predict the time of an exchange, and whether compression pays"),
+    "plan": ("rhtcomm.plan_command", "predict exchanges, and say whether compression pays"),
 }
 
 

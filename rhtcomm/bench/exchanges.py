@@ -33,8 +33,7 @@ from rhtcomm.communicators import (
     Topology,
     TorchCommunicator,
 )
-from rhtcomm.cost import measure_codec
-from rhtcomm.probe import measure_link
+from rhtcomm.probe import measure_codec, measure_link
 
 __all__ = ["field", "measure_exchanges", "row_of"]
 
@@ -92,7 +91,7 @@ def _measure_machine(
         speeds[quantizer] = {
             f"{bits:g}": asdict(measure_codec(bits, quantizer=quantizer))
             for bits in arguments.bits
-            if ranks.first and fits(quantizer, bits)
+            if fits(quantizer, bits)
         }
     result.facts["speeds"] = speeds
     dist.barrier()
