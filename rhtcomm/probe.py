@@ -81,8 +81,10 @@ class CodecSpeed:
     encode: float  # E
     decode: float  # D_1: of one payload
     decode_more: float  # D_2: of each further payload of the same mean
-    cast: float  # C: to bfloat16, divided there, and back
-    divide: float = 0.0  # V: by the number of ranks, which comes before the sum of float32
+    cast: float  # V of bf16: to bfloat16, divided there, and back
+    divide: float = (
+        0.0  # V of float32: by the number of ranks, which comes before the sum of float32
+    )
     call: float = 0.0  # G: seconds of each call in addition, however short its tensor
 
 
