@@ -25,33 +25,85 @@ from rhtcomm.versions import PACKAGE
 
 __all__ = ["add_arguments", "run", "without_ranks"]
 
+ALGORITHMS = ("all_gather", "two_shot", "gather")
 _PLANNED = 0.96  # of the seconds; the last turn may take longer than it was expected to
 _FOR_STEPS = 0.5  # of these, where training steps are measured too
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `python -m rhtcomm bench`."""
+    parser.formatter_class = argparse.HelpFormatter  # texts name what is worth knowing of defaults
+    parser.epilog = (
+        "Start it on all ranks, as your training: torchrun ... -m rhtcomm bench, or by mpiexec or "
+        "srun. docs/bench.md has examples."
+    )
     add = parser.add_argument
-    add("--ranks", type=int, help="start so many ranks on this machine, without a launcher")
-    add("--seconds", type=float, default=60.0, help="wall-clock time of the whole run")
-    add("--mebibytes", type=float, nargs="+", default=[1.0, 25.0], help="sizes of buckets, float32")
-    add("--bits", type=_number, nargs="+", default=[1, 2, 4, 8], help="bits per coordinate")
-    add("--quantizers", nargs="+", choices=QUANTIZERS, default=list(QUANTIZERS[:-1]), help="which")
-    add("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS), help="which")
-    add("--max-nmse", type=float, default=0.03, help="squared error that the advice allows")
-    add("--backend", help="of torch.distributed; default: nccl on CUDA, gloo on CPU")
-    add("--device", help="cpu, cuda or another kind; default: cuda where there is one")
-    add("--communicator", choices=["torch", "mpi"], default="torch", help="of compressed exchanges")
-    add("--ranks-per-node", type=int, help="for two levels; default: as launched")
-    add("--model", metavar="MODULE:FUNCTION", help="also time steps of this model")
-    add("--step", metavar="SCRIPT", help="also time steps of this script's bench()")
+    add("--ranks", type=int, metavar="N", help="start N ranks on this machine, without a launcher")
+    add("--seconds", type=float, default=60.0, metavar="S", help="time of the whole run (60)")
+    add(
+        "--mebibytes",
+        type=float,
+        nargs="+",
+        default=[1.0, 25.0],
+        metavar="M",
+        help="sizes of buckets, as float32 (1 25)",
+    )
+    add(
+        "--bits",
+        type=_number,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        metavar="B",
+        help="per coordinate (1 2 4 8); a quantizer takes part with those that it has",
+    )
+    names = ", ".join(QUANTIZERS)
+    add(
+        "--quantizers",
+        nargs="+",
+        choices=QUANTIZERS,
+        default=list(QUANTIZERS[:-1]),
+        metavar="Q",
+        help=f"of {names} (all but the lattice)",
+    )
+    add(
+        "--algorithms",
+        nargs="+",
+        choices=ALGORITHMS,
+        default=list(ALGORITHMS),
+        metavar="A",
+        help=f"of {', '.join(ALGORITHMS)} (all)",
+    )
+    add(
+        "--max-nmse",
+        type=float,
+        default=0.03,
+        metavar="E",
+        help="squared error that the advice allows, relative to the gradient's square (0.03)",
+    )
+    _add_places(parser)
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--backend", help="of torch.distributed (nccl on CUDA, gloo on CPU)")
+    add("--device", metavar="KIND", help="cpu, cuda, ... (cuda where there is one)")
+    add(
+        "--communicator",
+        choices=["torch", "mpi"],
+        default="torch",
+        help="what compressed exchanges travel by (torch)",
+    )
+    add(
+        "--ranks-per-node",
+        type=int,
+        metavar="N",
+        help="of two levels, which are measured where there are 2 nodes of 2 ranks (as launched)",
+    )
+    add("--model", metavar="MODULE:FUNCTION", help="time training steps of this model too")
+    add("--step", metavar="SCRIPT", help="time training steps of this script's bench() too")
     add("--json", type=Path, metavar="FILE", help="write all figures, for `plan --from FILE`")
     add("--csv", type=Path, metavar="FILE", help="write the rows of the table")
-    add("--plot", type=Path, metavar="FILE", help="draw them; needs matplotlib")
-    parser.epilog = "Start it on all ranks: torchrun ... -m rhtcomm bench; or by mpiexec, or srun."
-
-
-ALGORITHMS = ("all_gather", "two_shot", "gather")
+    add("--plot", type=Path, metavar="FILE", help="draw them (matplotlib: 'rhtcomm[plot]')")
 
 
 def _number(text: str) -> float:
@@ -136,7 +188,10 @@ def _run_rank(arguments: argparse.Namespace, place: Place, watch: Watch) -> None
         watch.doing = "training steps were measured"
         backend, what = str(result.facts["backend"]), (arguments.bits, arguments.quantizers)
         field = contestants_for(backend, ranks.world_size, *what)
-        result.steps = measure_steps(training, field, seconds, budget, ranks)
+        result.steps, dropped = measure_steps(training, field, seconds, budget, ranks)
+        result.dropped += [
+            {"contestant": one.name, "carrier": one.carrier, "numel": None} for one in dropped
+        ]
         for one in field:
             one.close()
     if ranks.first:

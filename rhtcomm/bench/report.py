@@ -114,16 +114,17 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def _who(one: Mapping[str, Any]) -> str:
-    return f"{one['contestant']} over {one['carrier']}, {mebibytes(one['numel'])}"
+    where = "training steps" if one["numel"] is None else mebibytes(one["numel"])
+    return f"{one['contestant']} over {one['carrier']}, {where}"
 
 
 def _left_out(result: Result, seconds: float) -> str:
     names = [_who(one) for one in result.dropped]
+    all_of_them = len(names) + len(result.rows) + len(result.steps)
     shown = "; ".join(names[:3]) + ("; ..." if len(names) > 3 else "")
     return (
-        f"Left out, since {seconds:g} seconds do not hold all: {len(names)} of "
-        f"{len(names) + len(result.rows)} ({shown}). --seconds gives more; --quantizers, --bits "
-        "and --algorithms choose."
+        f"Left out, since {seconds:g} seconds do not hold all: {len(names)} of {all_of_them} "
+        f"({shown}). --seconds gives more; --quantizers, --bits and --algorithms choose."
     )
 
 

@@ -175,10 +175,11 @@ def measure_steps(
     until: float,
     budget: Budget,
     ranks: Ranks,
-) -> list[Step]:
+) -> tuple[list[Step], Sequence[Contestant]]:
     """Time steps of a model by each contestant, in turns, until `until` seconds are gone.
 
-    Of long steps only the first contestants' are timed.
+    Returns:
+        Their times, and the last contestants, where steps are so long that there is no time.
     """
     ddp, step = training
     switch = _Switch()
@@ -187,7 +188,8 @@ def measure_steps(
     alone = [_seconds(step, ranks) for _ in range(_WARMUP)][-1]
     of_two_turns = 2 * (TURN + 1) * alone
     count = ranks.tell(int((until - budget.gone()) / of_two_turns))
-    timed = [_Timed(one) for one in field[: max(_FEWEST, count)]]
+    count = max(_FEWEST, count)
+    timed = [_Timed(one) for one in field[:count]]
     start = budget.gone()
     with bar(MOST * len(timed), "steps", ranks) as progress:
         for turn in range(MOST):
@@ -203,7 +205,7 @@ def measure_steps(
         one.seconds = ranks.largest(*one.seconds)
     budget.end("training steps")
     alone = statistics.median(timed[0].seconds)
-    return [_row(one, alone) for one in timed]
+    return [_row(one, alone) for one in timed], field[count:]
 
 
 def _seconds(step: Callable[[], None], ranks: Ranks) -> float:
