@@ -192,7 +192,8 @@ work.
 Nothing here was measured with so many ranks or on such a link. It rests on figures of 2 ranks on
 loopback{"" if cores == 1 else ", with a codec that is taken to grow with the cores"}. \
 The error allowed is that of 4 bits. Times in ms. All of it
-is over Gloo, where one thread moves a rank's bytes: {fastest:.0f} Gbit/s of float32, however fast the link.
+is over Gloo, where one thread moves the bytes of a rank: {fastest:.0f} Gbit/s of float32, however
+fast its link is.
 
 {on_paper(cores)}
 """

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -238,13 +239,11 @@ class _Probe:
             spent.append(0.0)
             flying = []
             for _ in range(_CHUNKS):
-                payload = codec(lambda: _CODEC.encode(x, key))
+                payload = codec(partial(_CODEC.encode, x, key))
                 flying.append((payload, self.communicator.start_all_gather(payload[:nbytes])))
             for payload, finish in flying:
                 finish()
-                codec(
-                    lambda payload=payload: _CODEC.decode_mean(payload[None], key, _CHUNK, out=out)
-                )
+                codec(partial(_CODEC.decode_mean, payload[None], key, _CHUNK, out=out))
             self.communicator.settle(wait=False)
 
         threads = torch.get_num_threads()
