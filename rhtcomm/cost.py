@@ -26,8 +26,8 @@ coordinates, P_n those of the payload of a shard (about P / n; both summed over 
     Q    posting: processor seconds of a rank for each message
     A    transport: processor seconds for each byte that a rank sends while another arrives
     F    1514 / 1448, what frames of Ethernet, IP and TCP add
-    E    encode, D decode one payload, M = D + (n - 1) D_2 decode the mean of n: seconds per
-         coordinate
+    E    encode, D decode one payload, D_2 add one more payload: seconds per coordinate
+    M    D + (n - 1) D_2, decode the mean of n payloads
     G    seconds of each call of the codec in addition
     t    threads of the codec
     s    slowdown: how much slower the codec runs in training than it was measured
