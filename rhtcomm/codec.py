@@ -27,7 +27,9 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Codec:
-    """Compresses flat tensors; immutable and stateless, so one may serve many threads.
+    """Compresses flat tensors: x (numel,) -> payload (nbytes,) uint8 -> E[decoded] = x.
+
+    It is immutable and stateless, so one may serve many threads.
 
     Args:
         quantizer: `QuicFL`, `ECDQ`, `Eden` or `VectorQuantizer`.
@@ -38,6 +40,7 @@ class Codec:
         block: coordinates per block, a power of two from 32 to 2^24.
 
     Raises:
+        TypeError: the quantizer is none.
         ValueError: an argument is out of its range.
     """
 
