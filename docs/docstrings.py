@@ -1,7 +1,7 @@
 """What the API pages make of docstrings, for mkdocstrings.
 
-Names that share a line of a section, `rank, world_size: as for `encode``, become a line each. Names
-of the public API in backticks become links.
+Names that share a line of a section, such as `rank, world_size: as given to encode`, become a line
+each. Names of the public API in backticks become links, and so do files such as docs/format.md.
 """
 
 import re
@@ -13,6 +13,7 @@ import griffe
 
 SECTION = re.compile(r"^(Args|Raises):$")
 SHARED = re.compile(r"^    (\w+(?:, \w+)+):")
+FILE = re.compile(r"\bdocs/(\w+\.md)")
 CODE = re.compile(r"(?<!`)`([\w.]+)`(?!`)")
 
 
@@ -23,7 +24,8 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             text = "\n".join(one_name_a_line(obj.docstring.value))
-            obj.docstring.value = CODE.sub(lambda code: self._link(code, obj), text)
+            text = CODE.sub(lambda code: self._link(code, obj), text)
+            obj.docstring.value = FILE.sub(r"[\g<0>](../\1)", text)
 
     def _link(self, code: re.Match[str], obj: griffe.Object) -> str:
         name = code[1]

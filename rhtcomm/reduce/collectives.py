@@ -54,14 +54,14 @@ def all_reduce(
 ) -> Report:
     """Replace `tensor` by its mean over all ranks, in place; every rank gets the same bits.
 
-    With P the payload bytes of the whole tensor, e the quantizer's vNMSE, and b, w and D those of
-    `Lattice`, a rank of n sends so many bytes, and the mean has this squared error, in units of
-    the mean over ranks of |tensor|^2 (the second e: of |mean|^2; lattice: per coordinate):
+    n is the number of ranks, P the payload bytes of the whole tensor, e the quantizer's vNMSE, m
+    the mean over ranks of |tensor|^2; b, w and D are those of `Lattice`:
 
-        all_gather    (n - 1) P                e / n
-        two_shot      2 (n - 1) / n P          e / n + e
-        gather        P, rank 0 (n - 1) P      e / n + e
-        lattice       2 (n - 1) / n P w / b    D^2 / 12 / n
+                      bytes sent per rank      squared error of the mean
+        all_gather    (n - 1) P                e m / n
+        two_shot      2 (n - 1) / n P          e m / n + e |mean|^2
+        gather        P, rank 0: (n - 1) P     e m / n + e |mean|^2
+        lattice       2 (n - 1) / n P w / b    D^2 / 12 / n per coordinate
 
     Args:
         tensor: float32, bfloat16 or float16, any shape, contiguous or not, alike on all ranks.
@@ -154,8 +154,8 @@ def all_reduce_many(
 
     Args:
         tensors: as for `all_reduce`, the same number and shapes on all ranks.
-        codec, key, communicator, algorithm, min_numel, check: as for `all_reduce`; `min_numel`
-            counts the coordinates of all tensors.
+        codec, key, communicator, algorithm, check: as for `all_reduce`.
+        min_numel: as for `all_reduce`, counted over all tensors.
         residual: (coordinates of all tensors,) float32, as for `all_reduce`.
 
     Returns:

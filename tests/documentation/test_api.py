@@ -34,7 +34,7 @@ def entries() -> Iterator[Entry]:
             members = re.search(r"members: \[(.*)\]", options)
             yield Entry(
                 path,
-                "show_signature: false" not in options,
+                "merge_init_into_class: false" not in options,
                 re.findall(r"\w+", members[1]) if members else None,
             )
 
