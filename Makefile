@@ -50,7 +50,7 @@ test-trainers: $(VENV)/.trainers
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/.installed
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build
 
 docs-serve: export NO_MKDOCS_2_WARNING = 1
 docs-serve: $(VENV)/.installed
