@@ -47,9 +47,13 @@ def trainers() -> Iterator[Path]:
 def public_names() -> Iterator[str]:
     yield from (f"rhtcomm.{name}" for name in rhtcomm.__all__)
     for name in rhtcomm.hooks.__all__:
-        # A page takes the name for the module that is called so, unless it has the whole path.
-        module = f"{name}." if (ROOT / f"hooks/{name}.py").exists() else ""
-        yield f"rhtcomm.hooks.{module}{name}"
+        public = getattr(rhtcomm.hooks, name)
+        if inspect.ismodule(public):
+            yield from (f"rhtcomm.hooks.{name}.{each}" for each in public.__all__)
+        else:
+            # A page takes the name for the module that is called so, unless it has the whole path.
+            module = f"{name}." if (ROOT / f"hooks/{name}.py").exists() else ""
+            yield f"rhtcomm.hooks.{module}{name}"
     for file in trainers():
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
@@ -63,19 +67,29 @@ def test_every_public_name_is_on_a_page_once() -> None:
     assert {*public_names()} <= {*paths}
 
 
-def definition(path: str) -> ast.FunctionDef | ast.ClassDef:
-    """The code that defines a name."""
+def definition(path: str) -> tuple[ast.stmt, str | None]:
+    """The code that defines a name, and its docstring."""
     parent, _, name = path.rpartition(".")
     if parent.startswith("rhtcomm.hooks.trainers."):
         file = ROOT / "hooks/trainers" / f"{parent.rpartition('.')[2]}.py"
     else:
-        source = inspect.getsourcefile(getattr(importlib.import_module(parent), name))
-        assert source is not None
-        file = Path(source)
-    for node in ast.parse(file.read_text()).body:
+        module = importlib.import_module(parent)
+        defined = getattr(getattr(module, name), "__module__", parent)
+        file = Path(str(importlib.import_module(defined).__file__))
+    body = ast.parse(file.read_text()).body
+    for node, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
-            return node
+            return node, ast.get_docstring(node)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return node, docstring_in(after)
     raise AssertionError(f"{file} has no {name}")
+
+
+def docstring_in(statement: ast.stmt | None) -> str | None:
+    """Of what is assigned in the statement before it."""
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+        return str(statement.value.value)
+    return None
 
 
 def documented(docstring: str, section: str) -> set[str]:
@@ -106,8 +120,7 @@ def fields(node: ast.ClassDef) -> set[str]:
     found = set()
     for statement, after in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(statement, ast.AnnAssign) and "ClassVar" not in ast.unparse(statement):
-            told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            found |= set() if told else {ast.unparse(statement.target)}
+            found |= set() if docstring_in(after) else {ast.unparse(statement.target)}
     return found
 
 
@@ -122,11 +135,12 @@ def check(path: str, docstring: str, takes: set[str], raises: set[str]) -> None:
 
 @pytest.mark.parametrize("entry", [*entries()], ids=lambda entry: entry.path)
 def test_a_docstring_has_all_arguments_and_exceptions(entry: Entry) -> None:
-    node = definition(entry.path)
-    docstring = ast.get_docstring(node)
+    node, docstring = definition(entry.path)
     assert docstring, f"{entry.path} has no docstring"
     if isinstance(node, ast.FunctionDef):
         check(entry.path, docstring, arguments([node]), raised([node]))
+        return
+    if not isinstance(node, ast.ClassDef):
         return
     methods = {child.name: child for child in node.body if isinstance(child, ast.FunctionDef)}
     makes = [methods[name] for name in ("__init__", "__post_init__") if name in methods]
