@@ -204,7 +204,7 @@ sys.modules.pop("_editable_skbc_rhtcomm", None)
 sys.path.insert(0, {str(site)!r})
 before = set(sys.path)
 site.addsitedir({str(site)!r})
-print(*set(sys.path) - before, sep="\n")
+print(*set(sys.path) - before, sep="\\n")
 from rhtcomm.hooks import made_later
 print(made_later.ddp.__file__)"""
     done = subprocess.run(

@@ -29,14 +29,13 @@ def chosen(wanted: str) -> dict[str, Kernel]:
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("rhtcomm").addHandler(handler)
-    by_default = choose("cpu", rhtcomm.QuicFL)
-    found = "reference" if by_default is reference else "kernels"
-    if (found == "reference") != (wanted == "reference") or (found == "reference") != bool(
-        warnings
-    ):
-        sys.exit(f"{wanted} wanted, {found} found; the log says {warnings}")
+    plain = choose("cpu", rhtcomm.QuicFL) is reference
+    if plain != (wanted == "reference") or plain != bool(warnings):
+        sys.exit(
+            f"{wanted} wanted, {'reference' if plain else 'kernels'} found; the log: {warnings}"
+        )
     path = cpu.library_path()
-    if by_default is reference or path is None:
+    if plain or path is None:
         return {"reference": reference}
     usable: dict[str, Kernel] = {}
     for name in VARIANTS:
