@@ -53,6 +53,8 @@ def diagnose(launch: Launch, seconds: float, as_json: bool) -> int:
     meeting: list[Meeting] = []
     if launch.world_size > 1:
         last += guarded("ranks", partial(_meet, launch, seconds, meeting), seconds + 30)
+    if meeting:
+        launch = replace(launch, machines=meeting[0].machines())
     findings = alone(launch, seconds) + last
     if not meeting:
         return printed({launch.rank: findings}, launch, as_json)
@@ -71,12 +73,13 @@ def alone(launch: Launch, seconds: float) -> list[Finding]:
 
     checks = (
         ("versions", check("installation", "versions")),
-        ("kernels", check("kernels", "kernels", seconds)),
+        ("kernels", check("kernels", "kernels")),
         ("compiler", check("installation", "compiler")),
         ("GPU", check("kernels", "gpu")),
         ("tables", check("installation", "tables")),
         ("cores", check("processor", "of_this_process", launch)),
-        ("codec", check("codec", "codec", seconds)),
+        ("known answers", check("codec", "known_answers")),
+        ("codec", check("codec", "clock")),
         ("network", check("network", "network", launch)),
     )
     # The torch reference takes a while for all known answers.

@@ -84,11 +84,13 @@ def tables() -> list[Finding]:
     for name, expected in TABLES.items():
         file = os.path.join(os.path.dirname(codebooks.__file__), f"{name}.npz")
         try:
-            damage = "" if digest(codebooks.load(name)) == expected else "its numbers differ"
+            damage = "" if digest(codebooks.load(name)) == expected else "damaged: numbers differ"
+        except FileNotFoundError:
+            damage = "missing"
         except Exception as error:  # of many kinds, by what in the file is damaged
-            damage = " ".join(str(error).split())[:120]
+            damage = f"damaged: {' '.join(str(error).split())}"
         if damage:
-            fact = f"the table {file} is damaged: {damage}"
+            fact = f"the table {file} is {damage}"
             findings.append(Finding("problem", "tables", fact, "install rhtcomm again"))
     return findings or [Finding("ok", "tables", f"all {len(TABLES)} are as they were shipped")]
 

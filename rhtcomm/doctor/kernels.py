@@ -20,6 +20,7 @@ INSTRUCTIONS = {
     "avx2": ("avx2", "bmi1", "bmi2", "fma", "popcnt"),
 }
 VARIANTS = (*INSTRUCTIONS, "baseline")
+LIMIT = 60  # seconds to load the library in
 REBUILD = "install gcc or clang, then: {}"
 
 # Loads the library in a process of its own, as a damaged one may end it.
@@ -31,7 +32,7 @@ print(json.dumps({name: [hasattr(library, "rhtcomm_encode_" + name),
 """
 
 
-def kernels(seconds: float) -> list[Finding]:
+def kernels() -> list[Finding]:
     """The kernels on CPU tensors."""
     from rhtcomm.kernels import build_command, choose, cpu
     from rhtcomm.quantizers import QuicFL
@@ -42,7 +43,7 @@ def kernels(seconds: float) -> list[Finding]:
     if path is None:
         fact = "the C kernels are not installed: plain torch takes their place, 30 times slower"
         return [Finding("problem", "kernels", fact, REBUILD.format(build_command()))]
-    variants, failure = loaded(path, seconds)
+    variants, failure = loaded(path)
     if failure:
         fact = f"the C kernels in {path} cannot be loaded ({failure})"
         return [Finding("problem", "kernels", fact, REBUILD.format(build_command()))]
@@ -94,13 +95,13 @@ def _forcing() -> list[str]:
 
 
 @cache
-def loaded(path: Path, seconds: float) -> tuple[dict[str, tuple[bool, bool]], str]:
+def loaded(path: Path) -> tuple[dict[str, tuple[bool, bool]], str]:
     """Whether each instruction set was built, and is the processor's; or why that is unknown."""
     command = [sys.executable, "-c", PROBE, str(path), *VARIANTS]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        return {}, f"loading it did not end within {seconds:g} s"
+        return {}, f"loading it did not end within {LIMIT} s"
     if done.returncode < 0:
         return {}, f"loading it ends the process by signal {-done.returncode}"
     if done.returncode:

@@ -20,6 +20,7 @@ class Launch:
         name: of the launcher; "environment" where RANK and WORLD_SIZE come from something else than
             torchrun, "none" without a launcher.
         local_size: ranks on this machine, at least 1.
+        machines: how many the ranks are on, where the ranks have found out.
         address, port: where the ranks can meet, if the environment tells.
         agent: whether torchrun holds the store at that port.
         has_mpi: whether MPI should have all these ranks in its world.
@@ -33,6 +34,13 @@ class Launch:
     port: int | None = None
     agent: bool = False
     has_mpi: bool = False
+    machines: int | None = None
+
+    @property
+    def on_one_machine(self) -> bool:
+        if self.machines is not None:
+            return self.machines == 1
+        return self.local_size == self.world_size
 
 
 def launch_of(environment: Mapping[str, str], parent: int = 0) -> Launch:

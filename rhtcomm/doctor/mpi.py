@@ -16,6 +16,7 @@ from rhtcomm.doctor.launcher import Launch
 
 __all__ = ["mpi", "probe", "vendor_of"]
 
+LIMIT = 30  # seconds for MPI to say what it is
 MATCH = "start with the mpiexec of {}, or install mpi4py and that MPI together (docs/doctor.md)"
 SLURM = "srun --mpi=pmi2 for MPICH and Intel MPI, --mpi=pmix for Open MPI"
 
@@ -75,9 +76,9 @@ def mpi(launch: Launch, seconds: float) -> tuple[list[Finding], Mapping[str, Any
             return [Finding("problem", "MPI", fact, "pip install 'rhtcomm[mpi]'")], {}
         fact = "mpi4py is not installed; only MPICommunicator needs it"
         return [Finding("ok", "MPI", fact)], {}
-    facts, failure = probe(launch.has_mpi, seconds)
+    facts, failure = probe(launch.has_mpi, seconds if launch.has_mpi else LIMIT)
     if not facts:
-        return [_failed(launch, failure, seconds)], {}
+        return [_failed(launch, failure)], {}
     name = f"mpi4py {facts['mpi4py']} with {facts['vendor']} {facts['version']}"
     if not launch.has_mpi:
         return [_alone(launch, facts["vendor"], name)], {}
@@ -95,8 +96,8 @@ def mpi(launch: Launch, seconds: float) -> tuple[list[Finding], Mapping[str, Any
     return [Finding("ok", "MPI", f"{name}, {facts['size']} ranks, a sum is right")], facts
 
 
-def _failed(launch: Launch, failure: str, seconds: float) -> Finding:
-    facts = probe(False, seconds)[0] if launch.has_mpi else {}
+def _failed(launch: Launch, failure: str) -> Finding:
+    facts = probe(False, LIMIT)[0] if launch.has_mpi else {}
     if not facts:
         fact = f"MPI does not work: {failure}; only MPICommunicator needs it"
         grade: Grade = "problem" if launch.has_mpi else "remark"

@@ -102,14 +102,13 @@ def network(launch: Launch) -> list[Finding]:
         remedy = f"set it to {' or '.join(others)}" if others else "unset it"
         return [*found, Finding("problem", "Gloo", fact, remedy)]
     fact = f"Gloo takes {name}, since {why}"
-    several, one_machine = launch.local_size < launch.world_size, launch.world_size > 1
     inside = name == "lo" or any(one.name == name and one.loopback for one in there)
     remedy = "on each machine export GLOO_SOCKET_IFNAME={}, or mend /etc/hosts"
     remedy = remedy.format(" or ".join(others) or "INTERFACE")
-    if inside and several:
+    if inside and not launch.on_one_machine:
         fact += ": other machines cannot reach it, and ranks wait for each other until a timeout"
         return [*found, Finding("problem", "Gloo", fact, remedy, key=name)]
-    if inside and not one_machine:
+    if inside and launch.world_size == 1:
         fact += ", which suffices on one machine only"
         return [*found, Finding("remark", "Gloo", fact, remedy, key=name)]
     return [*found, Finding("ok", "Gloo", fact, key=name)]

@@ -96,11 +96,11 @@ def cores(launch: Launch, machine: Machine) -> list[Finding]:
     have, there = len(machine.affinity), len(machine.allowed)
     ranks = launch.local_size
     share = max(1, there // ranks)
-    fact = f"this process may run on {have} of {there} cores"
+    fact = f"each rank may run on {have} of {there} cores"
     remedy = UNBIND.get(launch.name, "start it without taskset, numactl or the like")
     if have < share:
-        of = f"{_count(ranks, 'rank')} of this machine could have {share} each"
-        found = [Finding("problem", "cores", f"{fact}, but the {of}", f"do not bind: {remedy}")]
+        fact += f", though {share} are its share"
+        found = [Finding("problem", "cores", fact, f"do not bind: {remedy}")]
     elif have == 1 < there:
         fact = "each rank is bound to one core, which its training and its hook's worker share"
         found = [Finding("remark", "cores", fact, f"do not bind: {remedy}")]

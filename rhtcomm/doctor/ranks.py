@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +58,21 @@ class Meeting:
             said = " ".join(str(error).split())[:160]
             raise Unreachable(f"rank {launch.rank} could not {verb} {where} ({said})") from None
         self.store: Any = PrefixStore("rhtcomm doctor", store)
+
+    def machines(self) -> int | None:
+        """Among which the ranks are; None if they did not all come in time.
+
+        Containers on one machine count as several, as they need the network between them.
+        """
+        boot = Path("/proc/sys/kernel/random/boot_id")
+        own = f"{socket.gethostname()} {boot.read_text() if boot.exists() else ''}"
+        self.store.set(f"machine of {self._launch.rank}", own)
+        keys = [f"machine of {rank}" for rank in range(self._launch.world_size)]
+        try:
+            self.store.wait(keys, self._patience)
+        except RuntimeError:
+            return None
+        return len({self.store.get(key) for key in keys})
 
     def tell(self, findings: Sequence[Finding]) -> None:
         told = json.dumps([dataclasses.asdict(one) for one in findings])
