@@ -7,6 +7,7 @@ import sys
 # A command's module has `add_arguments(parser)` and `run(arguments)`, whose result is the exit
 # status (None: 0). Only the module of the command that was asked for is imported.
 COMMANDS = {
+    "doctor": ("rhtcomm.doctor", "find what is wrong on this machine, or among a launcher's ranks"),
     "plan": ("rhtcomm.cost", "predict the time of an exchange, and whether compression pays"),
 }
 
