@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -119,6 +118,7 @@ class Reports:
         self._deliver()
 
     def _deliver(self, wait: bool = False) -> None:
+        """What has been waited for; on a device only if that is over, or after it, with `wait`."""
         while self._landed:
             landed = self._landed[0]
             for followed in landed:
@@ -127,28 +127,32 @@ class Reports:
                     if not cuda.is_over(end, wait):
                         return
                     followed.wait = cuda.seconds(start, end)
-            self._landed.popleft()
-            self._observe([self._reports_of(followed) for followed in landed])
+            self._observe(self._landed.popleft())
 
-    def _reports_of(self, followed: _Followed) -> list[BucketReport]:
-        """With the wait, which of a bucket's parts was for the last; none if it failed."""
-        reports, wait = followed.reports, followed.wait
-        if reports and not isinstance(wait, tuple) and wait is not None:
-            for report in reports:
-                report.exposed_seconds = 0.0
-            reports[-1].exposed_seconds = wait
-            self._totals.add_wait(wait)
-        return reports
+    def _observe(self, landed: list[_Followed]) -> None:
+        """Buckets that failed have no reports."""
+        before = None
+        for followed in landed:
+            wait: Any = followed.wait
+            if wait is not None and followed.reports:
+                self._totals.add_wait(wait)
+            for report in followed.reports:
+                if wait is not None:  # of the parts of a bucket, it was for the last one
+                    report.exposed_seconds = wait if report is followed.reports[-1] else 0.0
+                if before is not None:
+                    before.last = before.step != report.step
+                    self._call(before)
+                before = report
+        if before is not None:
+            before.last = True
+            self._call(before)
 
-    def _observe(self, lists: Sequence[list[BucketReport]]) -> None:
-        reports = [report for reports in lists for report in reports]
-        for report, following in zip_longest(reports, reports[1:]):
-            report.last = following is None or following.step != report.step
-            for observer in self._observers:
-                try:
-                    observer(report)
-                except Exception as error:
-                    self._drop(observer, error)
+    def _call(self, report: BucketReport) -> None:
+        for observer in self._observers:
+            try:
+                observer(report)
+            except Exception as error:
+                self._drop(observer, error)
 
     def _drop(self, observer: Observer, error: Exception) -> None:
         """An error here must end neither this rank nor, by its end, the others."""
@@ -188,7 +192,8 @@ def reports_to(observer: Any, totals: Totals, owner: str) -> Reports | None:
     """
     if observer is None:
         return None
-    observers = list(observer) if isinstance(observer, (list, tuple)) else [observer]
+    several = isinstance(observer, (list, tuple)) and not callable(observer)
+    observers = list(observer) if several else [observer]
     for one in observers:
         if not callable(one) or isinstance(one, type):
             raise TypeError(

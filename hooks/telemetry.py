@@ -17,6 +17,7 @@ import os
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from time import monotonic
 from typing import Any, TextIO
 
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from .stats import BucketReport, Totals, figures
 __all__ = ["COLUMNS", "csv", "log", "tensorboard", "wandb"]
 
 _CALL = "rhtcomm.hooks.telemetry"
+_FLUSH_SECONDS = 0.1  # of steps that are shorter, a run that is killed may miss the last rows
 
 COLUMNS = (
     "step",
@@ -48,7 +50,10 @@ COLUMNS = (
 
 
 def csv(path: str | os.PathLike[str], *, all_ranks: bool = False) -> Observer:
-    """Append a row for each bucket and step to a CSV file, complete after each step.
+    """Append a row for each bucket and step to a CSV file.
+
+    The file is complete after each step; where steps take less than 0.1 s, up to the last 0.1 s. So
+    a run that is killed has its rows.
 
     A run that resumes from a checkpoint goes on in its file: rows of steps that are done again are
     dropped first. A run that begins with step 0 begins a new file; what was there is renamed to
@@ -61,7 +66,7 @@ def csv(path: str | os.PathLike[str], *, all_ranks: bool = False) -> Observer:
     return _Csv(Path(path), all_ranks)
 
 
-def tensorboard(to: Any, *, every: int = 10) -> Observer:
+def tensorboard(to: Any, *, every: int = 100) -> Observer:
     """Add scalars to TensorBoard: means over every so many steps, named ``rhtcomm/...``.
 
     Args:
@@ -76,7 +81,7 @@ def tensorboard(to: Any, *, every: int = 10) -> Observer:
     return _TensorBoard(to, every)
 
 
-def wandb(run: Any = None, *, every: int = 10, commit: bool = False) -> Observer:
+def wandb(run: Any = None, *, every: int = 100, commit: bool = False) -> Observer:
     """Log means over every so many steps to Weights & Biases, named ``rhtcomm/...``.
 
     Args:
@@ -93,7 +98,7 @@ def wandb(run: Any = None, *, every: int = 10, commit: bool = False) -> Observer
     return _Wandb(run, every, commit)
 
 
-def log(*, every: int = 100, level: int = logging.INFO) -> Observer:
+def log(*, every: int = 1000, level: int = logging.INFO) -> Observer:
     """Log one line for every so many steps, by the logger "rhtcomm".
 
     ``logging.basicConfig(level=logging.INFO)`` shows it.
@@ -122,6 +127,7 @@ class _Csv:
     def __init__(self, path: Path, all_ranks: bool) -> None:
         self._path, self._all_ranks = path, all_ranks
         self._begun = False
+        self._flush_at = 0.0
         self._file: TextIO | None = None
         self._finalizer: Any = None
 
@@ -131,18 +137,17 @@ class _Csv:
             if rank and not self._all_ranks:
                 return
             self._file = self._open(report.step, rank)
-        nmse = report.nmse
+        exposed = report.exposed_seconds
+        error = f"{report.nmse:.6g},{report.squared_norm:.6g}" if report.squared_norm else ","
         self._file.write(
             f"{report.step},{report.bucket},{report.numel},{report.bits:g},"
             f"{report.bytes_sent},{report.bytes_uncompressed},{report.encode_seconds:.7f},"
             f"{report.exchange_seconds:.7f},{report.decode_seconds:.7f},"
-            f"{'' if report.exposed_seconds is None else f'{report.exposed_seconds:.7f}'},"
-            f"{report.rotations or ''},"
-            f"{'' if nmse is None else f'{nmse:.6g},{report.squared_norm:.6g}'}"
-            f"{',' if nmse is None else ''}\n"
+            f"{'' if exposed is None else f'{exposed:.7f}'},{report.rotations or ''},{error}\n"
         )
-        if report.last:
+        if report.last and (now := monotonic()) >= self._flush_at:
             self._file.flush()  # a run that is killed has its rows
+            self._flush_at = now + _FLUSH_SECONDS
 
     def _open(self, step: int, rank: int) -> TextIO:
         path = self._path
@@ -152,7 +157,7 @@ class _Csv:
             path.parent.mkdir(parents=True, exist_ok=True)
             _begin_at(path, step)
             self._begun = True
-        file = path.open("a")
+        file = path.open("a", buffering=1 << 20)  # it is flushed in time
         self._finalizer = weakref.finalize(self, file.close)
         return file
 
@@ -228,6 +233,7 @@ class _Means:
 class _TensorBoard(_Means):
     def __init__(self, to: Any, every: int) -> None:
         super().__init__(every)
+        self._flush_at = 0.0
         self._folder = to if isinstance(to, (str, os.PathLike)) else None
         self._writer = to if self._folder is None else None
 
@@ -239,7 +245,9 @@ class _TensorBoard(_Means):
             self._writer = SummaryWriter(self._folder, purge_step=first or None)
         for name, value in means.items():
             self._writer.add_scalar(name, value, last)
-        self._writer.flush()
+        if (now := monotonic()) >= self._flush_at:
+            self._writer.flush()
+            self._flush_at = now + 10 * _FLUSH_SECONDS
 
     def close(self) -> None:
         super().close()
