@@ -177,7 +177,7 @@ def _begin_at(path: Path, step: int) -> None:
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     if lines and lines[0].strip() != header:
         raise ValueError(
-            f"{_CALL}.csv: {path} has other columns, {lines[0].strip():.80!r}; move it away, or "
+            f"{_CALL}.csv: {path} has other columns, {lines[0].strip()[:80]!r}; move it away, or "
             "name another file"
         )
     if step == 0 and lines:
