@@ -8,6 +8,7 @@ import sys
 # status (None: 0). Only the module of the command that was asked for is imported.
 COMMANDS = {
     "plan": ("rhtcomm.cost", "predict the time of an exchange, and whether compression pays"),
+    "report": ("rhtcomm.report", "draw the plots of a run, from its telemetry file"),
 }
 
 
