@@ -81,12 +81,13 @@ class Reports:
     def follow(self, bucket: Bucket, future: Future, cuda: Cuda) -> None:
         """Of a bucket that DDP has handed over. DDP waits for it at the end of the backward pass.
 
-        A callback that is queued with the step's last bucket comes right before DDP's own.
+        A callback that is queued with the step's last bucket comes right before DDP's own. Without
+        a node DDP hands over in its own callback (static_graph, first step), and waits there.
         """
         if self._followed and self._followed[-1].step != bucket.key.step:
             self._give_up_finished()
         self.add(bucket, future, cuda)
-        if bucket.ends and torch._C._current_graph_task_id() != -1:
+        if bucket.ends and torch._C._current_autograd_node() is not None:
             torch.autograd.Variable._execution_engine.queue_callback(self.land)
 
     def add(

@@ -246,6 +246,24 @@ def test_a_device_tells_later_how_long_its_stream_waited(enqueues: bool, ranks: 
     ranks.run(measure_on_streams, 2, enqueues)
 
 
+def begin_a_static_graph(rank: int, world_size: int) -> None:
+    """In the first step DDP hands over buckets in a callback of its own, and waits there."""
+    seen = Seen()
+    ddp = DistributedDataParallel(Probe(*NUMELS), static_graph=True)
+    with register(ddp, observer=seen, **FINE):
+        step_of(ddp, rank, 0)
+        assert seen == []
+        step_of(ddp, rank, 1)
+        assert {(report.step, report.exposed_seconds is None) for report in seen} == {
+            (0, True),
+            (1, False),
+        }
+
+
+def test_the_first_step_of_a_static_graph_is_not_measured(ranks: Ranks) -> None:
+    ranks.run(begin_a_static_graph, 2)
+
+
 def test_what_nobody_was_seen_to_wait_for_comes_with_the_next_step() -> None:
     seen = Seen()
     with RHTState(communicator=Alone(), observer=seen) as state:
