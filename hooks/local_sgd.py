@@ -19,8 +19,8 @@ from .outer import OuterState, check_schedule, digest, outer_optimizer, warn_of_
 from .outer_checkpoint import read, saved_optimizer, to_torch
 from .policy import Bits
 from .register import Handle
+from .stats import Stats
 from .summary import log_summary
-from .telemetry import Stats
 
 __all__ = ["OuterAverager"]
 
@@ -43,12 +43,6 @@ class _Flight:
     changes: list[torch.Tensor]
     """By part: what they had changed by; when the futures are done, the mean over ranks."""
     futures: list[Future]
-
-    def wait(self) -> None:
-        """Until the means are there; raises what went wrong."""
-        for future in self.futures:
-            future.wait()
-        self.futures.clear()
 
 
 class OuterAverager:
@@ -249,11 +243,16 @@ class OuterAverager:
         """Apply what is due after inner step `now`; returns whether anything was."""
         due = [flight for flight in self._flights if flight.due <= now]
         for flight in due:
-            flight.wait()
+            self._wait_for(flight)
             with default_mode(pool=True):
                 self._apply(flight)
             self._flights.remove(flight)
         return bool(due)
+
+    def _wait_for(self, flight: _Flight) -> None:
+        """Until the means are there; raises what went wrong."""
+        self.state.wait(flight.futures)
+        flight.futures.clear()
 
     def _apply(self, flight: _Flight) -> None:
         parts = self._fragments[flight.fragment]
@@ -293,7 +292,7 @@ class OuterAverager:
         rank.
         """
         for flight in self._flights:
-            flight.wait()
+            self._wait_for(flight)
         saved = self._handle.state_dict() | {
             "inner_steps": self.inner_steps,
             "anchors": {name: x.clone() for name, x in self.anchors.state_dict().items()},
@@ -333,7 +332,7 @@ class OuterAverager:
             lengths,
         )
         for flight in self._flights:
-            flight.wait()
+            self._wait_for(flight)
         self._handle.load_state_dict(state)
         self.optimizer.load_state_dict(to_torch(saved.optimizer, self.optimizer, self.anchors))
         self.anchors.load_state_dict(dict(saved.anchors))
