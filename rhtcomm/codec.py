@@ -48,7 +48,7 @@ class Codec:
     def __post_init__(self) -> None:
         if isinstance(self.quantizer, type) or not hasattr(self.quantizer, "group"):
             raise TypeError(
-                f"Codec: quantizer={self.quantizer!r} must be an object such as QuicFL(bits=4)"
+                f"Codec: quantizer={self.quantizer!r} must be a quantizer such as QuicFL(bits=4)"
             )
         if self.rotations is None:
             object.__setattr__(self, "rotations", self.quantizer.rotations)
@@ -331,8 +331,8 @@ class Codec:
         """Raise ValueError unless there are several shards of whole blocks, all alike, or one."""
         if shards < 1 or (shards > 1 and numel % (shards * self.block)):
             raise ValueError(
-                f"{owner}: {numel} coordinates do not make {shards} equal shards of whole blocks "
-                f"of {self.block}"
+                f"{owner}: {numel} coordinates cannot be split into {shards} equal shards of whole "
+                f"blocks of {self.block}"
             )
 
     @staticmethod
@@ -355,7 +355,7 @@ class Codec:
         unaligned = out.data_ptr() % 4 or out.storage_offset() % 4
         if not out.is_contiguous() or unaligned or out.is_neg():
             raise ValueError(
-                "Codec.encode: out must be contiguous and begin at an address that 4 divides; "
+                "Codec.encode: out must be contiguous, at an address that is a multiple of 4; "
                 "leave it out, and copy the result"
             )
         return out
@@ -368,7 +368,7 @@ class Codec:
         if not self._auto and (name != "rotations" or count != self.rotations):
             raise ValueError(
                 f"Codec.encode: {name}={count}, but this codec was made with "
-                f'rotations={self.rotations}; only rotations="auto" leaves a choice'
+                f'rotations={self.rotations}; the number can be chosen only with rotations="auto"'
             )
         if count not in (1, 2, 3):
             raise ValueError(f"Codec.encode: {name}={count} must be 1, 2 or 3")

@@ -97,8 +97,8 @@ def _set_default_by_torch() -> int:
         if flushed:
             torch.set_flush_denormal(True)
         raise RuntimeError(
-            "rhtcomm: this thread does not round to nearest (fesetround), and without its C "
-            "kernels rhtcomm cannot change that; set FE_TONEAREST, or install the C kernels"
+            "rhtcomm: this thread does not round to nearest (fesetround), and rhtcomm cannot "
+            "change that without its C kernels; set FE_TONEAREST, or install the C kernels"
         )
     return int(flushed)
 

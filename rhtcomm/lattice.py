@@ -81,7 +81,7 @@ class Lattice:
         if width > 32:
             raise ValueError(
                 f"Lattice: the sum of {world_size} codes of {self.bits} bits takes {width} bits, "
-                "but a word has 32; use fewer bits"
+                "but a word has 32; use fewer bits or ranks"
             )
         return width
 

@@ -65,8 +65,8 @@ def refuse_fake_mode(owner: str) -> None:
             memory_of(torch.empty(1, device="cpu"), owner, "a tensor made here")
         except TypeError as fault:
             raise TypeError(
-                f"{owner}: new tensors have no memory here, as under FakeTensorMode or in "
-                "torch.func's transforms; call it outside of them"
+                f"{owner}: new tensors have no memory here, as under FakeTensorMode or in a "
+                "torch.func transform; call it outside of these"
             ) from fault
 
 
@@ -94,20 +94,20 @@ def _fault(x: torch.Tensor, name: str) -> str | None:
         if hasattr(x, method):
             return f"is a {kind}, which has no memory of its own; pass {name}.{method}()"
     if isinstance(x, torch._subclasses.FakeTensor):
-        return f"is a {kind}, which has no memory; pass a real one, outside of FakeTensorMode"
+        return f"is a {kind}, which has no memory; pass a real tensor, outside of FakeTensorMode"
     if x.is_nested:
         return "is a nested tensor; pass its components one by one"
     if x.layout != torch.strided:
         return f"has the layout {x.layout}; pass {name}.to_dense()"
     if x.device.type == "meta":
-        return "lies on the meta device, which has no memory; make it on another one"
+        return "is on the meta device, which has no memory; create it on another device"
     if torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._is_functional_tensor(x):
         return (
-            "is what torch.func (vmap, grad, functionalize) passes for a tensor, and has no memory "
-            "of its own; call this outside of the transform"
+            "is a wrapper of torch.func (vmap, grad, functionalize), which has no memory of its "
+            "own; call this outside of the transform"
         )
     if type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return f"is a {kind}, which has no memory of its own; pass the tensor that it wraps"
     if not x.numel():
         return None
-    return "has no memory: its storage was freed, made smaller or never allocated; allocate it"
+    return "has no memory: its storage was freed, shrunk or never allocated; allocate it"

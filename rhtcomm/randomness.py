@@ -104,7 +104,7 @@ def words(
 ) -> torch.Tensor:
     """Calls call .. call + count - 1 of a stream: (count, 4) int64 holding 32-bit words."""
     if call + count > 1 << 32:
-        raise ValueError(f"a stream has 2^32 calls, {call + count} were asked for")
+        raise ValueError(f"a stream has 2^32 calls, but {call + count} were requested")
     if not 0 <= rank < MAX_RANKS:
         raise ValueError(f"rank={rank} must lie in [0, {MAX_RANKS})")
 

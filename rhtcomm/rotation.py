@@ -179,5 +179,7 @@ def floating_tensor(x: torch.Tensor, owner: str, name: str) -> torch.Tensor:
     memory_of(x, owner, name)
     if not x.is_floating_point():
         remedy = "torch.view_as_real of it" if x.is_complex() else f"{name}.float()"
-        raise TypeError(f"{owner}: {name} is {x.dtype}, which is not floating; pass {remedy}")
+        raise TypeError(
+            f"{owner}: {name} is {x.dtype}, which is not a floating-point type; pass {remedy}"
+        )
     return x.detach()

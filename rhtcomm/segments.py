@@ -67,14 +67,14 @@ class Segments:
             runs = [numel] if lengths is None else list(map(operator.index, lengths))
         except TypeError:
             raise TypeError(
-                f"rhtcomm.all_reduce: segments={lengths!r:.80} must hold the length of each part "
-                "of the tensor, integers"
+                f"rhtcomm.all_reduce: segments={lengths!r:.80} must hold the length of each "
+                "segment of the tensor, as integers"
             ) from None
         if sum(runs) != numel or min(runs, default=0) < 0:
             raise ValueError(
-                f"rhtcomm.all_reduce: segments holds {len(runs)} lengths, the least "
-                f"{min(runs, default=0)}, with sum {sum(runs)}, but the tensor has {numel} "
-                "coordinates; give the length of each of its parts, in their order"
+                f"rhtcomm.all_reduce: segments has {len(runs)} lengths with minimum "
+                f"{min(runs, default=0)} and sum {sum(runs)}, but the tensor has {numel} "
+                "coordinates; pass the length of each segment, in order"
             )
         self.given = tuple(runs)
         self._parts: list[_Part] = []

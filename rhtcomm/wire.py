@@ -252,20 +252,23 @@ class Headers:
         if found[:2] != expected[:2]:
             return "does not begin with the mark of a payload"
         if found[2] != expected[2]:
-            return f"has format version {found[2]}, this is version {WIRE}; update the older"
+            return (
+                f"has format version {found[2]}, but this is version {WIRE}; update the older one"
+            )
         if self.auto and found[3] != expected[3] and found[8:] == expected[8:]:
             rotations, wanted = found[3] % 16, found[3] >> 4
             if rotations not in (1, 2, 3) or wanted not in (1, 2, 3):
                 return (
-                    f"was rotated {rotations} times and wants {wanted} next, but only 1, 2 and 3 "
-                    "can be: it is damaged"
+                    f"has {rotations} rotations and requests {wanted} next, but only 1, 2 and 3 "
+                    "are valid: it is damaged"
                 )
             return (
-                f"was rotated {rotations} times, another one {expected[3] % 16} times: the ranks "
-                "took different checkpoints, or are out of step"
+                f"has {rotations} rotations, another payload {expected[3] % 16}: the ranks loaded "
+                "different checkpoints, or are out of step"
             )
         if found[3] != expected[3] or found[8:] != expected[8:]:
             return (
-                f"was made with a configuration other than {dict(self.configuration)} (or tables)"
+                f"was made with a configuration other than {dict(self.configuration)}, or with "
+                "other tables"
             )
         return None

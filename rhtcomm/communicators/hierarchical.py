@@ -62,22 +62,22 @@ class HierarchicalCommunicator(Topology):
         """
         if not hasattr(mesh, "get_group"):
             raise TypeError(
-                f"HierarchicalCommunicator: mesh={mesh!r} must be a DeviceMesh, such as "
-                "torch.distributed.device_mesh.init_device_mesh returns"
+                f"HierarchicalCommunicator: mesh={mesh!r} must be a DeviceMesh, as returned by "
+                "torch.distributed.device_mesh.init_device_mesh"
             )
         if mesh.ndim != 2:
             raise ValueError(
-                f"HierarchicalCommunicator: the mesh has {mesh.ndim} dimension(s), but takes two: "
+                f"HierarchicalCommunicator: the mesh has {mesh.ndim} dimension(s), but needs two: "
                 "(nodes, ranks of a node)"
             )
         # torch sorts the ranks of a group. Every rank looks at the whole mesh: all raise, or none.
         rows: list[list[int]] = mesh.mesh.tolist()
         if any(list(line) != sorted(line) for line in (*rows, *zip(*rows, strict=True))):
             raise ValueError(
-                f"HierarchicalCommunicator: the mesh lists ranks as {rows}, but the groups that "
-                "torch makes of its rows and columns number them in ascending order, so a rank's "
-                "place in its node would not be the mesh's; list the ranks of every row and column "
-                "in ascending order"
+                f"HierarchicalCommunicator: the mesh lists ranks as {rows}, but torch sorts the "
+                "ranks of the groups that it makes of rows and columns, so a rank's place in its "
+                "node would differ from the mesh; list the ranks of every row and column in "
+                "ascending order"
             )
         return cls(within=mesh.get_group(1), between=mesh.get_group(0))
 
@@ -166,15 +166,15 @@ class HierarchicalCommunicator(Topology):
         ranks, nodes, fewest_ranks, fewest_nodes, anywhere = most.abs().tolist()
         if (ranks, nodes) != (fewest_ranks, fewest_nodes):
             raise ValueError(
-                f"HierarchicalCommunicator: nodes have {fewest_ranks} to {ranks} ranks, and places "
-                f"in a node {fewest_nodes} to {nodes} nodes; give all nodes as many ranks, or use "
-                "one level"
+                f"HierarchicalCommunicator: nodes have {fewest_ranks} to {ranks} ranks, and the "
+                f"groups between nodes {fewest_nodes} to {nodes}; use the same number of ranks on "
+                "all nodes, or one level"
             )
         if anywhere:
             raise ValueError(
                 "HierarchicalCommunicator: the ranks of a node number the nodes differently, or "
-                "the ranks that share a place are not at the same place of their nodes; list the "
-                "ranks of all groups in one order"
+                "the ranks of a group between nodes have different places in their nodes; list "
+                "the ranks of all groups in the same order"
             )
         self._even = True
 

@@ -64,13 +64,13 @@ class MPICommunicator(Communicator):
             if expected is not None and int(expected) != comm.size:
                 raise RuntimeError(
                     f"MPICommunicator: MPI has {comm.size} rank(s) but torch has {expected}; start "
-                    f"the program with mpiexec -n {expected} (see launch/mpirun.sh), not by "
-                    "torchrun alone"
+                    f"the program with mpiexec -n {expected} (see launch/mpirun.sh), not only with "
+                    "torchrun"
                 )
         if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
             raise RuntimeError(
-                "MPICommunicator: MPI was initialized without support for threads; let mpi4py "
-                "initialize it, or ask for MPI_THREAD_MULTIPLE"
+                "MPICommunicator: MPI was initialized without thread support; let mpi4py "
+                "initialize it, or request MPI_THREAD_MULTIPLE"
             )
         self.comm = comm.Dup()
         self.timeout = timeout
@@ -147,8 +147,8 @@ class MPICommunicator(Communicator):
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError(
                     f"MPICommunicator: {self.name_of(self.rank)} of {self.world_size} waited "
-                    f"{self.timeout:g} s for the others: one of them died, hangs, or makes other "
-                    "calls than this one"
+                    f"{self.timeout:g} s for the others: one of them died, hangs, or makes "
+                    "different calls"
                 )
             # The first polls only give way to other threads, the later ones to the whole core.
             time.sleep(pause)

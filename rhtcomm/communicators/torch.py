@@ -52,15 +52,15 @@ class TorchCommunicator(Communicator):
         if not dist.is_initialized():
             raise RuntimeError(
                 "TorchCommunicator: torch.distributed is not initialized; call "
-                "torch.distributed.init_process_group first (and launch by torchrun)"
+                "torch.distributed.init_process_group first (and start the script with torchrun)"
             )
         outside: Any = dist.GroupMember.NON_GROUP_MEMBER
         if group == outside:
             raise RuntimeError("TorchCommunicator: this rank is not a member of the group")
         if group is not None and not isinstance(group, dist.ProcessGroup):
             raise TypeError(
-                f"TorchCommunicator: group={group!r} must be a process group, such as "
-                "torch.distributed.new_group() returns"
+                f"TorchCommunicator: group={group!r} must be a process group, as returned by "
+                "torch.distributed.new_group()"
             )
         self.timeout = _timeout_of(group or dist.group.WORLD)
         self._set_up(group, dist.get_process_group_ranks(group))
@@ -129,13 +129,14 @@ class TorchCommunicator(Communicator):
         """The process group that it was made with, or its own."""
         if self._aborted:
             raise RuntimeError(
-                f"TorchCommunicator: {self.name_of(self.rank)} of {self.world_size} gave up and "
-                "left the group; start the program again, or make new groups on all ranks"
+                f"TorchCommunicator: {self.name_of(self.rank)} of {self.world_size} failed and "
+                "left the group; restart the program, or make new groups on all ranks"
             )
         group = dist.group.WORLD if self._group is None else self._group
         if group is None:
             raise RuntimeError(
-                "TorchCommunicator: torch.distributed is not initialized any more; make a new one"
+                "TorchCommunicator: torch.distributed is no longer initialized; create a new "
+                "communicator"
             )
         return group
 

@@ -47,10 +47,9 @@ class Users:
                 other = self._using[carrier]() if carrier in self._using else None
                 if other is not None and other is not user:
                     raise RuntimeError(
-                        f"rhtcomm: {user} would send by {carrier}, by which {other} is sending "
-                        "now, and their messages would be taken for each other's; give each a "
-                        "communicator over a group of its own (torch.distributed.new_group()), or "
-                        "let one wait for the other"
+                        f"rhtcomm: {user} cannot use {carrier} while {other} is using it, since "
+                        "their messages would be mixed up; give each a communicator over its own "
+                        "group (torch.distributed.new_group()), or let one wait for the other"
                     )
             for carrier in carriers:
                 self._using[carrier] = weakref.ref(user)

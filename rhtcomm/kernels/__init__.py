@@ -124,7 +124,7 @@ def choose(device: str, quantizer: type[Quantizer]) -> Kernel:
         return _for_gpu(device, wanted, quantizer is ECDQ)
     if wanted is not None:
         raise RuntimeError(
-            f"RHTCOMM_KERNELS={wanted}, but it has none for {quantizer.__name__} on "
+            f"RHTCOMM_KERNELS={wanted}, but there are no such kernels for {quantizer.__name__} on "
             f"{device}; unset it"
         )
     return reference
@@ -147,10 +147,9 @@ def _for_cpu(wanted: str | None, variant: str | None) -> Kernel:
         f"    {_build_command()}\n"
     )
     if wanted or variant:
-        raise RuntimeError(f"the C kernels were asked for, but they {fact}. {remedy}") from cause
+        raise RuntimeError(f"the C kernels were requested, but they {fact}. {remedy}") from cause
     logging.getLogger("rhtcomm").warning(
-        "the C kernels %s; the torch reference takes their place, at a thirtieth of their speed. "
-        "%s",
+        "the C kernels %s; the torch reference is used instead, which is about 30 times slower. %s",
         fact,
         remedy,
     )
@@ -205,8 +204,7 @@ def _for_gpu(device: str, wanted: str | None, in_units: bool) -> Kernel:
                 f"RHTCOMM_KERNELS={wanted}, but Triton cannot be used ({missing}): {remedy}"
             ) from missing
         logging.getLogger("rhtcomm").warning(
-            "Triton cannot be used (%s), so the much slower torch reference is in use on "
-            "CUDA tensors: %s",
+            "Triton cannot be used (%s), so CUDA tensors use the much slower torch reference: %s",
             missing,
             remedy,
         )

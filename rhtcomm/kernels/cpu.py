@@ -37,7 +37,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of nativ
 _NUMBER_OF = {dtype: number for number, dtype in enumerate(DTYPES)}
 ABI = 8  # of cpu.c
 _NAME = "rhtcomm_cpu.*"
-_NO_MEMORY = "rhtcomm: no memory for the scratch of the C kernels; use smaller blocks"
+_NO_MEMORY = "rhtcomm: out of memory for the working space of the C kernels; use smaller blocks"
 
 
 def library_path() -> Path | None:
@@ -136,7 +136,7 @@ class Library:
             raise ValueError(f"RHTCOMM_CPU={variant!r} must be one of {', '.join(variants)}")
         elif not variants[variant]:
             usable = ", ".join(name for name, fine in variants.items() if fine)
-            raise RuntimeError(f"RHTCOMM_CPU={variant}, but this machine can run only {usable}")
+            raise RuntimeError(f"RHTCOMM_CPU={variant}, but this machine supports only {usable}")
         self.variant = variant
         address, number, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32
         plans = (address, ctypes.c_int)
@@ -236,8 +236,7 @@ def _check_abi(library: ctypes.CDLL, path: Path) -> None:
     found = library.rhtcomm_abi() if hasattr(library, "rhtcomm_abi") else 0
     if found != (ABI << 16) + ctypes.sizeof(Plan):
         raise RuntimeError(
-            f"the C kernels in {path} were built from another version of this package; "
-            "install it again"
+            f"the C kernels in {path} were built from another version of this package; reinstall it"
         )
 
 

@@ -81,7 +81,7 @@ class QuicFL(Packed):
         if self.exact_fraction not in (0, EXACT_FRACTION):
             raise ValueError(
                 f"QuicFL: exact_fraction={self.exact_fraction!r} must be 0 or 1/512 = "
-                f"{EXACT_FRACTION}, for which there are tables"
+                f"{EXACT_FRACTION}, the values that have tables"
             )
         # A plain float, whatever number was given: fingerprints hash how it is written.
         object.__setattr__(self, "exact_fraction", float(self.exact_fraction))

@@ -57,8 +57,8 @@ class VectorQuantizer(Packed):
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in (1, 2, 4):  # True is an int too
             raise ValueError(
-                f"VectorQuantizer: bits={self.bits!r} must be 1, 2 or 4 (an int), so that whole "
-                "groups of coordinates take a byte; Eden has all of 1, 2, ..., 8"
+                f"VectorQuantizer: bits={self.bits!r} must be 1, 2 or 4 (an int), so that a byte "
+                "holds a whole group of coordinates; Eden supports 1, 2, ..., 8"
             )
         check_bool(self.biased, "VectorQuantizer", "biased")
 

@@ -70,7 +70,7 @@ def _read_greeting(row: bytes, name: str) -> dict[str, str]:
     except ValueError as error:
         raise DisagreementError(
             f"rhtcomm: {name} did not send its configuration ({error}): it runs another version of "
-            "rhtcomm, or something else sends by this process group; start all ranks with one "
+            "rhtcomm, or other code uses this process group; start all ranks with the same "
             "program and version"
         ) from error
     return greeting

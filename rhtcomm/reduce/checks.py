@@ -65,12 +65,12 @@ def check_types(codec: object, key: object, communicator: object, call: str) -> 
         )
     if isinstance(communicator, dist.ProcessGroup):
         raise TypeError(
-            f"rhtcomm.{call}: the communicator is a process group; give "
+            f"rhtcomm.{call}: the communicator is a process group; pass "
             "rhtcomm.TorchCommunicator(group)"
         )
     if isinstance(communicator, type) or not hasattr(communicator, "all_reduce_"):
         raise TypeError(
-            f"rhtcomm.{call}: communicator={communicator!r} must be an object such as "
+            f"rhtcomm.{call}: communicator={communicator!r} must be a communicator such as "
             "rhtcomm.TorchCommunicator()"
         )
     if not isinstance(key, Key):
@@ -88,7 +88,7 @@ def check_rotations(codec: Codec | Lattice, rotations: int | None) -> None:
     if codec.rotations not in (AUTO, rotations):
         raise ValueError(
             f"rhtcomm.all_reduce: rotations={rotations}, but this {type(codec).__name__} was made "
-            f"with rotations={codec.rotations}; leave them out here"
+            f"with rotations={codec.rotations}; leave out rotations here"
         )
 
 
@@ -106,8 +106,8 @@ def _check_own_elements(x: torch.Tensor, name: str, call: str) -> None:
     """Raise ValueError unless each of them has memory of its own."""
     if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
         raise ValueError(
-            f"rhtcomm.{call}: the {name} was expanded to its shape {tuple(x.shape)}, so "
-            f"its elements share memory; give what it was before, or {name}.clone()"
+            f"rhtcomm.{call}: the {name} was expanded to its shape {tuple(x.shape)}, so its "
+            f"elements share memory; pass the original, or {name}.clone()"
         )
 
 
@@ -127,7 +127,7 @@ def check_residual(
     if not fits or residual.dtype != torch.float32:
         raise ValueError(
             f"rhtcomm.{call}: the residual is {residual.dtype} of shape {tuple(residual.shape)} on "
-            f"{residual.device}, but {tuple(shape)} on {device} is needed; make it by "
+            f"{residual.device}, but {tuple(shape)} on {device} is needed; create it with "
             f"torch.zeros({tuple(shape)}, device={str(device)!r})"
         )
 
@@ -140,8 +140,8 @@ def check_alike(tensors: Sequence[torch.Tensor]) -> None:
     if len(kinds) != 1:
         found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)) or "nothing"
         raise ValueError(
-            "rhtcomm.all_reduce_many: the tensors must have one dtype and device, but hold "
-            f"{found}; call it for each dtype and device"
+            "rhtcomm.all_reduce_many: the tensors must have one dtype and device, but have "
+            f"{found}; call it once for each dtype and device"
         )
 
 
@@ -152,11 +152,13 @@ def check_scatter(output: torch.Tensor, tensor: torch.Tensor, world_size: int) -
         if not x.is_contiguous() or x.is_neg():
             fact, remedy = ("negated", "resolve_neg") if x.is_neg() else ("strided", "contiguous")
             raise ValueError(
-                f"rhtcomm.reduce_scatter: the {name} is {fact}; give {name}.{remedy}()"
+                f"rhtcomm.reduce_scatter: the {name} is {fact}; pass {name}.{remedy}()"
             )
     memory = memory_of(output, "rhtcomm.reduce_scatter", "output")
     if overlap(memory, memory_of(tensor, "rhtcomm.reduce_scatter", "tensor")):
-        raise ValueError("rhtcomm.reduce_scatter: output overlaps tensor; give it its own memory")
+        raise ValueError(
+            "rhtcomm.reduce_scatter: output overlaps tensor; give it memory of its own"
+        )
     if tensor.numel() != world_size * output.numel():
         raise ValueError(
             f"rhtcomm.reduce_scatter: tensor has {tensor.numel()} coordinates and output "

@@ -229,13 +229,13 @@ def reduce_scatter(
     check_types(codec, key, communicator, "reduce_scatter")
     if isinstance(codec, Lattice):
         raise TypeError(
-            "rhtcomm.reduce_scatter: a Lattice has no payload for one rank alone; give a Codec, "
+            "rhtcomm.reduce_scatter: a Lattice has no payload for a single rank; pass a Codec, "
             "such as Codec(QuicFL(bits=4))"
         )
     if communicator.within is not None:
         raise ValueError(
             "rhtcomm.reduce_scatter: the communicator has two levels, but shards belong to single "
-            "ranks; give one of one level, such as rhtcomm.TorchCommunicator()"
+            "ranks; pass one with a single level, such as rhtcomm.TorchCommunicator()"
         )
     memory_of(output, "rhtcomm.reduce_scatter", "output")
     memory_of(tensor, "rhtcomm.reduce_scatter", "tensor")

@@ -28,15 +28,15 @@ def check_error_feedback(codec: Codec | Lattice) -> None:
     """Raise ValueError unless residuals of the codec stay bounded."""
     if isinstance(codec, Lattice):
         raise ValueError(
-            "rhtcomm: error feedback needs to know what a rank's own codes say, and those of a "
-            "Lattice are clear only in the sum; take another quantizer, such as Eden"
+            "rhtcomm: error feedback must decode each rank's own codes, but a Lattice can decode "
+            "only their sum; use another quantizer, such as Eden"
         )
     # Two hops of vNMSE e leave e + e (1 + e), which at one bit exceeds 1 but for the biased scale.
     if codec.quantizer.bits == 1 and not getattr(codec.quantizer, "biased", False):
         raise ValueError(
-            f"rhtcomm: error feedback with {codec.quantizer} can diverge, as one bit with an "
-            "unbiased scale may leave more unsent than there was; take 2 bits, or "
-            "Eden(1, biased=True) (hook: quantizer='eden')"
+            f"rhtcomm: error feedback with {codec.quantizer} can diverge, since with one bit and "
+            "an unbiased scale the residual may grow; use 2 bits, or Eden(1, biased=True) (hook: "
+            "quantizer='eden')"
         )
 
 

@@ -182,9 +182,9 @@ class _Shards:
             for rank, payload in enumerate(payloads[:, : self.nbytes], self.owner):
                 if not payload.any():
                     raise PayloadError(
-                        f"rhtcomm.all_reduce: rank {rank} could not decode what the ranks sent it "
-                        f"for {job.key}: they are out of step or configured differently; its own "
-                        "error says more"
+                        f"rhtcomm.all_reduce: rank {rank} could not decode the payloads that it "
+                        f"received for {job.key}: the ranks are out of step or configured "
+                        "differently; see the error on that rank"
                     ) from None
             raise
 

@@ -35,8 +35,8 @@ def check_algorithm(algorithm: str, codec: Codec | Lattice) -> None:
         )
     if isinstance(codec, Lattice) and algorithm != "auto":
         raise ValueError(
-            f"rhtcomm: algorithm={algorithm!r} is for payloads, and a Lattice has none: its "
-            'codes are added on the way; leave the algorithm at "auto"'
+            f"rhtcomm: algorithm={algorithm!r} is for payloads, but a Lattice has none: its codes "
+            'are summed by an all-reduce; leave the algorithm at "auto"'
         )
 
 
@@ -44,8 +44,9 @@ def check_streams(numel: int, world_size: int) -> None:
     """Raise ValueError where the random streams of a key do not suffice, and would repeat."""
     if world_size > MAX_RANKS or numel > MAX_COORDINATES:
         raise ValueError(
-            f"rhtcomm: {numel} coordinates on {world_size} ranks exceed the streams of a key, for "
-            f"{MAX_COORDINATES} coordinates on {MAX_RANKS} ranks; split the tensor"
+            f"rhtcomm: {numel} coordinates on {world_size} ranks exceed the streams of a key, "
+            f"which suffice for {MAX_COORDINATES} coordinates on {MAX_RANKS} ranks; split the "
+            "tensor"
         )
 
 

@@ -150,13 +150,14 @@ def _check_shares(headers: torch.Tensor, key: Key) -> int:
     for rank, header in enumerate(headers.view(torch.int32).tolist()):
         if header & ~0xFFFF != _SHARE:
             raise PayloadError(
-                f"rhtcomm.all_reduce: what came from rank {rank} of this node for {key} does not "
-                "begin with the mark of a share: the ranks are out of step, or others use the group"
+                f"rhtcomm.all_reduce: the message from rank {rank} of this node for {key} does not "
+                "begin with the mark of a share: the ranks are out of step, or other code uses "
+                "the group"
             )
         if header & _FAILED:
             raise PayloadError(
-                "rhtcomm.all_reduce: another rank of this node could not decode its share for "
-                f"{key}: rank {rank} of the node; its own error says more"
+                f"rhtcomm.all_reduce: rank {rank} of this node could not decode its share for "
+                f"{key}; see the error on that rank"
             )
         most = max(most, header & 0xFF)
     return most
