@@ -2,6 +2,8 @@
 # make test   runs all tests, in WORKERS=2 processes
 # make test-trainers   runs the tests of all trainers, also in Ray Train, DeepSpeed and torchft, which
 #             it installs into the same environment (1 GB)
+# make docs   builds the documentation into build/site, and fails on a broken link
+# make docs-serve   shows it on http://127.0.0.1:8000, and builds it anew when a file changes
 # make fuzz   looks for inputs that break a promised property, for minutes (FUZZ=20 SEED=1)
 # make lint   runs the checks that CI and pre-commit run
 # make sanitize   runs the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc)
@@ -21,7 +23,7 @@ WORKERS ?= 2
 FUZZ ?= 20
 SEED ?= $(shell date +%s)
 
-.PHONY: help demo test test-trainers fuzz lint sanitize cross matrix peers slurm clean
+.PHONY: help demo test test-trainers docs docs-serve fuzz lint sanitize cross matrix peers slurm clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -30,7 +32,7 @@ C_SOURCES := rhtcomm/kernels/cpu.c $(wildcard rhtcomm/kernels/native/*.h)
 
 $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(C_SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint,docs]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -45,6 +47,14 @@ $(VENV)/.trainers: $(VENV)/.installed
 
 test-trainers: $(VENV)/.trainers
 	$(BIN)/python -m pytest tests/trainers
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --quiet
+
+docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs-serve: $(VENV)/.installed
+	$(BIN)/mkdocs serve
 
 fuzz: $(VENV)/.installed
 	RHTCOMM_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/codec/test_fuzz.py --hypothesis-seed=$(SEED)

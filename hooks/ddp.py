@@ -29,6 +29,14 @@ def rht_hook(
     A profile has the ranges rhtcomm::encode, ::exchange and ::decode if it sees the worker thread:
     ``profile(experimental_config=_ExperimentalConfig(profile_all_threads=True))``.
 
+    Args:
+        state: the configuration and progress of this model's hook.
+        bucket: that DDP hands over; the mean takes the place of the gradients in its buffer.
+        others: none; what other wrappers pass is refused.
+
+    Returns:
+        A future of the bucket's mean over ranks, flat, in the dtype of its gradients.
+
     Raises:
         TypeError: the state is none, or the caller is not DistributedDataParallel.
     """

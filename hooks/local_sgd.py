@@ -316,6 +316,9 @@ class OuterAverager:
         Before the next exchange the ranks compare the anchors. Load the model's parameters too,
         after the averager was made: ranks that saved between outer steps have different ones.
 
+        Args:
+            state: what `state_dict` returned on this rank.
+
         Raises:
             ValueError: it is no saved state, or of another model, optimizer or rank; nothing has
                 changed then.

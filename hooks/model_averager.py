@@ -123,7 +123,14 @@ class CompressedModelAverager(PeriodicModelAverager):
         return {"step": self.step, "outer": outer}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; call it on all ranks alike, between steps."""
+        """Go on where `state_dict` was taken; call it on all ranks alike, between steps.
+
+        Args:
+            state: what `state_dict` returned on this rank.
+
+        Raises:
+            ValueError: it is no such state.
+        """
         if not isinstance(state, Mapping) or not {"step", "outer"} <= state.keys():
             raise ValueError(f"{CALL}.load_state_dict: pass what state_dict() returned")
         self.close()

@@ -27,7 +27,9 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Codec:
-    """Compresses flat tensors; immutable and stateless, so one may serve many threads.
+    """Compresses flat tensors: x (numel,) -> payload (nbytes,) uint8 -> E[decoded] = x.
+
+    It is immutable and stateless, so one may serve many threads.
 
     Args:
         quantizer: `QuicFL`, `ECDQ`, `Eden` or `VectorQuantizer`.
@@ -38,6 +40,7 @@ class Codec:
         block: coordinates per block, a power of two from 32 to 2^24.
 
     Raises:
+        TypeError: the quantizer is none.
         ValueError: an argument is out of its range.
     """
 
@@ -155,7 +158,8 @@ class Codec:
         Args:
             x: (numel,) float32, bfloat16 or float16, contiguous or not.
             key: what all ranks share.
-            rank, world_size: of the tensors whose mean is wanted, this is number `rank`.
+            rank: which of the tensors whose mean is wanted x is, in [0, world_size).
+            world_size: how many there are.
             offset: of x in its bucket, in coordinates, a multiple of `block`. A shard that is
                 encoded alone with its own offset uses the same random numbers as within the bucket.
             rotations: only with "auto": the number of transforms, the same on all ranks.
@@ -166,12 +170,12 @@ class Codec:
             out: to write to, contiguous uint8 at an address that 4 divides.
 
         Returns:
-            (nbytes(numel),) uint8, or (shards, nbytes(numel / shards)), on the device of x: `out`
-            or new.
+            (nbytes(numel),) uint8, or (shards, nbytes(numel / shards)), on the device of x; it is
+            `out` or new.
 
         Raises:
-            TypeError: x has another dtype, or x or out is no tensor or has no memory of its own
-                (see `rhtcomm.memory.memory_of`), or key is no Key.
+            TypeError: x has another dtype, or x or out is no tensor or has no memory of its own, or
+                key is no Key.
             ValueError: x is not flat or has no such shards, out is not as above or overlaps x, or
                 an argument is out of range.
         """
@@ -225,8 +229,7 @@ class Codec:
         Raises:
             PayloadError: a payload has another length, version, configuration, key, rank or offset
                 (within `DeferredChecks.deferring` on CUDA only the length is checked at once).
-            TypeError: payloads or out is no tensor or has no memory of its own (see
-                `rhtcomm.memory.memory_of`), or key is no Key.
+            TypeError: payloads or out is no tensor or has no memory of its own, or key is no Key.
             ValueError: out has another shape, dtype or layout, or overlaps the payloads.
         """
         numel = operator.index(numel)

@@ -34,6 +34,14 @@ __all__ = ["Lattice"]
 class Lattice:
     """Takes the place of a `Codec` in `all_reduce` only: one rank's codes have no meaning alone.
 
+    With M the largest magnitude of any rank in a rotated block, D = 2 M / (2^b - 1), and dithers
+    v_i, uniform on [0, 1), that all ranks know, rank i of n sends
+
+        x_i = floor((y_i + M) / D + v_i),    and    sum_i (x_i - v_i + 1/2) D / n - M
+
+    is the mean of the y_i, unbiased, with the error D^2 / 12 / n per coordinate. One integer
+    all-reduce of b + ceil(log2 n) bits per coordinate adds the codes up.
+
     Args:
         bits: b, 1 to 8.
         rotations: randomized Hadamard transforms, 1 to 3. They even out the coordinates, so that
@@ -72,7 +80,10 @@ class Lattice:
         }
 
     def lane_bits(self, world_size: int) -> int:
-        """w, bits of a sum of codes.
+        """w = b + ceil(log2 n), bits of a sum of codes.
+
+        Args:
+            world_size: n, the number of ranks.
 
         Raises:
             ValueError: so many ranks that not even one lane fits in a word.

@@ -118,6 +118,11 @@ class RandomizedHadamard:
     def forward(self, x: torch.Tensor, key: Key, rank: int = 0) -> torch.Tensor:
         """R x: (numel,) floating -> (padded numel,) float32, |R x| = |x|.
 
+        Args:
+            x: (numel,) floating; zeros pad its last block.
+            key: chooses the signs, with `rank`.
+            rank: whose signs; 0 for those that all ranks share.
+
         Raises:
             TypeError: x is no tensor, has no memory of its own or is not floating; or the key is
                 no `Key`.
@@ -134,6 +139,12 @@ class RandomizedHadamard:
     @default_mode(pool=True)
     def inverse(self, y: torch.Tensor, key: Key, numel: int, rank: int = 0) -> torch.Tensor:
         """The x of `forward`: (padded numel,) float32 -> (numel,) float32.
+
+        Args:
+            y: (padded numel,), what `forward` returned.
+            key: as given to `forward`.
+            numel: of x.
+            rank: as given to `forward`.
 
         Raises:
             TypeError: as `forward` does.

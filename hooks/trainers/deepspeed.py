@@ -43,6 +43,10 @@ def register(engine: DeepSpeedEngine, bits: Bits = 4, **options: Any) -> Handle:
 
     In one process it warns that there is nothing to compress.
 
+    Args:
+        engine: what `deepspeed.initialize` returned first.
+        bits, options: of `rhtcomm.hooks.register`.
+
     Raises:
         TypeError: it is no DeepSpeedEngine.
         ValueError: the engine has ZeRO or other parallelism than that of data, or adds gradients

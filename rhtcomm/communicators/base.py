@@ -127,6 +127,7 @@ class Communicator(Topology, Protocol):
     """By this rank so far. Reductions count as a ring's, a broadcast as sent by the root alone."""
 
     private: bool = False
+    """Whether nobody else can send over what carries its messages."""
 
     @property
     def within(self) -> None:
@@ -177,7 +178,7 @@ class Communicator(Topology, Protocol):
         return gathered
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
-        """`start_all_to_all`, finished and settled."""
+        """x (world_size, m) uint8 -> (world_size, m): `start_all_to_all`, finished and settled."""
         received = self.start_all_to_all(x)()
         self.settle()
         return received

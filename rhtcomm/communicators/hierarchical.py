@@ -27,6 +27,7 @@ class HierarchicalCommunicator(Topology):
     ValueError on all of them.
 
     Raises:
+        TypeError: a level is neither a communicator nor a process group.
         RuntimeError: torch.distributed is not initialized, or this rank is in neither group.
     """
 
@@ -54,6 +55,9 @@ class HierarchicalCommunicator(Topology):
         """From a two-dimensional DeviceMesh (nodes, ranks of a node).
 
         ``HierarchicalCommunicator.from_mesh(init_device_mesh("cpu", (nodes, ranks_of_a_node)))``
+
+        Args:
+            mesh: (nodes, ranks of a node), ranks in ascending order in every row and column.
 
         Raises:
             TypeError: the mesh is none.

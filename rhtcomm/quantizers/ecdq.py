@@ -49,6 +49,14 @@ FACTORS = (1.0, 65 / 64, 17 / 16, 5 / 4, 2.0, 16.0)
 class ECDQ:
     """Unbiased for every input with one rotation, and half of QUIC-FL's error at 4 bits.
 
+    A coordinate z, in units of its block's root mean square, is sent as the integer k,
+
+        k = floor(z / D + v),    z' = D (k - v + 1/2),    E[z'] = z,    E[(z' - z)^2] = D^2 / 12,
+
+    with the dither v, uniform on [0, 1), that sender and receivers share. An entropy coder packs
+    the k of 2^16 coordinates into a fixed number of bytes; the step D is as fine as these allow.
+    See docs/ecdq.md.
+
     Args:
         bits: of the payload per coordinate, 1, 1.25, 1.5, ..., 6. In blocks of 4096 and units of
             2^16 coordinates that counts all bytes but the header.

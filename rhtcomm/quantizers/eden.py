@@ -33,6 +33,13 @@ __all__ = ["Eden"]
 class Eden(Packed):
     """Smaller error than QuicFL for one sender; unbiased over the rotation, not for a given one.
 
+    A rotated block y is decoded to
+
+        y' = |y|^2 / <y, c(y)> c(y),
+
+    where c replaces each coordinate, in units of the block's root mean square, by the nearest of
+    the 2^b levels of least squared error for N(0, 1) (Lloyd-Max).
+
     Hence every rank rotates by signs of its own, and fewer than two transforms leave a bias on
     inputs with few large coordinates.
 

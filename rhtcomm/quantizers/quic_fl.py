@@ -55,6 +55,13 @@ EXACT_FRACTION = 1 / 512
 class QuicFL(Packed):
     """Unbiased for every input and every number of rotations.
 
+    A coordinate y of a rotated block with the scale s is sent as the code x and decoded to y',
+
+        x = floor(p(y / s) + v),    y' = s r[x H + H - 1 - floor(H v)],    E[y'] = y,
+
+    with the dither v, uniform on [0, 1), that sender and receivers share, and two tables: p is
+    increasing, and r has H 2^b levels, H = 2^l. See docs/science.md.
+
     By default the codes cover [-5, 5] root mean squares of a block. With exact_fraction=1/512 they
     cover [-3.09727, 3.09727] more finely, and coordinates beyond that travel exactly (as float16,
     rounded at random without bias) in a section of `exact_bytes(d)`: in blocks of 4096 the error is

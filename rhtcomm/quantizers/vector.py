@@ -36,6 +36,9 @@ __all__ = ["VectorQuantizer"]
 class VectorQuantizer(Packed):
     """Smaller error than Eden at the same bits; unbiased over the rotation, not for a given one.
 
+    A rotated block y is decoded to y' = |y|^2 / <y, c(y)> c(y), as by `Eden`. Here c replaces each
+    group of 8 / b adjacent coordinates by the nearest of 256 codewords, one byte per group.
+
     Hence every rank rotates by signs of its own, and fewer than three transforms leave a bias on
     inputs with few large coordinates.
 

@@ -1,12 +1,5 @@
 """All-reduce (mean) and reduce-scatter (mean) of tensors through compressed payloads.
 
-With P the payload bytes of the whole tensor and e the quantizer's vNMSE, a rank of n sends
-
-    all_gather    (n - 1) P                error of the mean e / n
-    two_shot      2 (n - 1) / n P          e / n + e
-    gather        P, rank 0 (n - 1) P      e / n + e
-    lattice       2 (n - 1) / n P w / b    D^2 / 12 / n, see rhtcomm/lattice.py
-
 all_gather: every rank decodes all n payloads. two_shot: each rank gets all payloads of one shard,
 decodes and averages them, encodes the mean again, and gathers the shards of the others. gather:
 rank 0 does so with the whole tensor, as a parameter server does. Large tensors go through these in
@@ -60,6 +53,15 @@ def all_reduce(
     residual: torch.Tensor | None = None,
 ) -> Report:
     """Replace `tensor` by its mean over all ranks, in place; every rank gets the same bits.
+
+    n is the number of ranks, P the payload bytes of the whole tensor, e the quantizer's vNMSE, m
+    the mean over ranks of |tensor|^2; b, w and D are those of `Lattice`:
+
+                      bytes sent per rank      squared error of the mean
+        all_gather    (n - 1) P                e m / n
+        two_shot      2 (n - 1) / n P          e m / n + e |mean|^2
+        gather        P, rank 0: (n - 1) P     e m / n + e |mean|^2
+        lattice       2 (n - 1) / n P w / b    D^2 / 12 / n per coordinate
 
     Args:
         tensor: float32, bfloat16 or float16, any shape, contiguous or not, alike on all ranks.
@@ -152,9 +154,12 @@ def all_reduce_many(
 
     Args:
         tensors: as for `all_reduce`, the same number and shapes on all ranks.
-        codec, key, communicator, algorithm, min_numel, check: as for `all_reduce`; `min_numel`
-            counts the coordinates of all tensors.
+        codec, key, communicator, algorithm, check: as for `all_reduce`.
+        min_numel: as for `all_reduce`, counted over all tensors.
         residual: (coordinates of all tensors,) float32, as for `all_reduce`.
+
+    Returns:
+        What happened to all of them together.
 
     Raises:
         ValueError: there is no tensor, or they differ in dtype or device.
@@ -219,6 +224,9 @@ def reduce_scatter(
         communicator: who takes part; flat, since shards belong to single ranks.
         min_numel: tensors of fewer coordinates travel uncompressed, in their own dtype.
         check: as for `all_reduce`.
+
+    Returns:
+        What happened; `bytes_uncompressed` is a ring reduce-scatter's.
 
     Raises:
         TypeError: as `all_reduce` does, or the codec is a `Lattice`.

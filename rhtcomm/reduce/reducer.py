@@ -46,8 +46,11 @@ class Report:
     wanted_rotations: int | None
     """With rotations="auto": how many suffice for a tensor like this one on all ranks."""
     encode_seconds: float = 0.0
+    """Rotating, quantizing and packing."""
     exchange_seconds: float = 0.0
+    """Waiting for messages."""
     decode_seconds: float = 0.0
+    """Unpacking, adding up and rotating back."""
 
     @classmethod
     def of_nothing(cls, wanted_rotations: int | None = None) -> "Report":
