@@ -14,13 +14,13 @@ _NAME = "name of the rank"
 
 
 class DisagreementError(RuntimeError):
-    """The ranks were not configured alike."""
+    """The ranks have different configurations."""
 
 
 def check_agreement(topology: Topology, facts: dict[str, object], device: torch.device) -> None:
     """Raise on every rank if `facts` are not the same on all of them.
 
-    One exchange of a fixed length, so it works whatever the facts are.
+    One exchange of fixed length, so it works for any facts.
 
     Raises:
         DisagreementError: naming the fields that differ, and their values by rank; or a rank that
@@ -55,7 +55,7 @@ def check_agreement(topology: Topology, facts: dict[str, object], device: torch.
 
 
 def _shown(value: object) -> str:
-    """At most 80 characters, the last ones a digest where there were more."""
+    """At most 80 characters; longer text ends with a digest."""
     text = str(value)
     if len(text) <= 80:
         return text
