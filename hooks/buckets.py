@@ -82,14 +82,14 @@ def floats_in(buffer: torch.Tensor, index: int) -> torch.Tensor:
     if buffer.layout != torch.strided:
         raise TypeError(
             f"rht_hook: bucket {index} is a sparse gradient ({buffer.layout}), which cannot be "
-            "rotated; make the layer dense (sparse=False for nn.Embedding)"
+            "compressed; make the layer dense (sparse=False for nn.Embedding)"
         )
     if buffer.is_complex():  # torch 2.13 gives pairs of floats itself
         return torch.view_as_real(buffer).view(-1)
     if not buffer.is_floating_point():
         raise TypeError(
-            f"rht_hook: bucket {index} is {buffer.dtype}, and a mean of integers is no integer; "
-            "reduce it with torch.distributed"
+            f"rht_hook: bucket {index} is {buffer.dtype}, but only floating-point gradients can be "
+            "averaged; reduce it with torch.distributed"
         )
     return buffer
 
@@ -99,8 +99,8 @@ def say_if_exact(dtype: torch.dtype, said: set[torch.dtype]) -> None:
     if dtype not in DTYPES and dtype not in said:
         said.add(dtype)
         _log.warning(
-            "rht_hook: gradients of %s travel as they are, since only float32, bfloat16 and "
-            "float16 are compressed",
+            "rht_hook: gradients of %s are sent uncompressed, since only float32, bfloat16 and "
+            "float16 can be compressed",
             dtype,
         )
 

@@ -215,7 +215,7 @@ class OuterAverager:
 
     def _check_open(self, call: str) -> None:
         if self._closed:
-            raise RuntimeError(f"{CALL}.{call}: it was closed; make a new one")
+            raise RuntimeError(f"{CALL}.{call}: the averager was closed; create a new one")
 
     def _look_at_model(self) -> None:
         """Follow tensors that took the place of others: load_state_dict(assign=True) does that."""
@@ -224,7 +224,7 @@ class OuterAverager:
             missing = [name for name in part.names if name not in present]
             if missing:
                 raise RuntimeError(
-                    f"{CALL}: the model has no {missing[0]} any more; make a new averager"
+                    f"{CALL}: the model has no {missing[0]} any more; create a new averager"
                 )
             part.tensors = [present[name] for name in part.names]
         self.state.learn(self._parts)
@@ -379,8 +379,8 @@ class OuterAverager:
         if self.stats().steps == 0 and self._engine.topology.world_size > 1:
             warnings.warn(
                 f"{CALL}: it was closed before the first exchange, after {self.inner_steps} calls "
-                f"of step() with period={self._period}: the ranks trained apart. Call step() after "
-                "each step of the inner optimizer, and synchronize() at the end",
+                f"of step() with period={self._period}: the ranks were never averaged. Call "
+                "step() after each step of the inner optimizer, and synchronize() at the end",
                 stacklevel=2,
             )
 

@@ -36,7 +36,7 @@ def log_summary(
     if topology.rank != 0:
         return
     if state.policy.by_bucket:
-        traffic = "a policy decides bucket by bucket what is compressed, and how"
+        traffic = "exclude and bits decide for each bucket whether and how it is compressed"
     else:
         sent, uncompressed = (b / 1e6 for b in _bytes_per_step(state, reductions))
         traffic = f"a rank sends about {sent:.2f} MB per {step} instead of {uncompressed:.2f} MB"

@@ -172,7 +172,7 @@ def train(args: argparse.Namespace) -> None:
         if dist.get_rank() == 0:
             print(
                 f"the checkpoint {args.checkpoint} is at step {first_step} and the run ends at "
-                f"step {last_step}: nothing is left to train"
+                f"step {last_step}: nothing left to train"
             )
             if "summary" in checkpoint:  # not in those of earlier versions
                 report(args, checkpoint["summary"])
