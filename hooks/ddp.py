@@ -48,8 +48,8 @@ def rht_hook(
     if others or not all(hasattr(bucket, name) for name in _OF_BUCKETS):
         kind = type(bucket).__name__
         raise TypeError(
-            f"rht_hook: it was called with a {kind} in place of a GradBucket. It is for "
-            "DistributedDataParallel alone, not for FullyShardedDataParallel, nor for DDP under "
+            f"rht_hook: it was called with a {kind} instead of a GradBucket. It works only with "
+            "DistributedDataParallel, not with FullyShardedDataParallel or with DDP under "
             "compiled autograd's Python reducer: wrap the model in DistributedDataParallel, and "
             'leave torch._dynamo.config.optimize_ddp at its default (not "python_reducer")'
         )

@@ -1,4 +1,4 @@
-"""Tensors <-> payloads: the public calls, which check all arguments. `coder` has the hot path."""
+"""Tensors <-> payloads: the public calls, which check all arguments. The hot path is in `coder`."""
 
 import math
 import operator
@@ -51,7 +51,7 @@ class Codec:
     def __post_init__(self) -> None:
         if isinstance(self.quantizer, type) or not hasattr(self.quantizer, "group"):
             raise TypeError(
-                f"Codec: quantizer={self.quantizer!r} must be an object such as QuicFL(bits=4)"
+                f"Codec: quantizer={self.quantizer!r} must be a quantizer such as QuicFL(bits=4)"
             )
         if self.rotations is None:
             object.__setattr__(self, "rotations", self.quantizer.rotations)
@@ -64,7 +64,7 @@ class Codec:
 
     @property
     def configuration(self) -> dict[str, object]:
-        """What two ranks must have in common to understand each other, by name."""
+        """What two ranks must have in common to decode each other's payloads, by name."""
         return {**VERSIONS, **facts_of(self.quantizer, self.rotations, self.block)}
 
     @cached_property
@@ -94,7 +94,7 @@ class Codec:
         return length_of(self.layout(numel))
 
     def task(self, numel: int, shards: int = 1, rotations: int | None = None) -> Task:
-        """What kernels are told of tensors of `numel` coordinates, in equal shards."""
+        """The kernels' description of tensors of `numel` coordinates, in equal shards."""
         rotation = RandomizedHadamard(rotations or self.default_rotations, self.block)
         each = numel // shards
         return Task(rotation, self.quantizer, self.layout(each), each, shards)
@@ -131,7 +131,7 @@ class Codec:
 
     @property
     def default_rotations(self) -> int:
-        """How many transforms `encode` takes unless it is told."""
+        """The number of rotations that `encode` uses unless told otherwise."""
         if self.rotations is None or self.rotations == AUTO:
             return self.quantizer.rotations
         return self.rotations
@@ -281,7 +281,7 @@ class Codec:
         out: torch.Tensor | None,
         owner: str,
     ) -> torch.Tensor:
-        """Mean of payloads (K, shards, nbytes), of K ranks, each in equal shards."""
+        """Mean of the payloads (K, shards, nbytes) of K ranks, each in equal shards."""
         ranks, shards, _ = payloads.shape
         check_type(key, Key, owner, "key", "Key(seed=0, step=1)")
         rank, world_size, offset = self._check_origin(rank, world_size, offset, ranks)
@@ -331,11 +331,11 @@ class Codec:
             )
 
     def _check_shards(self, numel: int, shards: int, owner: str) -> None:
-        """Raise ValueError unless there are several shards of whole blocks, all alike, or one."""
+        """Raise ValueError unless there is one shard, or several equal shards of whole blocks."""
         if shards < 1 or (shards > 1 and numel % (shards * self.block)):
             raise ValueError(
-                f"{owner}: {numel} coordinates do not make {shards} equal shards of whole blocks "
-                f"of {self.block}"
+                f"{owner}: {numel} coordinates cannot be split into {shards} equal shards of whole "
+                f"blocks of {self.block}"
             )
 
     @staticmethod
@@ -345,7 +345,7 @@ class Codec:
         shape: tuple[int, ...],
         memory: tuple[int, int],
     ) -> torch.Tensor:
-        """`out` or a new one, for an x that lies in this memory."""
+        """`out`, checked, or a new tensor; `x` occupies this memory."""
         if out is None:
             return torch.empty(shape, dtype=torch.uint8, device=x.device)
         if overlap(memory, memory_of(out, "Codec.encode", "out")):
@@ -358,20 +358,20 @@ class Codec:
         unaligned = out.data_ptr() % 4 or out.storage_offset() % 4
         if not out.is_contiguous() or unaligned or out.is_neg():
             raise ValueError(
-                "Codec.encode: out must be contiguous and begin at an address that 4 divides; "
+                "Codec.encode: out must be contiguous, at an address that is a multiple of 4; "
                 "leave it out, and copy the result"
             )
         return out
 
     def _check_choice(self, name: str, count: int | None) -> int | None:
-        """A number of transforms given to `encode`, as a plain int."""
+        """A number of rotations passed to `encode`, as a plain int."""
         if count is None:
             return None
         count = integer(count, "Codec.encode", name)
         if not self._auto and (name != "rotations" or count != self.rotations):
             raise ValueError(
                 f"Codec.encode: {name}={count}, but this codec was made with "
-                f'rotations={self.rotations}; only rotations="auto" leaves a choice'
+                f'rotations={self.rotations}; the number can be chosen only with rotations="auto"'
             )
         if count not in (1, 2, 3):
             raise ValueError(f"Codec.encode: {name}={count} must be 1, 2 or 3")
@@ -380,7 +380,8 @@ class Codec:
     def _check_origin(
         self, rank: int, world_size: int, offset: int, ranks: int = 1
     ) -> tuple[int, int, int]:
-        """Of `ranks` adjacent ranks, as plain ints, which headers hash as they are written."""
+        """The first of `ranks` adjacent ranks and the world size, as plain ints: headers hash their
+        text."""
         rank, world_size = (
             integer(rank, "Codec", "rank"),
             integer(world_size, "Codec", "world_size"),

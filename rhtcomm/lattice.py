@@ -1,4 +1,4 @@
-"""Codes that can be added: one native integer all-reduce of compressed payloads.
+"""Codes that can be summed: one native integer all-reduce of compressed tensors.
 
 All ranks quantize the rotated coordinates y of a block on one uniform grid, with subtractive
 dither. With M the largest |y| of any rank, b bits, and D = 2 M / (2^b - 1), rank i of n sends
@@ -70,7 +70,7 @@ class Lattice:
 
     @property
     def configuration(self) -> dict[str, object]:
-        """What the ranks must have in common, by name."""
+        """What all ranks must have in common, by name."""
         return {
             **VERSIONS,
             "quantizer": "Lattice",
@@ -86,13 +86,13 @@ class Lattice:
             world_size: n, the number of ranks.
 
         Raises:
-            ValueError: so many ranks that not even one lane fits in a word.
+            ValueError: with so many ranks not even one lane fits in a word.
         """
         width = self.bits + (world_size - 1).bit_length()
         if width > 32:
             raise ValueError(
                 f"Lattice: the sum of {world_size} codes of {self.bits} bits takes {width} bits, "
-                "but a word has 32; use fewer bits"
+                "but a word has 32; use fewer bits or ranks"
             )
         return width
 
@@ -105,7 +105,7 @@ class Lattice:
         rows = blocks.rows(x.float())
         peak = rows.abs().amax(dim=1, keepdim=True)
         finite = peak.isfinite()
-        # Powers of two keep the transform's growth inside the range of float32.
+        # Powers of two keep the rotated coordinates in the range of float32.
         _, exponent = torch.frexp(torch.where(finite, peak, 1.0))
         half = exponent // 2
         small = torch.ldexp(torch.ldexp(rows, -half), half - exponent)
@@ -138,7 +138,7 @@ class Lattice:
         """Mean over ranks: total (B, d) int64, the sum of all codes -> (B, d) float32."""
         v = self._dither(total.shape, key, blocks.offset, total.device)
         centred = total - torch.frac(world_size * v) + 0.5
-        # In units of M, so that the way back stays inside the range of float32 too.
+        # In units of M, so that the inverse rotation stays in the range of float32 too.
         unit = 2 / (2**self.bits - 1) / world_size
         y = self.rotation.unrotate((centred * unit - 1).float(), key, blocks.offset).double()
         mean = y * (bound[:, None] * blocks.size ** (-self.rotations / 2))

@@ -42,7 +42,7 @@ def register(accelerator: Accelerator, model: nn.Module, bits: Bits = 4, **optio
             "rhtcomm.hooks.trainers.accelerate.register: accelerator must be the Accelerator, and "
             f"model what its prepare() returned, but this is {accelerator!r:.80}"
         )
-    how = "start the script by accelerate launch or torchrun, for DDP or FSDP"
+    how = "start the script with accelerate launch or torchrun, for DDP or FSDP"
     owner = "rhtcomm.hooks.trainers.accelerate.register"
     handle = attach(model, bits, options, owner, how)
     ending = accelerator.end_training

@@ -42,8 +42,8 @@ def attach(model: nn.Module, bits: Bits, options: dict[str, Any], owner: str, ho
     """
     if _world_size() == 1:
         warnings.warn(
-            f"{owner}: one process has no gradients to send, so nothing is compressed; to train in "
-            f"several, {how}",
+            f"{owner}: a single process sends no gradients, so nothing is compressed; to train "
+            f"with several, {how}",
             stacklevel=3,
         )
         options = {name: value for name, value in options.items() if name != "replicate_group"}
@@ -58,8 +58,8 @@ def attach(model: nn.Module, bits: Bits, options: dict[str, Any], owner: str, ho
 
         return compress_fsdp(model, bits, **options)
     raise TypeError(
-        f"{owner}: {_world_size()} processes train a {type(model).__name__} which is neither in "
-        f"DistributedDataParallel nor sharded by FSDP, so there is no place for the hook; {how}"
+        f"{owner}: {_world_size()} processes train a {type(model).__name__} that is neither in "
+        f"DistributedDataParallel nor sharded by FSDP, so the hook cannot be registered; {how}"
     )
 
 
@@ -79,7 +79,8 @@ def finish(handle: Handle, trained: bool, owner: str, why: str) -> None:
         _end(handle)
     if missed:
         warnings.warn(
-            f"{owner}: the hook was never called: gradients were not averaged, or not by it; {why}",
+            f"{owner}: the hook was never called: gradients were not averaged, or not by the "
+            f"hook; {why}",
             stacklevel=3,
         )
 
@@ -176,8 +177,8 @@ def restore_rank(handle: Handle, folder: str | os.PathLike[str], name: str = "rh
     files = [file for rank in (0, _rank()) if (file := _file(folder, name, rank)).is_file()]
     if not files:
         warnings.warn(
-            f"rhtcomm: {folder} has no state of the hook ({_file('', name, 0)}), so it begins with "
-            "its first step, as in a new run",
+            f"rhtcomm: {folder} has no state of the hook ({_file('', name, 0)}), so the hook "
+            "starts at its first step, as in a new run",
             stacklevel=3,
         )
         return

@@ -28,7 +28,7 @@ def register(model: nn.Module, bits: Bits = 4, **options: Any) -> Handle:
         TypeError: the model of several workers has neither DDP nor FSDP2.
         ValueError, RuntimeError, DisagreementError: as `rhtcomm.hooks.register` does.
     """
-    how = "give the trainer ScalingConfig(num_workers=2), and prepare_model() the model"
+    how = "pass ScalingConfig(num_workers=2) to the trainer, and the model to prepare_model()"
     return attach(model, bits, options, "rhtcomm.hooks.trainers.ray.register", how)
 
 
