@@ -174,8 +174,7 @@ class Codec:
             `out` or new.
 
         Raises:
-            TypeError: x has another dtype, or x or out is no tensor or has no memory of its own, or
-                key is no Key.
+            TypeError: x has another dtype, x or out is no tensor with its own memory, or key no Key.
             ValueError: x is not flat or has no such shards, out is not as above or overlaps x, or
                 an argument is out of range.
         """
