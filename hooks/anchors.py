@@ -98,8 +98,8 @@ def _fragments_of(named: Mapping[str, torch.Tensor], count: int) -> list[dict[st
     """
     if len(named) < count:
         raise ValueError(
-            f"{CALL}: fragments={count}, but the model has {len(named)} parameters that are "
-            "trained; take fewer fragments"
+            f"{CALL}: fragments={count}, but the model has {len(named)} trainable parameters; use "
+            "fewer fragments"
         )
     left, rest = [*named.items()], sum(tensor.numel() for tensor in named.values())
     found = []
@@ -152,7 +152,9 @@ def followed_in(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, to
         if parameter.requires_grad
     }
     if not trained:
-        raise ValueError(f"{CALL}: no parameter of the model requires a gradient; unfreeze some")
+        raise ValueError(
+            f"{CALL}: no parameter of the model requires a gradient; unfreeze at least one"
+        )
     buffers = {}
     for prefix, module in unwrapped(model).named_modules(remove_duplicate=True):
         for name in sorted(module._buffers.keys() - module._non_persistent_buffers_set):

@@ -13,6 +13,7 @@ from ..randomness import Key
 from ..reduce import Treatment
 from ..segments import rows_of
 from .models import numel_of
+from .stats import BucketReport
 
 __all__ = ["Bucket", "floats_in", "plain_mean", "say_if_exact"]
 
@@ -43,6 +44,8 @@ class Bucket:
     their turn comes, they have its buffer."""
     gradients: torch.Tensor | None = None
     """Memory that parameters' gradients may be views of, where it is not `buffer`."""
+    reports: list[BucketReport] | None = None
+    """Of it, or of its parts, when they are finished; None: nobody observes."""
 
     def lengths_and_rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of the segments in the buffer."""
@@ -63,6 +66,7 @@ class Bucket:
             part = self.parts.pop(0)
             own = [piece_of[id(parameter)] for parameter in part.parameters]
             part.buffer, part.gradients = torch.cat(own), self.buffer
+            part.reports = self.reports
             self.key = part.key  # which errors name
             mean_(part)
             for piece, mean in zip(own, part.buffer.split([*map(len, own)]), strict=True):
@@ -78,14 +82,14 @@ def floats_in(buffer: torch.Tensor, index: int) -> torch.Tensor:
     if buffer.layout != torch.strided:
         raise TypeError(
             f"rht_hook: bucket {index} is a sparse gradient ({buffer.layout}), which cannot be "
-            "rotated; make the layer dense (sparse=False for nn.Embedding)"
+            "compressed; make the layer dense (sparse=False for nn.Embedding)"
         )
     if buffer.is_complex():  # torch 2.13 gives pairs of floats itself
         return torch.view_as_real(buffer).view(-1)
     if not buffer.is_floating_point():
         raise TypeError(
-            f"rht_hook: bucket {index} is {buffer.dtype}, and a mean of integers is no integer; "
-            "reduce it with torch.distributed"
+            f"rht_hook: bucket {index} is {buffer.dtype}, but only floating-point gradients can be "
+            "averaged; reduce it with torch.distributed"
         )
     return buffer
 
@@ -95,8 +99,8 @@ def say_if_exact(dtype: torch.dtype, said: set[torch.dtype]) -> None:
     if dtype not in DTYPES and dtype not in said:
         said.add(dtype)
         _log.warning(
-            "rht_hook: gradients of %s travel as they are, since only float32, bfloat16 and "
-            "float16 are compressed",
+            "rht_hook: gradients of %s are sent uncompressed, since only float32, bfloat16 and "
+            "float16 can be compressed",
             dtype,
         )
 

@@ -55,8 +55,8 @@ def _codec(
         )
     if exact_fraction and quantizer != "quic_fl":
         raise ValueError(
-            f"RHTState: exact_fraction={exact_fraction!r} is for quantizer='quic_fl' alone, "
-            f"not {quantizer!r}; leave it out"
+            f"RHTState: exact_fraction={exact_fraction!r} is only for quantizer='quic_fl', not "
+            f"{quantizer!r}; leave it out"
         )
     if quantizer == "quic_fl":
         return Codec(QuicFL(bits, exact_fraction), rotations, block)
@@ -66,7 +66,7 @@ def _codec(
         return Codec(_EDEN[quantizer](bits, biased=error_feedback), rotations, block)
     if isinstance(rotations, str):
         raise ValueError(
-            'RHTState: rotations="auto" is not for quantizer="lattice", whose error depends '
-            "on the largest coordinate; give a number"
+            'RHTState: rotations="auto" is not for quantizer="lattice", whose error depends on '
+            "the largest coordinate; pass a number"
         )
     return Lattice(bits, 2 if rotations is None else rotations, block)

@@ -41,7 +41,7 @@ def connect(
     if group is None:
         raise RuntimeError(
             "rhtcomm.hooks: torch.distributed is not initialized; call "
-            "torch.distributed.init_process_group first (and launch by torchrun)"
+            "torch.distributed.init_process_group first (and start the script with torchrun)"
         )
     shared = TorchCommunicator(group)
     if shared.enqueues(device.type):
@@ -55,9 +55,9 @@ def _check_levels(given: Topology, device: str) -> None:
         return
     waits = "within a node" if given.between.enqueues(device) else "between nodes"
     raise ValueError(
-        f"RHTState: exchanges of {device} tensors {waits} make the host wait, while those of the "
-        "other level are queued on a stream (as on NCCL); the hook needs both levels of one kind: "
-        "give groups of the same backend to HierarchicalCommunicator"
+        f"RHTState: exchanges of {device} tensors {waits} block the host, but those of the other "
+        "level are queued on a stream (as with NCCL); the hook needs both levels of one kind: "
+        "pass groups of the same backend to HierarchicalCommunicator"
     )
 
 
@@ -72,17 +72,19 @@ def check_communicator(
     """
     if communicator is not None and (process_group is not None or timeout is not None):
         raise ValueError(
-            f"{owner}: a communicator brings its own ranks and timeout; "
-            "leave out process_group and timeout"
+            f"{owner}: a communicator has its own ranks and timeout; leave out process_group and "
+            "timeout"
         )
     check_timeout(timeout, owner)
     if communicator is not None and not callable(getattr(communicator, "all_reduce_", None)):
         raise TypeError(
             f"{owner}: communicator={communicator!r} must be an object such as "
-            "rhtcomm.MPICommunicator(); a process group goes to process_group"
+            "rhtcomm.MPICommunicator(); pass a process group as process_group"
         )
     if isinstance(communicator, type):
-        raise TypeError(f"{owner}: communicator={communicator!r} is a class; make an object of it")
+        raise TypeError(
+            f"{owner}: communicator={communicator!r} is a class; pass an instance of it"
+        )
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
             f"{owner}: process_group={process_group!r} must be a process group, the one that "
@@ -106,21 +108,23 @@ def check_ranks(
     """Raise ValueError if a state was told of other ranks than its model averages over."""
     if process_group is not None and ranks_of(process_group) != of_model:
         raise ValueError(
-            f"RHTState: process_group has the ranks {ranks_of(process_group)}, but the DDP "
-            f"model that it is registered on averages over {of_model}; leave "
-            "process_group out, or give DDP's"
+            f"RHTState: process_group has the ranks {ranks_of(process_group)}, but the DDP model "
+            f"that it is registered on averages over {of_model}; leave out process_group, or pass "
+            "DDP's"
         )
     if given is None:
         return
     if given.world_size != len(of_model):
         raise ValueError(
-            f"RHTState: its communicator has {given.world_size} ranks, but the DDP model that "
-            f"it is registered on averages over {len(of_model)}; give one of the same ranks"
+            f"RHTState: its communicator has {given.world_size} ranks, but the DDP model that it "
+            f"is registered on averages over {len(of_model)}; pass a communicator with the same "
+            "ranks"
         )
     levels = (given.within, given.between) if given.within is not None else (given,)
     for level in levels:  # MPI has numbers of its own for the ranks
         if isinstance(level, TorchCommunicator) and not {*level.ranks} <= {*of_model}:
             raise ValueError(
-                f"RHTState: its communicator has the ranks {level.ranks}, but the DDP model "
-                f"that it is registered on averages over {of_model}; give one of the same ranks"
+                f"RHTState: its communicator has the ranks {level.ranks}, but the DDP model that "
+                f"it is registered on averages over {of_model}; pass a communicator with the same "
+                "ranks"
             )

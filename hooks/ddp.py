@@ -29,6 +29,14 @@ def rht_hook(
     A profile has the ranges rhtcomm::encode, ::exchange and ::decode if it sees the worker thread:
     ``profile(experimental_config=_ExperimentalConfig(profile_all_threads=True))``.
 
+    Args:
+        state: the configuration and progress of this model's hook.
+        bucket: that DDP hands over; the mean takes the place of the gradients in its buffer.
+        others: none; what other wrappers pass is refused.
+
+    Returns:
+        A future of the bucket's mean over ranks, flat, in the dtype of its gradients.
+
     Raises:
         TypeError: the state is none, or the caller is not DistributedDataParallel.
     """
@@ -40,8 +48,8 @@ def rht_hook(
     if others or not all(hasattr(bucket, name) for name in _OF_BUCKETS):
         kind = type(bucket).__name__
         raise TypeError(
-            f"rht_hook: it was called with a {kind} in place of a GradBucket. It is for "
-            "DistributedDataParallel alone, not for FullyShardedDataParallel, nor for DDP under "
+            f"rht_hook: it was called with a {kind} instead of a GradBucket. It works only with "
+            "DistributedDataParallel, not with FullyShardedDataParallel or with DDP under "
             "compiled autograd's Python reducer: wrap the model in DistributedDataParallel, and "
             'leave torch._dynamo.config.optimize_ddp at its default (not "python_reducer")'
         )

@@ -12,7 +12,7 @@ _LATE = re.compile("timed? ?out|waited", re.IGNORECASE)
 _GONE = re.compile(
     "closed by|reset by|broken pipe|not connected|remote process exit", re.IGNORECASE
 )
-_NO_HOOK = "or registered no hook, or one with another process_group"
+_NO_HOOK = "or registered no hook, or a hook with another process_group"
 
 
 def explain(
@@ -47,13 +47,13 @@ def cause_of(error: BaseException, patience: str, agreed: bool) -> str:
     """What the transport's error means."""
     if _LATE.search(str(error)):
         cause = (
-            f"another rank did not answer within {patience}; it hangs, is stopped, or makes other "
-            "calls than this one"
+            f"another rank did not answer within {patience}; it hangs, was stopped, or makes "
+            "different calls"
         )
     elif _GONE.search(str(error)):
-        cause = "another rank died, or failed and gave up"
+        cause = "another rank died, or failed and closed its connections"
     else:
-        cause = "this rank failed, or another one made another call than this one"
+        cause = "this rank failed, or another rank made a different call"
     if not agreed:
         cause += f", {_NO_HOOK}"
     return f"{cause}. See what the other ranks printed first"

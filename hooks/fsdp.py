@@ -72,7 +72,7 @@ def compress_fsdp(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"{CALL}: model={model!r:.80} must be a model that fully_shard was called on"
+            f"{CALL}: model={model!r:.80} must be a model that was sharded by fully_shard"
         )
     units = flat_units_in(model) or units_in(model)
     for unit in units:

@@ -83,15 +83,15 @@ class FlatUnit:
         sharded = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
         if strategy not in sharded or replicas:
             raise ValueError(
-                f"{CALL}: {self.name} is in FullyShardedDataParallel (FSDP1) with {strategy}"
-                f"{' and replicate_group' * replicas}, whose hooks are for shards alone; for "
-                "replicas of shards use fully_shard (FSDP2), and for replicas alone "
-                "DistributedDataParallel and rhtcomm.hooks.register"
+                f"{CALL}: {self.name} is in FullyShardedDataParallel (FSDP1) with "
+                f"{strategy}{' and replicate_group' * replicas}, whose hooks work only without "
+                "replicas; for replicas of shards use fully_shard (FSDP2), and for replicas "
+                "without shards use DistributedDataParallel and rhtcomm.hooks.register"
             )
         if self.module._comm_hook is not None:
             raise RuntimeError(
-                f"{CALL}: {self.name} has a communication hook already; remove() the handle of an "
-                "earlier call, or leave out register_comm_hook"
+                f"{CALL}: {self.name} already has a communication hook; call remove() on the "
+                "handle of an earlier call, or leave out register_comm_hook"
             )
 
 

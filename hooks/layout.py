@@ -137,9 +137,9 @@ class Layout:
 
     def _give_up(self, saved: "_Saved") -> None:
         _log.warning(
-            "rht_hook: DDP's buckets do not consist of those of the checkpoint, which had another "
-            "model, bucket_cap_mb or order of gradients; training goes on, with other bits than in "
-            "a run without interruption"
+            "rht_hook: DDP's buckets cannot be split into those of the checkpoint, which had "
+            "another model, bucket_cap_mb or order of gradients; training continues, but its bits "
+            "differ from those of an uninterrupted run"
         )
         # No key may come twice.
         self._used = len(saved.buckets) if saved.done else 0

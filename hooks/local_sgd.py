@@ -19,8 +19,8 @@ from .outer import OuterState, check_schedule, digest, outer_optimizer, warn_of_
 from .outer_checkpoint import read, saved_optimizer, to_torch
 from .policy import Bits
 from .register import Handle
+from .stats import Stats
 from .summary import log_summary
-from .telemetry import Stats
 
 __all__ = ["OuterAverager"]
 
@@ -43,12 +43,6 @@ class _Flight:
     changes: list[torch.Tensor]
     """By part: what they had changed by; when the futures are done, the mean over ranks."""
     futures: list[Future]
-
-    def wait(self) -> None:
-        """Until the means are there; raises what went wrong."""
-        for future in self.futures:
-            future.wait()
-        self.futures.clear()
 
 
 class OuterAverager:
@@ -221,7 +215,7 @@ class OuterAverager:
 
     def _check_open(self, call: str) -> None:
         if self._closed:
-            raise RuntimeError(f"{CALL}.{call}: it was closed; make a new one")
+            raise RuntimeError(f"{CALL}.{call}: the averager was closed; create a new one")
 
     def _look_at_model(self) -> None:
         """Follow tensors that took the place of others: load_state_dict(assign=True) does that."""
@@ -230,7 +224,7 @@ class OuterAverager:
             missing = [name for name in part.names if name not in present]
             if missing:
                 raise RuntimeError(
-                    f"{CALL}: the model has no {missing[0]} any more; make a new averager"
+                    f"{CALL}: the model has no {missing[0]} any more; create a new averager"
                 )
             part.tensors = [present[name] for name in part.names]
         self.state.learn(self._parts)
@@ -249,11 +243,16 @@ class OuterAverager:
         """Apply what is due after inner step `now`; returns whether anything was."""
         due = [flight for flight in self._flights if flight.due <= now]
         for flight in due:
-            flight.wait()
+            self._wait_for(flight)
             with default_mode(pool=True):
                 self._apply(flight)
             self._flights.remove(flight)
         return bool(due)
+
+    def _wait_for(self, flight: _Flight) -> None:
+        """Until the means are there; raises what went wrong."""
+        self.state.wait(flight.futures)
+        flight.futures.clear()
 
     def _apply(self, flight: _Flight) -> None:
         parts = self._fragments[flight.fragment]
@@ -293,7 +292,7 @@ class OuterAverager:
         rank.
         """
         for flight in self._flights:
-            flight.wait()
+            self._wait_for(flight)
         saved = self._handle.state_dict() | {
             "inner_steps": self.inner_steps,
             "anchors": {name: x.clone() for name, x in self.anchors.state_dict().items()},
@@ -316,6 +315,9 @@ class OuterAverager:
         Before the next exchange the ranks compare the anchors. Load the model's parameters too,
         after the averager was made: ranks that saved between outer steps have different ones.
 
+        Args:
+            state: what `state_dict` returned on this rank.
+
         Raises:
             ValueError: it is no saved state, or of another model, optimizer or rank; nothing has
                 changed then.
@@ -330,7 +332,7 @@ class OuterAverager:
             lengths,
         )
         for flight in self._flights:
-            flight.wait()
+            self._wait_for(flight)
         self._handle.load_state_dict(state)
         self.optimizer.load_state_dict(to_torch(saved.optimizer, self.optimizer, self.anchors))
         self.anchors.load_state_dict(dict(saved.anchors))
@@ -377,8 +379,8 @@ class OuterAverager:
         if self.stats().steps == 0 and self._engine.topology.world_size > 1:
             warnings.warn(
                 f"{CALL}: it was closed before the first exchange, after {self.inner_steps} calls "
-                f"of step() with period={self._period}: the ranks trained apart. Call step() after "
-                "each step of the inner optimizer, and synchronize() at the end",
+                f"of step() with period={self._period}: the ranks were never averaged. Call "
+                "step() after each step of the inner optimizer, and synchronize() at the end",
                 stacklevel=2,
             )
 

@@ -12,7 +12,7 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from .anchors import mirror_of
 from .local_sgd import OuterAverager
 from .policy import Bits
-from .telemetry import Stats
+from .stats import Stats
 
 __all__ = ["CompressedModelAverager"]
 
@@ -114,7 +114,7 @@ class CompressedModelAverager(PeriodicModelAverager):
             RuntimeError: nothing was averaged so far.
         """
         if self._outer is None:
-            raise RuntimeError(f"{CALL}.stats: nothing was averaged so far")
+            raise RuntimeError(f"{CALL}.stats: nothing has been averaged yet")
         return self._outer.stats()
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,9 +123,16 @@ class CompressedModelAverager(PeriodicModelAverager):
         return {"step": self.step, "outer": outer}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; call it on all ranks alike, between steps."""
+        """Go on where `state_dict` was taken; call it on all ranks alike, between steps.
+
+        Args:
+            state: what `state_dict` returned on this rank.
+
+        Raises:
+            ValueError: it is no such state.
+        """
         if not isinstance(state, Mapping) or not {"step", "outer"} <= state.keys():
-            raise ValueError(f"{CALL}.load_state_dict: give what state_dict() returned")
+            raise ValueError(f"{CALL}.load_state_dict: pass what state_dict() returned")
         self.close()
         self.step, self._saved = state["step"], state["outer"]
 

@@ -42,7 +42,7 @@ def ddp_in(model: nn.Module, owner: str) -> DistributedDataParallel:
     if len(found) > 1:
         raise ValueError(
             f"{owner}: the model holds {len(found)} DistributedDataParallel models; call it for "
-            "each of them"
+            "each one"
         )
     if found:
         return found[0]
@@ -53,8 +53,8 @@ def ddp_in(model: nn.Module, owner: str) -> DistributedDataParallel:
             "rhtcomm.hooks.compress_fsdp(model) instead"
         )
     raise TypeError(
-        f"{owner}: there is no DistributedDataParallel in this {type(model).__name__}; wrap the "
-        "model first: DistributedDataParallel(model)"
+        f"{owner}: this {type(model).__name__} contains no DistributedDataParallel; wrap the model "
+        "first: DistributedDataParallel(model)"
     )
 
 
@@ -99,7 +99,8 @@ def model_given(model: nn.Module | None, call: str) -> nn.Module:
     """The model; raises ValueError where it is missing."""
     if model is None:
         raise ValueError(
-            f"RHTState: with error_feedback or equalize a state is saved by parameter; call {call}"
+            "RHTState: with error_feedback or equalize, the state is saved by parameter name; "
+            f"call {call}"
         )
     return model
 
@@ -134,8 +135,8 @@ def group_of_model(
     groups = [group for model in mine if (group := getattr(model, "process_group", None))]
     if any(group is not groups[0] and ranks_of(group) != ranks_of(groups[0]) for group in groups):
         raise ValueError(
-            f"RHTState: it is registered on models that average over {ranks_of(groups[0])} and "
-            "over other ranks; give each model a state of its own"
+            "RHTState: it is registered on models that average over different ranks "
+            f"({ranks_of(groups[0])} and others); give each model its own state"
         )
     return groups[0] if groups else None, mine
 

@@ -14,11 +14,11 @@ from ..arguments import natural
 from ..communicators import Topology, TorchCommunicator
 from ..reduce import DisagreementError
 from .anchors import CALL, Part, real
+from .base import HookState
 from .buckets import Bucket, say_if_exact
 from .engines import Engine, Future
 from .models import ranks_of
 from .policy import Bits
-from .state import RHTState
 
 __all__ = [
     "OuterState",
@@ -31,7 +31,7 @@ __all__ = [
 _log = logging.getLogger("rhtcomm")
 
 
-class OuterState(RHTState):
+class OuterState(HookState):
     """Configuration and progress of the exchanges of an `OuterAverager`.
 
     A step is an exchange of one fragment; each of its parts is a bucket.
@@ -42,7 +42,8 @@ class OuterState(RHTState):
     ) -> None:
         if options.get("equalize"):
             raise ValueError(
-                f"{CALL}: leave out equalize; it is for gradients that Adam divides by their size"
+                f"{CALL}: leave out equalize; it helps only with Adam, which divides gradients by "
+                "their size"
             )
         super().__init__(bits, warmup_steps=warmup_steps, **options)
         self.facts = dict(facts)
@@ -92,8 +93,18 @@ class OuterState(RHTState):
                 say_if_exact(change.dtype, self._said)
                 treatment = self.policy.treatment(key.step, part.tensors)
             bucket = Bucket(change, key, [*part.anchors], ends, treatment, self)
+            bucket.reports = self._new_reports()
             sent.append(engine.submit(bucket))
+            if self.reports is not None:
+                self.reports.add(bucket, sent[-1], engine.cuda)
         return sent
+
+    def wait(self, futures: Sequence[Future]) -> None:
+        """Until the means are there, those of the fragment that was sent first; raises errors."""
+        if self.reports is not None:
+            self.reports.land(len(futures))
+        for future in futures:
+            future.wait()
 
 
 # What the ranks begin with ----------------------------------------------------------------------
@@ -110,18 +121,17 @@ def _check_alike(named: Mapping[str, torch.Tensor], engine: Engine, device: torc
     *alike, rounds_alike = (rows == rows[0]).all(dim=2).all(dim=0).tolist()
     if not rounds_alike and engine.topology.rank == 0:
         _log.warning(
-            "%s: torch rounds x + a y in other ways on some ranks, whose processors are of other "
-            "kinds; with each step of the outer optimizer anchors may come to differ by the last "
-            "bit",
+            "%s: torch rounds x + a y differently on some ranks, which have another kind of "
+            "processor; each step of the outer optimizer may make the last bits of anchors differ",
             CALL,
         )
     odd = [name for name, same in zip(named, alike, strict=True) if not same]
     if odd:
         raise DisagreementError(
-            f"{CALL}: the ranks have other values of {len(odd)} of {len(named)} parameters and "
-            f"buffers, such as {odd[0]}, but must begin with the same: call torch.manual_seed "
-            "before the model is made, or load one checkpoint on all ranks. What each rank saved "
-            "for itself is loaded after the averager is made"
+            f"{CALL}: {len(odd)} of {len(named)} parameters and buffers, such as {odd[0]}, differ "
+            "between ranks, but must be equal at the start: call torch.manual_seed before "
+            "creating the model, or load one checkpoint on all ranks. Load what each rank saved "
+            "for itself after creating the averager"
         )
 
 
@@ -141,9 +151,9 @@ def warn_of_ddp(model: nn.Module, topology: Topology) -> None:
             both = ranks & {*ranks_of(module.process_group)}
             if len(both) > 1:
                 warnings.warn(
-                    f"{CALL}: ranks {sorted(both)} exchange what they train, but are in one "
-                    "DistributedDataParallel too, which sends every gradient in addition; leave "
-                    "that out, or name one rank of each site by process_group",
+                    f"{CALL}: ranks {sorted(both)} are also in one DistributedDataParallel, which "
+                    "sends every gradient in addition; leave it out, or pass a process_group "
+                    "with one rank of each site",
                     stacklevel=3,
                 )
 
@@ -167,12 +177,13 @@ def check_schedule(period: object, fragments: object, delay: object) -> tuple[in
         raise ValueError(f"{CALL}: period={steps} must be at least 1, in inner steps")
     if not 1 <= count <= steps:
         raise ValueError(
-            f"{CALL}: fragments={count} must lie in [1, period={steps}]: one is exchanged at a time"
+            f"{CALL}: fragments={count} must lie in [1, period={steps}]: fragments are exchanged "
+            "one at a time"
         )
     if wait >= steps:
         raise ValueError(
-            f"{CALL}: delay={wait} must be less than period={steps}: a fragment's exchange is over "
-            "before its next one begins"
+            f"{CALL}: delay={wait} must be less than period={steps}: a fragment's exchange must "
+            "end before its next one starts"
         )
     return steps, wait
 
@@ -180,18 +191,20 @@ def check_schedule(period: object, fragments: object, delay: object) -> tuple[in
 def outer_optimizer(make: object, anchors: nn.Module) -> torch.optim.Optimizer:
     if not callable(make) or isinstance(make, torch.optim.Optimizer):
         raise TypeError(
-            f"{CALL}: optimizer is of type {type(make).__name__}; it must be a function that makes "
-            "the outer optimizer of the list of anchors, such as "
-            "lambda anchors: torch.optim.SGD(anchors, lr=1.0)"
+            f"{CALL}: optimizer is of type {type(make).__name__}; it must be a function that takes "
+            "the list of anchors and returns the outer optimizer, such as lambda anchors: "
+            "torch.optim.SGD(anchors, lr=1.0)"
         )
     parameters = [*anchors.parameters()]
     made = make(parameters)
     if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(f"{CALL}: optimizer made {made!r:.80}, which is no torch.optim.Optimizer")
+        raise TypeError(
+            f"{CALL}: optimizer made {made!r:.80}, which is not a torch.optim.Optimizer"
+        )
     has = {id(p) for group in made.param_groups for p in group["params"]}
     if has != {*map(id, parameters)}:
         raise ValueError(
-            f"{CALL}: the outer optimizer has {len(has)} parameters, and there are "
-            f"{len(parameters)} anchors; give it these, and all of them"
+            f"{CALL}: the outer optimizer has {len(has)} parameters, but there are "
+            f"{len(parameters)} anchors; pass it exactly the anchors"
         )
     return made

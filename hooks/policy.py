@@ -50,7 +50,7 @@ class Policy:
         if not callable(exclude):
             if isinstance(exclude, str) or not all(isinstance(name, str) for name in exclude):
                 raise TypeError(
-                    f"{owner}: exclude={exclude!r} must be a list of names of parameters, such as "
+                    f"{owner}: exclude={exclude!r} must be a list of parameter names, such as "
                     '["*.bias"], or a function of a parameter'
                 )
             exclude = tuple(exclude)
@@ -67,8 +67,8 @@ class Policy:
                 self._codec(warmup_bits)
             except (TypeError, ValueError) as error:
                 raise type(error)(
-                    f"{owner}: warmup_bits={warmup_bits!r} must be bits that the quantizer has, or "
-                    f"32: uncompressed ({error})"
+                    f"{owner}: warmup_bits={warmup_bits!r} must be bits that the quantizer "
+                    f"supports, or 32 for uncompressed ({error})"
                 ) from error
         self._warmup = callable(bits) or bits < warmup_bits
 
@@ -114,8 +114,8 @@ class Policy:
                 if not any(fnmatchcase(name, pattern) for name in names):
                     some = ", ".join(list(names)[:3])
                     raise ValueError(
-                        f"{self._owner}: exclude has {pattern!r}, but no parameter of the model is "
-                        f"called so; its names are such as {some}"
+                        f"{self._owner}: exclude has {pattern!r}, but no parameter of the model "
+                        f"matches; its names are, for example, {some}"
                     )
 
     def treatment(self, step: int, parameters: Sequence[torch.Tensor]) -> Treatment | None:
@@ -152,8 +152,8 @@ class Policy:
         name = self._names.get(parameter)
         if name is None:
             raise ValueError(
-                f"{self._owner}: exclude has names, but the model that the parameters belong to "
-                "was not found; register it by rhtcomm.hooks.register(model, exclude=...)"
+                f"{self._owner}: exclude has names, but the model of these parameters was not "
+                "found; register it with rhtcomm.hooks.register(model, exclude=...)"
             )
         return any(fnmatchcase(name, pattern) for pattern in self._exclude)
 

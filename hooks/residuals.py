@@ -137,7 +137,7 @@ class Residuals:
         if len(self) and not found:
             raise ValueError(
                 f"RHTState.state_dict: the model has none of the {len(self)} parameters whose "
-                "gradients the hook has seen; give the model that it is registered on"
+                "gradients the hook has seen; pass the model that it is registered on"
             )
         return found
 
@@ -160,16 +160,16 @@ class Residuals:
         odd = sorted(name for name, value in saved.items() if not _is_residual(value))
         if odd:
             raise ValueError(
-                "RHTState.load_state_dict: residuals are dense tensors of finite real numbers, but "
-                f"those of {odd} are not; give what state_dict() returned"
+                "RHTState.load_state_dict: residuals must be dense tensors of finite real "
+                f"numbers, but those of {odd} are not; pass what state_dict() returned"
             )
         for name, value in saved.items():
             shape = _Layout.of(named[name]).shape if name in named else None
             if value.shape != shape:
-                fact = "has none" if shape is None else f"has it in shape {tuple(shape)}"
+                fact = "has none" if shape is None else f"has it with shape {tuple(shape)}"
                 raise ValueError(
-                    f"RHTState.load_state_dict: a residual was saved for the parameter {name}, of "
-                    f"shape {tuple(value.shape)}, but the model {fact}; give the model that it was "
+                    f"RHTState.load_state_dict: a residual was saved for the parameter {name} with "
+                    f"shape {tuple(value.shape)}, but the model {fact}; use the model that it was "
                     'saved for, or drop that name from state["residuals"]'
                 )
         self.replace([(named[name], value) for name, value in saved.items()])

@@ -188,10 +188,10 @@ def read_scales(model: nn.Module | None, saved: Mapping[str, torch.Tensor]) -> P
         if not _are_logarithms(value) or expected is None or value.shape != expected.shape:
             this = f"has no {name}" if expected is None else f"needs {expected.numel()} of {name}"
             raise ValueError(
-                "RHTState.load_state_dict: scales are integers from 0 to 65279, one for a "
-                "parameter, each of its rows and each of its columns, but what was saved for "
-                f"{name} is {value!r:.80}, and the model {this}; give the model that it was saved "
-                'for, or begin without on all ranks: state["scales"] = {}'
+                "RHTState.load_state_dict: scales must be integers from 0 to 65279, one for each "
+                f"parameter and for each of its rows and columns, but what was saved for {name} is "
+                f"{value!r:.80}, and the model {this}; use the model that it was saved for, or "
+                'drop them on all ranks: state["scales"] = {}'
             )
     return [(parameter, saved[name]) for name, parameter in named.items() if name in saved]
 

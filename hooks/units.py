@@ -129,21 +129,21 @@ class Unit:
         if isinstance(mesh_info, DDPMeshInfo):
             raise ValueError(
                 f"{CALL}: torch itself replicates {self.name} (native HSDP or replicate, on "
-                f"{mesh_info.mesh}), by an all-reduce that nothing can replace. Give fully_shard "
-                'the mesh of the shards alone, such as mesh["shard"], and compress_fsdp the group '
+                f"{mesh_info.mesh}), by an all-reduce that cannot be replaced. Pass fully_shard "
+                'only the mesh of the shards, such as mesh["shard"], and compress_fsdp the group '
                 'of the replicas: replicate_group=mesh.get_group("replicate")'
             )
         scatter, hook = self._before
         if type(scatter).__name__ != "DefaultReduceScatter":
             raise RuntimeError(
-                f"{CALL}: {self.name} has a reduce-scatter already ({type(scatter).__name__}); "
-                "remove() the handle of an earlier call, or leave out what set it, such as "
-                "set_custom_reduce_scatter or set_symm_mem_for_comm"
+                f"{CALL}: {self.name} already has a custom reduce-scatter "
+                f"({type(scatter).__name__}); call remove() on the handle of an earlier call, or "
+                "leave out what set it, such as set_custom_reduce_scatter or set_symm_mem_for_comm"
             )
         if replicas and hook is not None:
             raise RuntimeError(
-                f"{CALL}: {self.name} has an all-reduce hook already, and torch takes one; leave "
-                "out replicate_group, or that hook"
+                f"{CALL}: {self.name} already has an all-reduce hook, and torch allows only one; "
+                "leave out replicate_group, or that hook"
             )
 
 
@@ -194,15 +194,15 @@ def units_in(model: nn.Module) -> list[Unit]:
         if len(groups) > 1:
             raise ValueError(
                 f"{CALL}: the parameters of {names[module] or type(module).__name__} are sharded "
-                f"over {len(groups)} meshes, and torch takes one reduce-scatter; call fully_shard "
-                "for the modules of each mesh"
+                f"over {len(groups)} meshes, but torch allows only one custom reduce-scatter; call "
+                "fully_shard separately for the modules of each mesh"
             )
         if groups and id(state) not in seen:  # fully_shard([a, b]) makes one unit of both
             seen.add(id(state))
             units.append(Unit(module, groups[0], names))
     if not units:
         raise TypeError(
-            f"{CALL}: fully_shard was called on no module of this {type(model).__name__}; call it "
-            "first. (A model in DistributedDataParallel goes to rhtcomm.hooks.register.)"
+            f"{CALL}: no module of this {type(model).__name__} was sharded by fully_shard; call it "
+            "first. (For a model in DistributedDataParallel, call rhtcomm.hooks.register.)"
         )
     return units

@@ -68,7 +68,7 @@ def load_checkpoint(
         content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
         saved, step = content["config"], content["step"]
     except Exception as error:  # whatever unpickling raises; all ranks must hear of it
-        return None, f"no checkpoint that can be read ({type(error).__name__}: {error})"
+        return None, f"no readable checkpoint ({type(error).__name__}: {error})"
     differing = [
         f"{name}={saved.get(name)} (now {value})"
         for name, value in settings.items()
@@ -113,8 +113,8 @@ def agreed_checkpoint(
             for finding, ranks in ranks_by_finding.items()
         )
         raise ValueError(
-            f"the ranks cannot go on from --checkpoint {path}: {findings}. It must name one file "
-            "that all nodes see, made with the settings of this run; without --resume a new run "
-            "begins"
+            f"the ranks cannot resume from --checkpoint {path}: {findings}. It must name a file "
+            "that all nodes can read, written with the settings of this run; omit --resume to "
+            "start a new run"
         )
     return checkpoint

@@ -54,7 +54,7 @@ def load_corpus(root: Path) -> tuple[Tensor, Tensor]:
         if len(found) < 100_000:
             raise RuntimeError(
                 f"the standard library at {root} has too little Python source ({len(found)} bytes "
-                f"for {name}): use a Python that ships its library as .py files"
+                f"for {name}); use a Python that ships its library as .py files"
             )
     train_data = torch.frombuffer(train, dtype=torch.uint8)
     return train_data, torch.frombuffer(validation, dtype=torch.uint8)

@@ -63,8 +63,8 @@ def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     finished = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if finished.returncode:
         raise SystemExit(
-            f"The run '{run.label}' failed with exit code {finished.returncode}; "
-            "what it wrote is above."
+            f"The run '{run.label}' failed with exit code {finished.returncode}; see its output "
+            "above."
         )
     content: dict[str, Any] = json.loads(summary.read_text())
     return content
@@ -126,12 +126,10 @@ def main() -> None:
     first = summaries[0]
     report = (
         f"{first['parameters']:,} parameters, {args.steps} steps, two ranks with one thread each. "
-        "Loss is in nats per byte; another seed alone moves it by a few percent. "
-        "Times are medians on rank 0.\n\n"
-        f"{table(summaries)}\n\n"
-        f"Measured on {first['hardware']}, torch {first['torch']}, over the loopback interface: "
-        "with no network between the ranks a step's time shows what compressing costs, "
-        "not what it saves on a real link.\n"
+        "Loss is in nats per byte; another seed alone changes it by a few percent. Times are "
+        f"medians on rank 0.\n\n{table(summaries)}\n\nMeasured on {first['hardware']}, torch "
+        f"{first['torch']}, over the loopback interface. Without a network between the ranks, step "
+        "times show the cost of compression, not its savings on a real link.\n"
     )
     (args.out / "table.md").write_text(report)
     plot(args.out)

@@ -132,7 +132,8 @@ class Trainer:
         rht = None
         if self.compressed:
             stats = self.hook_state.stats()
-            rht = dataclasses.asdict(stats) | {"compression_ratio": stats.compression_ratio}
+            rht = dataclasses.asdict(stats)
+            rht |= {"compression_ratio": stats.compression_ratio, "nmse": stats.nmse}
         content = {
             "args": vars(self.args),
             "name": name_of(self.args),
@@ -171,7 +172,7 @@ def train(args: argparse.Namespace) -> None:
         if dist.get_rank() == 0:
             print(
                 f"the checkpoint {args.checkpoint} is at step {first_step} and the run ends at "
-                f"step {last_step}: nothing is left to train"
+                f"step {last_step}: nothing left to train"
             )
             if "summary" in checkpoint:  # not in those of earlier versions
                 report(args, checkpoint["summary"])

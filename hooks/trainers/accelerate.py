@@ -27,16 +27,22 @@ def register(accelerator: Accelerator, model: nn.Module, bits: Bits = 4, **optio
 
     With FSDP it is `compress_fsdp`. In one process it warns that there is nothing to compress.
 
+    Args:
+        accelerator: the Accelerator.
+        model: what its `prepare` returned.
+        bits, options: of `rhtcomm.hooks.register`.
+
     Raises:
-        TypeError: several processes train a model without DDP and without FSDP.
-        What `rhtcomm.hooks.register` raises.
+        TypeError: it is no Accelerator, or several processes train a model without DDP and without
+            FSDP.
+        ValueError, RuntimeError, DisagreementError: as `rhtcomm.hooks.register` does.
     """
     if not isinstance(accelerator, Accelerator):
         raise TypeError(
             "rhtcomm.hooks.trainers.accelerate.register: accelerator must be the Accelerator, and "
             f"model what its prepare() returned, but this is {accelerator!r:.80}"
         )
-    how = "start the script by accelerate launch or torchrun, for DDP or FSDP"
+    how = "start the script with accelerate launch or torchrun, for DDP or FSDP"
     owner = "rhtcomm.hooks.trainers.accelerate.register"
     handle = attach(model, bits, options, owner, how)
     ending = accelerator.end_training

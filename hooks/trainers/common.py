@@ -42,8 +42,8 @@ def attach(model: nn.Module, bits: Bits, options: dict[str, Any], owner: str, ho
     """
     if _world_size() == 1:
         warnings.warn(
-            f"{owner}: one process has no gradients to send, so nothing is compressed; to train in "
-            f"several, {how}",
+            f"{owner}: a single process sends no gradients, so nothing is compressed; to train "
+            f"with several, {how}",
             stacklevel=3,
         )
         options = {name: value for name, value in options.items() if name != "replicate_group"}
@@ -58,13 +58,20 @@ def attach(model: nn.Module, bits: Bits, options: dict[str, Any], owner: str, ho
 
         return compress_fsdp(model, bits, **options)
     raise TypeError(
-        f"{owner}: {_world_size()} processes train a {type(model).__name__} which is neither in "
-        f"DistributedDataParallel nor sharded by FSDP, so there is no place for the hook; {how}"
+        f"{owner}: {_world_size()} processes train a {type(model).__name__} that is neither in "
+        f"DistributedDataParallel nor sharded by FSDP, so the hook cannot be registered; {how}"
     )
 
 
 def finish(handle: Handle, trained: bool, owner: str, why: str) -> None:
-    """Close the hook; warn where steps were `trained` of which it saw none, and say `why`."""
+    """Close the hook, and warn where the model trained without it.
+
+    Args:
+        handle: the hook's.
+        trained: whether there were steps.
+        owner: whose warning this is.
+        why: the likely cause, in the trainer's words.
+    """
     missed = trained and handle.stats().steps == 0 and _world_size() > 1
     with warnings.catch_warnings():
         # What follows says the same in the trainer's words. No steps, no warning.
@@ -72,13 +79,18 @@ def finish(handle: Handle, trained: bool, owner: str, why: str) -> None:
         _end(handle)
     if missed:
         warnings.warn(
-            f"{owner}: the hook was never called: gradients were not averaged, or not by it; {why}",
+            f"{owner}: the hook was never called: gradients were not averaged, or not by the "
+            f"hook; {why}",
             stacklevel=3,
         )
 
 
 def abandon(handle: Handle) -> None:
-    """Close the hook of a run that failed, whose error must not be hidden by another one."""
+    """Close the hook of a run that failed, whose error must not be hidden by another one.
+
+    Args:
+        handle: the hook's.
+    """
     with warnings.catch_warnings(), contextlib.suppress(Exception):
         warnings.simplefilter("ignore")
         _end(handle)
@@ -101,12 +113,19 @@ def state_of_all_ranks(handle: Handle) -> dict[str, Any]:
     It is `handle.state_dict()`, and with error feedback, on rank 0, has the residuals of all ranks,
     as many times the size of the model as there are ranks. `handle.load_state_dict` takes it on
     every rank.
+
+    Args:
+        handle: the hook's.
     """
     return gathered(handle.state_dict())
 
 
 def gathered(state: dict[str, Any]) -> dict[str, Any]:
-    """What `state_of_all_ranks` returns, of what `state_dict` returned on each rank."""
+    """What `state_of_all_ranks` returns, of what `state_dict` returned on each rank.
+
+    Args:
+        state: this rank's.
+    """
     if not any(name.startswith("residuals") for name in state) or _world_size() == 1:
         return state
     states: list[Any] | None = [None] * _world_size() if dist.get_rank() == 0 else None
@@ -115,14 +134,28 @@ def gathered(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(handle: Handle, state: dict[str, Any]) -> None:
-    """Load a saved state; all ranks call it alike, and one process that sends nothing, too."""
+    """Load a saved state; all ranks call it alike, and one process that sends nothing, too.
+
+    Args:
+        handle: the hook's.
+        state: what `state_of_all_ranks` or `state_dict` returned.
+
+    Raises:
+        ValueError: see `Handle.load_state_dict`.
+    """
     if handle.state.engine is None and handle.state.error_feedback:
         state = state | {"residuals": {}}
     handle.load_state_dict(state)
 
 
 def save_rank(handle: Handle, folder: str | os.PathLike[str], name: str = "rhtcomm") -> None:
-    """Write this rank's state into a checkpoint's folder, which exists."""
+    """Write this rank's state into a checkpoint's folder, as NAME_rankR.pt.
+
+    Args:
+        handle: the hook's.
+        folder: that exists.
+        name: which tells several models of one run apart.
+    """
     torch.save(handle.state_dict(), _file(folder, name, _rank()))
 
 
@@ -132,6 +165,11 @@ def restore_rank(handle: Handle, folder: str | os.PathLike[str], name: str = "rh
     Ranks take what rank 0 wrote, and their own residuals. Where there is nothing, the hook begins
     with its first step, and a warning says so.
 
+    Args:
+        handle: the hook's.
+        folder: that `save_rank` wrote to.
+        name: as given to `save_rank`.
+
     Raises:
         ValueError: see `Handle.load_state_dict`.
     """
@@ -139,8 +177,8 @@ def restore_rank(handle: Handle, folder: str | os.PathLike[str], name: str = "rh
     files = [file for rank in (0, _rank()) if (file := _file(folder, name, rank)).is_file()]
     if not files:
         warnings.warn(
-            f"rhtcomm: {folder} has no state of the hook ({_file('', name, 0)}), so it begins with "
-            "its first step, as in a new run",
+            f"rhtcomm: {folder} has no state of the hook ({_file('', name, 0)}), so the hook "
+            "starts at its first step, as in a new run",
             stacklevel=3,
         )
         return

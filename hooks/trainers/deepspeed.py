@@ -20,7 +20,7 @@ from ..ddp import rht_hook
 from ..policy import Bits
 from ..register import Handle, begin
 from ..state import RHTState
-from ..telemetry import figures
+from ..stats import figures
 from .common import attach, restore_rank, save_rank
 
 __all__ = ["register"]
@@ -43,6 +43,10 @@ def register(engine: DeepSpeedEngine, bits: Bits = 4, **options: Any) -> Handle:
 
     In one process it warns that there is nothing to compress.
 
+    Args:
+        engine: what `deepspeed.initialize` returned first.
+        bits, options: of `rhtcomm.hooks.register`.
+
     Raises:
         TypeError: it is no DeepSpeedEngine.
         ValueError: the engine has ZeRO or other parallelism than that of data, or adds gradients
@@ -52,7 +56,7 @@ def register(engine: DeepSpeedEngine, bits: Bits = 4, **options: Any) -> Handle:
     """
     _check(engine, options)
     if engine.seq_dp_world_size == 1:
-        how = "start the script by deepspeed or torchrun"
+        how = "start the script with deepspeed or torchrun"
         return attach(engine.module, bits, options, CALL, how)
     handle = _Handle(engine, RHTState(bits, **options))
     begin(handle.state, engine.module, engine.seq_data_parallel_group, handle.install)
@@ -67,21 +71,21 @@ def _check(engine: DeepSpeedEngine, options: dict[str, Any]) -> None:
         )
     other = engine.pipeline_parallelism or engine.has_moe_layers
     refused = (
-        ("process_group" in options, "leave out process_group; it takes the engine's own"),
+        ("process_group" in options, "leave out process_group; the engine's own is used"),
         (
             engine.zero_optimization(),
-            f"the engine has ZeRO, stage {engine.zero_optimization_stage()}, which reduces shards; "
-            'set "zero_optimization": {"stage": 0}, or shard the model by fully_shard (FSDP2) '
-            "instead and call rhtcomm.hooks.compress_fsdp(model)",
+            f"the engine uses ZeRO stage {engine.zero_optimization_stage()}, which reduces "
+            'shards; set "zero_optimization": {"stage": 0}, or shard the model with '
+            "fully_shard (FSDP2) instead and call rhtcomm.hooks.compress_fsdp(model)",
         ),
         (
             other or engine.mp_world_size * engine.sequence_parallel_size > 1,
-            "the engine has other parallelism than that of data (pipelines, experts, or parallel "
-            "tensors or sequences); the hook is for data parallelism alone",
+            "the engine uses pipeline, expert, tensor or sequence parallelism; the hook supports "
+            "only data parallelism",
         ),
         (
             not engine.gradient_average,
-            'the engine adds gradients up; set "gradient_allreduce_op": "mean"',
+            'the engine sums gradients; set "gradient_allreduce_op": "mean"',
         ),
     )
     for holds, reason in refused:
@@ -89,7 +93,7 @@ def _check(engine: DeepSpeedEngine, options: dict[str, Any]) -> None:
             raise ValueError(f"{CALL}: {reason}")
     if _REPLACED[0] in vars(engine):
         raise RuntimeError(
-            f"{CALL}: the engine has a hook already; call remove() of its handle first"
+            f"{CALL}: the engine already has a hook; call remove() on its handle first"
         )
 
 
@@ -98,6 +102,8 @@ _REPLACED = ("buffered_allreduce_fallback", "save_checkpoint", "load_checkpoint"
 
 class _Handle(Handle):
     """A handle whose methods take the place of three of the engine's."""
+
+    state: RHTState
 
     def __init__(self, engine: DeepSpeedEngine, state: RHTState) -> None:
         super().__init__(engine.module, state)
@@ -126,6 +132,8 @@ class _Handle(Handle):
         engine = self._engine()
         buckets = [*_buckets(engine.module)]
         means = [rht_hook(self.state, bucket) for bucket in buckets]
+        if self.state.reports is not None:
+            self.state.reports.land()
         for bucket, mean in zip(buckets, means, strict=True):
             bucket.take(mean.wait())
         if engine.monitor.enabled:
@@ -213,6 +221,6 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor:
     if parameter.grad.layout != torch.strided:
         raise TypeError(
             f"{CALL}: a gradient of shape {tuple(parameter.shape)} is sparse, which cannot be "
-            "rotated; make the layer dense (sparse=False for nn.Embedding)"
+            "compressed; make the layer dense (sparse=False for nn.Embedding)"
         )
     return parameter.grad.detach()

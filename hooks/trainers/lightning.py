@@ -59,7 +59,7 @@ class RHTCallback(_Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         model = trainer.strategy.model
         assert isinstance(model, nn.Module)
-        how = 'take Trainer(strategy="ddp", devices=...), or ModelParallelStrategy for FSDP2'
+        how = 'use Trainer(strategy="ddp", devices=...), or ModelParallelStrategy for FSDP2'
         self.handle = attach(model, self._bits, self._options, "RHTCallback", how)
         if self._state:
             load(self.handle, self._state)
@@ -78,9 +78,7 @@ class RHTCallback(_Callback):
         if self.handle is not None:
             handle, self.handle = self.handle, None
             self._state = handle.state_dict()  # for those who save or fit once more
-            why = (
-                "where you optimize manually, call self.manual_backward(loss), not loss.backward()"
-            )
+            why = "with manual optimization, call self.manual_backward(loss), not loss.backward()"
             finish(handle, trainer.global_step > self._first_step, "RHTCallback", why)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

@@ -20,11 +20,15 @@ def register(model: nn.Module, bits: Bits = 4, **options: Any) -> Handle:
     Report ``{"loss": ...} | handle.figures()``, and close it at the end of the training loop, or
     use it as a context manager.
 
+    Args:
+        model: what `prepare_model` returned.
+        bits, options: of `rhtcomm.hooks.register`.
+
     Raises:
         TypeError: the model of several workers has neither DDP nor FSDP2.
-        What `rhtcomm.hooks.register` raises.
+        ValueError, RuntimeError, DisagreementError: as `rhtcomm.hooks.register` does.
     """
-    how = "give the trainer ScalingConfig(num_workers=2), and prepare_model() the model"
+    how = "pass ScalingConfig(num_workers=2) to the trainer, and the model to prepare_model()"
     return attach(model, bits, options, "rhtcomm.hooks.trainers.ray.register", how)
 
 
@@ -34,6 +38,10 @@ def save(handle: Handle, folder: str | os.PathLike[str]) -> None:
     ``save(handle, folder)`` on all workers, and each reports ``Checkpoint.from_directory(folder)``:
     Ray puts the files of all workers into one checkpoint. What is equal on all workers, such as the
     model, needs to be in the folder of rank 0 alone.
+
+    Args:
+        handle: what `register` returned.
+        folder: that exists.
     """
     save_rank(handle, folder)
 
@@ -43,6 +51,10 @@ def restore(handle: Handle, folder: str | os.PathLike[str]) -> None:
 
     Their number may have changed, but for error feedback. A checkpoint without the hook's state is
     loaded with a warning.
+
+    Args:
+        handle: what `register` returned.
+        folder: that `save` wrote to.
 
     Raises:
         ValueError: see `Handle.load_state_dict`.

@@ -18,7 +18,7 @@ from ...reduce import Algorithm, Reducer, check_algorithm
 from ...segments import rows_of
 from ..configuration import Quantizer, codec_for
 from ..failures import clear_frames
-from ..telemetry import Stats, Totals
+from ..stats import Stats, Totals
 
 __all__ = ["CompressedManager", "compress_manager"]
 
@@ -66,8 +66,8 @@ def compress_manager(
         or "gloo" not in manager._pg.getBackendName()
     ):
         raise TypeError(
-            f"{CALL}: the manager has {type(manager._pg).__name__}, and only "
-            "torchft.ProcessGroupGloo is supported; make the manager with that"
+            f"{CALL}: the manager uses {type(manager._pg).__name__}, but only "
+            "torchft.ProcessGroupGloo is supported; create the manager with that"
         )
     codec = codec_for(bits, quantizer, rotations, block, exact_fraction, error_feedback=False)
     check_algorithm(algorithm, codec)

@@ -40,9 +40,9 @@ class RHTCallback(TrainerCallback):
     def __init__(self, trainer: Trainer | None = None, bits: Bits = 4, **options: Any) -> None:
         if not isinstance(trainer, Trainer):
             raise TypeError(
-                "RHTCallback: it needs the Trainer, which has the wrapped model; make that first, "
-                "then trainer.add_callback(RHTCallback(trainer, bits=4)), but this is "
-                f"{trainer!r:.80}"
+                "RHTCallback: trainer must be the Trainer, which holds the wrapped model, but "
+                f"this is {trainer!r:.80}; create the Trainer first, then call "
+                "trainer.add_callback(RHTCallback(trainer, bits=4))"
             )
         self.handle: Handle | None = None
         """Of the training that is running."""
@@ -67,8 +67,8 @@ class RHTCallback(TrainerCallback):
                 trainer.model_wrapped = trainer.model
             if self not in trainer.callback_handler.callbacks:
                 warnings.warn(
-                    "RHTCallback: it is none of the Trainer's callbacks, so nothing is compressed; "
-                    "trainer.add_callback(RHTCallback(trainer, ...))",
+                    "RHTCallback: it is not among the Trainer's callbacks, so nothing is "
+                    "compressed; call trainer.add_callback(RHTCallback(trainer, ...))",
                     stacklevel=2,
                 )
             try:
@@ -86,7 +86,7 @@ class RHTCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._abandon()  # of an attempt with a batch that was too large (auto_find_batch_size)
         trainer = self._trainer()
-        how = "start the script by torchrun or accelerate launch, for DDP or FSDP"
+        how = "start the script with torchrun or accelerate launch, for DDP or FSDP"
         self.handle = attach(trainer.model_wrapped, self._bits, self._options, "RHTCallback", how)
         if self._checkpoint is not None:
             restore_rank(self.handle, self._checkpoint)
