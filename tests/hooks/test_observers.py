@@ -347,6 +347,34 @@ def test_copies_other_models_and_resumed_runs(ranks: Ranks, tmp_path: Path) -> N
     ranks.run(copy_two_models, 2, str(tmp_path))
 
 
+def resume_in_other_buckets(rank: int, world_size: int) -> None:
+    """DDP's first bucket of a resumed run has the parts that the saved run had as buckets."""
+    runs, states = [], []
+    for steps in (range(3), range(2, 3)):
+        seen = Seen()
+        ddp = DistributedDataParallel(Probe(*NUMELS), bucket_cap_mb=0.0001)
+        with register(ddp, observer=seen, **FINE) as handle:
+            if states:
+                handle.load_state_dict(states[0])
+            for step in steps:
+                if step == 2:
+                    states.append(handle.state_dict())
+                step_of(ddp, rank, step)
+        runs.append([report for report in seen if report.step == 2])
+    whole, resumed = runs
+    assert len(whole) > 1
+    facts = ("bucket", "numel", "bytes_sent", "last")
+    for report, again in zip(whole, resumed, strict=True):
+        assert [getattr(again, name) for name in facts] == [getattr(report, name) for name in facts]
+    # Training waited for all parts at once.
+    assert {report.exposed_seconds for report in resumed[:-1]} == {0.0}
+    assert resumed[-1].exposed_seconds is not None
+
+
+def test_parts_of_a_bucket_report_each_for_itself(ranks: Ranks) -> None:
+    ranks.run(resume_in_other_buckets, 2)
+
+
 def observe_shards(rank: int, world_size: int) -> None:
     seen, model = Seen(), sharded(net_of_units())
     handle = compress_fsdp(model, observer=seen, **FINE_SHARDS)
