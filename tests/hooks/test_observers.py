@@ -26,6 +26,7 @@ from states import FINE, TIMEOUT, logged, submit
 from streams import AUTOGRADS, in_place_of_cuda
 from torch.nn.parallel import DistributedDataParallel
 
+from rhtcomm import Key
 from rhtcomm.hooks import (
     BucketReport,
     RHTState,
@@ -36,7 +37,10 @@ from rhtcomm.hooks import (
     rht_hook,
     telemetry,
 )
-from rhtcomm.reduce import Reducer
+from rhtcomm.hooks.buckets import Bucket
+from rhtcomm.hooks.cuda import Cuda
+from rhtcomm.hooks.stats import Totals
+from rhtcomm.reduce import Reducer, Report
 
 NUMELS, STEPS = (1 << 14, 5000, 100), 4
 # Each parameter has a bucket of its own, from the first step on.
@@ -279,6 +283,19 @@ def test_what_nobody_was_seen_to_wait_for_comes_with_the_next_step() -> None:
     known = [report.exposed_seconds is not None for report in seen]
     assert known == [False, False, False, False, True, False]
     check_sums(seen, state.stats())
+
+
+def test_buckets_of_two_steps_that_come_together() -> None:
+    """After a backward pass that failed, the next one waits for what it left too."""
+    seen, done = Seen(), torch.futures.Future[torch.Tensor]()
+    pending = reports.Reports([seen], Totals())
+    done.set_result(torch.zeros(1))
+    for step, index in ((0, 0), (0, 1), (1, 0)):
+        key = Key(0, step, index)
+        made = BucketReport.of(Report.of_nothing(), 0, key, 1, 0.0, 0.0)
+        pending.add(Bucket(torch.zeros(1), key, [], ends=False, reports=[made]), done, Cuda())
+    pending.land()
+    assert [report.last for report in seen] == [False, True, True]
 
 
 def test_a_failed_bucket_has_no_report_and_raises_as_without_an_observer() -> None:
