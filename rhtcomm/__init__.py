@@ -4,8 +4,8 @@ import sys
 
 if sys.byteorder != "little":
     raise ImportError(
-        "rhtcomm: this processor is big-endian, where payloads would be decoded wrongly; "
-        "only little-endian ones (x86-64, aarch64, riscv64, ppc64le) can be used"
+        "rhtcomm: this processor is big-endian, and would decode payloads wrongly; use a "
+        "little-endian one (x86-64, aarch64, riscv64, ppc64le)"
     )
 
 from rhtcomm.codec import Codec

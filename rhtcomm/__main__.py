@@ -9,6 +9,8 @@ import sys
 COMMANDS = {
     "bench": ("rhtcomm.bench.command", "measure exchanges on these ranks, and say what to do"),
     "plan": ("rhtcomm.plan_command", "predict exchanges, and say whether compression pays"),
+    "doctor": ("rhtcomm.doctor", "find what is wrong on this machine, or among a launcher's ranks"),
+    "report": ("rhtcomm.report", "draw the plots of a run, from its telemetry file"),
 }
 
 
