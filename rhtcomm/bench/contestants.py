@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 import rhtcomm.hooks
+from rhtcomm.bench.ranks import TIMEOUT
 from rhtcomm.codebooks import EXPECTED_VNMSE
 from rhtcomm.communicators import Topology
 from rhtcomm.quantizers import ECDQ
@@ -171,6 +172,7 @@ def compressed(
             quantizer=quantizer,  # type: ignore[arg-type]
             algorithm="auto" if quantizer == "lattice" else algorithm,  # type: ignore[arg-type]
             communicator=None if make_communicator is None else make_communicator(),
+            timeout=TIMEOUT if make_communicator is None else None,
             min_numel=min_numel,
             warmup_steps=0,
             **options,

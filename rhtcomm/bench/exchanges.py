@@ -23,7 +23,7 @@ from rhtcomm.bench.contestants import (
     uncompressed_by_mpi,
 )
 from rhtcomm.bench.failures import Watch
-from rhtcomm.bench.ranks import Ranks
+from rhtcomm.bench.ranks import TIMEOUT, Ranks
 from rhtcomm.bench.results import Result, Row
 from rhtcomm.bench.rounds import Budget, Entry, measure, quantiles
 from rhtcomm.communicators import (
@@ -49,7 +49,7 @@ def field(arguments: argparse.Namespace, backend: str, ranks: Ranks) -> list[Con
     found += [power_sgd(backend, ranks.world_size, rank) for rank in (1, 4)]
     what = (arguments.bits, arguments.quantizers, arguments.algorithms)
     if arguments.communicator == "mpi":
-        mpi = MPICommunicator()
+        mpi = MPICommunicator(timeout=TIMEOUT.total_seconds())
         found.append(uncompressed_by_mpi(mpi))
         found += compressed_by("mpi", *what, lambda: mpi)
     else:

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore, rendezvous  # type: ignore[attr-defined]
 
-__all__ = ["Place", "Ranks", "find_place", "first_host", "join", "spawn"]
+__all__ = ["TIMEOUT", "Place", "Ranks", "find_place", "first_host", "join", "spawn"]
 
 T = TypeVar("T")
-_TIMEOUT = timedelta(minutes=2)  # that a rank waits for the others before the run ends
+TIMEOUT = timedelta(minutes=2)  # that a rank waits for the others before the run ends
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,14 @@ def join(place: Place, backend: str | None, device: str | None) -> tuple[torch.d
         backend = {"cuda": "nccl", "xpu": "xccl"}.get(chosen.type, "gloo")
     bound = None if backend == "gloo" or chosen.type == "cpu" else chosen
     store, rank, world_size = next(
-        rendezvous("env://", place.rank, place.world_size, timeout=_TIMEOUT)
+        rendezvous("env://", place.rank, place.world_size, timeout=TIMEOUT)
     )
     dist.init_process_group(
         backend,
         store=store,
         rank=rank,
         world_size=world_size,
-        timeout=_TIMEOUT,
+        timeout=TIMEOUT,
         device_id=bound,
     )
     return chosen, store

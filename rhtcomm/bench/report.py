@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -122,7 +123,8 @@ def _milliseconds(seconds: float | None) -> str:
 
 def _who(one: Mapping[str, Any]) -> str:
     where = "training steps" if one["numel"] is None else mebibytes(one["numel"])
-    return f"{one['contestant']} over {one['carrier']}, {where}"
+    name = re.sub(r"^rht(\S+)", r"\1 bits,", one["contestant"])
+    return f"{name} over {one['carrier']}, {where}"
 
 
 def _left_out(result: Result, seconds: float) -> str:
