@@ -123,7 +123,8 @@ def _milliseconds(seconds: float | None) -> str:
 
 def _who(one: Mapping[str, Any]) -> str:
     where = "training steps" if one["numel"] is None else mebibytes(one["numel"])
-    name = re.sub(r"^rht(\S+)", r"\1 bits,", one["contestant"])
+    name = re.sub(r"^rht1 ", "1 bit, ", one["contestant"])
+    name = re.sub(r"^rht(\S+)", r"\1 bits,", name)
     return f"{name} over {one['carrier']}, {where}"
 
 

@@ -1,5 +1,6 @@
 """Contestants that are wrong get no time, and ranks decide alike; on real ranks, by counts."""
 
+import argparse
 import itertools
 from typing import Any
 
@@ -9,8 +10,9 @@ from harness import Ranks as Processes
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from rhtcomm.bench.budget import TURN
-from rhtcomm.bench.checks import Problem
+from rhtcomm.bench.checks import Problem, check
 from rhtcomm.bench.contestants import Contestant, compressed, torchs
+from rhtcomm.bench.exchanges import field
 from rhtcomm.bench.ranks import Ranks
 from rhtcomm.bench.rounds import Budget, Entry, measure
 
@@ -44,12 +46,15 @@ FAULTS = ["exact", "wrong", "nan", "differs", "raises"]
 def measured_with_faults(rank: int, world_size: int) -> list[tuple[str, str, int]]:
     ranks = Ranks(torch.device("cpu"))
     problem = Problem(1 << 14, ranks)
-    field = [broken(fault) for fault in FAULTS] + torchs("gloo", 2, ["float32", "bf16"])
-    field += [compressed("gloo", 4, "gather"), compressed("gloo", 1.5, "two_shot", "ecdq")]
-    field += [compressed("gloo", 1, quantizer="eden"), compressed("gloo", 2, quantizer="vector")]
-    entries = [Entry(one, problem) for one in field]
+    everybody = [broken(fault) for fault in FAULTS] + torchs("gloo", 2, ["float32", "bf16"])
+    everybody += [compressed("gloo", 4, "gather"), compressed("gloo", 1.5, "two_shot", "ecdq")]
+    everybody += [
+        compressed("gloo", 1, quantizer="eden"),
+        compressed("gloo", 2, quantizer="vector"),
+    ]
+    entries = [Entry(one, problem) for one in everybody]
     dropped = measure(entries, 1e3, Budget(1e3, ranks), ranks, "test")
-    for one in field:
+    for one in everybody:
         one.close()
     assert not dropped
     return [(one.contestant.name, one.failure, len(one.seconds)) for one in entries]
@@ -91,6 +96,31 @@ def test_all_ranks_follow_the_budget_of_the_first(ranks: Processes) -> None:
     assert dropped == 1
     # 15 looks were taken before the first turn, and each further one takes another.
     assert rounds == [5 * TURN] * 11 + [0]
+
+
+def checked_on_two_levels(rank: int, world_size: int) -> list[tuple[str, str, float]]:
+    ranks = Ranks(torch.device("cpu"), local_world_size=2)
+    assert (ranks.nodes, ranks.ranks_per_node) == (2, 2)
+    chosen = {"bits": [4], "quantizers": ["ecdq"], "algorithms": ["all_gather", "two_shot"]}
+    everybody = field(argparse.Namespace(communicator="torch", **chosen), "gloo", ranks)
+    problem = Problem(1 << 14, ranks)
+    found = []
+    for one in everybody:
+        if one.compresses:
+            nmse, _ = check(one, problem)
+            found.append((one.name, one.carrier, nmse / one.error))
+        one.close()
+    return found
+
+
+def test_two_levels_are_checked_as_one(ranks: Processes) -> None:
+    found = ranks.run(checked_on_two_levels, 4)
+    assert {(name, carrier) for name, carrier, _ in found[0]} == {
+        (f"rht4 ecdq {algorithm}", carrier)
+        for algorithm in ("all_gather", "two_shot")
+        for carrier in ("gloo", "gloo, two levels")
+    }
+    assert all(0.8 < ratio < 1.2 for _, _, ratio in found[0])
 
 
 def problems(rank: int, world_size: int) -> tuple[list[torch.Tensor], ...]:
