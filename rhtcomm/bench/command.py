@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +15,12 @@ from rhtcomm.bench.contestants import QUANTIZERS, expected_error
 from rhtcomm.bench.exchanges import measure_exchanges
 from rhtcomm.bench.failures import Told, Watch
 from rhtcomm.bench.plot import check_matplotlib, plot
-from rhtcomm.bench.ranks import Place, Ranks, find_place, join, spawn
+from rhtcomm.bench.ranks import Ranks, join, spawn
 from rhtcomm.bench.report import printed
 from rhtcomm.bench.results import Result, Row, Step, write_csv, write_json
 from rhtcomm.bench.rounds import Budget
 from rhtcomm.bench.training import contestants_for, load, measure_steps
+from rhtcomm.doctor.launcher import Launch, own_launch
 from rhtcomm.versions import PACKAGE
 
 __all__ = ["add_arguments", "run", "without_ranks"]
@@ -119,8 +119,8 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: an argument is out of its range, or nothing started this as several ranks.
     """
     _check(arguments)
-    place = find_place(os.environ)
-    if place is None or place.world_size < 2:
+    launch = own_launch()
+    if launch.world_size < 2:
         if arguments.ranks is None:
             raise ValueError(
                 "rhtcomm bench: it needs 2 or more ranks, so start it by a launcher, such as "
@@ -128,9 +128,9 @@ def run(arguments: argparse.Namespace) -> int:
                 "or with --ranks 2 on this machine alone"
             )
         return spawn(arguments.ranks, without_ranks(sys.argv[2:]))
-    watch = Watch(place.rank, place.world_size)
+    watch = Watch(launch.rank, launch.world_size)
     try:
-        _run_rank(arguments, place, watch)
+        _run_rank(arguments, launch, watch)
     except (Exception, KeyboardInterrupt, Told) as error:
         watch.end(error)
     return 0
@@ -167,12 +167,11 @@ def without_ranks(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def _run_rank(arguments: argparse.Namespace, place: Place, watch: Watch) -> None:
+def _run_rank(arguments: argparse.Namespace, launch: Launch, watch: Watch) -> None:
     logging.getLogger("rhtcomm").setLevel(logging.ERROR)
-    device, store = join(place, arguments.backend, arguments.device)
+    device, store = join(launch, arguments.backend, arguments.device)
     watch.connect(store)
-    local = arguments.ranks_per_node or place.local_world_size
-    ranks = Ranks(device, local)
+    ranks = Ranks(device, arguments.ranks_per_node or launch.local_size)
     arguments = ranks.tell(arguments)  # those of rank 0
     budget = Budget(arguments.seconds, ranks)
     result = Result(_facts(arguments, ranks))

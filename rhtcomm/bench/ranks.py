@@ -1,12 +1,10 @@
 """The ranks of a benchmark: their places, what they tell each other, and starting some here."""
 
 import os
-import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,63 +12,22 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore, rendezvous  # type: ignore[attr-defined]
 
-__all__ = ["TIMEOUT", "Place", "Ranks", "find_place", "first_host", "join", "spawn"]
+from rhtcomm.doctor.launcher import Launch
+
+__all__ = ["TIMEOUT", "Ranks", "join", "spawn"]
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=2)  # that a rank waits for the others before the run ends
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a launcher put this process."""
-
-    rank: int
-    world_size: int
-    local_rank: int | None  # on its node
-    local_world_size: int | None
-    launcher: str
-
-
-# Variables of rank, world size, rank on the node, and ranks of the node.
-_LAUNCHERS = {
-    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "Open MPI": (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),
-}
-
-
-def find_place(environment: Mapping[str, str]) -> Place | None:
-    """By the variables of torchrun, MPI's launchers or srun; None: none of them started this."""
-    for launcher, names in _LAUNCHERS.items():
-        rank, world_size, local_rank, local_size = (environment.get(name) for name in names)
-        if rank is None or world_size is None:
-            continue
-        # A shell inside of `salloc` or `sbatch` has Slurm's variables too, but no step.
-        if launcher == "srun" and "SLURM_STEP_ID" not in environment:
-            continue
-        return Place(
-            int(rank),
-            int(world_size),
-            None if local_rank is None else int(local_rank),
-            None if local_size is None else int(local_size),
-            launcher,
-        )
-    return None
+_LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 
 class Ranks:
     """The ranks of torch's default group, and the device of this one."""
 
-    def __init__(self, device: torch.device, local_world_size: int | None = None) -> None:
+    def __init__(self, device: torch.device, ranks_per_node: int = 1) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = device
-        self.nodes, self.ranks_per_node = self._nodes(local_world_size)
+        self.nodes, self.ranks_per_node = self._nodes(ranks_per_node)
 
     @property
     def first(self) -> bool:
@@ -90,44 +47,30 @@ class Ranks:
         found: list[float] = both.tolist()
         return found
 
-    def _nodes(self, local_world_size: int | None) -> tuple[int, int]:
-        """Nodes, and ranks of each; a launcher that does not say it leaves names to compare."""
-        own = (socket.gethostname(), local_world_size)
-        everybody: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everybody, own)
-        sizes = {size for _, size in everybody}
-        if sizes == {None}:
-            names = [name for name, _ in everybody]
-            sizes = {names.count(name) for name in names}
-            per_node = sizes.pop()
-            nodes = [names[i : i + per_node] for i in range(0, len(names), per_node)]
-            if sizes or any(len(set(node)) > 1 for node in nodes):
-                return len(set(names)), 1  # uneven, or not one node after the other
-            return len(nodes), per_node
-        per_node = sizes.pop()
-        if sizes or self.world_size % per_node:
+    def _nodes(self, ranks_per_node: int) -> tuple[int, int]:
+        """Nodes, and ranks of each: 1 where nodes differ in that."""
+        fewest, most = self.largest(-ranks_per_node, ranks_per_node)
+        if -fewest != most or self.world_size % ranks_per_node:
             return self.world_size, 1
-        return self.world_size // per_node, int(per_node)
+        return self.world_size // ranks_per_node, ranks_per_node
 
 
-def join(place: Place, backend: str | None, device: str | None) -> tuple[torch.device, Store]:
+def join(launch: Launch, backend: str | None, device: str | None) -> tuple[torch.device, Store]:
     """Initialize torch.distributed; the device that this rank works on, and the ranks' store.
 
     Raises:
         ValueError: there is no such device, or no address to meet at.
     """
-    chosen = _device(place, device)
-    os.environ.setdefault("RANK", str(place.rank))
-    os.environ.setdefault("WORLD_SIZE", str(place.world_size))
-    if "MASTER_ADDR" not in os.environ:
-        address, port = _meeting_point(place)
-        os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    os.environ.setdefault("MASTER_PORT", "29500")
+    chosen = _device(launch, device)
+    address, port = launch.address, launch.port
+    if address is None or port is None:
+        address, port = _meeting_point(launch)
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     if backend is None:
         backend = {"cuda": "nccl", "xpu": "xccl"}.get(chosen.type, "gloo")
     bound = None if backend == "gloo" or chosen.type == "cpu" else chosen
     store, rank, world_size = next(
-        rendezvous("env://", place.rank, place.world_size, timeout=TIMEOUT)
+        rendezvous("env://", launch.rank, launch.world_size, timeout=TIMEOUT)
     )
     dist.init_process_group(
         backend,
@@ -140,15 +83,16 @@ def join(place: Place, backend: str | None, device: str | None) -> tuple[torch.d
     return chosen, store
 
 
-def _device(place: Place, device: str | None) -> torch.device:
+def _device(launch: Launch, device: str | None) -> torch.device:
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cpu":
         return torch.device("cpu")
     count = torch.accelerator.device_count()
-    local = place.rank if place.local_rank is None else place.local_rank
+    names = [name for name in _LOCAL_RANKS if name in os.environ]
+    local = int(os.environ[names[0]]) if names else launch.rank
     if local >= count:
         raise ValueError(
-            f"rhtcomm bench: rank {place.rank} is number {local} on its node, which has {count} "
+            f"rhtcomm bench: rank {launch.rank} is number {local} on its node, which has {count} "
             f"device(s) of kind {kind}; start fewer ranks per node, or give --device cpu"
         )
     chosen = torch.device(kind, local)
@@ -156,23 +100,19 @@ def _device(place: Place, device: str | None) -> torch.device:
     return chosen
 
 
-def _meeting_point(place: Place) -> tuple[str, int]:
-    """An address and a port of rank 0, for launchers that name none."""
-    if place.launcher == "srun":
-        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
-        port = 20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000
-        return first_host(nodes), port
+def _meeting_point(launch: Launch) -> tuple[str, int]:
+    """An address and a port of rank 0, which MPI carries where the launcher names none."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # mpi4py's wheels say so where there is no MPI
         raise ValueError(
-            "rhtcomm bench: MPI's launcher names no address to meet at, and mpi4py does not load "
+            f"rhtcomm bench: {launch.name} names no address to meet at, and mpi4py does not load "
             f"({error}); pip install 'rhtcomm[mpi]', or set MASTER_ADDR and MASTER_PORT on all "
             "ranks"
         ) from error
-    if MPI.COMM_WORLD.size != place.world_size:
+    if MPI.COMM_WORLD.size != launch.world_size:
         raise ValueError(
-            f"rhtcomm bench: the launcher started {place.world_size} ranks, but mpi4py sees "
+            f"rhtcomm bench: the launcher started {launch.world_size} ranks, but mpi4py sees "
             f"{MPI.COMM_WORLD.size}: it was built for another MPI; use the mpiexec of that one"
         )
     found: tuple[str, int] = MPI.COMM_WORLD.bcast(_free_address())
@@ -190,14 +130,6 @@ def _free_address() -> tuple[str, int]:
     except OSError:
         name = "127.0.0.1"
     return name, port
-
-
-def first_host(nodes: str) -> str:
-    """Of a list as Slurm writes it: node[03-05,7],gpu1 begins with node03."""
-    matched = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
-    if matched is None:
-        raise ValueError(f"rhtcomm bench: {nodes!r} is no list of Slurm's nodes; set MASTER_ADDR")
-    return matched[1] + (matched[2] or "")
 
 
 def spawn(count: int, arguments: Sequence[str]) -> int:

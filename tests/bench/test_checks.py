@@ -99,7 +99,7 @@ def test_all_ranks_follow_the_budget_of_the_first(ranks: Processes) -> None:
 
 
 def checked_on_two_levels(rank: int, world_size: int) -> list[tuple[str, str, float]]:
-    ranks = Ranks(torch.device("cpu"), local_world_size=2)
+    ranks = Ranks(torch.device("cpu"), ranks_per_node=2)
     assert (ranks.nodes, ranks.ranks_per_node) == (2, 2)
     chosen = {"bits": [4], "quantizers": ["ecdq"], "algorithms": ["all_gather", "two_shot"]}
     everybody = field(argparse.Namespace(communicator="torch", **chosen), "gloo", ranks)

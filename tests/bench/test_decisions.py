@@ -22,7 +22,6 @@ from rhtcomm.bench.contestants import (
 )
 from rhtcomm.bench.exchanges import expected_of, in_order
 from rhtcomm.bench.failures import sentence_of
-from rhtcomm.bench.ranks import find_place, first_host
 from rhtcomm.bench.report import printed
 from rhtcomm.bench.results import Result, Row, Step, write_csv, write_json
 from rhtcomm.bench.rounds import Entry
@@ -219,27 +218,6 @@ def test_what_advice_needs_comes_first() -> None:
 )
 def test_sentence_about_a_lost_rank(known: dict[int, str], expected: str) -> None:
     assert sentence_of(known, 2, "X").startswith(expected)
-
-
-def test_places_by_launcher() -> None:
-    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    place = find_place(torchrun | {"PMI_RANK": "0", "PMI_SIZE": "1"})
-    assert place is not None
-    assert (place.rank, place.world_size, place.local_rank, place.launcher) == (3, 4, 1, "torchrun")
-    srun = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
-    assert find_place(srun) is None  # a shell of salloc
-    place = find_place(srun | {"SLURM_STEP_ID": "0"})
-    assert place is not None
-    assert (place.rank, place.local_world_size, place.launcher) == (1, None, "srun")
-    assert find_place({}) is None
-
-
-@pytest.mark.parametrize(
-    ("nodes", "expected"),
-    [("node[03-05,7],gpu1", "node03"), ("gpu1,gpu2", "gpu1"), ("a-b-c.d", "a-b-c.d")],
-)
-def test_first_host_of_slurms_list(nodes: str, expected: str) -> None:
-    assert first_host(nodes) == expected
 
 
 def test_ranks_are_not_started_twice() -> None:
