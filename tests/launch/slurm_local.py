@@ -160,6 +160,26 @@ def diagnose(*options: str) -> None:
     assert expected in fine["MPI"]["fact"], report
 
 
+def measure(folder: Path) -> None:
+    """Run bench on a rank of each node, which srun starts; it must end with an advice."""
+    command = ["srun", "--quiet", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m"]
+    command += ["rhtcomm", "bench", "--seconds", "10", "--mebibytes", "0.25", "--bits", "4"]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, f"--json={folder / 'bench.json'}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    found = json.loads((folder / "bench.json").read_text())
+    assert (found["world_size"], found["nodes"], found["failed"]) == (2, 2, []), found
+    print(f"make slurm: bench: {found['advice']}", flush=True)
+
+
 def run_jobs(folder: Path) -> None:
     start_slurm(folder)
     whole = Files(folder, "whole")
@@ -175,6 +195,7 @@ def run_jobs(folder: Path) -> None:
 
     job("torchrun")
     diagnose()
+    measure(folder)
     if importlib.util.find_spec("mpi4py"):
         job("MPI", LAUNCHER="mpi", SRUN_OPTIONS="--mpi=pmi2")
         diagnose("--mpi=pmi2")
