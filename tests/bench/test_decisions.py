@@ -189,7 +189,7 @@ def test_order_of_interest() -> None:
 
 
 def test_what_advice_needs_comes_first() -> None:
-    field = torchs("gloo", 2, ("float32", "bf16")) + [power_sgd("gloo", 2, 1)]
+    field = [*torchs("gloo", 2, ("float32", "bf16")), power_sgd("gloo", 2, 1)]
     field += compressed_by("gloo", (4, 2), ("quic_fl",), ("all_gather",))
     problems = [cast(Problem, SimpleNamespace(numel=numel)) for numel in (MIB, 25 * MIB)]
     ordered = in_order([Entry(one, problem) for one in field for problem in problems])
