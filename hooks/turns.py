@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import weakref
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,6 +11,10 @@ import torch
 from ..communicators import Topology, users
 
 __all__ = ["Turn"]
+
+
+def _nothing() -> None:
+    return None
 
 
 class Turn:
@@ -27,6 +32,8 @@ class Turn:
         self._finished = threading.Condition(users.lock)
         self._unfinished = 0  # buckets
         self._backward: weakref.ref[object] | None = None  # pass that buckets come from
+        self.before_end: Callable[[], None] = _nothing
+        """Called at the end of a pass, before it waits for buckets."""
 
     def __repr__(self) -> str:
         return self._name
@@ -64,6 +71,7 @@ class Turn:
             users.give_back(self)
 
     def _end_backward(self) -> None:
+        self.before_end()
         # DDP may leave it to the user to wait for buckets, any time after the pass. Whether they
         # are finished when another state takes its turn would then differ between ranks.
         with self._finished:
