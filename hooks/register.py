@@ -142,6 +142,9 @@ class Handle:
 
         What it refuses changes nothing.
 
+        Args:
+            state: what `state_dict` returned, on this rank where it has residuals.
+
         Raises:
             ValueError: it is no saved state, has residuals of other ranks alone, or of another
                 model; or only one of it and this hook has error feedback.

@@ -146,8 +146,8 @@ def test_resuming_another_run_names_what_differs(ranks: Ranks, tmp_path: Path) -
         ("--steps 0", "--steps 0 must be at least 1"),
         ("--hook bf16 --telemetry x.csv", "--telemetry is for --hook rht, not bf16"),
         ("--checkpoint-every 0", "--checkpoint-every 0 must be at least 1"),
-        ("--device cuda", "torch finds no CUDA device here"),
-        ("--backend nccl", "torch finds no CUDA device here"),
+        ("--device cuda", "need a CUDA device, but torch finds none"),
+        ("--backend nccl", "need a CUDA device, but torch finds none"),
     ],
 )
 def test_arguments_that_cannot_be_are_named(
