@@ -236,7 +236,10 @@ class HookState:
         reducer.wishes = self.wishes
         residuals = self.residuals if self.error_feedback else None
         kept = (repr(self), self.totals, residuals, self.nmse_every, self.scales)
-        return self._kind_of_engine(device, reducer)(reducer, self._facts(number), *kept)
+        engine = self._kind_of_engine(device, reducer)(reducer, self._facts(number), *kept)
+        if self.reports is not None:
+            engine.turn.before_end = self.reports.land
+        return engine
 
     def _kind_of_engine(self, device: torch.device, reducer: Reducer) -> type[Engine]:
         return engine_for(device, reducer)

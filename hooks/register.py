@@ -107,8 +107,8 @@ class Handle:
 
         ``logger.log({"loss": loss} | handle.figures())``. Names begin with "rhtcomm/": `bytes_sent`
         and `encode_seconds`, `exchange_seconds` and `decode_seconds` of this rank and one step;
-        `compression_ratio`; and `nmse` of all steps so far, where `nmse_every` asks for it. Empty
-        where there was no step.
+        `compression_ratio`; with an observer `exposed_seconds`, for which training waited; and
+        `nmse` of all steps so far, where `nmse_every` asks for it. Empty where there was no step.
         """
         before, self._shown = self._shown, self.stats()
         return figures(before, self._shown)
