@@ -100,13 +100,13 @@ class Reports:
 
     def land(self, count: int | None = None) -> None:
         """Wait for the first `count` of the buckets, or all, in the place of training."""
-        if count is None:
-            count = len(self._followed)
-        landed = [self._followed.popleft() for _ in range(count)]
-        for followed in landed:
+        landed = []
+        for _ in range(len(self._followed) if count is None else count):
+            followed = self._followed.popleft()
             if followed.future is not None:
                 followed.land()
                 followed.future = None
+            landed.append(followed)
         self._landed.append(landed)
         self._deliver()
 

@@ -236,7 +236,7 @@ class Totals:
             squared_error=self.squared_error,
             squared_norm=self.squared_norm,
             exposed_seconds=self.exposed_seconds if self.waits else None,
-            waits=dict(self.waits),
+            waits=dict(sorted(self.waits.items())),
         )
 
 

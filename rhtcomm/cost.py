@@ -35,13 +35,15 @@ In m and h, 2 (n - 1) messages and one L are the acknowledgements by which a ste
 other transports have none. In gather, S and m are those of rank 0, and its link is busy in one
 direction after the other, each while chunks travel in the other one: X = (1 + 1 / c) F S / B.
 
-Without compression the transport adds up numbers in a ring, in 2 (n - 1) steps, while bytes travel:
+Without compression the transport adds up numbers in a ring, in 2 (n - 1) steps. In each of them a
+rank sends one message and asks for one. Adding, posting and moving bytes overlap with the link:
 
-    float32      S = 2 (n - 1) / n 4 N        seconds = 2 (n - 1) L + max(X, T max(1, 1 / k)) + V N
-    bf16         half the bytes               the same with C instead of V
+    seconds = 2 (n - 1) L + V N + max(X, (m Q + T) max(1, 1 / k)),   m = 4 (n - 1)
 
-V is the time to divide a coordinate by n, C to cast it to bfloat16, divide it there, and cast it
-back; A is that of such a sum. V N and C N become t / k times as long where k < t.
+    float32      S = 2 (n - 1) / n 4 N        V: divide by n
+    bf16         S = 2 (n - 1) / n 2 N        V: cast to bfloat16, divide by n, cast back
+
+Here A is that of such a sum. V N becomes t / k times as long where k < t.
 
 The model ignores what the backward pass hides, congestion, and links between machines that are
 slower than the machines' own.
@@ -81,14 +83,14 @@ class Prediction:
     algorithm: str  # "float32", "bf16", "all_gather", "two_shot" or "gather"
     bits: float
     bytes_sent: int  # S, without what frames add
-    messages: int  # m; of uncompressed ones 0, for the transport posts them itself
+    messages: int  # m
     chunks: int
     latency_seconds: float  # R + h L
     link_seconds: float  # X
-    codec_seconds: float  # K; without compression V N or C N
+    codec_seconds: float  # K; without compression V N
     posting_seconds: float  # m Q
     transport_seconds: float  # T
-    processor_seconds: float  # Y; without compression of the sum alone
+    processor_seconds: float  # Y; without compression (m Q + T) max(1, 1 / k)
     nmse: float  # summed over the hops: of one encoding, relative to what is encoded
 
     @property
@@ -129,19 +131,20 @@ class Model:
         found = []
         for name, bits, itemsize, per_byte, passes, nmse in ways:
             sent = ring_bytes(itemsize * self.numel, self.world_size)
-            transport = sent * per_byte
+            messages = 4 * (self.world_size - 1)
+            posting, transport = messages * link.posting, sent * per_byte
             prediction = Prediction(
                 name,
                 bits,
                 bytes_sent=sent,
-                messages=0,
+                messages=messages,
                 chunks=1,
                 latency_seconds=2 * (self.world_size - 1) * link.latency,
                 link_seconds=self._on_the_link(sent),
                 codec_seconds=passes * self.slowdown * max(1.0, self.threads / self.cores),
-                posting_seconds=0.0,
+                posting_seconds=posting,
                 transport_seconds=transport,
-                processor_seconds=transport * max(1.0, 1 / self.cores),
+                processor_seconds=(posting + transport) * max(1.0, 1 / self.cores),
                 nmse=nmse,
             )
             found.append(prediction)

@@ -48,7 +48,7 @@ def diagnose(launch: Launch, seconds: float, as_json: bool) -> int:
     logging.getLogger("rhtcomm").setLevel(logging.ERROR)  # its warnings are findings here
     from_mpi: dict[str, Any] = {}
     # First, as MPI knows where ranks on several machines can meet.
-    last = guarded("MPI", partial(_mpi, launch, seconds, from_mpi), seconds + 30)
+    last = guarded("MPI", partial(_mpi, launch, seconds, from_mpi), seconds + 90)
     launch = _with_address(launch, from_mpi)
     meeting: list[Meeting] = []
     if launch.world_size > 1:
@@ -89,11 +89,17 @@ def alone(launch: Launch, seconds: float) -> list[Finding]:
 def _together(
     meeting: "Meeting", launch: Launch, findings: list[Finding], seconds: float, as_json: bool
 ) -> int:
-    exchange = partial(_named("ranks", "exchange"), meeting, launch, seconds)
-    meeting.tell(findings + guarded("exchange", exchange, 3 * seconds))
+    """Rank 0 prints for all."""
+    longer = 0.0
+    if launch.machines is not None:  # all ranks came
+        longer = 3 * seconds + 60
+        if meeting.ready(longer=60):
+            exchange = partial(_named("ranks", "exchange"), meeting, launch, seconds)
+            findings = findings + guarded("exchange", exchange, 3 * seconds + 30)
+    meeting.tell(findings)
     if launch.rank != 0:
-        return meeting.status(longer=4 * seconds)
-    by_rank, silent = meeting.gather(longer=4 * seconds)
+        return meeting.status(longer)
+    by_rank, silent = meeting.gather(longer)
     status = printed(by_rank, launch, as_json, silent)
     meeting.end(status)
     return status

@@ -66,13 +66,22 @@ class Meeting:
         """
         boot = Path("/proc/sys/kernel/random/boot_id")
         own = f"{socket.gethostname()} {boot.read_text() if boot.exists() else ''}"
-        self.store.set(f"machine of {self._launch.rank}", own)
-        keys = [f"machine of {rank}" for rank in range(self._launch.world_size)]
+        keys = self._all_set("machine", own, 0)
+        return len({self.store.get(key) for key in keys}) if keys else None
+
+    def ready(self, longer: float) -> bool:
+        """Whether all ranks have called it, within so many seconds more than usual."""
+        return bool(self._all_set("ready", "", longer))
+
+    def _all_set(self, name: str, own: str, longer: float) -> list[str]:
+        """The keys under which all ranks have set something; none if some did not in time."""
+        self.store.set(f"{name} {self._launch.rank}", own)
+        keys = [f"{name} {rank}" for rank in range(self._launch.world_size)]
         try:
-            self.store.wait(keys, self._patience)
+            self.store.wait(keys, self._patience + timedelta(seconds=longer))
         except RuntimeError:
-            return None
-        return len({self.store.get(key) for key in keys})
+            return []
+        return keys
 
     def tell(self, findings: Sequence[Finding]) -> None:
         told = json.dumps([dataclasses.asdict(one) for one in findings])

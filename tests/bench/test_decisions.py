@@ -4,18 +4,28 @@ import csv
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from rhtcomm.bench.advice import advise, crossover, of_steps
 from rhtcomm.bench.budget import LEAST, MOST, TURN, admitted, allocate, schedule
+from rhtcomm.bench.checks import Problem
 from rhtcomm.bench.command import without_ranks
-from rhtcomm.bench.contestants import compressed_by, expected_error, interest
-from rhtcomm.bench.exchanges import expected_of
+from rhtcomm.bench.contestants import (
+    compressed_by,
+    expected_error,
+    interest,
+    power_sgd,
+    torchs,
+)
+from rhtcomm.bench.exchanges import expected_of, in_order
 from rhtcomm.bench.failures import sentence_of
 from rhtcomm.bench.ranks import find_place, first_host
 from rhtcomm.bench.report import printed
 from rhtcomm.bench.results import Result, Row, Step, write_csv, write_json
+from rhtcomm.bench.rounds import Entry
 
 MIB = 1 << 18
 
@@ -176,6 +186,19 @@ def test_order_of_interest() -> None:
     for world_size, best in ((2, "all_gather"), (4, "two_shot")):
         ordered = sorted(field, key=lambda one: interest(world_size, one))
         assert ordered[0].name == f"rht4 {best}"
+
+
+def test_what_advice_needs_comes_first() -> None:
+    field = torchs("gloo", 2, ("float32", "bf16")) + [power_sgd("gloo", 2, 1)]
+    field += compressed_by("gloo", (4, 2), ("quic_fl",), ("all_gather",))
+    problems = [cast(Problem, SimpleNamespace(numel=numel)) for numel in (MIB, 25 * MIB)]
+    ordered = in_order([Entry(one, problem) for one in field for problem in problems])
+    assert len(ordered) == 10
+    assert [(one.contestant.name, one.numel // MIB) for one in ordered[:7]] == [
+        *(("float32", 1), ("bf16", 1), ("rht4 all_gather", 1)),
+        *(("float32", 25), ("bf16", 25), ("rht4 all_gather", 25)),
+        ("PowerSGD rank 1", 1),
+    ]
 
 
 # ---- Ranks --------------------------------------------------------------------------------------

@@ -122,34 +122,47 @@ if os.environ["RANK"] == "1":
     assert first.returncode == second.returncode == (report["counts"]["problem"] > 0), report
 
 
-def test_ranks_that_do_not_come_or_have_another_version() -> None:
-    before = """
+def test_ranks_that_do_not_come_or_cannot_exchange() -> None:
+    another_version = """
 import os
 if os.environ["RANK"] == "1":
     import rhtcomm.versions
     rhtcomm.versions.VERSIONS["package version"] = "9.9"
+"""
+    no_interface = """
+import os
+if os.environ["RANK"] == "1":
+    os.environ["GLOO_SOCKET_IFNAME"] = "none"
 """
     with reserved_port() as port, reserved_port() as nobody:
         variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         waiting = program("--seconds", "1")
         first = start(waiting, **variables, RANK="0", MASTER_PORT=str(port))
         second = start(waiting, **variables, RANK="1", MASTER_PORT=str(nobody))
-        several = run_program(program(before=before), 2)
+        differing = run_program(program(before=another_version), 2)
+        parted = run_program(program("--seconds", "3", before=no_interface), 2)
         done, reached_nobody = (one.wait(limit(120)) for one in (first, second))
 
     # Rank 0 holds the store, and says who did not come.
     report = json.loads(done.stdout)
     (silent,) = of_topic(report, "ranks")
     assert (silent["grade"], silent["ranks"]) == ("problem", [1])
-    (exchange,) = of_topic(report, "exchange")
-    assert "Gloo does not connect rank 0" in exchange["fact"]
+    assert of_topic(report, "exchange") == []
     # Another rank that does not reach it speaks for itself.
     (found,) = of_topic(json.loads(reached_nobody.stdout), "ranks")
     assert (found["grade"], found["ranks"]) == ("problem", [1])
     assert f"rank 1 could not reach 127.0.0.1:{nobody}" in found["fact"]
     assert [done.returncode, reached_nobody.returncode] == [1, 1]
 
-    (exchange,) = of_topic(json.loads(several[0].stdout), "exchange")
+    (exchange,) = of_topic(json.loads(differing[0].stdout), "exchange")
     assert exchange["grade"] == "problem"
     assert "package version (0.1.0 on rank 0; 9.9 on rank 1)" in exchange["fact"]
-    assert [one.returncode for one in several] == [1, 1]
+    assert [one.returncode for one in differing] == [1, 1]
+
+    report = json.loads(parted[0].stdout)
+    assert {tuple(one["ranks"]) for one in of_topic(report, "Gloo")} == {(0,), (1,)}
+    (exchange,) = of_topic(report, "exchange")
+    assert exchange["grade"] == "problem"
+    assert "Gloo does not connect rank" in exchange["fact"]
+    assert exchange["ranks"] == [0, 1]
+    assert [one.returncode for one in parted] == [1, 1]
