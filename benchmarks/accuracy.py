@@ -246,7 +246,7 @@ def promises(points: Points) -> str:
         "b",
         "exact mode: table",
         "measured",
-        "off by",
+        "difference",
         "Eden",
         "VectorQuantizer",
         "against Eden",
@@ -281,25 +281,26 @@ def report(effort: Effort, folder: Path) -> str:
     return f"""{heading()}
 ## Error of one sender against bits on the wire
 
-Mean of |x^ - x|^2 / |x|^2 over {effort.seeds} seeds, with its standard error where that is above
-2% (a few blocks hold most of a gradient's energy); {numel},
+Mean of |x^ - x|^2 / |x|^2 over {effort.seeds} seeds, with its standard error if that is above
+2% (a few blocks hold most of a gradient's energy). Inputs: {numel},
 and gradients of the demo's model (layers, width, heads = {effort.model}) on one rank. Bits are
-payload bytes * 8 / numel: headers, scales, exact values and padding included; ranges are over the
-inputs. The lattice needs lanes that hold a sum, here one over 2 ranks. Uniform quantization, QSGD
-and TernGrad are counted as plain fixed-width fields with float32 scales (TernGrad 5 digits per
-byte); "Elias" counts the exact length of QSGD's own entropy code on these data. All but "TernGrad,
-biased" are unbiased.
+payload bytes * 8 / numel, including headers, scales, exact values and padding; ranges are over the
+inputs. The lattice's fields must hold a sum over ranks, here over 2. Uniform quantization, QSGD
+and TernGrad are counted as plain fixed-width fields with float32 scales (TernGrad: 5 digits per
+byte). "Elias" is the exact length of QSGD's own entropy code on these data. All methods are
+unbiased except "TernGrad, biased".
 
 {text}
 ![Error against bits on the wire](accuracy.png)
 
 ## At equal bits on the wire
 
-Log-linear between neighbouring points of a method, nothing where it has none on both sides.
+Log-linear interpolation between a method's neighbouring points; empty outside its range.
 {equal}
-## Against what the tables promise
+## Measured and expected error
 
-vNMSE in blocks of {BLOCK}; a block's room for exact values is finite, which costs what is off by.
+vNMSE in blocks of {BLOCK}. The exact mode differs from its table since a block has limited room for
+exact values.
 
 {promises(points)}"""
 

@@ -231,14 +231,14 @@ def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
 steps of the demo's model (AdamW, half the demo's learning rate), an outer step every \
 {arguments.period} (SGD, lr 0.7, Nesterov momentum 0.9).
 
-Loss: validation, nats per byte, mean over seeds; against uncompressed outer steps: mean of the
-changes seed by seed, ± its standard error. All ranks ended with the same bits (checked).
-Seconds per period: communication of {arguments.period} inner steps that training waits for, median
-over seeds: for DDP from the first gradient bucket to the last mean, in each step; for the others
-the whole outer step, in which the parameters are read, encoded, exchanged, decoded and set. With
-delay most of the exchange is hidden. Exchange: how long of it messages were waited for. Load
-average at the end, {os.getloadavg()[0]:.1f}: what exceeds the number of ranks is other work, which
-slows all but the link.
+Loss: validation, nats per byte, mean over seeds. "Against" uncompressed outer steps: mean of the
+differences by seed, ± its standard error. All ranks ended with the same bits (checked).
+Seconds per period: communication that training waits for in {arguments.period} inner steps, median
+over seeds. For DDP that is the time from the first gradient bucket to the last mean, in each step.
+For the others it is the whole outer step: read, encode, exchange, decode and set the parameters.
+With delay most of the exchange is hidden. Exchange: the part spent waiting for messages. Load
+average at the end, {os.getloadavg()[0]:.1f}; the excess over the number of ranks is other work,
+which slows everything except the link.
 
 {table(header, cells)}"""
 

@@ -49,10 +49,12 @@ class Scenario:
 SCENARIOS = {
     "killed": Scenario("rank 1 is killed (SIGKILL) in mid-exchange"),
     "stopped": Scenario("rank 1 stops (SIGSTOP) in mid-exchange"),
-    # The others must not wait for a rank that failed and lives on, so the timeout is beyond LIMIT.
-    "raises": Scenario("encode raises on rank 1, which lives on", timeout=1000),
+    # The others must not wait for a rank that failed but keeps running: the timeout exceeds LIMIT.
+    "raises": Scenario("encode raises on rank 1, which keeps running", timeout=1000),
     "raises, two levels": Scenario(
-        "encode raises on rank 1 of 2 nodes x 2 ranks, which lives on", timeout=1000, world_size=4
+        "encode raises on rank 1 of 2 nodes x 2 ranks, which keeps running",
+        timeout=1000,
+        world_size=4,
     ),
     "no hook": Scenario("rank 1 registers no hook"),
     "configured differently": Scenario("rank 1 has bits=3, the others bits=4"),
@@ -136,7 +138,7 @@ def inject(name: str) -> None:
 
             MPI.COMM_WORLD.Abort(3)
         if name in ("raises", "raises, two levels"):
-            raise ZeroDivisionError("made for the purpose")
+            raise ZeroDivisionError("injected failure")
 
     if name in ("no hook", "configured differently"):
         fault()
@@ -249,7 +251,7 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, Python {platform.python_version()}, 3 or 4 ranks on loopback\n"
     )
-    header = ["what was done", "rank", "seconds", "exit code", "what it printed last"]
+    header = ["fault", "rank", "seconds", "exit code", "last line printed"]
     for line in table_lines(header, rows(), left=range(len(header))):
         print(line, flush=True)
 

@@ -182,14 +182,14 @@ def report(rows: list[dict[str, str]]) -> str:
     text = f"""# benchmarks/fsdp.py
 
 {machine()}; one thread per rank, all ranks on {os.cpu_count()} cores; load average at the \
-end, {os.getloadavg()[0]:.1f}: what exceeds the number of ranks is other work.
+end, {os.getloadavg()[0]:.1f}; the excess over the number of ranks is other work.
 
-Time of a step (forward and backward) of a model of wide linear layers in FSDP2 over Gloo, on the
-slowest rank. FSDP2 gathers the parameters for the forward pass and, unless
-`reshard_after_forward=False`, again for the backward pass; compression leaves that as it is.
-Gradients are reduced as float32, uncompressed by Gloo's reduce-scatter, which moves as much as an
-all-reduce. Sent: what left rank 0 through its link in a step, with all headers. Ideal: that over
-the link's rate.
+Time of a step (forward and backward) on the slowest rank, for a model of wide linear layers in
+FSDP2 over Gloo. FSDP2 gathers the parameters for the forward pass and, unless
+`reshard_after_forward=False`, again for the backward pass; this is not compressed.
+Gradients are reduced in float32. Uncompressed, Gloo's reduce-scatter does it, which moves as many
+bytes as an all-reduce. Sent: bytes that left rank 0 through its link in a step, with all headers.
+Ideal: these bytes divided by the link's rate.
 """
     runs: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in rows:

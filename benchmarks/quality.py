@@ -247,9 +247,9 @@ def report(results: Results) -> str:
     parts = [
         heading(),
         f"{RANKS} ranks, Gloo. Differences from float32 with the same seed, in percent of its mean "
-        "loss: mean over\nseeds and its 95% interval. Bold: worse, and not by chance. Of the "
-        "regression, losses are what exceeds the\nleast one. Runs that earlier commands left in "
-        "quality.csv are in the tables too.\n",
+        "loss: mean over\nseeds and its 95% interval. Bold: worse, and not by chance. For "
+        "regression, the loss is the excess over the\nminimum. The tables include runs that "
+        "earlier commands left in quality.csv.\n",
     ]
     header = ["gradients", "seeds", "final loss", "against float32", "mean over all steps"]
     for problem, optimizer in dict.fromkeys((run.problem, run.optimizer) for run in results):

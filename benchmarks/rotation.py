@@ -137,24 +137,23 @@ def distances(effort: Effort, laws: Laws) -> str:
     listed, sampled = exact_check(effort)
     return f"""## Distance of a fixed coordinate of d^(1/2) R_k x from N(0, 1)
 
-Given R_(k-1) x = u, coordinate i is sum_j +-s_j u_j with independent random signs s of D_k, and the
-signs of row i of H are absorbed by s: its law does not depend on i. So all coordinates of one
-rotation are draws of that law, though not independent ones, and {effort.samples} of them, of
-{effort.samples} / d keys, are pooled; by the same argument the law is symmetric, and each counts
-with both signs. Checked with `rhtcomm.RandomizedHadamard` at d = 256: samples of one coordinate
-over {effort.keys} keys differ from the pool by at most {statistic:.2f} / {
-        effort.keys
-    }^(1/2), where chance exceeds
-{level:.2f} once in 1000 checks. Signs are NumPy's (PCG64), the transform is one or two products
-with Hadamard matrices. Where the law can be listed (at most 16 nonzeros, or all alike, for k = 1;
-one-hot and two-hot for k = 2) the distances are exact.
+Given R_(k-1) x = u, coordinate i is sum_j +-s_j u_j with independent random signs s of D_k. The
+signs of row i of H do not change the distribution of s, so the distribution of the coordinate does
+not depend on i. All coordinates of one rotation are (dependent) draws from it, and
+{effort.samples} of them, from {effort.samples} / d keys, are pooled. For the same reason the
+distribution is symmetric, and each draw counts with both signs. Checked with
+`rhtcomm.RandomizedHadamard` at d = 256: samples of one coordinate over {effort.keys} keys
+differ from the pool by at most {statistic:.2f} / {effort.keys}^(1/2); chance exceeds
+{level:.2f} once in 1000 checks. Signs come from NumPy (PCG64), the transform is one or two
+products with Hadamard matrices. If the distribution can be enumerated (k = 1: at most 16 nonzeros,
+or all equal; k = 2: one-hot and two-hot), the distances are exact.
 
-The sampling floor is half the distance between the samples of two halves of the keys, which has
-the size of the pooled sample's own deviation; its median is {median_floor(laws, "kolmogorov"):.1e}
+The sampling floor is half the distance between the samples of two halves of the keys, which
+estimates the sampling error of the pool; its median is {median_floor(laws, "kolmogorov"):.1e}
 (Kolmogorov) and {median_floor(laws, "wasserstein"):.1e} (Wasserstein). In parentheses: less than
 {MARGIN} times the cell's own floor. The slope is that of log distance against log d, from the left
-up to the first such cell. As a check of the sampling, two-hot after k = 2 at d = 1024 is a scaled
-binomial, with distances {listed[0].value:.6f} and {listed[1].value:.6f}; sampled they are
+up to the first such cell. To check the sampling: two-hot after k = 2 at d = 1024 is a scaled
+binomial, with distances {listed[0].value:.6f} and {listed[1].value:.6f}; the sampled ones are
 {sampled[0].value:.6f} (floor {sampled[0].floor:.6f}) and {sampled[1].value:.6f} (floor
 {sampled[1].floor:.6f}).
 {distance_tables(laws, effort)}
@@ -167,12 +166,12 @@ def covariances(effort: Effort, laws: Laws) -> str:
     covariance_floor = (effort.samples / 256) ** -0.5
     return f"""## Covariances inside groups of 8 adjacent coordinates
 
-Given all but the last transform, coordinates i and j have the covariance
+Given all but the last rotation, coordinates i and j have the covariance
 sum_l (-1)^popcount((i^j) & l) u_l^2, u = R_(k-1) x. The first tables show its largest magnitude
-inside a group, averaged over keys; three transforms make it decay for every input, which is what
-carries the expected error of a vector quantizer over. The last table has no condition and comes
-from whole rotations: from k = 2 on two coordinates are uncorrelated, since E u_l^2 = 1/d, but after
-two transforms their squares need not be (two-hot has pairs z_j = +-z_i). Its sampling error is
+inside a group, averaged over keys. After three rotations it decays for every input; therefore a
+vector quantizer then has its expected error. The last table is unconditional: all rotations are
+random. From k = 2 on, two coordinates are uncorrelated, since E u_l^2 = 1/d. But after two
+rotations their squares may be correlated (two-hot has pairs z_j = +-z_i). Its sampling error is
 about {covariance_floor:.3f}.
 {covariance_tables(laws, effort)}"""
 
@@ -186,14 +185,14 @@ def quantizers(effort: Effort) -> str:
     ]
     return f"""## Errors of quantizers, d = {effort.size}
 
-{effort.batches} groups of N = {effort.draws} keys; k in bold is what the quantizer promises. The
-dense rotations are products of two out of many orthogonal factors of Gaussian matrices (with the
+{effort.batches} groups of N = {effort.draws} keys; the quantizer's default k is bold. The dense
+rotations are products of two out of many orthogonal factors of Gaussian matrices (with the
 signs fixed), pairwise independent; their error is the same for every input. The relative standard
 error of N NMSE(N) is about (2 / d / {effort.batches})^(1/2) = {standard_error:.1%}, as the mean's
 d errors are close to independent Gaussians; "farthest" is the ratio that is farthest from 1.
 {error_tables(measure_errors(effort), effort)}
-What k = 2 leaves at finite d shows most where it leaves a lattice: EDEN on two-hot, vNMSE over that
-of its codebook for N(0, 1).
+At finite d, two rotations differ most from a Gaussian if they give a lattice. The table shows this
+case: EDEN on two-hot, vNMSE over that of its codebook for N(0, 1).
 
 {eden_on_two_hot(effort)}
 DRIVE on (1, .6, .3, 0, ...), d = 4096, 1000 seeds (an unbiased code at vNMSE 0.571 has

@@ -93,9 +93,9 @@ def main(arguments: list[str] | None = None) -> str:
             f"QUIC-FL, blocks of {BLOCK}, compiled for compute capability 9.0 by Triton "
             f"{triton.__version__}. No GPU ran.",
             "",
-            "Instructions of a thread per coordinate, by kind; registers of a thread, bytes "
-            "spilled, KiB of shared",
-            "memory of a program, and programs that a multiprocessor holds:",
+            "Thread instructions per coordinate, by kind; registers and spilled bytes per thread; "
+            "KiB of shared",
+            "memory per program; programs that fit on a multiprocessor:",
             "",
             table(
                 [
@@ -114,9 +114,9 @@ def main(arguments: list[str] | None = None) -> str:
                 [first for first, _ in rows],
                 left=(0, 1),
             ),
-            f"Clocks of a multiprocessor per coordinate on an H100 ({MULTIPROCESSORS} of them at "
+            f"Multiprocessor clocks per coordinate on an H100 ({MULTIPROCESSORS} of them at "
             f"{CLOCK / 1e9} GHz, a copy",
-            f"at {COPY / 1e12} TB/s): the bytes alone, and what each limit allows.",
+            f"at {COPY / 1e12} TB/s): for the bytes alone, and the minimum set by each resource.",
             "",
             table(
                 [
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> str:
                     "conversions",
                     "shared memory",
                     "slowest",
-                    "of the roofline at most",
+                    "share of the roofline, at most",
                 ],
                 [second for _, second in rows],
                 left=(0, 1, 11),

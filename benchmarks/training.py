@@ -153,12 +153,12 @@ def report(rows: list[dict[str, Any]], target: float, arguments: argparse.Namesp
 the demo's model at half its learning rate, buckets of {arguments.bucket_cap_mb:g} MiB \
 (PowerSGD: one bucket), {arguments.seeds} seed(s).
 
-Time to a validation loss of {target:.4f}: the final one of the contestant that ends
-highest; median over seeds, as are final losses (lowest .. highest). Load average at the
-end, {os.getloadavg()[0]:.1f}: what exceeds the number of ranks is other work, which
-slows the compute of the runs it falls on. Medians of a step on rank 0. Exposed:
-from the last gradient until the backward pass returns. Codec: encoding and decoding,
-part of it hidden by the backward pass.
+Time to reach a validation loss of {target:.4f}, the highest final loss of all contestants.
+Times and final losses (lowest .. highest) are medians over seeds. Load average at the end,
+{os.getloadavg()[0]:.1f}; the excess over the number of ranks is other work, which slows the
+compute of the runs it coincides with. Step times are medians on rank 0. Exposed: from the last
+gradient until the backward pass returns. Codec: encoding and decoding, partly hidden by the
+backward pass.
 
 {table(header, cells, left=(0, 1, 2))}"""
 

@@ -1,4 +1,4 @@
-"""What an RHTState saves, and how it is read back."""
+"""Saving and loading an RHTState."""
 
 import operator
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ _CALL = "RHTState.load_state_dict"
 
 
 class Saved(NamedTuple):
-    """What `RHTState.state_dict` returned, checked."""
+    """The checked result of `RHTState.state_dict`."""
 
     key: Key
     wishes: dict[tuple[int, int], int]
     residuals: Mapping[str, torch.Tensor] | None
     place: tuple[int, int] | None
-    """Rank and world size that the residuals are of, where there are any."""
+    """Rank and world size of the residuals, if there are any."""
     scales: Mapping[str, torch.Tensor]
     buckets: list[list[str]]
 
@@ -31,16 +31,17 @@ def read(state: object, codec: Codec | Lattice, error_feedback: bool) -> Saved:
     """Check a saved state.
 
     Raises:
-        ValueError: it is none, or only one of it and the present state has error feedback.
+        ValueError: it is not a saved state, or only one of it and the present state has error
+            feedback.
     """
     if not isinstance(state, Mapping) or not {"seed", "step"} <= state.keys():
         this = f"has {list(state)}" if isinstance(state, Mapping) else f"is {state!r:.80}"
         raise ValueError(
-            f"{_CALL}: a state has seed and step, but this {this}; give what state_dict() returned"
+            f"{_CALL}: a state has seed and step, but this {this}; pass what state_dict() returned"
         )
     residuals = _residuals(state, error_feedback)
     place: Any = (state.get("rank"), state.get("world_size")) if residuals else None
-    # What a run with "auto" saved means nothing to a fixed number.
+    # The numbers saved by a run with "auto" are ignored if the number is fixed.
     wishes = _wishes(state.get("rotations", [])) if codec.rotations == AUTO else {}
     scales = _by_name(state, "scales") or {}
     key, buckets = Key(state["seed"], state["step"]), _buckets(state.get("buckets", []))
@@ -48,29 +49,31 @@ def read(state: object, codec: Codec | Lattice, error_feedback: bool) -> Saved:
 
 
 def check_place(saved: tuple[Any, Any] | None, own: tuple[int, int] | None) -> None:
-    """Raise ValueError if residuals were saved by another rank, as far as both are known."""
+    """Raise ValueError if residuals were saved by another rank, if both ranks are known."""
     if saved is None or (None not in saved and own in (None, saved)):
         return
     this = "" if own is None else f", but this is rank {own[0]} of {own[1]}"
     raise ValueError(
-        f"{_CALL}: residuals differ between ranks, and these are of rank {saved[0]} of {saved[1]}"
-        f'{this}; give each rank what it saved, or begin without: state["residuals"] = {{}}'
+        f"{_CALL}: residuals differ between ranks, and these are from rank {saved[0]} of "
+        f'{saved[1]}{this}; load on each rank what it saved, or drop them: state["residuals"] = '
+        "{}"
     )
 
 
 def _wishes(rows: Any) -> dict[tuple[int, int], int]:
-    """Of rows that hold a bucket's number, its length, and how many rotations ranks want for it."""
+    """The requested rotations, from rows of a bucket's number, its length and the number of
+    rotations."""
     try:
         plain = [[operator.index(number) for number in row] for row in rows]
         wishes = {(index, numel): count for index, numel, count in plain}
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{_CALL}: rotations must hold a bucket's index, its length and a count in each row, "
-            f"but this has {rows!r:.80}; give what state_dict() returned"
+            f"{_CALL}: each row of rotations must hold a bucket's index, its length and a count, "
+            f"but this has {rows!r:.80}; pass what state_dict() returned"
         ) from error
     if odd := {*wishes.values()} - {1, 2, 3}:
         raise ValueError(
-            f"{_CALL}: rotations must be 1, 2 or 3, but this has {odd}; give what state_dict() "
+            f"{_CALL}: rotations must be 1, 2 or 3, but this has {odd}; pass what state_dict() "
             "returned"
         )
     return wishes
@@ -82,8 +85,8 @@ def _buckets(rows: Any) -> list[list[str]]:
     names = [name for row in rows for name in row] if plain else [None]
     if not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
         raise ValueError(
-            f"{_CALL}: buckets must be lists of names of parameters, each name once, but this has "
-            f"{rows!r:.80}; give what state_dict() returned"
+            f"{_CALL}: buckets must be lists of parameter names, without duplicates, but this has "
+            f"{rows!r:.80}; pass what state_dict() returned"
         )
     return rows  # type: ignore[no-any-return]
 
@@ -93,7 +96,7 @@ def _by_name(state: Mapping[str, Any], what: str) -> Mapping[str, torch.Tensor] 
     if values is not None and not isinstance(values, Mapping):
         raise ValueError(
             f"{_CALL}: {what} must be a dictionary of tensors by name, but this has "
-            f"{values!r:.80}; give what state_dict() returned"
+            f"{values!r:.80}; pass what state_dict() returned"
         )
     return values
 
@@ -103,6 +106,7 @@ def _residuals(state: Mapping[str, Any], error_feedback: bool) -> Mapping[str, t
     if (residuals is not None) != error_feedback:
         raise ValueError(
             f"{_CALL}: error_feedback={error_feedback}, but what was saved has "
-            f"{'no ' * (residuals is None)}residuals; make the state as it was then"
+            f"{'no ' * (residuals is None)}residuals; create the state with the error_feedback of "
+            "the saved run"
         )
     return residuals

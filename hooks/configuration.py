@@ -25,7 +25,7 @@ def codec_for(
     exact_fraction: float,
     error_feedback: bool,
 ) -> Codec | Lattice:
-    """What RHTState compresses by.
+    """The codec of an RHTState.
 
     Raises:
         ValueError: an argument is out of its range, or does not fit the others.
@@ -37,7 +37,7 @@ def codec_for(
 
 
 def most_bits(quantizer: Quantizer) -> int:
-    """Per coordinate."""
+    """Bits per coordinate."""
     return _MOST_BITS.get(quantizer, 8)
 
 
@@ -55,8 +55,8 @@ def _codec(
         )
     if exact_fraction and quantizer != "quic_fl":
         raise ValueError(
-            f"RHTState: exact_fraction={exact_fraction!r} is for quantizer='quic_fl' alone, "
-            f"not {quantizer!r}; leave it out"
+            f"RHTState: exact_fraction={exact_fraction!r} is only for quantizer='quic_fl', not "
+            f"{quantizer!r}; leave it out"
         )
     if quantizer == "quic_fl":
         return Codec(QuicFL(bits, exact_fraction), rotations, block)
@@ -66,7 +66,7 @@ def _codec(
         return Codec(_EDEN[quantizer](bits, biased=error_feedback), rotations, block)
     if isinstance(rotations, str):
         raise ValueError(
-            'RHTState: rotations="auto" is not for quantizer="lattice", whose error depends '
-            "on the largest coordinate; give a number"
+            'RHTState: rotations="auto" is not for quantizer="lattice", whose error depends on '
+            "the largest coordinate; pass a number"
         )
     return Lattice(bits, 2 if rotations is None else rotations, block)

@@ -1,4 +1,4 @@
-"""What buckets travel over: the ranks of the DDP model, and connections among them."""
+"""The ranks of the DDP model, and the connections over which their buckets are sent."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -19,18 +19,18 @@ def connect(
     given: Topology | None,
     timeout: timedelta | None,
 ) -> Topology:
-    """Connections for buckets on a device; all ranks call it.
+    """Connections for buckets on a device; all ranks must call it.
 
-    A transport that enqueues exchanges works on the group that DDP itself uses, where calls keep
-    their order; one that makes the host wait gets connections of its own, where that is possible.
+    A transport that enqueues exchanges uses DDP's own group, where calls keep their order. A
+    transport that blocks the host gets private connections, if possible.
 
     Args:
-        group: DDP's, or what stands for it; None: the world.
-        given: what the user gave in its place.
+        group: DDP's, or the user's process_group; None: the world.
+        given: the user's communicator, used instead.
 
     Raises:
-        RuntimeError: torch.distributed is not initialized, or another rank did not come.
-        ValueError: the levels of what was given differ in whether they make the host wait.
+        RuntimeError: torch.distributed is not initialized, or another rank did not connect.
+        ValueError: only one level of the given communicator blocks the host.
     """
     if given is not None:
         if given.enqueues(device.type):
@@ -41,7 +41,7 @@ def connect(
     if group is None:
         raise RuntimeError(
             "rhtcomm.hooks: torch.distributed is not initialized; call "
-            "torch.distributed.init_process_group first (and launch by torchrun)"
+            "torch.distributed.init_process_group first (and start the script with torchrun)"
         )
     shared = TorchCommunicator(group)
     if shared.enqueues(device.type):
@@ -50,39 +50,42 @@ def connect(
 
 
 def _check_levels(given: Topology, device: str) -> None:
-    """A worker thread must not call what enqueues, and autograd's thread should not wait."""
+    """A worker thread must not call a transport that enqueues, and autograd's thread should not
+    wait."""
     if given.within is None or given.within.enqueues(device) == given.between.enqueues(device):
         return
     waits = "within a node" if given.between.enqueues(device) else "between nodes"
     raise ValueError(
-        f"RHTState: exchanges of {device} tensors {waits} make the host wait, while those of the "
-        "other level are queued on a stream (as on NCCL); the hook needs both levels of one kind: "
-        "give groups of the same backend to HierarchicalCommunicator"
+        f"RHTState: exchanges of {device} tensors {waits} block the host, but those of the other "
+        "level are queued on a stream (as with NCCL); the hook needs both levels of one kind: "
+        "pass groups of the same backend to HierarchicalCommunicator"
     )
 
 
 def check_communicator(
     communicator: object, process_group: object, timeout: object, owner: str
 ) -> None:
-    """Check the arguments of that name for each other.
+    """Check that these arguments fit together.
 
     Raises:
-        ValueError: a communicator and one of the others.
-        TypeError: one of them is of another type.
+        ValueError: a communicator was passed together with one of the others.
+        TypeError: one of them has another type.
     """
     if communicator is not None and (process_group is not None or timeout is not None):
         raise ValueError(
-            f"{owner}: a communicator brings its own ranks and timeout; "
-            "leave out process_group and timeout"
+            f"{owner}: a communicator has its own ranks and timeout; leave out process_group and "
+            "timeout"
         )
     check_timeout(timeout, owner)
     if communicator is not None and not callable(getattr(communicator, "all_reduce_", None)):
         raise TypeError(
             f"{owner}: communicator={communicator!r} must be an object such as "
-            "rhtcomm.MPICommunicator(); a process group goes to process_group"
+            "rhtcomm.MPICommunicator(); pass a process group as process_group"
         )
     if isinstance(communicator, type):
-        raise TypeError(f"{owner}: communicator={communicator!r} is a class; make an object of it")
+        raise TypeError(
+            f"{owner}: communicator={communicator!r} is a class; pass an instance of it"
+        )
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
             f"{owner}: process_group={process_group!r} must be a process group, the one that "
@@ -103,24 +106,26 @@ def check_timeout(timeout: object, owner: str) -> None:
 def check_ranks(
     of_model: Sequence[int], process_group: dist.ProcessGroup | None, given: Any
 ) -> None:
-    """Raise ValueError if a state was told of other ranks than its model averages over."""
+    """Raise ValueError if a state was given other ranks than those of its model."""
     if process_group is not None and ranks_of(process_group) != of_model:
         raise ValueError(
-            f"RHTState: process_group has the ranks {ranks_of(process_group)}, but the DDP "
-            f"model that it is registered on averages over {of_model}; leave "
-            "process_group out, or give DDP's"
+            f"RHTState: process_group has the ranks {ranks_of(process_group)}, but the DDP model "
+            f"that it is registered on averages over {of_model}; leave out process_group, or pass "
+            "DDP's"
         )
     if given is None:
         return
     if given.world_size != len(of_model):
         raise ValueError(
-            f"RHTState: its communicator has {given.world_size} ranks, but the DDP model that "
-            f"it is registered on averages over {len(of_model)}; give one of the same ranks"
+            f"RHTState: its communicator has {given.world_size} ranks, but the DDP model that it "
+            f"is registered on averages over {len(of_model)}; pass a communicator with the same "
+            "ranks"
         )
     levels = (given.within, given.between) if given.within is not None else (given,)
     for level in levels:  # MPI has numbers of its own for the ranks
         if isinstance(level, TorchCommunicator) and not {*level.ranks} <= {*of_model}:
             raise ValueError(
-                f"RHTState: its communicator has the ranks {level.ranks}, but the DDP model "
-                f"that it is registered on averages over {of_model}; give one of the same ranks"
+                f"RHTState: its communicator has the ranks {level.ranks}, but the DDP model that "
+                f"it is registered on averages over {of_model}; pass a communicator with the same "
+                "ranks"
             )

@@ -1,4 +1,4 @@
-"""What an OuterAverager saves, and how it is read back."""
+"""Saving and loading an OuterAverager."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -16,23 +16,23 @@ Named = Mapping[str, torch.Tensor]
 
 
 class Saved(NamedTuple):
-    """What `OuterAverager.state_dict` returned, checked."""
+    """The checked result of `OuterAverager.state_dict`."""
 
     inner_steps: int
     began: list[int]
-    """After which inner step each fragment was last exchanged."""
+    """The inner step after which each fragment was last exchanged."""
     anchors: Named
     buffers: Named
     optimizer: Mapping[str, Any]
     flights: list[tuple[int, int, list[torch.Tensor], list[torch.Tensor]]]
-    """Of each exchange in flight: fragment, due, starts and changes by part."""
+    """For each exchange in flight: fragment, due, starts and changes by part."""
 
 
 def saved_optimizer(optimizer: torch.optim.Optimizer, anchors: nn.Module) -> dict[str, Any]:
-    """Its state by the names of the anchors.
+    """The optimizer's state by the names of the anchors.
 
-    SGD makes momenta in its first step. They are saved as zeros before it, so that what is loaded
-    into a new averager (`torch.distributed.checkpoint`) finds all its names there.
+    SGD creates momenta in its first step. Before it they are saved as zeros, so that a new averager
+    has all names that `torch.distributed.checkpoint` loads.
     """
     plain, names = optimizer.state_dict(), _names(optimizer, anchors)
     state = {names[i]: dict(values) for i, values in plain["state"].items()}
@@ -49,14 +49,14 @@ def saved_optimizer(optimizer: torch.optim.Optimizer, anchors: nn.Module) -> dic
 def to_torch(
     saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, anchors: nn.Module
 ) -> dict[str, Any]:
-    """What `saved_optimizer` returned, as the optimizer's own `load_state_dict` takes it."""
+    """The result of `saved_optimizer`, in the form of the optimizer's own `load_state_dict`."""
     numbers = {name: i for i, name in enumerate(_names(optimizer, anchors))}
     state = {numbers[name]: values for name, values in saved["state"].items()}
     return {"state": state, "param_groups": saved["param_groups"]}
 
 
 def _names(optimizer: torch.optim.Optimizer, anchors: nn.Module) -> list[str]:
-    """Of the anchors, as the optimizer numbers them."""
+    """The names of the anchors, in the optimizer's order."""
     name_of = {id(anchor): name for name, anchor in anchors.named_parameters()}
     return [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
@@ -73,15 +73,15 @@ def read(
 
     Args:
         anchors, buffers, optimizer: as they are now.
-        own: the name under which this rank saved what was in flight.
+        own: the name under which this rank saved its exchanges in flight.
         lengths: of each fragment's parts.
 
     Raises:
-        ValueError: it is none, or does not fit.
+        ValueError: it is not a saved state, or does not fit.
     """
     if not isinstance(state, Mapping) or not state.keys() >= _KEYS:
         this = f"has {list(state)}" if isinstance(state, Mapping) else f"is {state!r:.80}"
-        raise ValueError(f"{_CALL}: give what state_dict() returned; this {this}")
+        raise ValueError(f"{_CALL}: pass what state_dict() returned; this {this}")
     _check_alike("anchors", state["anchors"], anchors)
     _check_alike("buffers", state["buffers"], buffers)
     _check_optimizer(state["optimizer"], optimizer, anchors)
@@ -92,21 +92,21 @@ def read(
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{_CALL}: inner_steps is {state['inner_steps']!r:.80}, exchanged "
-            f"{state['exchanged']!r:.80} and in_flight {state['in_flight']!r:.80}; give what "
+            f"{state['exchanged']!r:.80} and in_flight {state['in_flight']!r:.80}; pass what "
             "state_dict() returned"
         ) from error
     if len(began) != len(lengths):
         raise ValueError(
-            f"{_CALL}: it was saved with fragments={len(began)}, and here are {len(lengths)}; take "
-            "as many as then"
+            f"{_CALL}: it was saved with fragments={len(began)}, but this averager has "
+            f"{len(lengths)}; use the same number"
         )
     tensors = state.get(own, {})
     if flights and not tensors:
         raise ValueError(
-            f"{_CALL}: {len(flights)} exchange(s) were in flight when it was saved, and this rank "
-            f"needs {own!r}, which is missing; give each rank what it saved by torch.save, or save "
-            "when nothing is in flight (torch.distributed.checkpoint leaves out what a new "
-            "averager has not)"
+            f"{_CALL}: {len(flights)} exchange(s) were in flight when it was saved, but {own!r}, "
+            "which this rank needs, is missing; load on each rank what it saved with torch.save, "
+            "or save when no exchange is in flight (torch.distributed.checkpoint skips entries "
+            "that a new averager lacks)"
         )
     found = []
     for i, (fragment, due) in enumerate(flights):
@@ -115,8 +115,8 @@ def read(
         expected = [*lengths[fragment]]
         if numbers != expected:
             raise ValueError(
-                f"{_CALL}: fragment {fragment} was in flight with {numbers} numbers, and has "
-                f"{expected} here; take the same model as then"
+                f"{_CALL}: fragment {fragment} was in flight with {numbers} numbers, but here it "
+                f"has {expected}; use the model that it was saved for"
             )
         found.append((fragment, due, starts, changes))
     named = (state["anchors"], state["buffers"], state["optimizer"])
@@ -132,9 +132,9 @@ def _check_alike(what: str, saved: Any, here: Named) -> None:
     )
     if odd:
         raise ValueError(
-            f"{_CALL}: {what} of another model: {odd[0]} was saved in shape "
-            f"{given.get(odd[0], 'none')}, and this model has it in {shapes.get(odd[0], 'none')}; "
-            "give the model that it was saved for"
+            f"{_CALL}: {what} of another model: {odd[0]} was saved with shape "
+            f"{given.get(odd[0], 'none')}, but this model has {shapes.get(odd[0], 'none')}; use "
+            "the model that it was saved for"
         )
 
 
@@ -145,12 +145,12 @@ def _check_optimizer(saved: Any, here: Mapping[str, Any], anchors: Named) -> Non
     if numbers != expected or not saved["state"].keys() <= anchors.keys():
         raise ValueError(
             f"{_CALL}: the outer optimizer had groups of {numbers} parameters when it was saved, "
-            f"and has {expected}; make it as it was then"
+            f"but now has {expected}; create it as it was then"
         )
     kept = sum(len(values) for values in saved["state"].values())
     if kept != saved["kept"]:
         raise ValueError(
-            f"{_CALL}: the outer optimizer kept {saved['kept']} values when it was saved, and here "
-            f"are {kept}; torch.distributed.checkpoint leaves out what a new optimizer has not "
-            "made yet: save it by torch.save"
+            f"{_CALL}: the outer optimizer held {saved['kept']} values when it was saved, but here "
+            f"are {kept}; torch.distributed.checkpoint skips values that a new optimizer has not "
+            "created yet: save with torch.save"
         )

@@ -1,4 +1,4 @@
-"""Which gradients are compressed, and how: the first steps, some parameters, bits by bucket."""
+"""Which gradients are compressed, and how: warm-up, excluded parameters, bits by bucket."""
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -22,19 +22,19 @@ UNCOMPRESSED = 32  # bits
 
 
 class Policy:
-    """How the buckets of a model travel.
+    """How the buckets of a model are sent.
 
     Args:
         bits: bits per coordinate, or a function of the parameters in a bucket that returns them.
         codec: makes the codec for a number of bits.
-        warmup_steps: in so many first steps of a run, payloads have `warmup_bits` or more.
+        warmup_steps: number of first steps of a run whose payloads have at least `warmup_bits`.
         warmup_bits: bits per coordinate; 32: uncompressed.
-        exclude: names of parameters, as shell patterns, or a predicate on the parameter: what
-            travels exactly, within its bucket.
+        exclude: names of parameters, as shell patterns, or a predicate on the parameter; these are
+            sent exactly, within their buckets.
         owner: for errors.
 
     Raises:
-        TypeError, ValueError: an argument is of another type or out of its range.
+        TypeError, ValueError: an argument has another type or is out of its range.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Policy:
         if not callable(exclude):
             if isinstance(exclude, str) or not all(isinstance(name, str) for name in exclude):
                 raise TypeError(
-                    f"{owner}: exclude={exclude!r} must be a list of names of parameters, such as "
+                    f"{owner}: exclude={exclude!r} must be a list of parameter names, such as "
                     '["*.bias"], or a function of a parameter'
                 )
             exclude = tuple(exclude)
@@ -58,17 +58,17 @@ class Policy:
         self._bits, self.warmup_bits = bits, warmup_bits
         self._make_codec = codec
         self.codec = codec(4 if callable(bits) else bits)
-        """For all buckets, or to show what they have in common where bits depend on the bucket."""
+        """For all buckets; if bits depend on the bucket, only to describe what they share."""
         self.by_bucket = bool(self._exclude) or callable(bits)
-        """Whether it treats buckets differently from each other."""
+        """Whether buckets are treated differently."""
         self.reset()
         if warmup_bits != UNCOMPRESSED:
             try:
                 self._codec(warmup_bits)
             except (TypeError, ValueError) as error:
                 raise type(error)(
-                    f"{owner}: warmup_bits={warmup_bits!r} must be bits that the quantizer has, or "
-                    f"32: uncompressed ({error})"
+                    f"{owner}: warmup_bits={warmup_bits!r} must be bits that the quantizer "
+                    f"supports, or 32 for uncompressed ({error})"
                 ) from error
         self._warmup = callable(bits) or bits < warmup_bits
 
@@ -89,7 +89,7 @@ class Policy:
 
     @property
     def facts(self) -> dict[str, object]:
-        """What the ranks compare; exclusions and bits by bucket are compared with the buckets."""
+        """What the ranks compare; exclusions and bits by bucket are compared per bucket."""
         facts: dict[str, object] = {"warmup_steps": self.warmup_steps}
         if self.warmup_steps:
             facts["warmup_bits"] = self.warmup_bits
@@ -104,7 +104,7 @@ class Policy:
         """The names of a model's parameters.
 
         Raises:
-            ValueError: a name to exclude is none of them.
+            ValueError: a name to exclude matches none of them.
         """
         names = dict(named)
         for name, parameter in names.items():
@@ -114,12 +114,12 @@ class Policy:
                 if not any(fnmatchcase(name, pattern) for name in names):
                     some = ", ".join(list(names)[:3])
                     raise ValueError(
-                        f"{self._owner}: exclude has {pattern!r}, but no parameter of the model is "
-                        f"called so; its names are such as {some}"
+                        f"{self._owner}: exclude has {pattern!r}, but no parameter of the model "
+                        f"matches; its names are, for example, {some}"
                     )
 
     def treatment(self, step: int, parameters: Sequence[torch.Tensor]) -> Treatment | None:
-        """How a bucket of these parameters travels in a step; None: all of it by `codec`."""
+        """The treatment of a bucket of these parameters in a step; None: all of it by `codec`."""
         warm = step >= self.warmup_steps or not self._warmup
         if warm and not self.by_bucket:
             return None
@@ -127,13 +127,13 @@ class Policy:
         known = self._treatments.get(place)
         if known is None:
             known = self._treatments[place] = self._work_out(parameters)
-            # When a parameter goes, another one may get its id.
+            # When a parameter is freed, another one may get its id.
             forget = self._treatments.clear
             self._alive += [weakref.ref(p, lambda _: forget()) for p in parameters]
         return known[warm]
 
     def _work_out(self, parameters: Sequence[torch.Tensor]) -> tuple[Treatment, Treatment]:
-        """During the warm-up, and after it."""
+        """The treatments during the warm-up and after it."""
         bits = self._bits
         if callable(bits):
             bits = number(bits(parameters), self._owner, "what bits() returns")
@@ -152,14 +152,14 @@ class Policy:
         name = self._names.get(parameter)
         if name is None:
             raise ValueError(
-                f"{self._owner}: exclude has names, but the model that the parameters belong to "
-                "was not found; register it by rhtcomm.hooks.register(model, exclude=...)"
+                f"{self._owner}: exclude has names, but the model of these parameters was not "
+                "found; register it with rhtcomm.hooks.register(model, exclude=...)"
             )
         return any(fnmatchcase(name, pattern) for pattern in self._exclude)
 
 
 def _by(codec: Codec | Lattice | None, exact: tuple[bool, ...]) -> Treatment:
-    """Of a bucket of which the ranks compare it."""
+    """A treatment that the ranks compare."""
     if codec is None or (all(exact) and exact):
         return Treatment(None, compare=True)
     return Treatment(codec, exact if any(exact) else None, compare=True)

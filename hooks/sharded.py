@@ -1,6 +1,7 @@
-"""The state of a model that `fully_shard` was called on: its reductions, their keys, their end."""
+"""The state of a sharded model: its reductions, their keys, and its shutdown."""
 
 import contextlib
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import nn
 from ..communicators import Topology
 from ..randomness import Key
 from ..reduce import Reducer
+from .base import HookState
 from .buckets import Bucket, say_if_exact
 from .engines import Engine
 from .fsdp1 import FlatUnit
@@ -21,7 +23,6 @@ from .inline import InlineEngine
 from .models import ranks_of
 from .policy import Bits
 from .session import Session
-from .state import RHTState
 from .units import CALL, Unit
 
 __all__ = ["ShardedState"]
@@ -31,16 +32,16 @@ AnyUnit = Unit | FlatUnit
 _REFUSED = {
     "process_group": "each unit has the ranks of its mesh",
     "communicator": "each unit has the ranks of its mesh",
-    "equalize": "its scales are of whole parameters, and ranks have shards of them",
-    "error_feedback": "it would keep float32 numbers of the whole model's size on every rank",
+    "equalize": "its scales belong to whole parameters, but ranks hold shards",
+    "error_feedback": "every rank would have to keep a float32 copy of the whole model's size",
 }
 
 
-class ShardedState(RHTState):
+class ShardedState(HookState):
     """Configuration and progress of a model's reductions. `compress_fsdp` makes it.
 
-    Buckets are numbered by unit: i of u units for its reduce-scatter, and u (1 + s) + i where the
-    ranks with shard s average it over replicas.
+    Buckets are numbered by unit: i (of u units) for its reduce-scatter, and u (1 + s) + i for the
+    average of shard s over replicas.
     """
 
     def __init__(
@@ -53,25 +54,25 @@ class ShardedState(RHTState):
         _check_ranks(units, replicate_group)
         _check_options(options, replicate_group)
         super().__init__(bits, **options)
-        # They have the model, which has this state.
+        # They refer to the model, which refers to this state.
         self._numbers = weakref.WeakKeyDictionary({unit: i for i, unit in enumerate(units)})
         self._shards = [(unit.name, unit.numel) for unit in units]
         self._replicate_group = replicate_group
         self._replicas = Session(None, self._timeout, None, silent=True)
         self._finalizer_of_replicas = weakref.finalize(self, self._replicas.close_late)
-        # The step that goes on: its key, its backward pass by autograd's number, its buckets.
+        # The current step: its key, its backward pass by autograd's number, its buckets.
         self._now, self._reduced = self.key, set[int]()
         self._pass: int | None = None  # none: no step has begun
 
     # Beginning ----------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Connect the ranks and compare their arguments; all of them call it alike.
+        """Connect the ranks and compare their arguments; call it on all ranks.
 
         Raises:
-            ValueError: it excludes a parameter that the model has not.
-            RuntimeError: another rank did not come.
-            DisagreementError: on all ranks, where their arguments or units differ.
+            ValueError: it excludes a parameter that the model does not have.
+            RuntimeError: another rank did not connect.
+            DisagreementError: on all ranks, if their arguments or units differ.
         """
         self._learn_units()
         unit = next(iter(self._numbers))
@@ -88,14 +89,14 @@ class ShardedState(RHTState):
             raise
 
     def _learn_units(self) -> None:
-        """The parameters of the units and their names."""
+        """The parameters of the units, by name."""
         named = [pair for unit in self._numbers for pair in unit.named_parameters()]
         self._session.learn([parameter for _, parameter in named])
         self.policy.learn(named)
 
     @property
     def engines(self) -> list[InlineEngine]:
-        """That of the shards and, where there are replicas, theirs."""
+        """The session of the shards and, if there are replicas, that of the replicas."""
         found = (self._session.engine, self._replicas.engine)
         return [engine for engine in found if isinstance(engine, InlineEngine)]
 
@@ -123,33 +124,48 @@ class ShardedState(RHTState):
         group: dist.ProcessGroup,
         op: Any,
     ) -> None:
-        """`output` becomes what `op` makes of this rank's shards of the ranks' gradients."""
+        """Write the reduction by `op` of all ranks' gradients of this rank's shard to `output`."""
         with self._failures_told():
             factor = _factor(op, group.size())
             engine = self.engines[0]
             if not engine.topology.private and group not in engine.topology.carriers():
                 raise RuntimeError(
-                    f"{CALL}: {unit.name} is reduced over another process group than at first; "
-                    "call set_separate_reduce_scatter_group before compress_fsdp"
+                    f"{CALL}: {unit.name} is now reduced over another process group; call "
+                    "set_separate_reduce_scatter_group before compress_fsdp"
                 )
             number = self._numbers[unit]
             bucket = self._bucket(unit, number, self._session, _floats(gradients), _floats(output))
-            engine.run(bucket)
+            self._run(engine, bucket)
             if factor != 1:
                 output.mul_(factor)
 
     def average(self, unit: Unit, shard: torch.Tensor) -> None:
-        """`shard` becomes its mean over replicas; their sum, if the user gave a divide factor."""
+        """Replace `shard` by its mean over replicas, or by their sum if the user set a divide
+        factor."""
         with self._failures_told():
             shards, replicas = self.engines
             number = len(self._shards) * (1 + shards.topology.rank) + self._numbers[unit]
-            replicas.run(self._bucket(unit, number, self._replicas, _floats(shard)))
+            bucket = self._bucket(unit, number, self._replicas, _floats(shard))
+            self._run(replicas, bucket)
             if unit.divide_factor is not None:
                 shard.mul_(replicas.topology.world_size)
 
+    def _run(self, engine: InlineEngine, bucket: Bucket) -> None:
+        """Training waits meanwhile, or on a device where torch has its streams wait."""
+        if self.reports is None:
+            engine.run(bucket)
+            return
+        bucket.reports, since = [], time.perf_counter()
+        engine.run(bucket)
+        queues = engine.cuda.queues(bucket.buffer.device)
+        wait = None if queues else time.perf_counter() - since
+        self.reports.add(bucket, None, engine.cuda, wait)
+        if bucket.ends:
+            self.reports.land()
+
     @contextlib.contextmanager
     def _failures_told(self) -> Iterator[None]:
-        """Within it, the other ranks hear of errors."""
+        """A context whose errors make the other ranks raise too."""
         self._session.called = True
         try:
             if self._session.closed:
@@ -174,9 +190,9 @@ class ShardedState(RHTState):
         if not parameters and self.policy.by_bucket:
             raise RuntimeError(
                 f"{CALL}: some parameters of {unit.name} have no gradient, and torch does not say "
-                "which, while exclude and a function for bits depend on it; call "
-                "model.set_reduce_scatter_unused_params(True) of newer torch versions, which gives "
-                "them zeros"
+                "which, but exclude and a function for bits need to know; call "
+                "model.set_reduce_scatter_unused_params(True), which newer torch versions have "
+                "and which gives them zeros"
             )
         if parameters and not self._session.knows(parameters):
             self._learn_units()  # load_state_dict(assign=True) brought new ones
@@ -185,10 +201,10 @@ class ShardedState(RHTState):
         return Bucket(buffer, key, parameters, ends, treatment, self, output, (lengths, rows))
 
     def _next_key(self, number: int, session: Session) -> tuple[Key, bool]:
-        """The key of a bucket, and whether it has to end its step, since nothing else would.
+        """The key of a bucket, and whether the bucket must end its step, since nothing else would.
 
-        A step is a backward pass. A number that comes again in one begins another step, so that no
-        key comes twice.
+        A step is a backward pass. If a number is repeated in a pass, another step begins, so that
+        no key is used twice.
         """
         current: int = torch._C._current_graph_task_id()  # -1: none
         if current not in (-1, self._pass):
@@ -202,10 +218,12 @@ class ShardedState(RHTState):
         return replace(self._now, bucket=number, owner=owner), current == -1
 
     def _settle(self) -> None:
-        """At the end of a backward pass."""
+        """Called at the end of a backward pass."""
         with self._failures_told():
             for engine in self.engines:
                 engine.settle(self._now)
+        if self.reports is not None:
+            self.reports.land()
 
     # Checkpoints and the end --------------------------------------------------------------------
 
@@ -229,7 +247,7 @@ class ShardedState(RHTState):
                 engine.checks.raise_failed(wait=True)
 
     def bypass(self, model: nn.Module) -> None:
-        """Give the reductions back to torch; an average over replicas, to `torch.distributed`."""
+        """Restore torch's reductions; replicas are then averaged by `torch.distributed`."""
         for unit in self._numbers:
             unit.restore()
             if self._replicate_group is not None:
@@ -249,10 +267,10 @@ def _average_exactly(unit: Unit, group: dist.ProcessGroup, shard: torch.Tensor) 
 
 
 def _factor(op: Any, world_size: int) -> float:
-    """What a reduction is, as a multiple of the mean.
+    """A reduction's result as a multiple of the mean.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is neither a mean nor a sum.
     """
     if op == dist.ReduceOp.AVG:
         return 1
@@ -260,7 +278,7 @@ def _factor(op: Any, world_size: int) -> float:
         return world_size
     if op == dist.ReduceOp.PREMUL_SUM:
         return world_size * float(op.__getstate__()[1])
-    raise ValueError(f"{CALL}: {op} is no sum or mean; leave the divide factors to torch")
+    raise ValueError(f"{CALL}: {op} is neither a sum nor a mean; leave the divide factors to torch")
 
 
 def _check_ranks(units: Sequence[AnyUnit], replicate_group: object) -> None:
@@ -269,20 +287,20 @@ def _check_ranks(units: Sequence[AnyUnit], replicate_group: object) -> None:
         if ranks_of(unit.ranks) != shards:
             raise ValueError(
                 f"{CALL}: {units[0].name} is sharded over the ranks {shards}, but {unit.name} over "
-                f"{ranks_of(unit.ranks)}; give fully_shard one mesh for all units"
+                f"{ranks_of(unit.ranks)}; pass one mesh for all units to fully_shard"
             )
     if replicate_group is None:
         return
     if not isinstance(replicate_group, dist.ProcessGroup):
         raise TypeError(
-            f"{CALL}: replicate_group={replicate_group!r} must be a process group of which this "
-            'rank is one, such as mesh.get_group("replicate")'
+            f"{CALL}: replicate_group={replicate_group!r} must be a process group that includes "
+            'this rank, such as mesh.get_group("replicate")'
         )
     replicas = ranks_of(replicate_group)
     if {*replicas} & {*shards} != {dist.get_rank()}:
         raise ValueError(
             f"{CALL}: replicate_group has the ranks {replicas}, and the model is sharded over "
-            f"{shards}; rank {dist.get_rank()} must be the only one that both have"
+            f"{shards}; rank {dist.get_rank()} must be the only rank in both"
         )
 
 
@@ -292,15 +310,15 @@ def _check_options(options: dict[str, Any], replicate_group: object) -> None:
             raise ValueError(f"{CALL}: leave out {name}; {reason}")
     if options.get("quantizer") == "lattice":
         raise ValueError(
-            f'{CALL}: quantizer="lattice" has no payload for one rank alone; take another one'
+            f'{CALL}: quantizer="lattice" has no payload for a single rank; use another quantizer'
         )
     if replicate_group is None and options.get("algorithm", "auto") != "auto":
         raise ValueError(
-            f"{CALL}: algorithm={options['algorithm']!r} is for replicate_group; shards travel by "
-            "one all-to-all"
+            f"{CALL}: algorithm={options['algorithm']!r} needs replicate_group; shards are always "
+            "exchanged by one all-to-all"
         )
     if replicate_group is not None and options.get("rotations") == "auto":
         raise ValueError(
-            f'{CALL}: rotations="auto" is not for replicate_group, since ranks with other shards '
-            "would want other numbers; give a number"
+            f'{CALL}: rotations="auto" cannot be used with replicate_group, since ranks with '
+            "different shards would want different numbers; pass a number"
         )

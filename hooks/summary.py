@@ -1,4 +1,4 @@
-"""What a hook does, in one line."""
+"""One log line that says what a hook does."""
 
 import logging
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from ..communicators import Topology, TorchCommunicator, backend_of
 from ..kernels import cpu, kernel_for, reference
 from ..lattice import Lattice
 from ..reduce import Reducer
-from .state import RHTState
+from .base import HookState
 
 __all__ = ["log_summary"]
 
@@ -18,17 +18,17 @@ _log = logging.getLogger("rhtcomm")
 
 
 def log_summary(
-    state: RHTState,
+    state: HookState,
     device: torch.device,
     reductions: Iterable[tuple[Reducer, torch.dtype, int, bool]],
     *,
     what: str = "gradients",
     step: str = "step",
 ) -> None:
-    """Log on rank 0 what is done to gradients on a device.
+    """Log on rank 0 how gradients on a device are sent.
 
-    `reductions` are those of a step: by which reducer, of which dtype, of how many coordinates, and
-    whether the mean is scattered. `what` is averaged, and what is called a `step`, in words.
+    `reductions` are those of a step: the reducer, the dtype, the number of coordinates, and whether
+    the mean is scattered. `what` names what is averaged, and `step` a step.
     """
     engine = state.engine
     assert engine is not None
@@ -36,7 +36,7 @@ def log_summary(
     if topology.rank != 0:
         return
     if state.policy.by_bucket:
-        traffic = "a policy decides bucket by bucket what is compressed, and how"
+        traffic = "exclude and bits decide for each bucket whether and how it is compressed"
     else:
         sent, uncompressed = (b / 1e6 for b in _bytes_per_step(state, reductions))
         traffic = f"a rank sends about {sent:.2f} MB per {step} instead of {uncompressed:.2f} MB"
@@ -58,7 +58,7 @@ def _transport(topology: Topology, device: torch.device) -> str:
     return type(topology).__name__
 
 
-def _kernels(state: RHTState, device: torch.device) -> str:
+def _kernels(state: HookState, device: torch.device) -> str:
     if isinstance(state.codec, Lattice):
         return "plain torch"
     kernel = kernel_for(device, state.codec.quantizer)
@@ -68,9 +68,9 @@ def _kernels(state: RHTState, device: torch.device) -> str:
 
 
 def _bytes_per_step(
-    state: RHTState, reductions: Iterable[tuple[Reducer, torch.dtype, int, bool]]
+    state: HookState, reductions: Iterable[tuple[Reducer, torch.dtype, int, bool]]
 ) -> tuple[float, float]:
-    """What a rank sends with and without compression."""
+    """MB that a rank sends with and without compression."""
     sent = uncompressed = 0.0
     for reducer, dtype, numel, scatters in reductions:
         before = reducer.topology.ring_bytes(numel * dtype.itemsize) / (2 if scatters else 1)

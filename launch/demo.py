@@ -1,7 +1,7 @@
-"""Train one small model several times on this machine and compare: what `make demo` runs.
+"""Train one small model several times on this machine and compare; run by `make demo`.
 
-Model, seed, data and schedule are the same in all runs; only how gradients travel between the two
-ranks differs. The results go to a folder: a log per run, the table and a plot.
+Model, seed, data and schedule are the same in all runs; only the exchange of gradients between the
+two ranks differs. The results go to a folder: a log per run, the table and a plot.
 """
 
 import argparse
@@ -26,7 +26,7 @@ class Run:
     arguments: tuple[str, ...]
 
 
-# The first run is what the others are compared with.
+# The other runs are compared with the first.
 RUNS = (
     Run("float32", "float32, uncompressed", ("--hook", "none")),
     Run("bf16", "bfloat16", ("--hook", "bf16")),
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:
-    """Train on two ranks; the trainer's progress goes to this terminal, its summary is returned."""
+    """Train on two ranks, with the trainer's progress on this terminal; return its summary."""
     layers, width, heads = (2, 64, 2) if args.quick else (4, 160, 5)
     eighth = args.steps // 8
     options = f"--layers {layers} --width {width} --heads {heads} --context 128 --batch 8"
@@ -63,15 +63,15 @@ def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     finished = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if finished.returncode:
         raise SystemExit(
-            f"The run '{run.label}' failed with exit code {finished.returncode}; "
-            "what it wrote is above."
+            f"The run '{run.label}' failed with exit code {finished.returncode}; see its output "
+            "above."
         )
     content: dict[str, Any] = json.loads(summary.read_text())
     return content
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
-    """The runs' figures in Markdown, with each run's relation to the first."""
+    """The runs' figures in Markdown, relative to the first run."""
     baseline = summaries[0]
     lines = [
         "| gradients | validation loss | sent per step and rank | step | communication |",
@@ -90,7 +90,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
 
 
 def plot(folder: Path) -> None:
-    """Loss over steps, and validation loss over the bytes that reaching it took."""
+    """Loss by step, and validation loss by bytes sent."""
     figure = Figure(figsize=(11, 4.5), layout="tight")
     by_step, by_bytes = figure.subplots(1, 2)
     for index, run in enumerate(RUNS):
@@ -126,12 +126,10 @@ def main() -> None:
     first = summaries[0]
     report = (
         f"{first['parameters']:,} parameters, {args.steps} steps, two ranks with one thread each. "
-        "Loss is in nats per byte; another seed alone moves it by a few percent. "
-        "Times are medians on rank 0.\n\n"
-        f"{table(summaries)}\n\n"
-        f"Measured on {first['hardware']}, torch {first['torch']}, over the loopback interface: "
-        "with no network between the ranks a step's time shows what compressing costs, "
-        "not what it saves on a real link.\n"
+        "Loss is in nats per byte; another seed alone changes it by a few percent. Times are "
+        f"medians on rank 0.\n\n{table(summaries)}\n\nMeasured on {first['hardware']}, torch "
+        f"{first['torch']}, over the loopback interface. Without a network between the ranks, step "
+        "times show the cost of compression, not its savings on a real link.\n"
     )
     (args.out / "table.md").write_text(report)
     plot(args.out)

@@ -1,4 +1,4 @@
-"""The trainer's command line, and what it takes from the environment of a rank."""
+"""The trainer's command line, and the variables that it reads from a rank's environment."""
 
 import argparse
 import os
@@ -47,12 +47,16 @@ def make_parser() -> argparse.ArgumentParser:
 
     machine = parser.add_argument_group("machine")
     machine.add_argument(
-        "--backend", choices=("gloo", "nccl"), help="default: nccl where there is CUDA, else gloo"
+        "--backend", choices=("gloo", "nccl"), help="default: nccl with CUDA, otherwise gloo"
     )
     machine.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda with nccl, cpu with gloo"
     )
-    machine.add_argument("--threads", type=int, help="CPU threads per rank; default: its share")
+    machine.add_argument(
+        "--threads",
+        type=int,
+        help=("CPU threads per rank; default: the cores divided by the ranks of the node"),
+    )
     return parser
 
 
@@ -71,7 +75,10 @@ def add_hook_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=64,
         metavar="STEPS",
-        help="rht: first steps, in which payloads have 8 bits per coordinate (ecdq: 6, vector: 4)",
+        help=(
+            "rht: number of first steps that are sent with 8 bits per coordinate (ecdq: 6, "
+            "vector: 4)"
+        ),
     )
     hook.add_argument(
         "--exact-fraction",
@@ -79,7 +86,7 @@ def add_hook_options(parser: argparse.ArgumentParser) -> None:
         choices=(0, 1 / 512),
         default=0,
         metavar="{0,1/512}",
-        help="rht with quic_fl: fraction of the coordinates that travel exactly",
+        help="rht with quic_fl: fraction of the coordinates that are sent exactly",
     )
     hook.add_argument(
         "--algorithm",
@@ -91,20 +98,22 @@ def add_hook_options(parser: argparse.ArgumentParser) -> None:
         "--rotations",
         type=lambda text: text if text == "auto" else int(text),
         choices=(1, 2, 3, "auto"),
-        help="rht: by default the quantizer's safe number",
+        help="rht: default: the quantizer's own number",
     )
     hook.add_argument("--powersgd-rank", type=int, default=4, help="powersgd: rank of its matrices")
     hook.add_argument(
         "--error-feedback",
         action="store_true",
-        help="rht: send later what a step could not; every rank's residuals, as many bytes as the "
-        "model, then lie in the checkpoint",
+        help=(
+            "rht: add the compression error of a step to the next; the checkpoint then holds each "
+            "rank's residuals, as large as the model"
+        ),
     )
     hook.add_argument(
         "--communicator",
         choices=("torch", "mpi"),
         default="torch",
-        help="rht: what carries the payloads; mpi needs ranks started by mpiexec",
+        help="rht: transport of the payloads; mpi needs ranks started by mpiexec",
     )
     hook.add_argument("--bucket-cap-mb", type=float, default=25.0, help="DDP's bucket size, in MiB")
 
@@ -112,19 +121,25 @@ def add_hook_options(parser: argparse.ArgumentParser) -> None:
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--csv", type=Path, help="log with one row per step")
+    output.add_argument(
+        "--telemetry",
+        type=Path,
+        metavar="RUN.CSV",
+        help="rht: CSV with one row per bucket and step, for python -m rhtcomm report",
+    )
     output.add_argument("--summary", type=Path, help="JSON with the run's figures")
     output.add_argument(
         "--checkpoint",
         type=Path,
-        help="file that all ranks can read; ranks started again by torchrun or Slurm go on from it",
+        help="file that all ranks can read; ranks restarted by torchrun or Slurm resume from it",
     )
     output.add_argument("--checkpoint-every", type=int, default=100, help="steps")
     output.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the checkpoint; a new run renames what lies there to *.previous",
+        help="resume from the checkpoint; a new run renames an existing one to *.previous",
     )
-    output.add_argument("--stop-at", type=int, help="write the checkpoint and end after this step")
+    output.add_argument("--stop-at", type=int, help="write the checkpoint and stop after this step")
 
 
 def fraction(text: str) -> float:
@@ -136,39 +151,42 @@ def bits(text: str) -> float:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Check what does not depend on the machine.
+    """Check the options that do not depend on the machine.
 
     Raises:
-        ValueError: options are out of range or contradict each other, or this process is no rank.
+        ValueError: options are out of range or contradict each other, or this process is not a
+            rank.
     """
     if args.width % (2 * args.heads) != 0:
         raise ValueError(
-            f"--width {args.width} over --heads {args.heads} does not give heads of even width: "
-            f"choose a width that is a multiple of {2 * args.heads}"
+            f"--width {args.width} over --heads {args.heads} does not give heads of even width; "
+            f"choose a multiple of {2 * args.heads}"
         )
     for name in ("steps", "eval_every", "eval_batches", "checkpoint_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.checkpoint and args.hook == "powersgd":
         raise ValueError(
-            "--hook powersgd keeps an error for each parameter, which --checkpoint does not save: "
+            "--hook powersgd keeps an error for each parameter, which --checkpoint does not save; "
             "leave out --checkpoint"
         )
     if args.error_feedback and args.hook != "rht":
         raise ValueError(
-            f"--error-feedback is for --hook rht, not {args.hook}: leave one of them out"
+            f"--error-feedback works only with --hook rht, not {args.hook}; leave out one of them"
         )
+    if args.telemetry and args.hook != "rht":
+        raise ValueError(f"--telemetry is for --hook rht, not {args.hook}: leave one of them out")
     if args.resume and args.checkpoint is None:
-        raise ValueError("--resume needs --checkpoint: name the file to go on from")
+        raise ValueError("--resume needs --checkpoint; name the file to resume from")
     if "RANK" not in os.environ:
         raise ValueError(
-            "the environment has no RANK: start this script with torchrun --nproc-per-node=2 "
-            "or with launch/mpirun.sh 2"
+            "the environment has no RANK; start this script with torchrun --nproc-per-node=2 or "
+            "with launch/mpirun.sh 2"
         )
 
 
 def choose_machine(args: argparse.Namespace) -> None:
-    """Fill in the backend, the device and the threads that were not given.
+    """Choose the backend, the device and the threads if they were not given.
 
     Raises:
         ValueError: the backend and the device do not fit each other or this machine.
@@ -180,11 +198,11 @@ def choose_machine(args: argparse.Namespace) -> None:
         args.device = "cuda" if args.backend == "nccl" else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "torch finds no CUDA device here, which --device cuda and --backend nccl need: "
-            "leave them out to train on the CPU over Gloo"
+            "--device cuda and --backend nccl need a CUDA device, but torch finds none; leave "
+            "them out to train on the CPU over Gloo"
         )
     if args.backend == "nccl" and args.device == "cpu":
-        raise ValueError("--backend nccl needs --device cuda: leave out one of them")
+        raise ValueError("--backend nccl needs --device cuda; leave out one of them")
     if args.threads is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.threads = max(1, (cores or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))

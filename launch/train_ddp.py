@@ -49,7 +49,7 @@ class Corpus:
 
 
 class Trainer:
-    """One rank's replica of the model, and what its steps need."""
+    """One rank's replica of the model, and everything that its steps need."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Trainer:
         return inputs.to(self.device), targets.to(self.device)
 
     def step(self, number: int) -> Step:
-        """Train for one step, the number-th from 0."""
+        """Train for one step; steps are numbered from 0."""
         args = self.args
         sent_before = self.hook_state.stats().bytes_sent if self.compressed else 0
         started = time.perf_counter()
@@ -121,7 +121,7 @@ class Trainer:
         return statistics.fmean(losses)
 
     def hook_states(self) -> list[Any] | None:
-        """On rank 0, the hook's state of each rank; all ranks must call it."""
+        """On rank 0, the hook's states of all ranks; all ranks must call it."""
         states: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
         if self.compressed:
             dist.gather_object(self.hook_state.state_dict(self.gpt), states)
@@ -132,7 +132,8 @@ class Trainer:
         rht = None
         if self.compressed:
             stats = self.hook_state.stats()
-            rht = dataclasses.asdict(stats) | {"compression_ratio": stats.compression_ratio}
+            rht = dataclasses.asdict(stats)
+            rht |= {"compression_ratio": stats.compression_ratio, "nmse": stats.nmse}
         content = {
             "args": vars(self.args),
             "name": name_of(self.args),
@@ -171,7 +172,7 @@ def train(args: argparse.Namespace) -> None:
         if dist.get_rank() == 0:
             print(
                 f"the checkpoint {args.checkpoint} is at step {first_step} and the run ends at "
-                f"step {last_step}: nothing is left to train"
+                f"step {last_step}: nothing left to train"
             )
             if "summary" in checkpoint:  # not in those of earlier versions
                 report(args, checkpoint["summary"])
@@ -224,7 +225,7 @@ def run_steps(trainer: Trainer, settings: dict[str, Any], first_step: int, last_
                 "step": done,
                 "model": trainer.gpt.state_dict(),
                 "optimizer": trainer.optimizer.state_dict(),
-                # For a restart that finds nothing left to do.
+                # For a restart that has nothing left to do.
                 "summary": trainer.summary(done, steps, val_loss),
             }
             if trainer.compressed:
@@ -254,8 +255,9 @@ def main() -> None:
     dist.init_process_group(args.backend)
     train(args)
     gather(None)  # a node whose ranks have ended cannot start again with one whose rank fails now
-    # DDP, its hook and the futures of the last step may refer to one another and to the group,
-    # whose threads must end before Python does: they would ask a dying interpreter for its lock.
+    # DDP, its hook and the futures of the last step may refer to each other and to the group. Its
+    # threads must end before Python does: they would request the lock of an interpreter that is
+    # shutting down.
     gc.collect()
     dist.destroy_process_group()
 

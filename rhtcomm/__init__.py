@@ -4,15 +4,15 @@ import sys
 
 if sys.byteorder != "little":
     raise ImportError(
-        "rhtcomm: this processor is big-endian, where payloads would be decoded wrongly; "
-        "only little-endian ones (x86-64, aarch64, riscv64, ppc64le) can be used"
+        "rhtcomm: this processor is big-endian, and would decode payloads wrongly; use a "
+        "little-endian one (x86-64, aarch64, riscv64, ppc64le)"
     )
 
 from rhtcomm.codec import Codec
 from rhtcomm.communicators import HierarchicalCommunicator, MPICommunicator, TorchCommunicator
-from rhtcomm.cost import plan
 from rhtcomm.lattice import Lattice
 from rhtcomm.moments import choose_rotations
+from rhtcomm.planning import plan
 from rhtcomm.quantizers import ECDQ, Eden, QuicFL, VectorQuantizer
 from rhtcomm.randomness import Key
 from rhtcomm.reduce import (

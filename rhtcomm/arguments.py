@@ -1,4 +1,4 @@
-"""Checks of arguments that many functions share. `owner` is who was given them, for the error."""
+"""Argument checks that many functions share. `owner` names the called function in errors."""
 
 import operator
 
@@ -6,7 +6,7 @@ __all__ = ["check_bool", "check_type", "integer", "natural", "number"]
 
 
 def integer(value: object, owner: str, name: str) -> int:
-    """A plain int, whatever integer was given; TypeError where it is none."""
+    """Convert any integer to a plain int; raise TypeError if it is not one."""
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -14,7 +14,7 @@ def integer(value: object, owner: str, name: str) -> int:
 
 
 def natural(value: object, owner: str, name: str) -> int:
-    """An integer that is not negative; TypeError or ValueError where it is none."""
+    """Convert any non-negative integer to a plain int; raise TypeError or ValueError otherwise."""
     found = integer(value, owner, name)
     if found < 0:
         raise ValueError(f"{owner}: {name}={found} must not be negative")
@@ -22,7 +22,7 @@ def natural(value: object, owner: str, name: str) -> int:
 
 
 def number(value: object, owner: str, name: str) -> float:
-    """A plain int or float, whatever number was given; TypeError where it is none."""
+    """Convert any number to a plain int or float; raise TypeError if it is not one."""
     if isinstance(value, float):
         return float(value)
     try:

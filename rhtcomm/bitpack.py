@@ -1,9 +1,9 @@
 """b-bit codes <-> bytes, with no waste at any width from 1 to 8.
 
-A code is cut into fields of 8, 4, 2 or 1 bits, from its low end up, as the binary digits of b say
-(7 = 4 + 2 + 1; 5 = 4 + 1). In a row of d codes the fields of one width f fill d f / 8 bytes: byte i
-holds those of the codes i, i + d f / 8, i + 2 d f / 8, ..., the first in its lowest bits. Packing
-is thus shifts and ors of long contiguous ranges, with nothing to shuffle, on all kinds of hardware.
+A code is cut into fields of 8, 4, 2 or 1 bits, from its low end up, according to the binary digits
+of b (7 = 4 + 2 + 1; 5 = 4 + 1). In a row of d codes the fields of one width f fill d f / 8 bytes:
+byte i holds the fields of codes i, i + d f / 8, i + 2 d f / 8, ..., the first in its lowest bits.
+So packing only shifts and ors long contiguous ranges, without shuffles, on any hardware.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Tensors <-> payloads: the public calls, which check all arguments. `coder` has the hot path."""
+"""Tensors <-> payloads: the public calls, which check all arguments. The hot path is in `coder`."""
 
 import math
 import operator
@@ -27,7 +27,9 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Codec:
-    """Compresses flat tensors; immutable and stateless, so one may serve many threads.
+    """Compresses flat tensors: x (numel,) -> payload (nbytes,) uint8 -> E[decoded] = x.
+
+    It is immutable and stateless, so one may serve many threads.
 
     Args:
         quantizer: `QuicFL`, `ECDQ`, `Eden` or `VectorQuantizer`.
@@ -38,6 +40,7 @@ class Codec:
         block: coordinates per block, a power of two from 32 to 2^24.
 
     Raises:
+        TypeError: the quantizer is none.
         ValueError: an argument is out of its range.
     """
 
@@ -48,7 +51,7 @@ class Codec:
     def __post_init__(self) -> None:
         if isinstance(self.quantizer, type) or not hasattr(self.quantizer, "group"):
             raise TypeError(
-                f"Codec: quantizer={self.quantizer!r} must be an object such as QuicFL(bits=4)"
+                f"Codec: quantizer={self.quantizer!r} must be a quantizer such as QuicFL(bits=4)"
             )
         if self.rotations is None:
             object.__setattr__(self, "rotations", self.quantizer.rotations)
@@ -61,7 +64,7 @@ class Codec:
 
     @property
     def configuration(self) -> dict[str, object]:
-        """What two ranks must have in common to understand each other, by name."""
+        """What two ranks must have in common to decode each other's payloads, by name."""
         return {**VERSIONS, **facts_of(self.quantizer, self.rotations, self.block)}
 
     @cached_property
@@ -91,7 +94,7 @@ class Codec:
         return length_of(self.layout(numel))
 
     def task(self, numel: int, shards: int = 1, rotations: int | None = None) -> Task:
-        """What kernels are told of tensors of `numel` coordinates, in equal shards."""
+        """The kernels' description of tensors of `numel` coordinates, in equal shards."""
         rotation = RandomizedHadamard(rotations or self.default_rotations, self.block)
         each = numel // shards
         return Task(rotation, self.quantizer, self.layout(each), each, shards)
@@ -128,7 +131,7 @@ class Codec:
 
     @property
     def default_rotations(self) -> int:
-        """How many transforms `encode` takes unless it is told."""
+        """The number of rotations that `encode` uses unless told otherwise."""
         if self.rotations is None or self.rotations == AUTO:
             return self.quantizer.rotations
         return self.rotations
@@ -155,7 +158,8 @@ class Codec:
         Args:
             x: (numel,) float32, bfloat16 or float16, contiguous or not.
             key: what all ranks share.
-            rank, world_size: of the tensors whose mean is wanted, this is number `rank`.
+            rank: which of the tensors whose mean is wanted x is, in [0, world_size).
+            world_size: how many there are.
             offset: of x in its bucket, in coordinates, a multiple of `block`. A shard that is
                 encoded alone with its own offset uses the same random numbers as within the bucket.
             rotations: only with "auto": the number of transforms, the same on all ranks.
@@ -166,12 +170,11 @@ class Codec:
             out: to write to, contiguous uint8 at an address that 4 divides.
 
         Returns:
-            (nbytes(numel),) uint8, or (shards, nbytes(numel / shards)), on the device of x: `out`
-            or new.
+            (nbytes(numel),) uint8, or (shards, nbytes(numel / shards)), on the device of x; it is
+            `out` or new.
 
         Raises:
-            TypeError: x has another dtype, or x or out is no tensor or has no memory of its own
-                (see `rhtcomm.memory.memory_of`), or key is no Key.
+            TypeError: x has another dtype, x or out is no tensor with its own memory, or key no Key.
             ValueError: x is not flat or has no such shards, out is not as above or overlaps x, or
                 an argument is out of range.
         """
@@ -225,8 +228,7 @@ class Codec:
         Raises:
             PayloadError: a payload has another length, version, configuration, key, rank or offset
                 (within `DeferredChecks.deferring` on CUDA only the length is checked at once).
-            TypeError: payloads or out is no tensor or has no memory of its own (see
-                `rhtcomm.memory.memory_of`), or key is no Key.
+            TypeError: payloads or out is no tensor or has no memory of its own, or key is no Key.
             ValueError: out has another shape, dtype or layout, or overlaps the payloads.
         """
         numel = operator.index(numel)
@@ -278,7 +280,7 @@ class Codec:
         out: torch.Tensor | None,
         owner: str,
     ) -> torch.Tensor:
-        """Mean of payloads (K, shards, nbytes), of K ranks, each in equal shards."""
+        """Mean of the payloads (K, shards, nbytes) of K ranks, each in equal shards."""
         ranks, shards, _ = payloads.shape
         check_type(key, Key, owner, "key", "Key(seed=0, step=1)")
         rank, world_size, offset = self._check_origin(rank, world_size, offset, ranks)
@@ -328,11 +330,11 @@ class Codec:
             )
 
     def _check_shards(self, numel: int, shards: int, owner: str) -> None:
-        """Raise ValueError unless there are several shards of whole blocks, all alike, or one."""
+        """Raise ValueError unless there is one shard, or several equal shards of whole blocks."""
         if shards < 1 or (shards > 1 and numel % (shards * self.block)):
             raise ValueError(
-                f"{owner}: {numel} coordinates do not make {shards} equal shards of whole blocks "
-                f"of {self.block}"
+                f"{owner}: {numel} coordinates cannot be split into {shards} equal shards of whole "
+                f"blocks of {self.block}"
             )
 
     @staticmethod
@@ -342,7 +344,7 @@ class Codec:
         shape: tuple[int, ...],
         memory: tuple[int, int],
     ) -> torch.Tensor:
-        """`out` or a new one, for an x that lies in this memory."""
+        """`out`, checked, or a new tensor; `x` occupies this memory."""
         if out is None:
             return torch.empty(shape, dtype=torch.uint8, device=x.device)
         if overlap(memory, memory_of(out, "Codec.encode", "out")):
@@ -355,20 +357,20 @@ class Codec:
         unaligned = out.data_ptr() % 4 or out.storage_offset() % 4
         if not out.is_contiguous() or unaligned or out.is_neg():
             raise ValueError(
-                "Codec.encode: out must be contiguous and begin at an address that 4 divides; "
+                "Codec.encode: out must be contiguous, at an address that is a multiple of 4; "
                 "leave it out, and copy the result"
             )
         return out
 
     def _check_choice(self, name: str, count: int | None) -> int | None:
-        """A number of transforms given to `encode`, as a plain int."""
+        """A number of rotations passed to `encode`, as a plain int."""
         if count is None:
             return None
         count = integer(count, "Codec.encode", name)
         if not self._auto and (name != "rotations" or count != self.rotations):
             raise ValueError(
                 f"Codec.encode: {name}={count}, but this codec was made with "
-                f'rotations={self.rotations}; only rotations="auto" leaves a choice'
+                f'rotations={self.rotations}; the number can be chosen only with rotations="auto"'
             )
         if count not in (1, 2, 3):
             raise ValueError(f"Codec.encode: {name}={count} must be 1, 2 or 3")
@@ -377,7 +379,8 @@ class Codec:
     def _check_origin(
         self, rank: int, world_size: int, offset: int, ranks: int = 1
     ) -> tuple[int, int, int]:
-        """Of `ranks` adjacent ranks, as plain ints, which headers hash as they are written."""
+        """The first of `ranks` adjacent ranks and the world size, as plain ints: headers hash their
+        text."""
         rank, world_size = (
             integer(rank, "Codec", "rank"),
             integer(world_size, "Codec", "world_size"),

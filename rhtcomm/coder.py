@@ -16,12 +16,12 @@ __all__ = ["Coder"]
 class Coder:
     """Encodes and decodes tensors of one length, in equal shards, on one kind of device.
 
-    `Codec.coder` makes it, and checks once what can be checked once. Its methods check the headers
-    of payloads and nothing else. They trust their arguments to be as described: in particular,
-    tensors have memory of their own (see `rhtcomm.memory.memory_of`), and outputs overlap no input.
+    `Codec.coder` makes it and makes all checks that are needed only once. Its methods check only
+    the headers of payloads. They trust their arguments: in particular, tensors have memory of their
+    own (see `rhtcomm.memory.memory_of`), and outputs do not overlap inputs.
 
     Args:
-        tasks: by the number of rotations; they differ in nothing else.
+        tasks: by the number of rotations, in which alone they differ.
         kernel: for the tasks.
         headers: of the codec's payloads.
     """
@@ -31,7 +31,7 @@ class Coder:
         task = tasks[headers.rotations]
         self._numel, self._quantizer = task.numel, task.quantizer
         self.nbytes = length_of(task.sections)
-        """Of one shard's payload."""
+        """Bytes of one shard's payload."""
 
     def encode(
         self,
@@ -44,15 +44,15 @@ class Coder:
         rotations: int | None = None,
         wanted: int | None = None,
     ) -> None:
-        """Write the payloads of x, those of `Codec.encode`, to out.
+        """Write the payloads of x to out, as `Codec.encode` does.
 
         Args:
             x: (numel,) float32, bfloat16 or float16, contiguous.
             offset: of x in its bucket, a multiple of the block.
             out: (shards, at least nbytes) uint8. Rows are contiguous and begin at addresses that 4
                 divides.
-            rotations: only with "auto": the number of transforms.
-            wanted: only with "auto": at least so many are wanted next.
+            rotations: only with "auto": the number of rotations.
+            wanted: only with "auto": the least number to request next.
         """
         rotations = rotations or self._headers.rotations
         task, moments = self._tasks[rotations], None
@@ -73,7 +73,7 @@ class Coder:
         world_size: int,
         out: torch.Tensor,
     ) -> int | None:
-        """Write the mean of what K adjacent ranks encoded to out.
+        """Write to out the mean of the tensors that K adjacent ranks encoded.
 
         Args:
             payloads: (K, shards, at least nbytes) uint8. Rows are contiguous and begin at addresses

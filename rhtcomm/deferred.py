@@ -1,4 +1,4 @@
-"""Checks of payloads on a device, made when the host need not wait for it."""
+"""Checks of payloads on a device, deferred so that the host need not wait for the device."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,13 +14,13 @@ __all__ = ["DeferredChecks", "deferred_on"]
 
 
 class DeferredChecks:
-    """Checks of payloads on CUDA that do not make the host wait.
+    """Checks of payloads on CUDA that do not block the host.
 
-    Reading headers from a device stops the host until the device has finished what is queued.
-    Within `deferring()`, on the same thread, decoding has headers copied to pinned memory instead,
-    16 bytes per payload, and goes on; `raise_failed` checks those that have arrived. Until then a
-    result may be wrong, but nothing worse: kernels stay in bounds whatever the bytes of a payload
-    are. With rotations="auto", where headers say how to decode, they are read at once.
+    Reading headers from a device blocks the host until the device has finished all queued work.
+    Within `deferring()`, on the same thread, decoding instead queues a copy of the headers to
+    pinned memory, 16 bytes per payload, and continues; `raise_failed` checks the copies that have
+    arrived. Until then a result may be wrong, but nothing worse: kernels stay in bounds for any
+    payload bytes. With rotations="auto", where headers say how to decode, they are read at once.
     """
 
     devices = ("cuda",)
@@ -42,7 +42,7 @@ class DeferredChecks:
         self._pending.append((arrived, partial(check, copy)))
 
     def raise_failed(self, wait: bool = False) -> None:
-        """Check what has arrived or, with `wait`, everything.
+        """Check the copies that have arrived or, with `wait`, all.
 
         Raises:
             PayloadError: the first check that failed; later ones are dropped.

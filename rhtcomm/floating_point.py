@@ -3,11 +3,12 @@
 A thread has a mode: the direction in which it rounds, and whether it flushes subnormal numbers to
 zero. It inherits the mode from the thread that starts it. `torch.set_flush_denormal` and C's
 `fesetround` change it, and so does loading a library that was linked with -ffast-math. Replicas
-hold the same bits only if what reaches a payload or a result is computed in the same mode on all
-ranks: rounding to nearest, subnormals kept. The C kernels set this mode on each of their threads;
-what torch, NumPy or MPI computes on the CPU runs within `default_mode`. GPUs are not affected.
+have the same bits only if all ranks compute payloads and results in the same mode: round to
+nearest, keep subnormals. The C kernels set this mode on each of their threads; what torch, NumPy or
+MPI computes on the CPU runs within `default_mode`. GPUs are not affected.
 
-NaNs differ too: by processor, by dtype, even by position in a tensor. `assign_` writes one NaN.
+NaNs also differ: by processor, by dtype, even by position in a tensor. `assign_` always writes the
+same NaN.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,8 @@ __all__ = ["GRAIN", "assign_", "default_mode"]
 
 _NAN = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
 _INTEGER = {4: torch.int32, 2: torch.int16}
-# The least number of elements that torch gives to a thread: smaller tensors stay on the caller's.
+# The least number of elements that torch gives to a thread: smaller tensors stay on the calling
+# thread.
 GRAIN = 1 << 15
 
 
@@ -30,13 +32,13 @@ class default_mode(ContextDecorator):
     A context manager and a decorator; takes about a microsecond.
 
     Args:
-        pool: also for the threads among which torch splits large operations. They keep the mode
-            that they were started in, and no call changes it. Where it is another one, torch works
-            on one thread until the context ends (`torch.set_num_threads`).
+        pool: also for the threads on which torch runs large operations. They keep the mode in which
+            they were started, and no call changes it. If their mode differs, torch uses one thread
+            until the context ends (`torch.set_num_threads`).
 
     Raises:
-        RuntimeError: the thread does not round to nearest, and the C kernels, which alone could
-            change that, were not built.
+        RuntimeError: the thread does not round to nearest, and the C kernels, which could change
+            that, were not built.
     """
 
     def __init__(self, *, pool: bool = False) -> None:
@@ -60,7 +62,7 @@ class default_mode(ContextDecorator):
 
 
 def assign_(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """out <- x, rounded to the dtype of out; every NaN becomes the canonical one, and so alike.
+    """out <- x, rounded to the dtype of out; every NaN becomes the canonical NaN.
 
     That is 0x7fc00000 in float32, 0x7fc0 in bfloat16 and 0x7e00 in float16.
     """
@@ -75,7 +77,8 @@ def assign_(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _functions() -> tuple[Callable[[], int], Callable[[int], object]]:
-    """Two functions: set the default mode and return the one before; restore a mode."""
+    """Two functions: one sets the default mode and returns the previous one; the other restores a
+    mode."""
     from rhtcomm.kernels import cpu  # which needs quantizers, and these this module
 
     path = cpu.library_path()
@@ -89,7 +92,7 @@ _ONE, _TINY = 1.0, 5e-324  # variables, since the compiler folds constants
 
 
 def _set_default_by_torch() -> int:
-    """Returns whether subnormals were flushed, which torch can switch but not query."""
+    """Whether subnormals were flushed; torch can set this mode but not query it."""
     flushed = _TINY * _ONE == 0
     if flushed:
         torch.set_flush_denormal(False)
@@ -97,8 +100,8 @@ def _set_default_by_torch() -> int:
         if flushed:
             torch.set_flush_denormal(True)
         raise RuntimeError(
-            "rhtcomm: this thread does not round to nearest (fesetround), and without its C "
-            "kernels rhtcomm cannot change that; set FE_TONEAREST, or install the C kernels"
+            "rhtcomm: this thread does not round to nearest (fesetround), and rhtcomm cannot "
+            "change that without its C kernels; set FE_TONEAREST, or install the C kernels"
         )
     return int(flushed)
 
@@ -109,8 +112,8 @@ def _give_back_by_torch(flushed: int) -> None:
 
 
 def _pool_has_default_mode(threads: int) -> bool:
-    """Whether 1 + x - x - 1 + x is x, a subnormal, in all threads: not if one flushes, or does not
-    round to nearest."""
+    """Whether 1 + x - x - 1 + x = x for a subnormal x in all threads: not if one flushes subnormals
+    or does not round to nearest."""
     tiny = torch.ones(1, dtype=torch.int32, device="cpu").view(torch.float32)
     x = tiny.expand(threads * GRAIN) + 1.0
     x.sub_(tiny).sub_(1.0).add_(tiny)

@@ -1,4 +1,4 @@
-"""Codes that can be added: one native integer all-reduce of compressed payloads.
+"""Codes that can be summed: one native integer all-reduce of compressed tensors.
 
 All ranks quantize the rotated coordinates y of a block on one uniform grid, with subtractive
 dither. With M the largest |y| of any rank, b bits, and D = 2 M / (2^b - 1), rank i of n sends
@@ -34,6 +34,14 @@ __all__ = ["Lattice"]
 class Lattice:
     """Takes the place of a `Codec` in `all_reduce` only: one rank's codes have no meaning alone.
 
+    With M the largest magnitude of any rank in a rotated block, D = 2 M / (2^b - 1), and dithers
+    v_i, uniform on [0, 1), that all ranks know, rank i of n sends
+
+        x_i = floor((y_i + M) / D + v_i),    and    sum_i (x_i - v_i + 1/2) D / n - M
+
+    is the mean of the y_i, unbiased, with the error D^2 / 12 / n per coordinate. One integer
+    all-reduce of b + ceil(log2 n) bits per coordinate adds the codes up.
+
     Args:
         bits: b, 1 to 8.
         rotations: randomized Hadamard transforms, 1 to 3. They even out the coordinates, so that
@@ -62,7 +70,7 @@ class Lattice:
 
     @property
     def configuration(self) -> dict[str, object]:
-        """What the ranks must have in common, by name."""
+        """What all ranks must have in common, by name."""
         return {
             **VERSIONS,
             "quantizer": "Lattice",
@@ -72,16 +80,19 @@ class Lattice:
         }
 
     def lane_bits(self, world_size: int) -> int:
-        """w, bits of a sum of codes.
+        """w = b + ceil(log2 n), bits of a sum of codes.
+
+        Args:
+            world_size: n, the number of ranks.
 
         Raises:
-            ValueError: so many ranks that not even one lane fits in a word.
+            ValueError: with so many ranks not even one lane fits in a word.
         """
         width = self.bits + (world_size - 1).bit_length()
         if width > 32:
             raise ValueError(
                 f"Lattice: the sum of {world_size} codes of {self.bits} bits takes {width} bits, "
-                "but a word has 32; use fewer bits"
+                "but a word has 32; use fewer bits or ranks"
             )
         return width
 
@@ -94,7 +105,7 @@ class Lattice:
         rows = blocks.rows(x.float())
         peak = rows.abs().amax(dim=1, keepdim=True)
         finite = peak.isfinite()
-        # Powers of two keep the transform's growth inside the range of float32.
+        # Powers of two keep the rotated coordinates in the range of float32.
         _, exponent = torch.frexp(torch.where(finite, peak, 1.0))
         half = exponent // 2
         small = torch.ldexp(torch.ldexp(rows, -half), half - exponent)
@@ -127,7 +138,7 @@ class Lattice:
         """Mean over ranks: total (B, d) int64, the sum of all codes -> (B, d) float32."""
         v = self._dither(total.shape, key, blocks.offset, total.device)
         centred = total - torch.frac(world_size * v) + 0.5
-        # In units of M, so that the way back stays inside the range of float32 too.
+        # In units of M, so that the inverse rotation stays in the range of float32 too.
         unit = 2 / (2**self.bits - 1) / world_size
         y = self.rotation.unrotate((centred * unit - 1).float(), key, blocks.offset).double()
         mean = y * (bound[:, None] * blocks.size ** (-self.rotations / 2))

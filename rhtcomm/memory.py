@@ -1,4 +1,4 @@
-"""Where a tensor lies in memory, which C, Triton and NumPy must know."""
+"""Where a tensor lies in memory, for C, Triton and NumPy."""
 
 import torch
 
@@ -6,12 +6,11 @@ __all__ = ["address_of", "memory_of", "overlap", "plain", "refuse_fake_mode"]
 
 
 def memory_of(x: torch.Tensor, owner: str, name: str) -> tuple[int, int]:
-    """The addresses from the first element of x to the end of the last.
+    """The range of addresses from the first element of x to the end of the last.
 
-    Tensors have no memory of their own that wrap other tensors (DTensor) or stand for one
-    (FakeTensor, what torch.func's transforms pass), are not strided, lie on the meta device, or
-    have a storage that was freed or made smaller. `owner` is the function that was given x, `name`
-    its argument.
+    A tensor has no memory of its own if it wraps another tensor (DTensor) or stands for one
+    (FakeTensor, torch.func's transforms), is not strided, is on the meta device, or has a storage
+    that was freed or shrunk. `owner` is the called function, `name` its argument.
 
     Raises:
         TypeError: x is no tensor, or has no memory of its own.
@@ -46,7 +45,7 @@ def address_of(x: torch.Tensor) -> int:
         address = x.data_ptr()
     except RuntimeError:
         address = 0
-    # Without a storage it is only an offset. Real addresses are hardly ever this small.
+    # Without a storage this is only an offset. Real addresses are hardly ever this small.
     if address < 1 << 40 and address <= x.storage_offset() * x.element_size():
         memory_of(x, "rhtcomm", "a tensor")
     return address
@@ -58,15 +57,15 @@ def overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
 
 
 def refuse_fake_mode(owner: str) -> None:
-    """Raise TypeError where new tensors have no memory: under FakeTensorMode, in torch.func."""
+    """Raise TypeError if new tensors have no memory: under FakeTensorMode, in torch.func."""
     modes = torch._C._len_torch_dispatch_stack()
     if modes or torch._C._functorch.peek_interpreter_stack():  # rare, and most are harmless
         try:
             memory_of(torch.empty(1, device="cpu"), owner, "a tensor made here")
         except TypeError as fault:
             raise TypeError(
-                f"{owner}: new tensors have no memory here, as under FakeTensorMode or in "
-                "torch.func's transforms; call it outside of them"
+                f"{owner}: new tensors have no memory here, as under FakeTensorMode or in a "
+                "torch.func transform; call it outside of these"
             ) from fault
 
 
@@ -88,26 +87,26 @@ def _span(x: torch.Tensor) -> int:
 
 
 def _fault(x: torch.Tensor, name: str) -> str | None:
-    """Why x has no memory and what to do about it; None where it is plainly empty."""
+    """Why x has no memory and what to do about it; None if it is simply empty."""
     kind = type(x).__name__
     for method in ("to_local", "wait"):  # of DTensor, and of functional collectives' results
         if hasattr(x, method):
             return f"is a {kind}, which has no memory of its own; pass {name}.{method}()"
     if isinstance(x, torch._subclasses.FakeTensor):
-        return f"is a {kind}, which has no memory; pass a real one, outside of FakeTensorMode"
+        return f"is a {kind}, which has no memory; pass a real tensor, outside of FakeTensorMode"
     if x.is_nested:
         return "is a nested tensor; pass its components one by one"
     if x.layout != torch.strided:
         return f"has the layout {x.layout}; pass {name}.to_dense()"
     if x.device.type == "meta":
-        return "lies on the meta device, which has no memory; make it on another one"
+        return "is on the meta device, which has no memory; create it on another device"
     if torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._is_functional_tensor(x):
         return (
-            "is what torch.func (vmap, grad, functionalize) passes for a tensor, and has no memory "
-            "of its own; call this outside of the transform"
+            "is a wrapper of torch.func (vmap, grad, functionalize), which has no memory of its "
+            "own; call this outside of the transform"
         )
     if type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return f"is a {kind}, which has no memory of its own; pass the tensor that it wraps"
     if not x.numel():
         return None
-    return "has no memory: its storage was freed, made smaller or never allocated; allocate it"
+    return "has no memory: its storage was freed, shrunk or never allocated; allocate it"

@@ -1,4 +1,4 @@
-"""How many transforms an input needs, from sums of its squares and cubes."""
+"""How many rotations an input needs, from sums of its squares and cubes."""
 
 import numpy as np
 import torch
@@ -22,31 +22,31 @@ def choose_rotations(
     safe: int = 2,
     tolerance: float = TOLERANCE,
 ) -> int:
-    """1 where one transform suffices for x, else `safe`.
+    """1 if one rotation suffices for x, otherwise `safe`.
 
-    It takes time linear in x, and depends on x alone, not on the random signs.
+    The time is linear in numel. The result depends only on x, not on the random signs.
 
-    After one transform a coordinate is d^(-1/2) sum_i +-x_i, so its Kolmogorov distance to a
+    After one rotation a coordinate is d^(-1/2) sum_i +-x_i, so its Kolmogorov distance to a
     Gaussian is at most
 
         0.5606 sum_i |x_i|^3 / (sum_i x_i^2)^(3/2)        (Berry and Esseen; Shevtsova 2010),
 
     and the covariances of g adjacent coordinates, over |x|^2 / d, are the g-point Walsh-Hadamard
-    transform of q_r = sum of x_i^2 over i = r mod g, over |x|^2. One transform suffices where the
-    averages over blocks, weighted by |x_block|^2 as errors are, stay within two limits: that of the
-    bound the tolerance, that of the largest covariance (which changes the error in second order
-    only) 4 times the tolerance. In addition, no block with more than 1e-4 of |x|^2 may exceed 4
-    times either limit.
+    transform of q_r = sum of x_i^2 over i = r mod g, over |x|^2. One rotation suffices if the
+    averages over blocks, weighted by |x_block|^2, stay within two limits: the tolerance for the
+    bound, and 4 times the tolerance for the largest covariance (which changes the error only in
+    second order). In addition, no block with more than 1e-4 of |x|^2 may exceed 4 times either
+    limit.
 
     Args:
-        x: (numel,) floating.
+        x: (numel,) floating point.
         block: coordinates that are rotated together, a power of two.
-        group: g, coordinates that a quantizer codes together: 1, 2, 4 or 8.
+        group: g, the coordinates that a quantizer codes together: 1, 2, 4 or 8.
         safe: the number that suffices for every x.
         tolerance: of the Kolmogorov distance, in (0, 1).
 
     Raises:
-        TypeError: x is no tensor, has no memory of its own or is not floating.
+        TypeError: x is no tensor, has no memory of its own or is not floating point.
         ValueError: an argument is out of its range.
     """
     x = floating_tensor(x, "choose_rotations", "x")
@@ -66,9 +66,9 @@ def choose_rotations(
 
 
 def block_moments(z: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """What the choice depends on: blocks z (B, d), in units of `unit` (B,) -> (B, 10).
+    """The moments that decide the choice: blocks z (B, d), in units of `unit` (B,) -> (B, 10).
 
-    A row holds q_0 .. q_7, sum |z|^3 and unit. Blocks that are not finite count as zeros.
+    A row holds q_0 .. q_7, sum |z|^3 and unit. Non-finite blocks count as zeros.
     """
     squares = z.square()
     cubes = (squares * z.abs()).sum(dim=1)
@@ -85,8 +85,8 @@ def rotations_for(
     """The choice of `choose_rotations`, from the `block_moments` of all blocks."""
     if not len(moments):
         return 1
-    # NumPy, since torch takes several times as long for so few numbers, and every bucket of every
-    # step comes here.
+    # NumPy: torch takes several times as long for so few numbers, and this runs for every bucket of
+    # every step.
     rows = moments.double().cpu().numpy()
     q, cubes, unit = rows[:, :_PARTS], rows[:, _PARTS], rows[:, _PARTS + 1]
     squares = q.sum(axis=1)

@@ -1,4 +1,4 @@
-"""A cache whose values are built once, whichever threads ask at the same time."""
+"""A cache that builds each value once, even if several threads ask at the same time."""
 
 import os
 from collections.abc import Callable
@@ -11,10 +11,10 @@ __all__ = ["once"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# One for all caches, so that values built out of each other cannot be waited for in a circle.
+# One lock for all caches, so that values that are built from each other cannot deadlock.
 _lock = RLock()
 
-# A child of fork() has one thread: the lock must not be left to one that it lacks.
+# A child of fork() has one thread; the lock must not stay held by a thread that it lacks.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
@@ -22,14 +22,14 @@ if hasattr(os, "register_at_fork"):
 
 
 def once(build: Callable[P, R]) -> Callable[P, R]:
-    """`functools.cache` that runs `build` once for each set of arguments, and returns one value.
+    """`functools.cache` that runs `build` once per set of arguments and always returns that value.
 
-    `functools.cache` alone runs it in every thread that misses, and hands out values that it does
-    not keep: a pointer into one of those dangles. A hit costs what one of `functools.cache` does
-    and takes no lock. An exception is not kept.
+    `functools.cache` alone runs it in every thread that misses, and returns values that it does not
+    keep; a pointer into such a value dangles. A hit costs as much as with `functools.cache` and
+    takes no lock. Exceptions are not cached.
 
-    `build` runs under a lock that all these caches share, so it must not wait for other threads,
-    nor for work on a device that may depend on them.
+    `build` runs under a lock that all these caches share, so it must not wait for other threads, or
+    for work on a device that may depend on them.
     """
     kept = cache(build)
 

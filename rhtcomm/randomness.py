@@ -1,8 +1,8 @@
-"""Counter-based random streams: any rank can compute any range of them at any time.
+"""Counter-based random streams: any rank can compute any range of a stream at any time.
 
 The generator is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
 1, 2, 3", SC 2011). It is a keyed bijection of 128-bit counters, so a stream has no state: ranks
-that hold the same `Key` agree on every random sign and every dither without a message.
+with the same `Key` get the same random signs and dither without communication.
 
     key words      seed, low and high half
     counter words  (call, bucket, step, stream + 16 hop + 256 rank)
@@ -30,7 +30,7 @@ MAX_COORDINATES = 1 << 36  # of a bucket: 2^32 calls of 16 bytes of dither
 
 
 class Stream(IntEnum):
-    """What a stream is for; streams of different purposes are independent."""
+    """The purpose of a stream; streams of different purposes are independent."""
 
     SIGNS_1 = 0
     SIGNS_2 = 1
@@ -71,7 +71,7 @@ class Key:
                 raise ValueError(f"Key: {name}={value} must lie in [0, 2^{width})")
 
     def next_hop(self) -> "Key":
-        """The key for encoding the same tensor once more, independent of this one."""
+        """The key for encoding the same tensor again, with independent randomness."""
         return replace(self, hop=self.hop + 1)
 
 
@@ -90,7 +90,7 @@ def philox4x32(
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # The 64-bit products wrap into the sign bit, which the masks below drop again.
+        # The 64-bit products overflow into the sign bit; the masks below drop it.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0 = ((product1 >> 32) ^ c1 ^ k0) & _MASK
         c2 = ((product0 >> 32) ^ c3 ^ k1) & _MASK
@@ -102,9 +102,9 @@ def philox4x32(
 def words(
     key: Key, stream: Stream, call: int, count: int, rank: int, device: torch.device
 ) -> torch.Tensor:
-    """Calls call .. call + count - 1 of a stream: (count, 4) int64 holding 32-bit words."""
+    """Calls call .. call + count - 1 of a stream: (count, 4) int64 with 32-bit words."""
     if call + count > 1 << 32:
-        raise ValueError(f"a stream has 2^32 calls, {call + count} were asked for")
+        raise ValueError(f"a stream has 2^32 calls, but {call + count} were requested")
     if not 0 <= rank < MAX_RANKS:
         raise ValueError(f"rank={rank} must lie in [0, {MAX_RANKS})")
 
@@ -124,7 +124,7 @@ def signs(
     """Random signs of the coordinates offset .. offset + count - 1: (count,) float32 of +1 and -1.
 
     Coordinate j takes bit j mod 128 of call j // 128, counted from the lowest bit of the first
-    word; a set bit is a minus. `offset` and `count` must be multiples of 8.
+    word; a set bit means minus. `offset` and `count` must be multiples of 8.
     """
     call, stop = offset // 128, -(-(offset + count) // 128)
     drawn = words(key, stream, call, stop - call, rank, device)
@@ -136,7 +136,7 @@ def signs(
 
 
 def stratum(rank: int, world_size: int) -> int:
-    """What one rank adds to the shared dither, in 1/256: rank i of n adds i/n."""
+    """What a rank adds to the shared dither, in units of 1/256: rank i of n adds i/n."""
     return 256 * rank // world_size
 
 
@@ -146,11 +146,11 @@ def dither(
     """Two independent uniform 16-bit numbers per coordinate: (u, v), each (count,) int32.
 
     Coordinate j owns byte j mod 4 of word (j // 4) mod 4 of call j // 16. Rotating that word until
-    the byte is on top gives 32 uniform bits, the upper 16 being v and the lower 16 being u. So a
-    coordinate's u and v are exactly uniform and exactly independent, at the price of one byte.
-    Coordinates of one word share their lower bits, which does not change the law of any of them.
-    `stratum`, in 1/256, is added to both, modulo one. The top byte of v depends on the
-    coordinate's own byte alone: that is all a receiver needs.
+    the byte is on top gives 32 uniform bits, the upper 16 being v and the lower 16 being u. So u
+    and v are exactly uniform and independent, for one byte per coordinate. Coordinates of one word
+    share their lower bits, which does not change the distribution of any of them. `stratum`, in
+    units of 1/256, is added to both, modulo one. The top byte of v, all that a receiver needs,
+    depends only on the coordinate's own byte.
 
     `offset` and `count` must be multiples of 16.
     """

@@ -11,16 +11,16 @@ from the last step to the first, beginning with x = 2^16, and decoded by
     slot = x mod 2^P;  x <- f (x // 2^P) + slot - start, of the symbol that has the slot
     if x < 2^16: x <- 2^16 x + the next word
 
-from the first step to the last. The words of all lanes are one sequence, in the order in which they
-are read: by steps, and within a step by lanes. So neighbouring lanes read neighbouring words, on
-vectors and warps alike.
+from the first step to the last. The words of all lanes form one sequence in reading order: by step,
+then by lane. So neighbouring lanes read neighbouring words, on vectors and on warps.
 
     bytes
     4 LANES    states after the first symbol was encoded, uint32
     2 words    uint16
     the rest   zeros, which a decoder may read too
 
-Any bytes decode: states stay below 2^32, symbols in the table, and a word behind the end is 0.
+Any bytes can be decoded: states stay below 2^32, symbols stay in the table, and words beyond the
+end are 0.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,7 @@ LEAST = 1 << 16
 def encode(
     frequency: torch.Tensor, start: torch.Tensor, precision: int, nbytes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Units of at most so many bytes.
+    """Encode units into `nbytes` bytes each.
 
     Args:
         frequency, start: of the symbols, (S, U, LANES) int64.
@@ -44,8 +44,9 @@ def encode(
         nbytes: of a unit, at least 4 LANES, even.
 
     Returns:
-        (U, nbytes) uint8, and (U,) bool: whether a unit fits; the bytes of one that does not are of
-        no use.
+        (U, nbytes) uint8, and (U,) bool: whether each unit fits; the bytes of units that do not fit
+        are
+        meaningless.
     """
     steps, units, _ = frequency.shape
     words = torch.empty(steps, units, LANES, dtype=torch.int64, device=frequency.device)
@@ -63,7 +64,7 @@ def encode(
     room = nbytes // 2 - 2 * LANES
     place = emitted.cumsum(1)
     fits = place[:, -1] <= room
-    # What is not emitted, or has no room, goes to a word behind the last, which is cut off.
+    # Words that are not emitted, or do not fit, go to an extra last word, which is cut off.
     place = torch.where(emitted & (place <= room), place - 1, room)
     body = torch.zeros(units, room + 1, dtype=torch.int64, device=x.device)
     body = body.scatter_(1, place, words)[:, :room]
@@ -72,18 +73,18 @@ def encode(
 
 
 class Lookup(NamedTuple):
-    """What a slot means, for each class: (C 2^P,) int64, slots of one class after the other."""
+    """The symbol of each slot: (C 2^P,) int64, class after class."""
 
     symbol: torch.Tensor
     frequency: torch.Tensor
     bias: torch.Tensor
-    """slot - start of its symbol."""
+    """For each slot, slot - start of its symbol."""
 
 
 def decode(
     octets: torch.Tensor, base: torch.Tensor, lookup: Lookup, precision: int
 ) -> torch.Tensor:
-    """The symbols of units, whatever their bytes are.
+    """Decode the symbols of units; any bytes are valid.
 
     Args:
         octets: (U, at least 4 LANES) uint8.

@@ -5,8 +5,8 @@ Sylvester-Hadamard matrix H, H[i, j] = d^(-1/2) (-1)^popcount(i & j), and diagon
 random signs. After k = 2 each coordinate of sqrt(d) R x / |x| is within O(d^(-1/2)) of N(0, 1) for
 any x; k = 3 also makes the covariance of any two coordinates vanish (arXiv 2605.06014).
 
-The arithmetic is part of the contract, since all ranks must end with the same bits whatever kernel
-they run: butterflies are float32 additions and subtractions in ascending stride order.
+The arithmetic is part of the specification, since all ranks must end with the same bits, whichever
+kernel they run: butterflies are float32 additions and subtractions in ascending stride order.
 """
 
 from dataclasses import dataclass
@@ -40,17 +40,17 @@ class Blocks:
         return Blocks(self.offset + by, self.count, self.size)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """The coordinates of these blocks, x (at most B d,) -> (B, d), padded by zeros."""
+        """The coordinates of these blocks, x (at most B d,) -> (B, d), padded with zeros."""
         x = torch.nn.functional.pad(x, (0, self.count * self.size - x.numel()))
         return x.view(self.count, self.size)
 
 
 def split_into_blocks(numel: int, block: int) -> tuple[Blocks, ...]:
-    """Cover `numel` coordinates by full blocks and, where some are left, one block for the tail.
+    """Split `numel` coordinates into full blocks and, if some remain, one tail block.
 
-    The tail block is the smallest power of two that holds the rest, padded by zeros. It is at least
-    256, below which rotated coordinates are too far from Gaussian, or `block` if that is smaller.
-    So the padding is shorter than max(block / 2, 256).
+    The tail block is the smallest power of two that holds the rest, padded with zeros. It is at
+    least 256, since rotated coordinates of smaller blocks are too far from Gaussian, or `block` if
+    that is smaller. So the padding is shorter than max(block / 2, 256).
     """
     count, rest = divmod(numel, block)
     full = (Blocks(0, count, block),) if count else ()
@@ -66,7 +66,7 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     d^(1/2) H x by butterflies (a, b) -> (a + b, a - b) of stride 1, 2, 4, ..., d / 2.
     """
     blocks, size = x.shape
-    # Strides below 64 would make torch walk the memory in tiny steps, so they use a transpose.
+    # With strides below 64 torch would access memory in tiny steps, so they use a transpose.
     low = min(size, 64)
     columns = x.reshape(-1, low).t().clone(memory_format=torch.contiguous_format)
     columns = _butterflies(columns, 1, low).view(low, -1)
@@ -118,6 +118,11 @@ class RandomizedHadamard:
     def forward(self, x: torch.Tensor, key: Key, rank: int = 0) -> torch.Tensor:
         """R x: (numel,) floating -> (padded numel,) float32, |R x| = |x|.
 
+        Args:
+            x: (numel,) floating; zeros pad its last block.
+            key: chooses the signs, with `rank`.
+            rank: whose signs; 0 for those that all ranks share.
+
         Raises:
             TypeError: x is no tensor, has no memory of its own or is not floating; or the key is
                 no `Key`.
@@ -134,6 +139,12 @@ class RandomizedHadamard:
     @default_mode(pool=True)
     def inverse(self, y: torch.Tensor, key: Key, numel: int, rank: int = 0) -> torch.Tensor:
         """The x of `forward`: (padded numel,) float32 -> (numel,) float32.
+
+        Args:
+            y: (padded numel,), what `forward` returned.
+            key: as given to `forward`.
+            numel: of x.
+            rank: as given to `forward`.
 
         Raises:
             TypeError: as `forward` does.
@@ -171,7 +182,7 @@ class RandomizedHadamard:
 
 
 def floating_tensor(x: torch.Tensor, owner: str, name: str) -> torch.Tensor:
-    """x without autograd's graph.
+    """x detached from autograd's graph.
 
     Raises:
         TypeError: x is no tensor, has no memory of its own or is not floating.
@@ -179,5 +190,7 @@ def floating_tensor(x: torch.Tensor, owner: str, name: str) -> torch.Tensor:
     memory_of(x, owner, name)
     if not x.is_floating_point():
         remedy = "torch.view_as_real of it" if x.is_complex() else f"{name}.float()"
-        raise TypeError(f"{owner}: {name} is {x.dtype}, which is not floating; pass {remedy}")
+        raise TypeError(
+            f"{owner}: {name} is {x.dtype}, which is not a floating-point type; pass {remedy}"
+        )
     return x.detach()

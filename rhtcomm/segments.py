@@ -1,14 +1,14 @@
-"""Parameters of a bucket, and rows of them, whose gradients are zeros on all ranks.
+"""Parameters of a bucket, and their rows, whose gradients are zero on all ranks.
 
-The gradient of a layer that no rank used is zero, and so is its mean; likewise the rows of an
-embedding for symbols that no rank met. But a block of a codec holds coordinates of several rows and
-parameters, so the noise of one would come back in the zeros of the next, and Adam makes full steps
-of noise, however small: what was learned of rare symbols would be lost between their turns. So
-ranks send one bit for each segment, that is for the coordinates of one parameter or of one row:
-whether anything in it is not zero. What is zero on all ranks is set to zero after decoding,
-whatever was decoded.
+The gradient of a layer that no rank used is zero, and so is its mean. The same holds for rows of an
+embedding whose symbols occurred on no rank. But a block holds coordinates of several rows and
+parameters, so decoding would add noise to these zeros. Adam makes full steps of noise, however
+small, and would destroy what was learned of rare symbols. So ranks send one bit per segment (a
+parameter or a row): whether it has a nonzero coordinate. Segments that are zero on all ranks are
+set to zero after decoding.
 
-A value counts as zero if no bit but its sign is set: -0.0 does, NaN and subnormal numbers do not.
+A value is zero if all its bits except the sign are zero: -0.0 is zero; NaN and subnormal numbers
+are not.
 """
 
 import ctypes
@@ -27,33 +27,33 @@ _ROW = 64  # coordinates of a segment that is a row, at least
 
 
 class _Part(NamedTuple):
-    """`rows` segments of one length, one behind the other."""
+    """`rows` adjacent segments of one length."""
 
     offset: int
-    """Where the first one begins in the tensor."""
+    """Offset of the first segment in the tensor."""
     rows: int
     length: int
-    """Of each."""
+    """Length of each segment."""
     first: int
-    """The number of the first one."""
+    """Index of the first segment."""
 
     def of(self, x: Any) -> Any:
-        """Its coordinates of x (numel,): a view (rows, length)."""
+        """Its coordinates of x (numel,), as a view (rows, length)."""
         run = x[self.offset : self.offset + self.rows * self.length]
         return run.reshape(self.rows, self.length)
 
     def flags(self, used: Any) -> Any:
-        """What `used`, an array with an entry for each segment, has of it: a view (rows,)."""
+        """Its entries of `used`, an array with an entry per segment, as a view (rows,)."""
         return used[self.first : self.first + self.rows]
 
 
 class Segments:
-    """Runs that follow each other and make up a flat tensor; empty ones are left out.
+    """Consecutive runs that make up a flat tensor; empty ones are left out.
 
     Args:
-        lengths: of the tensors that were flattened; None: one.
+        lengths: of the tensors that were flattened; None: a single tensor.
         numel: of the flat tensor.
-        rows: how many segments, of one length, each of those tensors is; None: one.
+        rows: number of segments, of equal length, in each of those tensors; None: one.
 
     Raises:
         TypeError: a length is no integer.
@@ -67,14 +67,14 @@ class Segments:
             runs = [numel] if lengths is None else list(map(operator.index, lengths))
         except TypeError:
             raise TypeError(
-                f"rhtcomm.all_reduce: segments={lengths!r:.80} must hold the length of each part "
-                "of the tensor, integers"
+                f"rhtcomm.all_reduce: segments={lengths!r:.80} must hold the length of each "
+                "segment of the tensor, as integers"
             ) from None
         if sum(runs) != numel or min(runs, default=0) < 0:
             raise ValueError(
-                f"rhtcomm.all_reduce: segments holds {len(runs)} lengths, the least "
-                f"{min(runs, default=0)}, with sum {sum(runs)}, but the tensor has {numel} "
-                "coordinates; give the length of each of its parts, in their order"
+                f"rhtcomm.all_reduce: segments has {len(runs)} lengths with minimum "
+                f"{min(runs, default=0)} and sum {sum(runs)}, but the tensor has {numel} "
+                "coordinates; pass the length of each segment, in order"
             )
         self.given = tuple(runs)
         self._parts: list[_Part] = []
@@ -92,11 +92,11 @@ class Segments:
 
     @property
     def lengths(self) -> list[int]:
-        """Of all segments."""
+        """Number of all segments."""
         return [part.length for part in self._parts for _ in range(part.rows)]
 
     def used(self, x: torch.Tensor) -> torch.Tensor:
-        """Which segments of contiguous x (numel,) are not zeros throughout.
+        """Which segments of contiguous x (numel,) have a nonzero coordinate.
 
         Returns:
             (4 ceil(n / 32),) uint8 on the device of x, bit i % 8 of byte i // 8 for segment i.
@@ -108,21 +108,21 @@ class Segments:
     def restore_(
         self, x: torch.Tensor, used: torch.Tensor, value: torch.Tensor | None = None
     ) -> None:
-        """Set the segments of contiguous x (numel,) that are not used to zero, or to `value`'s."""
+        """Set the unused segments of contiguous x (numel,) to zero, or to those of `value`."""
         if x.device.type == "cpu":
             self._restore_on_cpu_(x, used, value)
         else:
             self._restore_on_device_(x, used, value)
 
     def clear_zeros_(self, x: torch.Tensor) -> None:
-        """Make one segment that is zeros throughout 0.0: codecs decode zeros to -0.0 as well."""
+        """If x is a single segment of zeros, set it to 0.0: codecs may decode zeros to -0.0."""
         if x.device.type != "cpu" or not x[0].item():
             self.restore_(x, self.used(x))
 
     def _used_on_cpu(self, x: torch.Tensor) -> torch.Tensor:
         bits = _integers(x)
         magnitude = np.iinfo(bits.dtype).max  # all bits but the sign
-        # The first coordinate of a gradient that is not zero seldom is.
+        # The first coordinate of a nonzero gradient is rarely zero.
         used = bits[self._offsets] & magnitude != 0
         for part in self._parts if not used.all() else ():
             flags = part.flags(used)
@@ -146,7 +146,7 @@ class Segments:
             if len(unused):
                 part.of(bits)[unused] = 0 if values is None else part.of(values)[unused]
 
-    # On a device, where to look at a number would stop the host, all numbers are read.
+    # On a device all numbers are read, since looking at one would block the host.
 
     def _used_on_device(self, x: torch.Tensor) -> torch.Tensor:
         whole = [part.of(x).view(-1) for part in self._parts if part.rows == 1]
@@ -168,7 +168,7 @@ class Segments:
             starts = torch.from_numpy(self._offsets)
             if x.device.type == "cuda":  # from other memory a copy makes the host wait
                 starts = starts.pin_memory()
-            # The sum up to a coordinate of these is 1 where its segment is unused, else 0.
+            # The cumulative sum is 1 at coordinates of unused segments, otherwise 0.
             steps = torch.diff(
                 mask.to(torch.int8), prepend=torch.zeros_like(mask[:1], dtype=torch.int8)
             )
@@ -182,17 +182,17 @@ class Segments:
 
 
 def rows_of(shape: Sequence[int], length: int) -> int:
-    """How many segments a tensor of `length` coordinates is: its rows, unless they are short.
+    """The number of segments of a tensor of `length` coordinates: its rows, unless these are short.
 
-    With `_ROW` coordinates each, the bits that say which are used are 0.8% of a payload with 2 bits
-    per coordinate, and finding out takes about 2% of the codec's time.
+    With `_ROW` coordinates per row, the bits take 0.8% of a payload with 2 bits per coordinate, and
+    computing them takes about 2% of the codec's time.
     """
     rows = shape[0] if len(shape) > 1 else 1
     return rows if length >= _ROW * rows > 0 else 1
 
 
 def merge_(used: torch.Tensor, rows: torch.Tensor) -> None:
-    """What any of the rows (n, m) says becomes used (m,), uint8."""
+    """used (m,) <- bitwise or of the rows (n, m), uint8."""
     if used.numel():
         used.copy_(rows[0])
         for row in rows[1:]:
@@ -216,10 +216,10 @@ def _nbytes(count: int) -> int:
 
 
 def _integers(x: torch.Tensor) -> npt.NDArray[np.signedinteger]:
-    """The bits of contiguous x, in its memory, which must outlive them.
+    """The bits of contiguous x, as a view of its memory, which must outlive the view.
 
     NumPy lacks bfloat16, and comparisons of floats may flush subnormals. After `x.numpy()` torch
-    would refuse to resize the storage of x, by which some free it.
+    would refuse to resize the storage of x, which some callers do to free it.
     """
     memory: Any = (ctypes.c_uint8 * x.nbytes).from_address(x.data_ptr())
     return np.frombuffer(memory, dtype=np.int32 if x.element_size() == 4 else np.int16)
@@ -230,7 +230,7 @@ def _any(
 ) -> npt.NDArray[np.bool_]:
     """Whether any number in these rows of (count, length) has a bit of the mask.
 
-    It looks further into a row each time.
+    Each pass looks further into the rows.
     """
     found = np.zeros(len(bits), np.bool_)
     left, start, size = rows, 0, 64

@@ -1,4 +1,4 @@
-"""The versions that ranks must have in common; docs/format.md says what raises which."""
+"""The versions that all ranks must share; docs/format.md says when each is raised."""
 
 from collections.abc import Mapping
 

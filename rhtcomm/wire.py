@@ -49,17 +49,17 @@ MARK = b"RH"
 
 
 class PayloadError(ValueError):
-    """A payload is not what this codec, key and length call for."""
+    """A payload does not fit this codec, key and length."""
 
 
 # Layout ------------------------------------------------------------------------------------------
 
 
 class Section(NamedTuple):
-    """The blocks of one size in a payload, and where they lie, in bytes from its beginning."""
+    """The blocks of one size in a payload, and their positions, in bytes from its beginning."""
 
     blocks: Blocks
-    """B of them; their offset counts from the beginning of the payload's tensor."""
+    """The B blocks; their offset counts from the beginning of the payload's tensor."""
     scales: int
     codes: int
     stop: int
@@ -67,7 +67,7 @@ class Section(NamedTuple):
     def views(self, payloads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """payloads (..., nbytes) uint8 -> scales (..., B) float32 and codes (..., B, row bytes).
 
-        For quantizers whose units are blocks: a row has the codes of one.
+        For quantizers that code single blocks: a row has the codes of one block.
         """
         codes = payloads[..., self.codes : self.stop]
         return (
@@ -80,7 +80,7 @@ class Section(NamedTuple):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """payloads (..., nbytes) uint8 -> scales (..., R) float32 and codes (..., n) of R blocks.
 
-        They are whole units: `rows` begins where a unit does.
+        These must be whole units: `rows` begins at a unit.
         """
         begin, end = (
             self.codes + quantizer.nbytes(row, self.blocks.size) for row in (rows.start, rows.stop)
@@ -110,7 +110,7 @@ def length_of(sections: tuple[Section, ...]) -> int:
 
 
 def facts_of(quantizer: Quantizer, rotations: object, block: int) -> dict[str, object]:
-    """What determines how payloads are read, by name."""
+    """What determines the meaning of a payload, by name."""
     facts: dict[str, object] = {
         "byteorder": sys.byteorder,
         "quantizer": type(quantizer).__name__,
@@ -141,8 +141,9 @@ class Headers:
     Args:
         fingerprint: of the codec's configuration, 8 bytes.
         configuration: by name, for errors.
-        rotations: the number that the codec takes unless it is told another.
-        auto: whether it can be told another, and payloads say how many their senders want.
+        rotations: the codec's default number.
+        auto: whether the number can be chosen per payload, and payloads carry the number that their
+            senders want next.
     """
 
     fingerprint: bytes
@@ -160,7 +161,7 @@ class Headers:
         offset: int,
         numel: int,
     ) -> bytes:
-        """One header; `wanted` is given only with "auto"."""
+        """One header; `wanted` is passed only with "auto"."""
         owner = f", {key.owner}" if key.owner else ""
         origin = (
             f"({key.seed}, {key.step}, {key.bucket}, {key.hop}, {rank}, {world_size}, {offset}, "
@@ -183,7 +184,7 @@ class Headers:
     ) -> None:
         """Write the headers of payloads (shards, at least 16) of `numel` coordinates each.
 
-        The first shard lies at `offset`. The host does not wait for the payloads' device.
+        The first shard is at `offset`. The host does not wait for the payloads' device.
         """
         shards, headers = payloads.shape[0], b""
         for i in range(shards):
@@ -211,12 +212,12 @@ class Headers:
     ) -> tuple[int, int | None]:
         """Check the headers of payloads (K, shards, at least 16).
 
-        They come from K adjacent ranks, from `rank` on. Shards have `numel` coordinates each, and
-        the first lies at `offset`.
+        They come from K adjacent ranks, starting with `rank`. Shards have `numel` coordinates each,
+        and the first is at `offset`.
 
         Returns:
-            The number of rotations that all of them took, and the largest number that a sender
-            wants next (None where it is fixed).
+            The number of rotations that all of them used, and the largest number that a sender
+            wants next (None if it is fixed).
 
         Raises:
             PayloadError: a header is not the expected one.
@@ -252,20 +253,23 @@ class Headers:
         if found[:2] != expected[:2]:
             return "does not begin with the mark of a payload"
         if found[2] != expected[2]:
-            return f"has format version {found[2]}, this is version {WIRE}; update the older"
+            return (
+                f"has format version {found[2]}, but this is version {WIRE}; update the older one"
+            )
         if self.auto and found[3] != expected[3] and found[8:] == expected[8:]:
             rotations, wanted = found[3] % 16, found[3] >> 4
             if rotations not in (1, 2, 3) or wanted not in (1, 2, 3):
                 return (
-                    f"was rotated {rotations} times and wants {wanted} next, but only 1, 2 and 3 "
-                    "can be: it is damaged"
+                    f"has {rotations} rotations and requests {wanted} next, but only 1, 2 and 3 "
+                    "are valid: it is damaged"
                 )
             return (
-                f"was rotated {rotations} times, another one {expected[3] % 16} times: the ranks "
-                "took different checkpoints, or are out of step"
+                f"has {rotations} rotations, another payload {expected[3] % 16}: the ranks loaded "
+                "different checkpoints, or are out of step"
             )
         if found[3] != expected[3] or found[8:] != expected[8:]:
             return (
-                f"was made with a configuration other than {dict(self.configuration)} (or tables)"
+                f"was made with a configuration other than {dict(self.configuration)}, or with "
+                "other tables"
             )
         return None

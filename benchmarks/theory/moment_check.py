@@ -105,16 +105,16 @@ def moment_check(effort: Effort, size: int = 4096) -> str:
     return f"""{heading()}
 ## What the moment check chooses, and what it lets through, d = {size}
 
-"bound" is 0.5606 sum |x_i|^3 / |x|^3, "covariance" the largest inside groups of 8 after one
-transform; `choose_rotations` has a tolerance of {TOLERANCE}. In the columns of the
-quantizers (with the count that is safe for every input): the choice in bold, and then what k = 1
-does, chosen or not: vNMSE over that of the safe count, and N NMSE(N), N = {effort.draws}, over the
-same. A code without bias has both alike; else the squared bias over |x|^2 is their difference times
-vNMSE / N. The last three inputs are about as bad as the bound lets through.
+"bound" is 0.5606 sum |x_i|^3 / |x|^3. "covariance" is the largest one inside groups of 8 after
+one rotation. `choose_rotations` has a tolerance of {TOLERANCE}. A column per quantizer (in its
+title: the k that is safe for every input) shows the chosen k in bold, then two ratios for k = 1,
+chosen or not: its vNMSE, and its N NMSE(N), N = {effort.draws}, each over the vNMSE of the safe k.
+For an unbiased code the ratios are equal; otherwise the squared bias over |x|^2 is their difference
+times vNMSE / N. The last three inputs are about the worst that the bound accepts.
 
 {choices_and_errors(effort, size)}
 On gradients of the demo's model (scalar; groups of 2; groups of 8): {choices}.
 
-Cost: encode of {numel} coordinates by one transform, in turns within one run, medians.
+Cost: encode of {numel} coordinates with one rotation, in turns within one run, medians.
 
 {check_cost(50 if full else 10, numel)}"""

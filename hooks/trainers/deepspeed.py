@@ -1,8 +1,8 @@
 """The hook in DeepSpeed without ZeRO, where the engine averages gradients itself.
 
-The engine has no DistributedDataParallel. When a step is due, after the backward pass, it flattens
-the gradients of all parameters and averages them. Here `rht_hook` does that at the same place, with
-buckets that are like DDP's, but are the same in each step.
+The engine does not use DistributedDataParallel. After the last backward pass of a step it flattens
+and averages the gradients of all parameters. Here `rht_hook` does this instead, with buckets like
+DDP's, but the same in each step.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from ..ddp import rht_hook
 from ..policy import Bits
 from ..register import Handle, begin
 from ..state import RHTState
-from ..telemetry import figures
+from ..stats import figures
 from .common import attach, restore_rank, save_rank
 
 __all__ = ["register"]
@@ -32,27 +32,30 @@ NUMEL = 1 << 23  # of a bucket: one travels while others are encoded and decoded
 def register(engine: DeepSpeedEngine, bits: Bits = 4, **options: Any) -> Handle:
     """Compress the gradients of an engine that `deepspeed.initialize` returned, without ZeRO.
 
-    ``handle = register(engine, bits=4)``; all processes call it alike.
+    ``handle = register(engine, bits=4)``; call it in all processes.
 
-    Gradients are averaged where the engine does it, after the backward pass of the last micro-batch
-    of a step, in the dtype that they have there. The engine's `save_checkpoint` and
-    `load_checkpoint` save and load the hook's state, one file for each rank; where
-    `load_checkpoint` leaves out the optimizer, it leaves out the hook, and a checkpoint without it
-    is loaded with a warning. The figures of each step go to DeepSpeed's monitors. Call
-    `handle.close()` before `destroy_process_group`.
+    Gradients are averaged where the engine would: after the backward pass of the last micro-batch
+    of a step, in their dtype there. The engine's `save_checkpoint` and `load_checkpoint` save and
+    load the hook's state, in one file per rank. If `load_checkpoint` leaves out the optimizer, it
+    also leaves out the hook. A checkpoint without the hook is loaded with a warning. The figures of
+    each step go to DeepSpeed's monitors. Call `handle.close()` before `destroy_process_group`.
 
-    In one process it warns that there is nothing to compress.
+    In a single process it warns that there is nothing to compress.
+
+    Args:
+        engine: the first result of `deepspeed.initialize`.
+        bits, options: of `rhtcomm.hooks.register`.
 
     Raises:
-        TypeError: it is no DeepSpeedEngine.
-        ValueError: the engine has ZeRO or other parallelism than that of data, or adds gradients
-            up; or an option is out of its range or has other ranks.
-        RuntimeError: the engine has a hook already, or another rank did not come.
-        DisagreementError: on all ranks, where their arguments differ.
+        TypeError: it is not a DeepSpeedEngine.
+        ValueError: the engine uses ZeRO or parallelism other than data parallelism, or sums
+            gradients; or an option is out of its range or has other ranks.
+        RuntimeError: the engine already has a hook, or another rank did not connect.
+        DisagreementError: on all ranks, if their arguments differ.
     """
     _check(engine, options)
     if engine.seq_dp_world_size == 1:
-        how = "start the script by deepspeed or torchrun"
+        how = "start the script with deepspeed or torchrun"
         return attach(engine.module, bits, options, CALL, how)
     handle = _Handle(engine, RHTState(bits, **options))
     begin(handle.state, engine.module, engine.seq_data_parallel_group, handle.install)
@@ -67,21 +70,21 @@ def _check(engine: DeepSpeedEngine, options: dict[str, Any]) -> None:
         )
     other = engine.pipeline_parallelism or engine.has_moe_layers
     refused = (
-        ("process_group" in options, "leave out process_group; it takes the engine's own"),
+        ("process_group" in options, "leave out process_group; the engine's own is used"),
         (
             engine.zero_optimization(),
-            f"the engine has ZeRO, stage {engine.zero_optimization_stage()}, which reduces shards; "
-            'set "zero_optimization": {"stage": 0}, or shard the model by fully_shard (FSDP2) '
-            "instead and call rhtcomm.hooks.compress_fsdp(model)",
+            f"the engine uses ZeRO stage {engine.zero_optimization_stage()}, which reduces "
+            'shards; set "zero_optimization": {"stage": 0}, or shard the model with '
+            "fully_shard (FSDP2) instead and call rhtcomm.hooks.compress_fsdp(model)",
         ),
         (
             other or engine.mp_world_size * engine.sequence_parallel_size > 1,
-            "the engine has other parallelism than that of data (pipelines, experts, or parallel "
-            "tensors or sequences); the hook is for data parallelism alone",
+            "the engine uses pipeline, expert, tensor or sequence parallelism; the hook supports "
+            "only data parallelism",
         ),
         (
             not engine.gradient_average,
-            'the engine adds gradients up; set "gradient_allreduce_op": "mean"',
+            'the engine sums gradients; set "gradient_allreduce_op": "mean"',
         ),
     )
     for holds, reason in refused:
@@ -89,7 +92,7 @@ def _check(engine: DeepSpeedEngine, options: dict[str, Any]) -> None:
             raise ValueError(f"{CALL}: {reason}")
     if _REPLACED[0] in vars(engine):
         raise RuntimeError(
-            f"{CALL}: the engine has a hook already; call remove() of its handle first"
+            f"{CALL}: the engine already has a hook; call remove() on its handle first"
         )
 
 
@@ -97,7 +100,9 @@ _REPLACED = ("buffered_allreduce_fallback", "save_checkpoint", "load_checkpoint"
 
 
 class _Handle(Handle):
-    """A handle whose methods take the place of three of the engine's."""
+    """A handle that replaces three methods of the engine."""
+
+    state: RHTState
 
     def __init__(self, engine: DeepSpeedEngine, state: RHTState) -> None:
         super().__init__(engine.module, state)
@@ -110,7 +115,7 @@ class _Handle(Handle):
         engine.save_checkpoint, engine.load_checkpoint = self._save, self._load
 
     def _bypass(self) -> None:
-        """Go back to the engine's own averaging."""
+        """Restore the engine's own averaging."""
         for name in _REPLACED:
             vars(self._engine()).pop(name, None)
 
@@ -126,6 +131,8 @@ class _Handle(Handle):
         engine = self._engine()
         buckets = [*_buckets(engine.module)]
         means = [rht_hook(self.state, bucket) for bucket in buckets]
+        if self.state.reports is not None:
+            self.state.reports.land()
         for bucket, mean in zip(buckets, means, strict=True):
             bucket.take(mean.wait())
         if engine.monitor.enabled:
@@ -159,7 +166,7 @@ class _Handle(Handle):
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Gradients as `rht_hook` knows them from DDP."""
+    """Gradients in the form of DDP's buckets, for `rht_hook`."""
 
     number: int
     last: bool
@@ -213,6 +220,6 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor:
     if parameter.grad.layout != torch.strided:
         raise TypeError(
             f"{CALL}: a gradient of shape {tuple(parameter.shape)} is sparse, which cannot be "
-            "rotated; make the layer dense (sparse=False for nn.Embedding)"
+            "compressed; make the layer dense (sparse=False for nn.Embedding)"
         )
     return parameter.grad.detach()

@@ -15,7 +15,8 @@ __all__ = ["RHTCallback"]
 
 
 def _callback_class() -> Any:
-    """`Callback` of the package that is in use: each of the two has one of its own."""
+    """`Callback` of the imported package: `lightning` and `pytorch_lightning` each have their
+    own."""
     names = ("lightning.pytorch", "pytorch_lightning")
     loaded = [name for name in names if name in sys.modules]
     for name in (*loaded, *names):
@@ -36,8 +37,8 @@ class RHTCallback(_Callback):
 
     It registers the hook when a fit begins, logs its figures with each step (`Handle.figures`, by
     `self.log`), saves its state in the Trainer's checkpoints, and closes it when the fit ends or
-    fails. A further fit goes on in the same random streams. On `ModelParallelStrategy` (FSDP2) it
-    is `compress_fsdp`. In one process it warns that there is nothing to compress.
+    fails. Another fit continues with the same random streams. With `ModelParallelStrategy` (FSDP2)
+    it calls `compress_fsdp`. In a single process it warns that there is nothing to compress.
 
     With error feedback each checkpoint has the residuals of all ranks, gathered on rank 0.
 
@@ -45,13 +46,13 @@ class RHTCallback(_Callback):
         bits, options: of `rhtcomm.hooks.register`.
 
     Raises:
-        TypeError: when a fit begins: several processes train without DDP and without FSDP.
+        TypeError: when a fit begins: several processes train without DDP and FSDP.
     """
 
     def __init__(self, bits: Bits = 4, **options: Any) -> None:
         super().__init__()
         self.handle: Handle | None = None
-        """Of the fit that is running."""
+        """The handle of the current fit."""
         self._bits, self._options = bits, options
         self._state: dict[str, Any] = {}  # from a checkpoint, or of the fit before
         self._first_step = 0
@@ -59,7 +60,7 @@ class RHTCallback(_Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         model = trainer.strategy.model
         assert isinstance(model, nn.Module)
-        how = 'take Trainer(strategy="ddp", devices=...), or ModelParallelStrategy for FSDP2'
+        how = 'use Trainer(strategy="ddp", devices=...), or ModelParallelStrategy for FSDP2'
         self.handle = attach(model, self._bits, self._options, "RHTCallback", how)
         if self._state:
             load(self.handle, self._state)
@@ -78,9 +79,7 @@ class RHTCallback(_Callback):
         if self.handle is not None:
             handle, self.handle = self.handle, None
             self._state = handle.state_dict()  # for those who save or fit once more
-            why = (
-                "where you optimize manually, call self.manual_backward(loss), not loss.backward()"
-            )
+            why = "with manual optimization, call self.manual_backward(loss), not loss.backward()"
             finish(handle, trainer.global_step > self._first_step, "RHTCallback", why)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

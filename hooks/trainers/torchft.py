@@ -1,4 +1,4 @@
-"""torchft: a Manager whose quantized all-reduces go through rhtcomm."""
+"""torchft: a Manager whose quantized all-reduces use rhtcomm."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ from ...reduce import Algorithm, Reducer, check_algorithm
 from ...segments import rows_of
 from ..configuration import Quantizer, codec_for
 from ..failures import clear_frames
-from ..telemetry import Stats, Totals
+from ..stats import Stats, Totals
 
 __all__ = ["CompressedManager", "compress_manager"]
 
@@ -39,16 +39,17 @@ def compress_manager(
     min_numel: int = 1 << 14,
     seed: int = 0,
 ) -> "CompressedManager":
-    """Have `manager.allreduce(tensor, should_quantize=True)` exchange compressed payloads.
+    """Make `manager.allreduce(tensor, should_quantize=True)` exchange compressed payloads.
 
-    ``compress_manager(manager, bits=4)``, then ``DiLoCo(manager, ..., should_quantize=True)``;
-    call it on all replicas alike, before the first quorum. With ``use_bucketization=True`` DiLoCo
-    exchanges many parameters at once, and not each one alone.
+    ``compress_manager(manager, bits=4)``, then ``DiLoCo(manager, ..., should_quantize=True)``; call
+    it on all replicas before the first quorum. With ``use_bucketization=True`` DiLoCo exchanges
+    many parameters at once instead of one by one.
 
-    Replicas may leave and join: each quorum gets connections, an agreement and random streams of
-    its own, since keys derive from its number, the manager's step and the number of the call within
-    the step. An error is reported to the manager, as torchft's own are, and the step is discarded.
-    What cannot be compressed (float64, and less than `min_numel` numbers) travels exactly.
+    Replicas may leave and join: each quorum has its own connections, comparison of arguments and
+    random streams, since keys derive from its number, the manager's step and the number of the call
+    within the step. An error is reported to the manager, like torchft's own, and the step is
+    discarded. Tensors that cannot be compressed (float64, or fewer than `min_numel` coordinates)
+    are sent exactly.
 
     Args:
         manager: over `torchft.ProcessGroupGloo`.
@@ -56,7 +57,7 @@ def compress_manager(
             `rhtcomm.hooks.RHTState`.
 
     Raises:
-        TypeError: it is no Manager, or its process group is not on Gloo.
+        TypeError: it is not a Manager, or its process group is not on Gloo.
         ValueError: an argument is out of its range.
     """
     if not isinstance(manager, Manager):
@@ -66,8 +67,8 @@ def compress_manager(
         or "gloo" not in manager._pg.getBackendName()
     ):
         raise TypeError(
-            f"{CALL}: the manager has {type(manager._pg).__name__}, and only "
-            "torchft.ProcessGroupGloo is supported; make the manager with that"
+            f"{CALL}: the manager uses {type(manager._pg).__name__}, but only "
+            "torchft.ProcessGroupGloo is supported; create the manager with that"
         )
     codec = codec_for(bits, quantizer, rotations, block, exact_fraction, error_feedback=False)
     check_algorithm(algorithm, codec)
@@ -80,7 +81,7 @@ def compress_manager(
 
 
 class CompressedManager:
-    """What `compress_manager` returns: figures, and the way back."""
+    """The result of `compress_manager`: figures, and how to undo it."""
 
     def __init__(
         self, manager: Manager, reducer_over: Callable[[TorchCommunicator], Reducer], seed: int
@@ -93,11 +94,11 @@ class CompressedManager:
         manager.allreduce = self._allreduce
 
     def stats(self) -> Stats:
-        """Totals, see `Stats`; `steps` are the manager's, each attempt counted."""
+        """Totals, see `Stats`; `steps` counts the manager's steps, including each attempt."""
         return self._totals.stats(self._steps)
 
     def remove(self) -> None:
-        """Give `allreduce` back to the manager; call it before the manager's `shutdown`."""
+        """Restore the manager's `allreduce`; call it before the manager's `shutdown`."""
         self._manager.allreduce = self._exact
         if self._quorum is not None:
             self._quorum.close(wait=True)
@@ -123,7 +124,7 @@ class CompressedManager:
             tensor.zero_()
         try:
             quorum = self._present()
-            # What replicas that do not participate send are zeros, and count in the mean.
+            # Replicas that do not participate send zeros, which count in the mean.
             factor = quorum.world_size / (participants if averages else 1)
             work = _Work(quorum.send(tensor, self._next_key(quorum), factor, self._totals))
         except Exception as error:
@@ -134,7 +135,7 @@ class CompressedManager:
         return managed
 
     def _present(self) -> "_Quorum":
-        """The quorum that there is now."""
+        """The current quorum."""
         number = self._manager._quorum_id
         if self._quorum is None or self._quorum.number != number:
             if self._quorum is not None:
@@ -158,7 +159,7 @@ class CompressedManager:
 
 
 class _Work(dist.Work):
-    """What `torchft` waits for."""
+    """The work object that torchft waits for."""
 
     def __init__(self, future: torch.futures.Future[torch.Tensor]) -> None:
         super().__init__()
@@ -187,7 +188,7 @@ class _QuorumCommunicator(TorchCommunicator):
 
 
 class _Quorum:
-    """Exchanges of one quorum, in the order of their calls, on a thread of its own."""
+    """Exchanges of one quorum, in the order of their calls, on a separate thread."""
 
     def __init__(self, number: int, reducer: Reducer) -> None:
         self.number, self.world_size = number, reducer.topology.world_size

@@ -1,6 +1,6 @@
 """Quantization tables for Gaussian coordinates.
 
-The solvers that made them lie next to them; nothing imports them at run time.
+The solvers that made them are in this package; nothing imports them at run time.
 """
 
 import importlib.resources
@@ -40,7 +40,7 @@ EXPECTED_VNMSE = {
 
 
 def load(name: str) -> dict[str, npt.NDArray[np.float64]]:
-    """Reads the shipped table `name` ("quic_fl", "quic_fl_exact", "lloyd_max" or "vector").
+    """Read the shipped table `name` ("quic_fl", "quic_fl_exact", "lloyd_max" or "vector").
 
     Returns:
         One float64 array for each bit width b, under the key "b1" and so on: (entries,), but for
@@ -60,8 +60,8 @@ def load(name: str) -> dict[str, npt.NDArray[np.float64]]:
 
 
 def save(path: Path, tables: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Writes what `load` reads.
+    """Write a file for `load`.
 
-    Uncompressed, so that the bytes depend on the numbers alone and not on the zlib at hand.
+    Uncompressed, so that the bytes depend only on the numbers and not on the zlib version.
     """
     np.savez(path, **tables)  # type: ignore[arg-type]  # numpy 1 knows no allow_pickle here

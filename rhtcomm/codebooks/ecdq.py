@@ -5,19 +5,19 @@ grid of step D with a dither v, uniform on [0, 1), that sender and receiver shar
 
     k = floor(z / D + v),    z' = D (k - v + 1/2).
 
-z' - z is uniform on [-D/2, D/2) and independent of z, so the error is D^2 / 12 whatever z is. k is
+z' - z is uniform on [-D/2, D/2) and independent of z, so the error is D^2 / 12 for every z. k is
 entropy-coded by static tables, one for each of C equal classes of v. With G(x) = x Phi(x) + phi(x),
 whose derivative is the distribution function Phi of N(0, 1), and G_c(k) = G((k - c / C) D),
 
     P(k | class c) = C / D (G_c(k + 1) - G_(c+1)(k + 1) - G_c(k) + G_(c+1)(k)).
 
-Probabilities become integers of sum 2^P, at least 1 for each of -K .. K, the k of |z| <= K D.
+Probabilities become integers with sum 2^P, at least 1 for each of -K .. K, the k of |z| <= K D.
 
 A unit of 2^16 coordinates has 2^16 b bits. The scales of its 16 blocks take 512 and the last states
-of its 32 lanes 1024. Less two standard deviations, 2 2^8 sigma, the rest is what codes may take on
-average: D is the finest step at which their mean length L does. sigma^2 is the variance of the
-length l(z, v) of a coordinate's code around L + beta (z^2 - 1), beta = Cov(l, z^2) / 2, since the
-sum of z^2 over a block is fixed.
+of its 32 lanes 1024. A margin of two standard deviations, 2 2^8 sigma, is subtracted as well. D is
+the finest step whose mean code length L fits into the rest. sigma^2 is the variance of the length
+l(z, v) of a coordinate's code around L + beta (z^2 - 1), beta = Cov(l, z^2) / 2, since the sum of
+z^2 over a block is fixed.
 """
 
 import argparse
@@ -44,10 +44,10 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Table:
-    """What codes of one number of bits are made with.
+    """The parameters of the code for one number of bits.
 
     Args:
-        frequencies: (C, 2 K + 1) integers, of sum 2^P in each row; column k + K is that of k.
+        frequencies: (C, 2 K + 1) integers, with sum 2^P in each row; column k + K belongs to k.
         step: 2^16 D.
         rate: bits of a unit of 2^16 coordinates, less the spread and the lanes' states.
         spread: bits in addition, for a unit of that length.
@@ -65,7 +65,8 @@ class Table:
 
 
 def classes_for(bits: float) -> tuple[int, int]:
-    """C and P. A table has 2^13 slots: where steps are coarse, classes pay more than precision."""
+    """C and P. All tables have 2^13 slots: with coarse steps, more classes reduce the error more
+    than precision does."""
     if bits < 2:
         return 8, 10
     if bits < 3:
@@ -74,13 +75,13 @@ def classes_for(bits: float) -> tuple[int, int]:
 
 
 def solve(bits: float) -> Table:
-    """The finest step of which units fit.
+    """The finest step for which units fit.
 
     Args:
         bits: one of `BITS`.
 
     Raises:
-        ValueError: bits is none of them.
+        ValueError: bits is not one of them.
     """
     if bits not in BITS:
         raise ValueError(f"ECDQ tables are for bits 1, 1.25, ..., 6, not {bits}")
@@ -126,9 +127,9 @@ def probabilities(step: float, classes: int) -> tuple[FloatArray, FloatArray]:
 
 
 def _frequencies(p: FloatArray, total: int) -> npt.NDArray[np.int64]:
-    """The positive integers of that sum of which the mean length -sum p log2(f / total) is least.
+    """The positive integers with sum `total` that minimize the mean length -sum p log2(f / total).
 
-    They are found by single steps of best gain, from the rounded numbers on.
+    Found greedily, by single steps from the rounded numbers.
     """
     f = np.maximum(1, np.floor(p * total)).astype(np.int64)
     while f.sum() < total:

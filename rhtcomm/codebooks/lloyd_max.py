@@ -24,7 +24,8 @@ BITS = range(1, 9)
 
 
 def _cells(centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The cells of the positive centroids: each reaches halfway to its neighbours, the last to inf.
+    """The cells of the positive centroids: each extends halfway to its neighbours, the last to
+    infinity.
 
     Args:
         centroids: The centroids above 0, ascending. (n,) float64
@@ -65,7 +66,7 @@ def solve(bits: int) -> npt.NDArray[np.float64]:
         dm_i/dt_(i+1) = density(t_(i+1)) (t_(i+1) - m_i) / mass_i,
 
     where t_i = (c_(i-1) + c_i) / 2. So the Jacobian of c - m is tridiagonal. In this form, unlike
-    in c_i mass_i - moment_i, the equations are nearly linear, and any sensible start will do.
+    in c_i mass_i - moment_i, the equations are nearly linear, and any reasonable start converges.
 
     Args:
         bits: b, at least 1.
@@ -81,7 +82,7 @@ def solve(bits: int) -> npt.NDArray[np.float64]:
     if bits < 1:
         raise ValueError(f"A Lloyd-Max codebook needs bits >= 1; got bits={bits}.")
     count = 2**bits
-    # Many centroids are best spaced like the quantiles of N(0, 3) (Panter and Dite).
+    # Many centroids are optimally spaced like the quantiles of N(0, 3) (Panter and Dite).
     quantiles = torch.arange(count // 2 + 0.5, count, dtype=torch.float64) / count
     centroids = math.sqrt(3) * torch.special.ndtri(quantiles)
     for _ in range(20):

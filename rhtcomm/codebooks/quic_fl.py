@@ -14,9 +14,9 @@ value's mean square is L(z), the linear interpolant of the points (A_i, Q_i), so
 
     E[L(z) - z^2; |z| <= T],
 
-a smooth function of the increments of r, which `solve` minimizes. Every z in [-T, T] is unbiased.
-T is as large as the coordinates that the quantizer has to carry: WIDE serves where all of them get
-a code, EXACT where the fraction p = 1/512 beyond T travels exactly and adds no error.
+a smooth function of the increments of r, which `solve` minimizes. Every z in [-T, T] is unbiased. T
+is the largest coordinate that gets a code: WIDE if all coordinates do, EXACT if the fraction p =
+1/512 beyond T is sent exactly and adds no error.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Family:
 
 WIDE = Family(
     "quic_fl",
-    # P(|z| > 5) is 6e-7: of the blocks of 4096 coordinates one in 400 has one that lies beyond.
+    # P(|z| > 5) is 6e-7: one block of 4096 coordinates in 400 has a coordinate beyond.
     bound=5.0,
     shared_bits={1: 6, 2: 6, 3: 5, 4: 4, 5: 4, 6: 3, 7: 3, 8: 2},
 )
@@ -92,8 +92,8 @@ def _expected_error(positive: Tensor, shared: int) -> Tensor:
         E[L(z); |z| <= T] = L(0) - 2 L(T) P(T) + 2 sum_i (r_i + r_(i+H)) (G(A_i) - G(A_(i+1))),
         E[z^2; |z| <= T] = 1 - 2 P(T) - 2 T density(T),
 
-    with the sum over A_i >= 0. Only z >= 0 enters, where upper tails keep their relative precision
-    however small they are.
+    with the sum over A_i >= 0. Only z >= 0 is used, for which upper tails keep their relative
+    precision, however small.
 
     Args:
         positive: The levels above 0, ascending. (N/2,) float64
@@ -113,7 +113,7 @@ def _expected_error(positive: Tensor, shared: int) -> Tensor:
 def _positive_levels(log_increments: Tensor, shared: int, bound: float) -> Tensor:
     """The levels above 0 (N/2,), from the logarithms of their increments (N/2 - 1,).
 
-    The increment across 0 is the unit that the others are measured in, as the scale is given by T.
+    The increment across 0 is the unit of the others; T then gives the scale.
     """
     half = log_increments.new_full((1,), 0.5)
     levels = torch.cat((half, log_increments.exp())).cumsum(0)
@@ -159,7 +159,8 @@ def solve(bits: int, shared_bits: int, bound: float = WIDE.bound) -> npt.NDArray
     def error(log_increments: Tensor) -> Tensor:
         return _expected_error(_positive_levels(log_increments, shared, bound), shared)
 
-    # Many levels at a small error are best spaced like the quantiles of N(0, 3) (Panter and Dite).
+    # Many levels at a small error are optimally spaced like the quantiles of N(0, 3) (Panter and
+    # Dite).
     quantiles = torch.arange(count // 2 + 0.5, count, dtype=torch.float64) / count
     start = torch.special.ndtri(quantiles)
     variables = (start.diff() / (2 * start[0])).log().requires_grad_()
@@ -179,7 +180,8 @@ def solve(bits: int, shared_bits: int, bound: float = WIDE.bound) -> npt.NDArray
         return value.item()
 
     optimizer.step(closure)
-    # The error is so flat at its minimum that descent alone settles the levels to few digits.
+    # The error is so flat at its minimum that descent alone determines only few digits of the
+    # levels.
     for _ in range(20):
         variables = variables.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(error(variables), variables, create_graph=True)

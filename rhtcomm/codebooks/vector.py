@@ -1,18 +1,18 @@
 """Codebooks of 256 vectors for N(0, I_g): `python -m rhtcomm.codebooks.vector`.
 
-A group of g = 8 / b coordinates takes one byte. The codebook {c_i, -c_i}, i = 0 .. 127, is to
-minimize the distortion a coordinate
+A group of g = 8 / b coordinates takes one byte. The codebook {c_i, -c_i}, i = 0 .. 127, minimizes
+the distortion per coordinate
 
     D = E[min_i,sign |z -+ c_i|^2] / g,  z ~ N(0, I_g),
 
-and does so where every c_i is the mean of the z nearest to it, those nearest to -c_i reflected
-(Linde, Buzo and Gray, IEEE Trans. Commun. 1980). Symmetric codebooks are as good as free ones, to
-a thousandth, and take half the search. As |z - c|^2 = |z|^2 - 2 (<z, c> - |c|^2 / 2), the nearest
-c_i is the one that maximizes |<z, c_i>| - |c_i|^2 / 2.
+if every c_i is the mean of the z nearest to it, with those nearest to -c_i reflected (Linde, Buzo
+and Gray, IEEE Trans. Commun. 1980). Symmetric codebooks are as good as free ones within 0.1%, and
+halve the search. As |z - c|^2 = |z|^2 - 2 (<z, c> - |c|^2 / 2), the nearest c_i is the one that
+maximizes |<z, c_i>| - |c_i|^2 / 2.
 
-Lloyd's iteration moves each c_i to its cell's mean over a fresh sample each time, so nothing is
-fitted to one sample; in its second half by steps that shrink, which average the noise of the
-samples. The best of a few random starts is kept.
+Lloyd's iteration moves each c_i to its cell's mean over a fresh sample each time, so it does not
+overfit a sample. In its second half the steps shrink, which averages out the sampling noise. The
+best of a few random starts is kept.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def nearest(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def distortion(codebook: Tensor, seed: int, samples: int = 1 << 21) -> float:
-    """D, measured; its relative standard error is about samples^(-1/2).
+    """Measure D; the relative standard error is about samples^(-1/2).
 
     Args:
         codebook: The c_i, (128, g) float32.
@@ -67,7 +67,7 @@ def expected_vnmse(distortion: float) -> float:
 
 
 def solve(bits: int, seed: int, iterations: int = 600) -> Tensor:
-    """The c_i that Lloyd's iteration on fresh samples reaches from one random start.
+    """The c_i that Lloyd's iteration on fresh samples finds from one random start.
 
     Args:
         bits: b, 1, 2 or 4.
@@ -93,7 +93,7 @@ def solve(bits: int, seed: int, iterations: int = 600) -> Tensor:
         sums = torch.zeros_like(codebook).index_add_(0, index, z * sign[:, None])
         step = 1 / max(1, iteration - iterations // 2)
         moved = torch.lerp(codebook, sums / count.clamp(min=1), step)
-        # A codeword that attracts nothing begins anew where the sample is.
+        # A codeword without nearest samples restarts at a sample.
         codebook = torch.where(count > 0, moved, z[:HALF])
     return codebook[codebook.norm(dim=1).argsort()]
 

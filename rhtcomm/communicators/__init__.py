@@ -1,4 +1,4 @@
-"""How payloads travel: the few exchanges that the collectives are made of."""
+"""Transports: the exchanges on which the collectives are built."""
 
 from rhtcomm.communicators.base import Communicator, Topology, ring_bytes
 from rhtcomm.communicators.hierarchical import HierarchicalCommunicator

@@ -1,4 +1,4 @@
-"""What the collectives ask of whatever carries their messages."""
+"""The interface between the collectives and their transport."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
@@ -9,26 +9,26 @@ __all__ = ["Communicator", "Topology", "name_of", "ring_bytes"]
 
 
 def ring_bytes(nbytes: int, world_size: int) -> int:
-    """What each of `world_size` ranks sends in a ring all-reduce of `nbytes` bytes."""
+    """Bytes that each of `world_size` ranks sends in a ring all-reduce of `nbytes` bytes."""
     return round(2 * (world_size - 1) * nbytes / world_size)
 
 
 def name_of(rank: int, ranks: Sequence[int] | Mapping[int, int]) -> str:
-    """A rank of a group in words; `ranks` has its number in the world."""
+    """A rank of a group in words; `ranks` has the world ranks of the group."""
     return f"rank {rank}" + (f" (rank {ranks[rank]} of the world)" if ranks[rank] != rank else "")
 
 
 class Topology(Protocol):
     """The ranks that average together, on one level or on two.
 
-    A `Communicator` is flat: all its ranks exchange payloads with each other. A
-    `HierarchicalCommunicator` has the ranks of a node in `within` and those that exchange payloads
-    in `between`.
+    A `Communicator` is flat: all its ranks exchange payloads with each other. In a
+    `HierarchicalCommunicator`, `within` has the ranks of a node and `between` those that exchange
+    payloads.
     """
 
     @property
     def within(self) -> "Communicator | None":
-        """The ranks of this node, which exchange full precision; None where there is one level."""
+        """The ranks of this node, which exchange full precision; None if there is one level."""
         ...
 
     @property
@@ -49,37 +49,39 @@ class Topology(Protocol):
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank so far, to other nodes where there are two levels."""
+        """Bytes sent by this rank so far; with two levels, only those to other nodes."""
         ...
 
     def ring_bytes(self, nbytes: int) -> int:
-        """What a rank sends in an uncompressed ring all-reduce of `nbytes` bytes."""
+        """Bytes that a rank sends in an uncompressed ring all-reduce of `nbytes` bytes."""
         ...
 
     def apart(self, device: str) -> "Topology":
-        """The same ranks over connections of their own, for tensors on a kind of device.
+        """The same ranks over private connections, for tensors on a kind of device.
 
-        All ranks call it. Where such connections cannot be made, itself: see `private`.
+        All ranks must call it. Returns itself if such connections cannot be made; see `private`.
         """
         ...
 
     def enqueues(self, device: str) -> bool:
         """Whether exchanges of tensors on a kind of device are queued on its current stream.
 
-        Then waiting for one makes that stream wait, and not the host. By default the host waits.
+        If so, waiting for an exchange blocks that stream and not the host. By default it blocks the
+        host.
         """
         return False
 
     def check_nodes(self, device: torch.device) -> None:
-        """Before the first exchange, see that the levels fit each other; all ranks call it."""
+        """Before the first exchange, check that the levels fit each other; all ranks must call
+        it."""
         return None
 
     def carriers(self) -> list[object]:
-        """What carries its messages, and may carry those of others (see `Users`)."""
+        """The objects that carry its messages, and may carry those of others (see `Users`)."""
         ...
 
     def name_of(self, rank: int) -> str:
-        """A rank in words, by its number here and, where that differs, in the world."""
+        """A rank in words, with its number here and, if different, in the world."""
         ...
 
     @property
@@ -92,41 +94,44 @@ class Topology(Protocol):
         ...
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
-        """Sum or maximum of contiguous tensors over ranks, in place, the same bits everywhere."""
+        """Sum or maximum of contiguous tensors over ranks, in place, with the same bits on all
+        ranks."""
         ...
 
     def settle(self, wait: bool = True) -> None:
-        """Called on all ranks alike when all exchanges started so far are finished there.
+        """Called on all ranks after all exchanges started so far have finished.
 
-        With `wait`, it returns when the others have all that this rank sent. Without, later
-        exchanges show that; but a rank must not leave before it has waited once more.
+        With `wait`, it returns when the others have received everything that this rank sent.
+        Without, later exchanges confirm that; but a rank must wait once more before it leaves.
         """
         ...
 
     def abort(self) -> None:
-        """Tell the others, where that is possible, that this rank gives up.
+        """Tell the other ranks, if possible, that this rank has failed.
 
-        Nothing can be exchanged after it.
+        No exchange is possible afterwards.
         """
         ...
 
     def close(self) -> None:
-        """End what is its own alone (see `apart`)."""
+        """Close private connections (see `apart`)."""
         ...
 
 
 class Communicator(Topology, Protocol):
-    """Exchanges among `world_size` ranks; every rank makes the same calls in one order.
+    """Exchanges among `world_size` ranks; all ranks make the same calls in the same order.
 
     A `start_...` returns at once, with a function that waits for the result and returns it. Several
-    exchanges may be in flight, to be finished in the order in which they were started; `settle`
-    follows the last of them. What they send belongs to them until `settle` has waited.
+    exchanges may be in flight; finish them in the order in which they were started, then call
+    `settle`. Do not change tensors that are being sent until `settle` has waited.
     """
 
     bytes_sent: int = 0
-    """By this rank so far. Reductions count as a ring's, a broadcast as sent by the root alone."""
+    """Bytes sent by this rank so far. Reductions count as ring all-reduces, broadcasts as sent only
+    by the root."""
 
     private: bool = False
+    """Whether nobody else can send over what carries its messages."""
 
     @property
     def within(self) -> None:
@@ -165,7 +170,7 @@ class Communicator(Topology, Protocol):
         ...
 
     def start_broadcast(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Contiguous x (m,) uint8 becomes that of rank 0, in place."""
+        """Replace contiguous x (m,) uint8 by that of rank 0, in place."""
         ...
 
     def settle(self, wait: bool = True) -> None:
@@ -177,15 +182,15 @@ class Communicator(Topology, Protocol):
         return gathered
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
-        """`start_all_to_all`, finished and settled."""
+        """x (world_size, m) uint8 -> (world_size, m): `start_all_to_all`, finished and settled."""
         received = self.start_all_to_all(x)()
         self.settle()
         return received
 
     def abort(self) -> None:
-        """By default nothing, and the others wait for their timeout."""
+        """By default does nothing; the others wait for their timeout."""
         return None
 
     def close(self) -> None:
-        """By default nothing."""
+        """By default does nothing."""
         return None

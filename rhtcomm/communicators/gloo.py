@@ -28,28 +28,28 @@ class Group(_ProcessGroupGloo):  # type: ignore[misc]
 
 
 def connect(parent: dist.ProcessGroup, timeout: timedelta) -> Any:
-    """A Gloo group of the ranks of `parent`, which torch does not know of; all of them call it.
+    """A private Gloo group of the ranks of `parent`, unknown to torch; all of them must call it.
 
-    torch names a group by a count that each rank keeps for itself. Ranks that are in other groups
-    as well then wait for each other under different names; and after a group is gone, its name
-    comes back, with the addresses of connections that are gone too.
+    torch names groups by a counter that each rank keeps for itself. Ranks that are also in other
+    groups would wait for each other under different names. And the name of a destroyed group is
+    reused, with the addresses of its closed connections.
 
     Raises:
-        RuntimeError: a rank died or left, or did not come in time.
+        RuntimeError: a rank died or left, or did not connect in time.
     """
     rank, world_size = parent.rank(), parent.size()
     name, telling = _agree_on_a_name(parent, timeout)
     store: Any = distributed_c10d._get_default_store()
     # Not all kinds of store can be cloned.
     with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
-        # A connection of its own: a thread that waits at the store lets no other thread use it, and
-        # another rank may wait for that one.
+        # A separate connection: a thread that waits at the store blocks other threads of this rank,
+        # for which another rank may wait.
         store = store.clone()
     store = distributed_c10d.PrefixStore(name, store)
     group = Group(name, store, rank, world_size, timeout)
     for told in telling:
         told.wait()  # they have connected, so they know the name
-    # A rank that left while others still connect would have one of them fail, and the rest wait for
+    # If a rank left while others still connect, one of them would fail, and the rest would wait for
     # that one until the timeout.
     if store.add("connected", 1) == world_size:
         store.set("all are", "connected")
@@ -58,11 +58,11 @@ def connect(parent: dist.ProcessGroup, timeout: timedelta) -> Any:
 
 
 def _agree_on_a_name(parent: dist.ProcessGroup, timeout: timedelta) -> tuple[str, list[dist.Work]]:
-    """A name that the first rank draws, and its messages that are still in flight.
+    """A name drawn by the first rank, and the messages that are still in flight.
 
-    The first rank tells the others when all ranks are there. So a rank that died on its way, or
-    that failed and left, is found out at once by its connection to the first rank, whereas the
-    rendezvous of a new group would wait for it.
+    The first rank sends the name once it has heard from all ranks. So if a rank has died or left,
+    its connection to the first rank fails at once, whereas the rendezvous of a new group would wait
+    for it.
     """
     rank, others = parent.rank(), range(1, parent.size())
     message = torch.tensor([_MET, *uuid.uuid4().bytes], dtype=torch.uint8, device="cpu")

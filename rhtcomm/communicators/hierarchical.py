@@ -15,18 +15,20 @@ __all__ = ["HierarchicalCommunicator"]
 
 
 class HierarchicalCommunicator(Topology):
-    """Two levels for several ranks a node: full precision within it, compressed between nodes.
+    """Two levels, for several ranks per node: full precision within a node, compressed between
+    nodes.
 
     Args:
         within: the ranks of this node.
-        between: the ranks that have this one's place in their nodes, one of each node, in the same
-            order for every place. Both are communicators, or process groups of torch.
+        between: the ranks with the same place in their nodes as this one, one per node, in the same
+            order for every place. Both are communicators or torch process groups.
 
-    Every rank of a node takes a share of the tensor to the other nodes, so `between` is a different
-    group for each place in a node. All nodes must have as many ranks, or the first exchange raises
-    ValueError on all of them.
+    Each rank exchanges a share of the tensor with the ranks at its place in the other nodes, so
+    `between` is a different group for each place in a node. All nodes must have the same number of
+    ranks; otherwise the first exchange raises ValueError on all ranks.
 
     Raises:
+        TypeError: a level is neither a communicator nor a process group.
         RuntimeError: torch.distributed is not initialized, or this rank is in neither group.
     """
 
@@ -55,29 +57,32 @@ class HierarchicalCommunicator(Topology):
 
         ``HierarchicalCommunicator.from_mesh(init_device_mesh("cpu", (nodes, ranks_of_a_node)))``
 
+        Args:
+            mesh: (nodes, ranks of a node), ranks in ascending order in every row and column.
+
         Raises:
-            TypeError: the mesh is none.
-            ValueError: the mesh has another number of dimensions, or its groups number their ranks
-                in another order than it lists them.
+            TypeError: mesh is not a DeviceMesh.
+            ValueError: the mesh does not have two dimensions, or the order of its ranks differs
+                from that in its groups.
         """
         if not hasattr(mesh, "get_group"):
             raise TypeError(
-                f"HierarchicalCommunicator: mesh={mesh!r} must be a DeviceMesh, such as "
-                "torch.distributed.device_mesh.init_device_mesh returns"
+                f"HierarchicalCommunicator: mesh={mesh!r} must be a DeviceMesh, as returned by "
+                "torch.distributed.device_mesh.init_device_mesh"
             )
         if mesh.ndim != 2:
             raise ValueError(
-                f"HierarchicalCommunicator: the mesh has {mesh.ndim} dimension(s), but takes two: "
+                f"HierarchicalCommunicator: the mesh has {mesh.ndim} dimension(s), but needs two: "
                 "(nodes, ranks of a node)"
             )
-        # torch sorts the ranks of a group. Every rank looks at the whole mesh: all raise, or none.
+        # torch sorts the ranks of a group. Every rank checks the whole mesh, so all raise or none.
         rows: list[list[int]] = mesh.mesh.tolist()
         if any(list(line) != sorted(line) for line in (*rows, *zip(*rows, strict=True))):
             raise ValueError(
-                f"HierarchicalCommunicator: the mesh lists ranks as {rows}, but the groups that "
-                "torch makes of its rows and columns number them in ascending order, so a rank's "
-                "place in its node would not be the mesh's; list the ranks of every row and column "
-                "in ascending order"
+                f"HierarchicalCommunicator: the mesh lists ranks as {rows}, but torch sorts the "
+                "ranks of the groups that it makes of rows and columns, so a rank's place in its "
+                "node would differ from the mesh; list the ranks of every row and column in "
+                "ascending order"
             )
         return cls(within=mesh.get_group(1), between=mesh.get_group(0))
 
@@ -94,7 +99,7 @@ class HierarchicalCommunicator(Topology):
         return self.within.private and self.between.private
 
     def apart(self, device: str) -> "HierarchicalCommunicator":
-        """Both levels'; see `Communicator.apart`."""
+        """Private connections of both levels; see `Communicator.apart`."""
         within, between = self.within.apart(device), self.between.apart(device)
         if within is self.within and between is self.between:
             return self
@@ -115,14 +120,15 @@ class HierarchicalCommunicator(Topology):
         return self.between.patience
 
     def close(self) -> None:
-        """End what either level has of its own (see `apart`), and nothing of the user's."""
+        """Close private connections of both levels (see `apart`), and nothing that the user
+        passed."""
         for level in (self.within, self.between):
             if level.private:
                 level.close()
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank to other nodes; `within.bytes_sent` has the rest."""
+        """Bytes sent by this rank to other nodes; `within.bytes_sent` has the rest."""
         return self.between.bytes_sent
 
     @property
@@ -134,14 +140,14 @@ class HierarchicalCommunicator(Topology):
         return self.between.world_size * self.within.world_size
 
     def ring_bytes(self, nbytes: int) -> int:
-        """What a rank would send to other nodes if the same exchange were not compressed."""
+        """Bytes that a rank would send to other nodes without compression."""
         return round(self.between.ring_bytes(nbytes) / self.within.world_size)
 
     def check_nodes(self, device: torch.device) -> None:
-        """Before the first exchange, see that the ranks of both levels make a grid.
+        """Before the first exchange, check that the ranks of both levels form a grid.
 
-        All nodes have as many ranks, all ranks of a node are of the same node for the others, and
-        all ranks that share a place have that place in their own nodes.
+        All nodes must have the same number of ranks, all ranks of a node the same number in
+        `between`, and all ranks of a `between` group the same place in their nodes.
 
         Raises:
             ValueError: on every rank, naming what differs.
@@ -151,7 +157,7 @@ class HierarchicalCommunicator(Topology):
         within, between = self.within, self.between
 
         def differs(level: Communicator, number: int) -> bool:
-            """Whether the ranks of a level have other numbers than this one."""
+            """Whether the ranks of a level have numbers that differ from this one's."""
             ends = torch.tensor([number, -number], device=device)
             level.all_reduce_(ends, "max")
             highest, lowest = ends.tolist()
@@ -166,15 +172,15 @@ class HierarchicalCommunicator(Topology):
         ranks, nodes, fewest_ranks, fewest_nodes, anywhere = most.abs().tolist()
         if (ranks, nodes) != (fewest_ranks, fewest_nodes):
             raise ValueError(
-                f"HierarchicalCommunicator: nodes have {fewest_ranks} to {ranks} ranks, and places "
-                f"in a node {fewest_nodes} to {nodes} nodes; give all nodes as many ranks, or use "
-                "one level"
+                f"HierarchicalCommunicator: nodes have {fewest_ranks} to {ranks} ranks, and the "
+                f"groups between nodes {fewest_nodes} to {nodes}; use the same number of ranks on "
+                "all nodes, or one level"
             )
         if anywhere:
             raise ValueError(
                 "HierarchicalCommunicator: the ranks of a node number the nodes differently, or "
-                "the ranks that share a place are not at the same place of their nodes; list the "
-                "ranks of all groups in one order"
+                "the ranks of a group between nodes have different places in their nodes; list "
+                "the ranks of all groups in the same order"
             )
         self._even = True
 
@@ -187,15 +193,14 @@ class HierarchicalCommunicator(Topology):
         return gathered.transpose(0, 1).flatten(0, 1)
 
     def settle(self, wait: bool = True) -> None:
-        """Both levels'; see `Communicator.settle`."""
+        """Settle both levels; see `Communicator.settle`."""
         self.between.settle(wait)
         self.within.settle(wait)
 
     def abort(self) -> None:
-        """Tell both levels that this rank gives up; see `TorchCommunicator.abort`.
+        """Tell both levels that this rank has failed; see `TorchCommunicator.abort`.
 
-        The rest of the ranks hear of it where those that heard it first abort as well, as the hook
-        does.
+        The remaining ranks learn of it only if those told first abort as well, as the hook does.
         """
         try:
             self.within.abort()
@@ -203,7 +208,8 @@ class HierarchicalCommunicator(Topology):
             self.between.abort()
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
-        """Sum or maximum of contiguous tensors over ranks, in place, the same bits everywhere."""
+        """Sum or maximum of contiguous tensors over ranks, in place, with the same bits on all
+        ranks."""
         self.check_nodes(x.device)
         self.between.all_reduce_(x, op)
         # The second level in an order of its own making: all nodes must round alike.

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["MPICommunicator"]
 
+# What MPI itself adds up. NumPy has no bfloat16, and MPI knows 16 bits as integers, whose sum is no
+# error but wrong; a sum in float16 would round on the way.
+_SUMMED = (torch.float32, torch.float64, torch.int32, torch.int64)
+
 Result = TypeVar("Result")
 
 
@@ -23,23 +27,22 @@ class MPICommunicator(Communicator):
 
     Start the ranks with mpiexec. Tensors must be in host memory.
 
-    MPI's own waits spin on a core, which here the training thread needs: requests are polled
-    instead, with sleeps that grow while nothing arrives. (A request makes progress only while
-    somebody polls it.)
+    MPI's own waits spin on a core that the training thread needs. So requests are polled instead,
+    with sleeps that grow while nothing arrives. (A request makes progress only while it is polled.)
 
     Args:
-        comm: an mpi4py intracommunicator, by default COMM_WORLD. It is duplicated, so messages
-            of the program and of the exchanges cannot meet.
-        timeout: seconds to wait for the other ranks in one exchange before raising; None waits for
-            ever. MPI cannot cancel an exchange: after a timeout the program can only end. Nor can
-            a rank tell the others that it gives up, except by MPI_Abort, which ends the whole
-            program and is left to it: `abort` does nothing.
+        comm: an mpi4py intracommunicator, by default COMM_WORLD. It is duplicated, so messages of
+            the program and of the exchanges cannot be mixed up.
+        timeout: seconds to wait for the other ranks in one exchange before raising; None waits
+            forever. MPI cannot cancel an exchange: after a timeout the program can only exit. Nor
+            can a rank tell the others that it failed, except by MPI_Abort, which ends the whole
+            program. That is left to the program: `abort` does nothing.
 
     Raises:
-        ImportError: mpi4py is not installed.
-        RuntimeError: MPI knows another number of ranks than torch does, as it happens where
-            torchrun alone started the processes: then each is an MPI world of its own.
-        TypeError: the timeout is no number.
+        ImportError: mpi4py is not installed, or finds no MPI library.
+        RuntimeError: the numbers of MPI ranks and torch ranks differ. This happens if only torchrun
+            started the processes: each is then an MPI world of its own.
+        TypeError: the timeout is not a number.
         ValueError: the timeout is not positive.
     """
 
@@ -52,7 +55,7 @@ class MPICommunicator(Communicator):
             raise ValueError(f"MPICommunicator: timeout={timeout!r} must be positive, or None")
         try:
             from mpi4py import MPI
-        except ImportError as missing:
+        except (ImportError, RuntimeError) as missing:
             raise ImportError(
                 "MPICommunicator needs mpi4py and an MPI library: pip install 'rhtcomm[mpi]'"
             ) from missing
@@ -64,13 +67,13 @@ class MPICommunicator(Communicator):
             if expected is not None and int(expected) != comm.size:
                 raise RuntimeError(
                     f"MPICommunicator: MPI has {comm.size} rank(s) but torch has {expected}; start "
-                    f"the program with mpiexec -n {expected} (see launch/mpirun.sh), not by "
-                    "torchrun alone"
+                    f"the program with mpiexec -n {expected} (see launch/mpirun.sh), not only with "
+                    "torchrun"
                 )
         if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
             raise RuntimeError(
-                "MPICommunicator: MPI was initialized without support for threads; let mpi4py "
-                "initialize it, or ask for MPI_THREAD_MULTIPLE"
+                "MPICommunicator: MPI was initialized without thread support; let mpi4py "
+                "initialize it, or request MPI_THREAD_MULTIPLE"
             )
         self.comm = comm.Dup()
         self.timeout = timeout
@@ -119,6 +122,16 @@ class MPICommunicator(Communicator):
         return self._finish(self.comm.Ibcast(_host_array(x)), x)
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        """As in `Communicator`.
+
+        Raises:
+            TypeError: x is of another dtype than float32, float64, int32 and int64.
+        """
+        if x.dtype not in _SUMMED:
+            raise TypeError(
+                f"MPICommunicator.all_reduce_: MPI cannot be trusted to add {x.dtype}; pass "
+                "x.float(), or use rhtcomm.all_reduce, which takes bfloat16 and float16"
+            )
         request = self.comm.Iallreduce(self._in_place, _host_array(x), self._operations[op])
         self._finish(request, x)()
         self.bytes_sent += self.ring_bytes(x.nbytes)
@@ -128,8 +141,9 @@ class MPICommunicator(Communicator):
         self.comm.Free()
 
     def _finish(self, request: "MPI.Request", result: Result) -> Callable[[], Result]:
-        """What waits for the request."""
-        # MPI writes into the buffers, which live as long as the request, whoever forgets about it.
+        """A function that waits for the request."""
+        # MPI writes into the buffers, so they must live as long as the request, even if the caller
+        # drops it.
         self._in_flight.append(request)
         request.Test()  # moves the earlier ones on too
 
@@ -147,10 +161,10 @@ class MPICommunicator(Communicator):
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError(
                     f"MPICommunicator: {self.name_of(self.rank)} of {self.world_size} waited "
-                    f"{self.timeout:g} s for the others: one of them died, hangs, or makes other "
-                    "calls than this one"
+                    f"{self.timeout:g} s for the others: one of them died, hangs, or makes "
+                    "different calls"
                 )
-            # The first polls only give way to other threads, the later ones to the whole core.
+            # The first polls only yield to other threads; later ones sleep and free the core.
             time.sleep(pause)
             pause = min(1e-3, pause + 1e-6)
 

@@ -14,8 +14,9 @@ from rhtcomm.communicators.base import Communicator, name_of
 
 __all__ = ["TorchCommunicator", "backend_of"]
 
-# Of messages on a process group that others may use too; those with one tag stay in order.
-# Acknowledgements have one of their own: in a longer message's place one would end the process.
+# Tags for messages on a process group that others may use too; messages with one tag stay in order.
+# Acknowledgements have their own tag: received in place of a longer message, one would end the
+# process.
 _TAG, _ACKNOWLEDGEMENT_TAG = 0x7268, 0x7269
 _LONG = 1 << 18  # bytes of a message, by measurement: see benchmarks/README.md
 _ENQUEUING = ("nccl", "nccl-legacy", "xccl", "hccl", "rccl")  # backends that queue on streams
@@ -32,7 +33,7 @@ def backend_of(group: dist.ProcessGroup, device: str) -> str:
 
 
 def _backends_of(group: dist.ProcessGroup) -> set[str]:
-    """All backends of a group, of whatever device."""
+    """All backends of a group, for any device."""
     config = dist.get_backend_config(group)
     return {pair.rpartition(":")[2] for pair in config.split(",")}
 
@@ -45,22 +46,22 @@ class TorchCommunicator(Communicator):
 
     Raises:
         RuntimeError: torch.distributed is not initialized, or this rank is not in the group.
-        TypeError: the group is no process group.
+        TypeError: the group is not a process group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         if not dist.is_initialized():
             raise RuntimeError(
                 "TorchCommunicator: torch.distributed is not initialized; call "
-                "torch.distributed.init_process_group first (and launch by torchrun)"
+                "torch.distributed.init_process_group first (and start the script with torchrun)"
             )
         outside: Any = dist.GroupMember.NON_GROUP_MEMBER
         if group == outside:
             raise RuntimeError("TorchCommunicator: this rank is not a member of the group")
         if group is not None and not isinstance(group, dist.ProcessGroup):
             raise TypeError(
-                f"TorchCommunicator: group={group!r} must be a process group, such as "
-                "torch.distributed.new_group() returns"
+                f"TorchCommunicator: group={group!r} must be a process group, as returned by "
+                "torch.distributed.new_group()"
             )
         self.timeout = _timeout_of(group or dist.group.WORLD)
         self._set_up(group, dist.get_process_group_ranks(group))
@@ -69,15 +70,15 @@ class TorchCommunicator(Communicator):
     def of_its_own(
         cls, parent: dist.ProcessGroup, device: str, timeout: timedelta | None = None
     ) -> "TorchCommunicator":
-        """The ranks of `parent` over connections that nobody else uses; all of them call it.
+        """The ranks of `parent` over private connections; all of them must call it.
 
         Args:
-            parent: a process group; its backend for the device is taken.
+            parent: a process group, whose backend for the device is used.
             device: kind of the device that exchanges come from.
-            timeout: of the exchanges, and of making it; by default torch's (Gloo: 30 minutes).
+            timeout: for the exchanges, and for connecting; by default torch's (Gloo: 30 minutes).
 
         Raises:
-            RuntimeError: another rank did not call it in time, or ended.
+            RuntimeError: another rank did not call it in time, or died.
         """
         ranks = dist.get_process_group_ranks(parent)
         if backend_of(parent, device) == "gloo":
@@ -99,7 +100,7 @@ class TorchCommunicator(Communicator):
         return made
 
     def apart(self, device: str) -> "Communicator":
-        # A class of the user's may do something else on the way.
+        # A user's subclass may override the exchanges.
         if self.private or type(self) is not TorchCommunicator:
             return self
         if backend_of(self.group, device) != "gloo":
@@ -112,7 +113,7 @@ class TorchCommunicator(Communicator):
         self._ranks = ranks
         group = self.group
         self._rank, self._world_size = int(group.rank()), int(group.size())
-        # Each begins with its neighbour, so that no rank is the first to hear from all.
+        # Each rank begins with its neighbour, so that no rank receives from all others first.
         self._others = [(self._rank + i) % self._world_size for i in range(1, self._world_size)]
         self._in_flight = 0  # exchanges whose messages have not arrived
         self._turn = 0  # how often `settle` was called
@@ -126,16 +127,17 @@ class TorchCommunicator(Communicator):
 
     @property
     def group(self) -> Any:
-        """The process group that it was made with, or its own."""
+        """The process group, given or private."""
         if self._aborted:
             raise RuntimeError(
-                f"TorchCommunicator: {self.name_of(self.rank)} of {self.world_size} gave up and "
-                "left the group; start the program again, or make new groups on all ranks"
+                f"TorchCommunicator: {self.name_of(self.rank)} of {self.world_size} failed and "
+                "left the group; restart the program, or make new groups on all ranks"
             )
         group = dist.group.WORLD if self._group is None else self._group
         if group is None:
             raise RuntimeError(
-                "TorchCommunicator: torch.distributed is not initialized any more; make a new one"
+                "TorchCommunicator: torch.distributed is no longer initialized; create a new "
+                "communicator"
             )
         return group
 
@@ -149,7 +151,7 @@ class TorchCommunicator(Communicator):
 
     @property
     def ranks(self) -> list[int]:
-        """Of the world, in the order of the group."""
+        """World ranks, in the order of the group."""
         return list(self._ranks)
 
     def carriers(self) -> list[object]:
@@ -223,7 +225,7 @@ class TorchCommunicator(Communicator):
         self.bytes_sent += self.ring_bytes(x.nbytes)
 
     def _collective(self, work: dist.Work | None, result: Result) -> Callable[[], Result]:
-        """What waits for a collective, which until then keeps hold of its tensors."""
+        """A function that waits for a collective; until then it keeps the tensors alive."""
         works = [work]
 
         def finish() -> Result:
@@ -234,8 +236,8 @@ class TorchCommunicator(Communicator):
 
         return finish
 
-    # Gloo's own collectives go through a pool of two threads, which costs hand-overs and lets two
-    # chunks share a link, so that both arrive late. Plain messages do neither.
+    # Gloo's own collectives use a pool of two threads. That costs hand-overs, and two chunks share
+    # the link, so that both arrive late. Plain messages avoid both.
 
     def _swap(
         self,
@@ -244,11 +246,12 @@ class TorchCommunicator(Communicator):
         nbytes: int,
         result: torch.Tensor,
     ) -> Callable[[], torch.Tensor]:
-        """Send outgoing[i] to rank i, for what becomes incoming[i]; each has `nbytes` bytes."""
-        # Data leaves at once, from this thread, where the other has asked for it; and while data
-        # comes in, Gloo's thread spins for the lock of the connection. So a short exchange that is
-        # alone asks later, and its data leaves on Gloo's thread. Others would leave late: that
-        # thread has to wait for a core, and what asks for data queues behind other data.
+        """Send outgoing[i] to rank i, and receive incoming[i] from it; each has `nbytes` bytes."""
+        # If the other rank has posted its receive, data leaves at once from this thread, and while
+        # data comes in, Gloo's thread spins for the connection's lock. So a short exchange that is
+        # alone posts its receives last, and its data leaves on Gloo's thread. Other exchanges post
+        # receives first, or data would leave late: Gloo's thread has to wait for a core, and
+        # requests for data queue behind other data.
         if self._in_flight == 0 and nbytes < _LONG:
             self._send(outgoing, self._others)
             arriving = self._receive(incoming, self._others)
@@ -257,41 +260,42 @@ class TorchCommunicator(Communicator):
             self._send(outgoing, self._others)
         return self._arrival(arriving, result)
 
-    # A message that finds its connection closed just as the other side asks for it is lost to Gloo,
-    # which then never says whether it was sent, while those who receive hear of a closed connection
-    # at once. So a rank asks about what it sent only after the other has shown that it came: by a
-    # message of a later turn, which it begins with all of the one before in hand.
+    # If a connection closes just as the other side posts its receive, Gloo loses the message, and
+    # waiting for the send never returns. Waiting for a receive fails at once instead. So a rank
+    # waits for a send only after the other rank has confirmed its arrival by a message of a later
+    # turn: a rank begins a turn only with all messages of the previous one received.
 
     def settle(self, wait: bool = True) -> None:
         self._turn += 1
         if wait and not self._settled:
             outgoing, incoming = self._acknowledgements
-            # Receives first: what the other asks for comes ahead of what it sends, so whoever has
-            # its acknowledgements has also sent its own, and may leave.
+            # Receives first: a rank's requests arrive before its data, so a rank that has its
+            # acknowledgements has also sent its own, and may leave.
             arriving = self._receive(incoming, self._others, _ACKNOWLEDGEMENT_TAG)
             self._send(outgoing, self._others, _ACKNOWLEDGEMENT_TAG)
             self._arrival(arriving, None)()
             self._turn += 1  # so that later messages show that the acknowledgements came
             self._settled = True
 
-    # Neither may name the group: an error's traceback would keep it, and with it the connections.
+    # Neither may hold the group in a local variable: an error's traceback would keep its
+    # connections open.
 
     def _receive(
         self, rows: Sequence[torch.Tensor], ranks: Sequence[int], tag: int = _TAG
     ) -> list[_Message]:
-        """rows[i] from rank i."""
+        """Receive rows[i] from rank i."""
         self._settled = False
         turn = self._turn
         return [(rank, turn, self.group.recv([rows[rank]], rank, tag)) for rank in ranks]
 
     def _send(self, rows: Sequence[torch.Tensor], ranks: Sequence[int], tag: int = _TAG) -> None:
-        """rows[i] to rank i."""
+        """Send rows[i] to rank i."""
         self._settled = False
         for rank in ranks:
             self._sent.append((rank, self._turn, self.group.send([rows[rank]], rank, tag)))
 
     def _arrival(self, arriving: list[_Message], result: Result) -> Callable[[], Result]:
-        """What waits for messages."""
+        """A function that waits for the messages."""
         self._in_flight += 1
 
         def finish() -> Result:
@@ -314,23 +318,24 @@ class TorchCommunicator(Communicator):
         return finish
 
     def abort(self) -> None:
-        """Leave the group; on Gloo its connections then close and wake the others.
+        """Leave the group; on Gloo its connections then close, and the other ranks raise.
 
-        They close when the last reference to the group goes, so keep none, nor the DeviceMesh that
-        made it: otherwise the others wait for the timeout. So they do where the group is the world,
-        which is not this communicator's alone and stays as it is, and where the group has another
-        backend too, which tells the others itself and may block as it ends (NCCL).
+        They close when the last reference to the group is gone, so keep no reference, nor to the
+        DeviceMesh that made it; otherwise the others wait for the timeout. They also wait if the
+        group is the world, which others use and which stays open, and if it has another backend
+        too, which reports failures itself and may block when it is destroyed (NCCL).
         """
         group, self._group, self._aborted = self._group, None, True
         self._sent.clear()  # they refer to its connections
         if group is None or group is dist.group.WORLD:
             return
-        # A private one on Gloo is unknown to torch, and the reference was the last.
+        # torch does not know private Gloo groups; this was the last reference to one.
         if isinstance(group, dist.ProcessGroup) and _backends_of(group) == {"gloo"}:
             _destroy(group)
 
     def close(self) -> None:
-        """End connections of its own (see `of_its_own`); nothing for a group of the user's."""
+        """Close private connections (see `of_its_own`); do nothing for a group that the user
+        passed."""
         if self.private:
             group, self._group, self._aborted = self._group, None, True
             self._sent.clear()
@@ -338,14 +343,14 @@ class TorchCommunicator(Communicator):
 
 
 def _destroy(group: Any) -> None:
-    """Make torch forget a group; its connections close when the last reference to it goes."""
+    """Make torch forget a group; its connections close with the last reference to it."""
     if isinstance(group, dist.ProcessGroup) and dist.is_initialized():
         with contextlib.suppress(ValueError):  # it went with the world that it was made in
             dist.destroy_process_group(group)
 
 
 def _timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
-    """How long the group waits on Gloo, where torch tells."""
+    """The group's timeout on Gloo; None if torch does not tell."""
     try:
         found = group._get_backend(torch.device("cpu")).options._timeout  # type: ignore[union-attr]
     except (AttributeError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Who sends by a process group or another thing that carries messages."""
+"""Which user may send over a process group or another carrier of messages."""
 
 import contextlib
 import threading
@@ -11,25 +11,25 @@ __all__ = ["Users", "users"]
 
 
 class Users:
-    """Who may send over what carries messages: one user at a time, numbered alike on all ranks.
+    """Which user may use a carrier: one at a time, with the same number on all ranks.
 
-    Two users of one process group whose exchanges are in flight at once would get each other's
-    messages, and nothing in a message that is not compressed tells whose it is. So the second one
-    is refused; and payloads carry the number of their user (`Key.owner`), which ranks compare once.
+    If two users of one process group had exchanges in flight at once, they would receive each
+    other's messages, and uncompressed messages do not say whose they are. So the second user is
+    refused. Payloads carry the number of their user (`Key.owner`), which ranks compare once.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        """Held by whoever decides by who sends now.
+        """Held while reading or changing who sends now.
 
-        The garbage collector may interrupt a thread that holds it, and give something back.
+        Reentrant: the garbage collector may interrupt a thread that holds it, and call `give_back`.
         """
         self._numbers: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         self._using: weakref.WeakKeyDictionary[object, weakref.ref[object]]
         self._using = weakref.WeakKeyDictionary()
 
     def number(self, carriers: list[object]) -> int:
-        """0 for the first user of what carries a communicator's messages, and so on."""
+        """The number of a new user of a communicator's carriers: 0 for the first, and so on."""
         with self.lock:
             number = max(self._numbers.get(carrier, 0) for carrier in carriers)
             for carrier in carriers:
@@ -37,27 +37,26 @@ class Users:
         return number
 
     def take(self, carriers: list[object], user: object) -> None:
-        """Let `user` send over them until `give_back`.
+        """Let `user` send over the carriers until `give_back`.
 
         Raises:
-            RuntimeError: somebody else does.
+            RuntimeError: another user is sending.
         """
         with self.lock:
             for carrier in carriers:
                 other = self._using[carrier]() if carrier in self._using else None
                 if other is not None and other is not user:
                     raise RuntimeError(
-                        f"rhtcomm: {user} would send by {carrier}, by which {other} is sending "
-                        "now, and their messages would be taken for each other's; give each a "
-                        "communicator over a group of its own (torch.distributed.new_group()), or "
-                        "let one wait for the other"
+                        f"rhtcomm: {user} cannot use {carrier} while {other} is using it, since "
+                        "their messages would be mixed up; give each a communicator over its own "
+                        "group (torch.distributed.new_group()), or let one wait for the other"
                     )
             for carrier in carriers:
                 self._using[carrier] = weakref.ref(user)
 
     @contextlib.contextmanager
     def using(self, topology: Topology, user: object) -> Iterator[None]:
-        """Take what carries a topology's messages for a while, unless `user` has it already."""
+        """Hold a topology's carriers for a while, unless `user` already does."""
         carriers = [] if topology.private else topology.carriers()
         with self.lock:
             users = [self._using[carrier]() for carrier in carriers if carrier in self._using]

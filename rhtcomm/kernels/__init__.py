@@ -1,16 +1,16 @@
 """The inner loops: tensors in, packed codes and scales out, and back.
 
 `reference` defines in plain torch what every kernel computes, and runs on any device. `cpu`
-computes the same bits in C, `gpu` in Triton. Which one runs is chosen here:
+computes the same bits in C, `gpu` in Triton. This module chooses one:
 
     RHTCOMM_KERNELS=reference | cpu | gpu    forces one; asking for what is missing raises
     RHTCOMM_CPU=avx512vbmi | avx512 | avx2 | baseline    forces an instruction set of the C kernels
 
-Both are read once for each type of device and quantizer, when its first tensor is compressed.
+Both are read once per type of device and quantizer, when the first tensor is compressed.
 
-By default the C kernels run on CPU tensors where they were built, with the widest instruction set
-that the processor has, and the Triton kernels on CUDA (or ROCm) tensors where Triton is installed.
-With TRITON_INTERPRET=1, RHTCOMM_KERNELS=gpu runs them on CPU tensors, for tests.
+By default the C kernels run on CPU tensors if they were built, with the widest instruction set that
+the processor has, and the Triton kernels on CUDA (or ROCm) tensors if Triton is installed. With
+TRITON_INTERPRET=1, RHTCOMM_KERNELS=gpu runs them on CPU tensors, for tests.
 """
 
 import json
@@ -34,7 +34,7 @@ from rhtcomm.once import once
 from rhtcomm.quantizers import ECDQ, Quantizer
 from rhtcomm.randomness import Key
 
-__all__ = ["DTYPES", "Kernel", "Task", "choose", "kernel_for", "use"]
+__all__ = ["DTYPES", "Kernel", "Task", "build_command", "choose", "kernel_for", "use"]
 
 DTYPES = cpu.DTYPES
 
@@ -53,15 +53,15 @@ class Kernel(Protocol):
         payloads: torch.Tensor,
         moments: torch.Tensor | None = None,
     ) -> None:
-        """Write what follows the headers of the payloads that `rank` makes of x.
+        """Write the payloads of x from `rank`, except their headers.
 
         Args:
             offset: of x in its bucket, a multiple of the block.
             x: (R numel,), contiguous.
             payloads: (R, at least nbytes) uint8. Rows are contiguous and begin at addresses that 4
                 divides.
-            moments: (R B, 10) float32, to write `rhtcomm.moments.block_moments` to: section after
-                section, and within one shard after shard. Kernels may sum in any order.
+            moments: (R B, 10) float32, output for `rhtcomm.moments.block_moments`: section after
+                section, and shard after shard within a section. Kernels may sum in any order.
         """
 
     def decode(
@@ -74,7 +74,7 @@ class Kernel(Protocol):
         payloads: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """Write the mean of what K adjacent ranks, from `rank` on, encoded.
+        """Write the mean of the tensors that K adjacent ranks, starting with `rank`, encoded.
 
         Args:
             offset: as for `encode`.
@@ -88,14 +88,14 @@ def kernel_for(device: torch.device, quantizer: Quantizer) -> Kernel:
 
     Raises:
         ValueError: RHTCOMM_KERNELS or RHTCOMM_CPU has an unknown value.
-        RuntimeError: the kernels that one of them asks for are missing.
+        RuntimeError: the requested kernels are missing.
     """
     return _forced or _chosen(device.type, type(quantizer))
 
 
 @contextmanager
 def use(kernel: Kernel) -> Iterator[None]:
-    """Within it all codecs use this kernel, on all threads; for tests and benchmarks."""
+    """A context in which all codecs use this kernel, on all threads; for tests and benchmarks."""
     global _forced
     before, _forced = _forced, kernel
     try:
@@ -108,7 +108,7 @@ _forced: Kernel | None = None
 
 
 def choose(device: str, quantizer: type[Quantizer]) -> Kernel:
-    """What `kernel_for` would choose for a type of device by the environment as it is now.
+    """What `kernel_for` would choose for a type of device with the current environment.
 
     Raises:
         ValueError, RuntimeError: as `kernel_for` does.
@@ -124,7 +124,7 @@ def choose(device: str, quantizer: type[Quantizer]) -> Kernel:
         return _for_gpu(device, wanted, quantizer is ECDQ)
     if wanted is not None:
         raise RuntimeError(
-            f"RHTCOMM_KERNELS={wanted}, but it has none for {quantizer.__name__} on "
+            f"RHTCOMM_KERNELS={wanted}, but there are no such kernels for {quantizer.__name__} on "
             f"{device}; unset it"
         )
     return reference
@@ -144,23 +144,22 @@ def _for_cpu(wanted: str | None, variant: str | None) -> Kernel:
             fact, cause = f"could not be loaded ({failure})", failure
     remedy = (
         "To build them, or to see why that fails, install a C compiler (gcc or clang) and run\n\n"
-        f"    {_build_command()}\n"
+        f"    {build_command()}\n"
     )
     if wanted or variant:
-        raise RuntimeError(f"the C kernels were asked for, but they {fact}. {remedy}") from cause
+        raise RuntimeError(f"the C kernels were requested, but they {fact}. {remedy}") from cause
     logging.getLogger("rhtcomm").warning(
-        "the C kernels %s; the torch reference takes their place, at a thirtieth of their speed. "
-        "%s",
+        "the C kernels %s; the torch reference is used instead, which is about 30 times slower. %s",
         fact,
         remedy,
     )
     return reference
 
 
-def _build_command() -> str:
-    """Installs the package again from its source, with C kernels or an error.
+def build_command() -> str:
+    """The command that reinstalls the package from source, with C kernels or an error.
 
-    pip keeps the wheels that it built, including those without kernels, and would use one again.
+    pip caches the wheels that it built, including those without kernels, and would reuse one.
     Environments made by uv have no pip.
     """
     python = shlex.quote(sys.executable)
@@ -173,7 +172,7 @@ def _build_command() -> str:
 
 
 def _source() -> str:
-    """What pip should install, from its record of the last installation."""
+    """The source to install, from pip's record of the last installation."""
     try:
         distribution = metadata.distribution("rhtcomm")
     except (
@@ -205,8 +204,7 @@ def _for_gpu(device: str, wanted: str | None, in_units: bool) -> Kernel:
                 f"RHTCOMM_KERNELS={wanted}, but Triton cannot be used ({missing}): {remedy}"
             ) from missing
         logging.getLogger("rhtcomm").warning(
-            "Triton cannot be used (%s), so the much slower torch reference is in use on "
-            "CUDA tensors: %s",
+            "Triton cannot be used (%s), so CUDA tensors use the much slower torch reference: %s",
             missing,
             remedy,
         )

@@ -1,7 +1,7 @@
 """The C kernels of cpu.c: one pass over the blocks per direction, the bits of the reference.
 
-The library is loaded by ctypes, so it depends on no version of Python or torch, and calls release
-the GIL. It uses as many threads as torch (`torch.set_num_threads`).
+The library is loaded by ctypes, so it does not depend on the version of Python or torch, and calls
+release the GIL. It uses as many threads as torch (`torch.set_num_threads`).
 """
 
 import ctypes
@@ -37,11 +37,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of nativ
 _NUMBER_OF = {dtype: number for number, dtype in enumerate(DTYPES)}
 ABI = 8  # of cpu.c
 _NAME = "rhtcomm_cpu.*"
-_NO_MEMORY = "rhtcomm: no memory for the scratch of the C kernels; use smaller blocks"
+_NO_MEMORY = "rhtcomm: out of memory for the working space of the C kernels; use smaller blocks"
 
 
 def library_path() -> Path | None:
-    """Where the library lies: next to this module or, if installed editable, in site-packages."""
+    """The path of the library: next to this module or, if installed editable, in site-packages."""
     for found in Path(__file__).parent.glob(_NAME):
         return found
     try:
@@ -92,19 +92,19 @@ class Plan(ctypes.Structure):
 
 
 class Plans(NamedTuple):
-    """What the C kernels are told of a task."""
+    """The C kernels' description of a task."""
 
     array: "ctypes.Array[Plan]"
     """One for each section."""
     table: object
-    """Owns what the plans point into."""
+    """Keeps the memory that the plans point into."""
     address: int
-    """Of the array."""
+    """Address of the array."""
 
 
 @lru_cache(maxsize=1024)
 def plans_of(task: Task) -> Plans:
-    """Filled once for a task. Whoever uses the address must hold on to the plans meanwhile."""
+    """Filled once per task. Keep the plans alive while using the address."""
     array = (Plan * len(task.sections))(*(_plan(task, section) for section in task.sections))
     return Plans(array, task.quantizer.table, ctypes.addressof(array))
 
@@ -119,7 +119,8 @@ class Library:
 
     Raises:
         ValueError: the variant is unknown.
-        RuntimeError: the processor lacks it, it was not built, or the library is another version's.
+        RuntimeError: the processor lacks it, it was not built, or the library belongs to another
+            version.
     """
 
     def __init__(self, path: Path, variant: str | None = None) -> None:
@@ -136,7 +137,7 @@ class Library:
             raise ValueError(f"RHTCOMM_CPU={variant!r} must be one of {', '.join(variants)}")
         elif not variants[variant]:
             usable = ", ".join(name for name, fine in variants.items() if fine)
-            raise RuntimeError(f"RHTCOMM_CPU={variant}, but this machine can run only {usable}")
+            raise RuntimeError(f"RHTCOMM_CPU={variant}, but this machine supports only {usable}")
         self.variant = variant
         address, number, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32
         plans = (address, ctypes.c_int)
@@ -218,11 +219,11 @@ class Library:
 
 
 def mode_functions(path: Path) -> tuple[Callable[[], int], Callable[[int], object]]:
-    """What `floating_point` needs of the library.
+    """The functions of the library that `floating_point` needs.
 
     Raises:
-        OSError: it cannot be loaded.
-        RuntimeError: it is another version's.
+        OSError: the library cannot be loaded.
+        RuntimeError: the library belongs to another version.
     """
     library = ctypes.PyDLL(str(path))  # for such short calls releasing the GIL costs more
     _check_abi(library, path)
@@ -236,8 +237,7 @@ def _check_abi(library: ctypes.CDLL, path: Path) -> None:
     found = library.rhtcomm_abi() if hasattr(library, "rhtcomm_abi") else 0
     if found != (ABI << 16) + ctypes.sizeof(Plan):
         raise RuntimeError(
-            f"the C kernels in {path} were built from another version of this package; "
-            "install it again"
+            f"the C kernels in {path} were built from another version of this package; reinstall it"
         )
 
 

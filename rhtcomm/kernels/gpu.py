@@ -1,14 +1,14 @@
 """Launches the Triton kernels: one program per block, bit for bit the reference.
 
-A block is read once, stays in registers through scaling, transforms and quantization, and leaves as
-packed codes; decoding reverses this. So a bucket crosses memory once per direction. The number of
-warps per program is fixed for blocks of 4096, and measured on the device for other sizes.
+A block is read once, stays in registers through scaling, rotations and quantization, and is written
+as packed codes; decoding reverses this. So each direction reads and writes a bucket once. The
+number of warps per program is fixed for blocks of 4096, and measured on the device for other sizes.
 
-The bits of the reference (rhtcomm/kernels/__init__.py) forbid some optimizations of compilers:
-multiplications are not fused with additions (`enable_fp_fusion=False`, which also reaches ptxas;
-without it Triton sets no fast-math flag), divisions and square roots must be correctly rounded
-ones (`/` and `tl.sqrt` are not), and sums of floats go by pairs, since the layout decides the order
-in which `tl.sum` adds more than two.
+Matching the bits of the reference (rhtcomm/kernels/__init__.py) rules out some compiler
+optimizations: multiplications are not fused with additions (`enable_fp_fusion=False`, which also
+reaches ptxas; without it Triton sets no fast-math flag), divisions and square roots must be
+correctly rounded ones (`/` and `tl.sqrt` are not), and sums of floats go by pairs, since the layout
+decides the order in which `tl.sum` adds more than two.
 
 With TRITON_INTERPRET=1, set before Triton is imported, the same code runs on CPU tensors in NumPy.
 """
@@ -153,19 +153,19 @@ def too_large(task: Task) -> bool:
 
 
 def launches(task: Task) -> Iterator[tuple[Section, int, Blocks]]:
-    """The blocks of one launch each: their section, shard, and offset in the tensor."""
+    """For each launch: the section, the shard, and the offset of its blocks in the tensor."""
     for section in task.sections:
         for shard in range(task.shards):
             yield section, shard, section.blocks.shifted(shard * task.numel)
 
 
 def coordinates_of(task: Task, shard: int, blocks: Blocks) -> slice:
-    """Where blocks of a shard lie in the tensor, without the padding."""
+    """The range of a shard's blocks in the tensor, without the padding."""
     return slice(blocks.offset, min(blocks.stop, (shard + 1) * task.numel))
 
 
 def words_of(key: Key, offset: int) -> tuple[int, ...]:
-    """offset, seed, bucket, step and hop as the kernels take them: int32 of the same bits."""
+    """offset, seed, bucket, step and hop as kernel arguments: int32 with the same bits."""
     words = (
         offset // 16,
         key.seed & 0xFFFFFFFF,
@@ -180,7 +180,7 @@ def words_of(key: Key, offset: int) -> tuple[int, ...]:
 def _shape(
     rotation: RandomizedHadamard, quantizer: Quantizer, blocks: Blocks, numel: int
 ) -> dict[str, object]:
-    """As `shape_of`, with what the codes depend on."""
+    """As `shape_of`, plus what the codes depend on."""
     return {
         "QUANTIZER": type(quantizer).__name__,
         "BITS": quantizer.bits,
@@ -191,7 +191,7 @@ def _shape(
 
 
 def shape_of(rotation: RandomizedHadamard, blocks: Blocks, numel: int) -> dict[str, Any]:
-    """What kernels of blocks are compiled for, where `numel` coordinates are no padding."""
+    """Compile-time constants of block kernels; `numel` coordinates are not padding."""
     return {
         "ROTATIONS": rotation.rotations,
         "SIZE": blocks.size,
@@ -207,7 +207,7 @@ def warps_for(size: int) -> int:
 
     Then a thread can hold a row of as many coordinates as there are threads, see
     `rhtcomm.kernels.triton_kernels.hadamard`. Blocks of 4096, for which this gives two warps, are
-    not tuned at run time (`benchmarks/gpu.sh` compares); for others it is where tuning begins.
+    not tuned at run time (`benchmarks/gpu.sh` compares); for other sizes tuning starts with it.
     """
     return max(1, (1 << (size.bit_length() - 1) // 2) // 32)
 
@@ -226,7 +226,7 @@ def launch(
 ) -> None:
     """Run a kernel on so many blocks, with as many warps as are fastest on the device of x.
 
-    The default block, 4096, is not tuned, which would make the first bucket slow.
+    The default block, 4096, is not tuned, since that would slow down the first bucket.
     """
 
     def launched(warps: int) -> None:
@@ -250,10 +250,10 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: objec
 def _tables(
     quantizer: QuicFL | Eden | VectorQuantizer, device: torch.device, encoding: bool
 ) -> tuple[torch.Tensor, ...]:
-    """The first one is what codes are looked up in, filled up with zeros to a power of two."""
+    """The first one is the lookup table of the codes, padded with zeros to a power of two."""
     tables: tuple[npt.NDArray[Any], ...]
     if isinstance(quantizer, QuicFL):
-        # As uint32: the highest bit of a code is their sign bit.
+        # As uint32: the highest bit of a code is the sign bit.
         positions = quantizer.table.positions << (16 - quantizer.bits)
         tables = (positions, positions[:1]) if encoding else (quantizer.table.levels,)
     elif isinstance(quantizer, Eden):
@@ -267,10 +267,10 @@ def _tables(
 
 
 def on_device(device: torch.device, *tables: npt.NDArray[Any]) -> tuple[torch.Tensor, ...]:
-    """Copies of tables, which have arrived on return, so any stream may read them.
+    """Copies of tables on a device, complete on return, so any stream may read them.
 
-    For functions that are called `once`: no tensor that stays may be an inference tensor, and no
-    copy may wait for what the current stream waits for, while `once` holds its lock.
+    For functions under `once`: cached tensors must not be inference tensors, and a copy must not
+    wait for the current stream while `once` holds its lock.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     with torch.inference_mode(False), torch.cuda.stream(stream):

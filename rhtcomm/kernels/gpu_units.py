@@ -1,9 +1,9 @@
-"""Launches the Triton kernels of ECDQ, whose codes go unit by unit, bit for bit the reference.
+"""Launches the Triton kernels of ECDQ, which codes unit by unit, bit for bit the reference.
 
-Blocks are rotated and quantized one per program, as those of other quantizers, and leave a byte for
-each coordinate, the column of the entropy code's table. A warp for each unit makes the bytes of the
-payload from these. What does not fit is known on the device alone, and the host does not wait for
-it: attempts with all factors are launched, and units that have been encoded take no part in them.
+One program per block rotates and quantizes, as for other quantizers, and writes a byte per
+coordinate: its column in the entropy code's table. Then one warp per unit makes the bytes of the
+payload. Only the device knows which units do not fit, and the host does not wait for it: attempts
+with all factors are launched, and units that are already encoded skip them.
 """
 
 from collections.abc import Iterator
@@ -60,12 +60,12 @@ class Units:
 
     @property
     def steps(self) -> int:
-        """Of the coder, for a unit."""
+        """Steps of the coder for a unit."""
         return self.each * self.blocks.size // LANES
 
     @property
     def room(self) -> int:
-        """Words of a unit, behind the states of its lanes."""
+        """Words of a unit, after the states of its lanes."""
         return self.nbytes // 2 - 2 * LANES
 
 
@@ -195,7 +195,7 @@ def decode(
 
 
 def _dithers(blocks: Blocks, words: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """What the ranks share of the dither of blocks, a byte for each coordinate."""
+    """The dither bytes of blocks that the ranks share, one per coordinate."""
     dithers = torch.empty(blocks.count * blocks.size, dtype=torch.uint8, device=device)
     warps = gpu.warps_for(blocks.size)
     shape = {"SIZE": blocks.size, "WARPS": warps, "num_warps": warps}
@@ -204,7 +204,7 @@ def _dithers(blocks: Blocks, words: tuple[int, ...], device: torch.device) -> to
 
 
 def _grid(table: Table) -> dict[str, Any]:
-    """The constants that quantization takes."""
+    """The constants of the quantization."""
     return {
         "INVERSE_BOUND": table.inverse_bound,
         "PER_STEP": table.per_step,

@@ -1,6 +1,6 @@
 """What all kernels compute, in plain torch, on any device.
 
-The arithmetic is part of the wire contract, so that all ranks end with the same bits whatever
+The arithmetic is part of the specification, so that all ranks end with the same bits, whichever
 kernels they run:
 
 * A block is multiplied by the power of two 2^(127 - e), e the biased exponent of its largest
@@ -23,8 +23,8 @@ from rhtcomm.wire import Section
 
 __all__ = ["decode", "encode"]
 
-# Blocks are worked on in batches of about this many coordinates: few enough to stay in a core's
-# cache or, on other devices, many enough for a launch to have enough to do.
+# Blocks are processed in batches of about this many coordinates: few enough for a core's cache or,
+# on other devices, enough work for a launch.
 _BATCH = {"cpu": 1 << 17}
 _LARGE_BATCH = 1 << 24
 _UNITS = 32
@@ -92,7 +92,7 @@ def decode(
 
 
 class _Batch(NamedTuple):
-    """Blocks to work on at once."""
+    """Number of blocks per batch."""
 
     section: Section
     shard: int
@@ -119,7 +119,7 @@ def _batches(task: Task, offset: int, device: torch.device) -> Iterator[_Batch]:
 
 
 def _powers_of_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """2^(127 - e), 2^(e - 127) and whether all is finite, of each row of x (B, n) float32.
+    """2^(127 - e), 2^(e - 127) and whether all values are finite, for each row of x (B, n) float32.
 
     e is the biased exponent of the row's largest magnitude, clamped so that both are normal.
     """

@@ -1,4 +1,4 @@
-"""What all calls of a kernel on tensors of one length have in common."""
+"""What all kernel calls on tensors of one length share."""
 
 from dataclasses import dataclass
 
@@ -11,15 +11,15 @@ __all__ = ["Task"]
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Tensors of one length, how they are cut into shards and blocks, and how these are coded.
+    """Tensors of one length, how they are split into shards and blocks, and how these are coded.
 
-    It is made once for a length and equals only itself, so that kernels can look up what they
-    prepared for it.
+    Made once per length, and equal only to itself, so that kernels can cache what they prepared for
+    it.
 
     Args:
         sections: of a shard's payload.
         numel: of a shard.
-        shards: of the tensor, one behind the other; each has a payload.
+        shards: of the tensor, adjacent; each has a payload.
     """
 
     rotation: RandomizedHadamard
@@ -30,5 +30,5 @@ class Task:
 
     @property
     def blocks(self) -> int:
-        """Of all shards."""
+        """Coordinates of all shards."""
         return self.shards * sum(section.blocks.count for section in self.sections)

@@ -1,4 +1,4 @@
-"""How many warps a Triton program should have, by measurement on the device."""
+"""The best number of warps of a Triton program, measured on the device."""
 
 import math
 from collections.abc import Callable
@@ -12,11 +12,11 @@ __all__ = ["Tuner"]
 
 
 class Tuner:
-    """Remembers the fastest number of warps of each kernel and shape.
+    """Remembers the fastest number of warps for each kernel and shape.
 
-    The number of warps changes no bit of payloads and means, so the launches that are timed do the
-    work too. They stop the host and compile the kernel several times. Only one thread times at any
-    time. Others do not wait for it, since it waits for a device whose work may depend on them.
+    The number of warps does not change any bit of payloads and means, so the timed launches also do
+    the work. They block the host and compile the kernel several times. Only one thread at a time
+    measures. Others do not wait for it, since it waits for a device whose work may depend on them.
     """
 
     least = 64  # programs: with fewer, as for the one block of a tail, a launch takes no time
@@ -33,9 +33,10 @@ class Tuner:
         device: torch.device,
         launch: Callable[[int], None],
     ) -> int:
-        """Those of `what`, a kernel and its shape, for blocks of `size`.
+        """The number of warps for `what`, a kernel and its shape, and blocks of `size`.
 
-        `launch` runs the kernel with a number of warps. Until another is known, it is `guess`.
+        `launch` runs the kernel with a number of warps. The result is `guess` until a better one is
+        known.
         """
         if what not in self.fastest and self.can_time(device) and self._tuning.acquire(False):
             try:
@@ -56,7 +57,8 @@ class Tuner:
         return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
     def seconds(self, call: Callable[[], None]) -> float:
-        """Of one of several calls on the current stream; infinity where the device has no room."""
+        """Time of one of several calls on the current stream; infinity if the device lacks the
+        resources."""
         try:
             call()  # compiles
         except (OutOfResources, PTXASError):

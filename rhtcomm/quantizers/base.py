@@ -1,4 +1,4 @@
-"""What a codec asks of a quantizer."""
+"""The interface between a codec and its quantizer."""
 
 from collections.abc import Hashable
 from hashlib import blake2b
@@ -27,13 +27,13 @@ __all__ = [
 class Quantizer(Hashable, Protocol):
     """Maps rotated blocks to bytes and one scale per block, and bytes back to values; hashable.
 
-    A code stands for `group` adjacent coordinates. A unit is a run of blocks that are coded
-    together; the last one of a payload may be shorter.
+    A code represents `group` adjacent coordinates. A unit is a run of blocks that are coded
+    together; the last unit of a payload may be shorter.
 
-    `rotation` says what unbiasedness of a mean over ranks needs: with "shared" all ranks rotate by
-    the same signs, sum their values in the rotated domain and undo one rotation; with "per_rank"
-    the errors average out only if every rank rotates by signs of its own. `rotations` is the number
-    of transforms that makes the quantizer's promise hold for every input.
+    `rotation` says how ranks must rotate for an unbiased mean. With "shared" all ranks use the same
+    signs, values are summed in the rotated domain, and one rotation is undone. With "per_rank" each
+    rank uses its own signs; otherwise errors would not average out. `rotations` is the number of
+    rotations for which the expected error holds for every input.
     """
 
     rotation: ClassVar[Literal["shared", "per_rank"]]
@@ -47,21 +47,21 @@ class Quantizer(Hashable, Protocol):
 
     @property
     def table(self) -> object:
-        """The numbers that codes stand for; equal quantizers share one table, which stays."""
+        """The values of the codes; equal quantizers share one table, which is kept."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Differs between tables that decode differently."""
+        """A hash that differs between tables that decode differently."""
         ...
 
     def unit(self, size: int) -> int:
-        """How many blocks of `size` coordinates make a unit."""
+        """Number of blocks of `size` coordinates in a unit."""
         ...
 
     def nbytes(self, count: int, size: int) -> int:
-        """Bytes of `count` adjacent blocks of `size` coordinates, from the beginning of a unit on,
-        without their scales; a multiple of 4."""
+        """Bytes of `count` adjacent blocks of `size` coordinates, starting at a unit, without their
+        scales; a multiple of 4."""
         ...
 
     def compress(
@@ -69,9 +69,9 @@ class Quantizer(Hashable, Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """y (B, d) float32 -> octets (nbytes(B, d),) uint8 and scale (B,) float32.
 
-        They stand for y ~ scale * expand(octets).
-        `offset` is that of y[0, 0] in its bucket, a multiple of 16. All y are finite, and their
-        squares can be summed over a block without overflow; a block of zeros has scale 0.
+        y is approximately scale * expand(octets). `offset` is that of y[0, 0] in its bucket, a
+        multiple of 16. All y are finite, and their squares can be summed over a block without
+        overflow; a block of zeros has scale 0.
         """
         ...
 
@@ -86,7 +86,7 @@ class Quantizer(Hashable, Protocol):
 
 
 class Packed(Protocol):
-    """The bytes of quantizers whose codes have `group` times `bits` bits, block by block."""
+    """Base of quantizers whose codes have `group` times `bits` bits, packed block by block."""
 
     @property
     def bits(self) -> int: ...
@@ -138,18 +138,19 @@ def fingerprint_of(table: npt.NDArray[np.float32]) -> str:
 
 
 def tensor_of(table: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """A table as a tensor on a device, a new one in each call.
+    """A table as a new tensor on a device.
 
-    Tables are kept as NumPy arrays, since a tensor that was made under FakeTensorMode, under
-    inference_mode or with a default device would stay what these made it.
+    Tables are cached as NumPy arrays, since tensors created under FakeTensorMode, inference_mode or
+    a default device would stay affected by these.
     """
     return torch.from_numpy(table).to(device)
 
 
 def tree_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum of each row, x (B, d) -> (B,): the upper half is added to the lower until one is left.
+    """Sum of each row, x (B, d) -> (B,): the upper half is added to the lower until one value is
+    left.
 
-    A sum whose order is fixed, so that every kernel gets the same bits.
+    The order is fixed, so that every kernel gets the same bits.
     """
     while x.shape[1] > 1:
         half = x.shape[1] // 2
@@ -160,15 +161,15 @@ def tree_sum(x: torch.Tensor) -> torch.Tensor:
 def root_mean_square(y: torch.Tensor) -> torch.Tensor:
     """(sum_j y_j^2 / d)^(1/2) of each row, y (B, d) -> (B,)."""
     mean = tree_sum(y * y) * (1.0 / y.shape[1])
-    # torch's float32 square root on CPU can be off by one unit in the last place; by way of float64
-    # it is rounded correctly, as it is in every other kernel.
+    # torch's float32 square root on CPU can be off by one unit in the last place; through float64
+    # it is rounded correctly, as in every other kernel.
     return mean.double().sqrt().float()
 
 
 def eden_scale(
     rms: torch.Tensor, z: torch.Tensor, values: torch.Tensor, biased: bool
 ) -> torch.Tensor:
-    """The scale s of blocks y = rms z that are sent as s c; rms (B,), z and c (B, d) -> (B,).
+    """The scale s of blocks y = rms z that are decoded to s c; rms (B,), z and c (B, d) -> (B,).
 
     |y|^2 / <y, c> makes s c unbiased over the rotation; with `biased` it is <y, c> / |c|^2, which
     makes |y - s c|^2 as small as c allows.

@@ -5,20 +5,20 @@ rotated coordinate z, in units of its block's root mean square, is sent as
 
     k = floor(z / D + v),    z' = D (k - v + 1/2).
 
-z' - z is uniform on [-D/2, D/2) and independent of z, so z' is unbiased with the error D^2 / 12 for
+z' - z is uniform on [-D/2, D/2) and independent of z, so z' is unbiased with error D^2 / 12 for
 every z, whatever the rotation did. The rotation only makes z Gaussian, so that static tables code k
-in few bits (`rhtcomm/codebooks/ecdq.py`); one transform suffices for that.
+in few bits (`rhtcomm/codebooks/ecdq.py`); one rotation suffices for that.
 
 A unit is a run of blocks of 2^16 coordinates, coded together by `rhtcomm.rans`. |z|^2 = d, and the
 length of a coordinate's code is nearly a constant plus a multiple of z^2, so the length of a unit
-hardly varies: each has a fixed number of bytes, and D is as fine as they allow. Two rules make all
-inputs fit. The unit that a block is measured in is at least its largest |y| over K D, so that k is
-one of -K .. K; that depends on y alone and leaves no bias. And a unit that still does not fit is
-coded again with its scales multiplied by the next of `FACTORS`. Which one is taken depends on the
-dither, so this leaves a bias; docs/ecdq.md bounds it.
+hardly varies: each has a fixed number of bytes, and D is as fine as these allow. Two rules make all
+inputs fit. The scale of a block is at least its largest |y| over K D, so that k is one of -K .. K;
+that depends only on y and leaves no bias. And a unit that still does not fit is coded again with
+its scales multiplied by the next of `FACTORS`. The choice of the factor depends on the dither and
+leaves a bias, which docs/ecdq.md bounds.
 
-Rank i of n uses v + i/n modulo one: each rank's dither stays uniform, while the errors of ranks
-whose gradients agree cancel.
+Rank i of n uses v + i/n modulo one: each rank's dither stays uniform, and errors of ranks with
+similar gradients cancel.
 """
 
 import math
@@ -41,7 +41,7 @@ __all__ = ["BITS", "ECDQ", "FACTORS", "UNIT"]
 
 BITS = tuple(quarters / 4 for quarters in range(4, 25))
 UNIT = 1 << 16
-"""Coordinates of a unit, at least; blocks that are longer are units of their own."""
+"""Least number of coordinates in a unit; a longer block is a unit of its own."""
 FACTORS = (1.0, 65 / 64, 17 / 16, 5 / 4, 2.0, 16.0)
 
 
@@ -49,12 +49,20 @@ FACTORS = (1.0, 65 / 64, 17 / 16, 5 / 4, 2.0, 16.0)
 class ECDQ:
     """Unbiased for every input with one rotation, and half of QUIC-FL's error at 4 bits.
 
+    A coordinate z, in units of its block's root mean square, is sent as the integer k,
+
+        k = floor(z / D + v),    z' = D (k - v + 1/2),    E[z'] = z,    E[(z' - z)^2] = D^2 / 12,
+
+    with the dither v, uniform on [0, 1), that sender and receivers share. An entropy coder packs
+    the k of 2^16 coordinates into a fixed number of bytes; the step D is as fine as these allow.
+    See docs/ecdq.md.
+
     Args:
-        bits: of the payload per coordinate, 1, 1.25, 1.5, ..., 6. In blocks of 4096 and units of
-            2^16 coordinates that counts all bytes but the header.
+        bits: of the payload per coordinate, 1, 1.25, 1.5, ..., 6. For blocks of 4096 and units of
+            2^16 coordinates this counts all bytes except the header.
 
     Raises:
-        ValueError: bits is none of them.
+        ValueError: bits is not one of these.
     """
 
     bits: float = 4
@@ -69,7 +77,7 @@ class ECDQ:
             raise ValueError(
                 f"ECDQ: bits={self.bits!r} must be one of 1, 1.25, 1.5, ..., 6 (an int or a float)"
             )
-        # 4 and 4.0 are written alike, since fingerprints hash that.
+        # 4 and 4.0 become the same, since fingerprints hash the text.
         whole = self.bits % 1 == 0
         object.__setattr__(self, "bits", int(self.bits) if whole else float(self.bits))
 
@@ -83,8 +91,8 @@ class ECDQ:
     def unit_bytes(self, numel: int) -> int:
         """Length of the codes of a unit of `numel` coordinates, a multiple of 4.
 
-        The lanes' states, and bits for `numel` codes of mean length and for two standard deviations
-        of their sum.
+        The lanes' states, plus the mean length of `numel` codes and two standard deviations of
+        their sum.
         """
         if not numel:
             return 0
@@ -127,7 +135,7 @@ class ECDQ:
         return torch.cat(values).float() * 2.0**-7
 
     def units(self, count: int, size: int) -> Iterator[tuple[slice, int]]:
-        """Of `count` blocks those that make units of one length, and how many of them make one."""
+        """The runs of `count` blocks with units of equal length, and the blocks per unit."""
         each = self.unit(size)
         whole = count // each * each
         if whole:
@@ -166,7 +174,7 @@ class ECDQ:
 
     @property
     def vnmse(self) -> float:
-        """D^2 / 12, the expected |x' - x|^2 / |x|^2 of every input."""
+        """D^2 / 12, the expected |x' - x|^2 / |x|^2 for every input."""
         return (self.table.step / 2**16) ** 2 / 12
 
     @property
@@ -181,24 +189,24 @@ class ECDQ:
 
 
 def _steps(x: torch.Tensor) -> torch.Tensor:
-    """(U, n) -> (steps, U, lanes): coordinate j of a unit is that of step j // 32, lane j % 32."""
+    """(U, n) -> (steps, U, lanes): coordinate j of a unit belongs to step j // 32, lane j % 32."""
     return x.view(len(x), -1, rans.LANES).transpose(0, 1).contiguous()
 
 
 @dataclass(frozen=True)
 class Table:
-    """The integers of `rhtcomm.codebooks.ecdq.Table`, and what follows from them.
+    """The integers of `rhtcomm.codebooks.ecdq.Table`, and tables derived from them.
 
     Args:
         frequencies: (C, 2 K + 1) int64, row c for v in [c / C, (c + 1) / C), column k + K for k.
         starts: (C, 2 K + 1) int64, the first slot of each.
-        slots: (C 2^P,) uint32, of each slot 2^24 times its symbol's column, plus 2^12 times its
-            frequency, plus the slot's place among the symbol's.
-        entries: (C (2 K + 1), 2) uint32, of each symbol the frequency f, plus 2^13 times the first
+        slots: (C 2^P,) uint32, for each slot 2^24 times its symbol's column, plus 2^12 times the
+            frequency, plus the slot's index among those of the symbol.
+        entries: (C (2 K + 1), 2) uint32, for each symbol the frequency f, plus 2^13 times the first
             slot, plus 2^26 s, 2^s >= f; and m = ceil(2^(31 + s) / f). They are for the C kernels,
             where x // f = (x m) >> (31 + s) for all x < 2^(32 - P) f.
-        registers: what `Registers` of kernels/native/rans_registers.h has, (640,) uint16, or None
-            where that has too many symbols.
+        registers: the contents of `Registers` of kernels/native/rans_registers.h, (640,) uint16;
+            None if there are too many symbols.
         step: 2^16 D.
         rate: bits of 2^16 coordinates without the spread.
         spread: bits in addition, for 2^16 coordinates.
@@ -244,7 +252,7 @@ class Table:
 
     @property
     def inverse_bound(self) -> float:
-        # Slightly above 1 / (K D), so that rounding can never move a coordinate past K.
+        # Slightly above 1 / (K D), so that rounding cannot move a coordinate past K.
         return (1 + 2**-20) * 2**16 / (self.largest * self.step)
 
     def class_of(self, v: torch.Tensor) -> torch.Tensor:
@@ -281,7 +289,7 @@ def _table(bits: float) -> Table:
 
 
 def _registers(frequencies: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16] | None:
-    """(640,) uint16, or None where C 2^depth > 128, with the least depth of 2^depth >= 2 K + 1.
+    """(640,) uint16, or None if C 2^depth > 128, for the least depth with 2^depth >= 2 K + 1.
 
     Tables of a bisection: the j-th of 2^i parts of class c's symbols has index 2^i c + j.
     """
@@ -289,7 +297,7 @@ def _registers(frequencies: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16] | N
     depth = (columns - 1).bit_length()
     if classes << depth > 128:
         return None
-    # Of each class 2^depth symbols, those at the end without slots, and where the last one ends.
+    # For each class: 2^depth symbols, those at the end without slots, and the end of the last one.
     starts = np.full((classes, (1 << depth) + 1), frequencies[0].sum())
     starts[:, :columns] = frequencies.cumsum(axis=1) - frequencies
     thresholds = np.zeros((6, 32), np.uint16)

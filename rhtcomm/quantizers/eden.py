@@ -2,7 +2,7 @@
 
 Rotated coordinates in units of their root mean square, z, go to the nearest centroid c(z) of the
 b-bit Lloyd-Max codebook of N(0, 1). The scale |y|^2 / <y, c(z)> makes the estimate unbiased over
-the rotation: its projection on y is y itself, and what is left has no preferred direction.
+the rotation: its projection on y is y itself, and the rest has no preferred direction.
 """
 
 from dataclasses import dataclass
@@ -31,20 +31,28 @@ __all__ = ["Eden"]
 
 @dataclass(frozen=True)
 class Eden(Packed):
-    """Smaller error than QuicFL for one sender; unbiased over the rotation, not for a given one.
+    """Smaller error than QuicFL for one sender; unbiased over random rotations, not for a given
+    one.
 
-    Hence every rank rotates by signs of its own, and fewer than two transforms leave a bias on
-    inputs with few large coordinates.
+    A rotated block y is decoded to
+
+        y' = |y|^2 / <y, c(y)> c(y),
+
+    where c replaces each coordinate, in units of the block's root mean square, by the nearest of
+    the 2^b levels of least squared error for N(0, 1) (Lloyd-Max).
+
+    So each rank rotates with its own signs, and fewer than two rotations leave a bias on inputs
+    with few large coordinates.
 
     Args:
         bits: b, bits per coordinate, 1 to 8.
-        biased: take the scale <y, c> / |c|^2 of least squared error, which shrinks what is sent.
-            Its vNMSE is e / (1 + e), e that of the unbiased scale (0.3634 against 0.5708 at one
-            bit), but the bias does not average out over ranks or steps. So it is only for error
-            feedback, which sends later what is missing.
+        biased: use the scale <y, c> / |c|^2 of least squared error, which shrinks the estimate. Its
+            vNMSE is e / (1 + e), where e is that of the unbiased scale (0.3634 against 0.5708 at
+            one bit), but the bias does not average out over ranks or steps. So use it only with
+            error feedback, which sends the missing part later.
 
     Raises:
-        TypeError: biased is no bool.
+        TypeError: biased is not a bool.
         ValueError: bits is out of its range.
     """
 

@@ -1,27 +1,27 @@
 """QUIC-FL (Ben Basat et al., "Accelerating federated learning with quick distributed mean
 estimation", ICML 2024) as companded, dithered quantization.
 
-With l bits of shared randomness per coordinate let H = 2^l, h uniform on {0 .. H-1}, and
-r_0 < ... < r_(N-1), N = H 2^b, odd-symmetric levels. A receiver decodes code x to r[x H + h]. With
-A_i the mean of the H levels from r_i on, a sender that means z in [A_i, A_(i+1)) picks w = i + 1
-with probability (z - A_i) / (A_(i+1) - A_i), else w = i, and sends the x with w <= x H + h < w + H.
+With l bits of shared randomness per coordinate let H = 2^l, h uniform on {0 .. H-1}, and r_0 < ...
+< r_(N-1), N = H 2^b, odd-symmetric levels. A receiver decodes code x to r[x H + h]. With A_i the
+mean of the H levels starting at r_i, the sender of z in [A_i, A_(i+1)) picks w = i + 1 with
+probability (z - A_i) / (A_(i+1) - A_i), else w = i, and sends the x with w <= x H + h < w + H.
 Averaged over h the receiver gets A_w; averaged over w too, exactly z.
 
-Equivalently, with s(z) = (i + fraction) / H and one uniform v that sender and receivers share,
-x = floor(s(z) + v) and h = H - 1 - floor(H v). Encoding rounds z at random to one of evenly spaced
-nodes first, so that s is one lookup; that costs (node distance)^2 / 6 in squared error, here about
-0.15% of the quantizer's own, and no bias.
+Equivalently, with s(z) = (i + fraction) / H and one uniform v that sender and receivers share, x =
+floor(s(z) + v) and h = H - 1 - floor(H v). Encoding first rounds z at random to one of evenly
+spaced nodes, so that s is one lookup. That adds (node distance)^2 / 6 to the squared error, here
+about 0.15% of the quantizer's own, and no bias.
 
-Rank i of n uses v + i/n modulo one: each rank's dither stays uniform, while the errors of ranks
-whose gradients agree cancel.
+Rank i of n uses v + i/n modulo one: each rank's dither stays uniform, and errors of ranks with
+similar gradients cancel.
 
-The exact mode is the one of the paper: the levels end at T = 3.09727, beyond which lies 1/512 of
-N(0, 1), and what lies beyond travels behind the codes, as (index, value) entries. Each block of d
-coordinates has room for C(d) of them. With |y|_(i) the i-th largest magnitude the scale is
+The exact mode is that of the paper: the levels end at T = 3.09727, and the 1/512 of N(0, 1) beyond
+T is sent after the codes, as (index, value) entries. Each block of d coordinates has room for C(d)
+entries. With |y|_(i) the i-th largest magnitude, the scale is
 
     max(root mean square of y, |y|_(C+1) / T),
 
-so at most C coordinates exceed T scales, whatever y is; the wide mode is the case C = 0, T = 5.
+so at most C coordinates exceed T scales, for every y. The wide mode is the case C = 0, T = 5.
 """
 
 import math
@@ -55,9 +55,16 @@ EXACT_FRACTION = 1 / 512
 class QuicFL(Packed):
     """Unbiased for every input and every number of rotations.
 
+    A coordinate y of a rotated block with the scale s is sent as the code x and decoded to y',
+
+        x = floor(p(y / s) + v),    y' = s r[x H + H - 1 - floor(H v)],    E[y'] = y,
+
+    with the dither v, uniform on [0, 1), that sender and receivers share, and two tables: p is
+    increasing, and r has H 2^b levels, H = 2^l. See docs/science.md.
+
     By default the codes cover [-5, 5] root mean squares of a block. With exact_fraction=1/512 they
-    cover [-3.09727, 3.09727] more finely, and coordinates beyond that travel exactly (as float16,
-    rounded at random without bias) in a section of `exact_bytes(d)`: in blocks of 4096 the error is
+    cover [-3.09727, 3.09727] more finely, and coordinates beyond that are sent exactly (as float16,
+    rounded at random without bias) in a section of `exact_bytes(d)`. In blocks of 4096 the error is
     11 to 20% lower, for 0.078 bits per coordinate. A block that overflows either is scaled down
     until it fits.
 
@@ -81,17 +88,17 @@ class QuicFL(Packed):
         if self.exact_fraction not in (0, EXACT_FRACTION):
             raise ValueError(
                 f"QuicFL: exact_fraction={self.exact_fraction!r} must be 0 or 1/512 = "
-                f"{EXACT_FRACTION}, for which there are tables"
+                f"{EXACT_FRACTION}, the values that have tables"
             )
-        # A plain float, whatever number was given: fingerprints hash how it is written.
+        # Convert any number to a plain float: fingerprints hash its text.
         object.__setattr__(self, "exact_fraction", float(self.exact_fraction))
 
     def exact_capacity(self, size: int) -> int:
         """C, the number of entries that a block of `size` coordinates has room for.
 
-        It is the expected d / 512 plus 0.7 standard deviations. Of blocks of 4096, 17% have more
-        than their 10. Rescaling those costs 0.6% in error; 2 more entries would cost 0.016 bits per
-        coordinate, which are worth 2%.
+        It is the expected d / 512 plus 0.7 standard deviations. 17% of blocks of 4096 need more
+        than their 10 entries. Rescaling those adds 0.6% error; 2 more entries would take 0.016 bits
+        per coordinate, which are worth 2% in error.
         """
         if not self.exact_fraction:
             return 0
@@ -101,7 +108,7 @@ class QuicFL(Packed):
         """Length of the section of exact coordinates of a block, a multiple of 4.
 
         C indices in ascending order, int16 (int32 in blocks of more than 2^15), then C values in
-        units of the scale, float16. Entries that are not needed have index -1 and value 0.
+        units of the scale, float16. Unused entries have index -1 and value 0.
         """
         return self.exact_capacity(size) * (_index_dtype(size).itemsize + 2)
 
@@ -131,7 +138,8 @@ class QuicFL(Packed):
         self, y: torch.Tensor, key: Key, offset: int, rank: int, world_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         table = self.table
-        # The least scales that suffice, by the product whose rounding the last node allows for.
+        # The least sufficient scales, computed by a product for whose rounding the last node leaves
+        # room.
         needed = y.abs() * table.inverse_bound
         if self.exact_fraction:
             coded = needed.topk(self.exact_capacity(y.shape[1]) + 1, dim=1).values[:, -1]
@@ -155,10 +163,10 @@ class QuicFL(Packed):
         rank: int,
         world_size: int,
     ) -> torch.Tensor:
-        """The coordinates that `encode` left out, y (B, d) and its scale (B,).
+        """The section of exact coordinates of y (B, d) with scale (B,).
 
-        float16 has 13 bits less than float32. To add 13 random bits and drop as many rounds to one
-        of the two neighbours, with y on average.
+        float16 has 13 bits less than float32. Adding 13 random bits and then dropping 13 rounds to
+        one of the two neighbours, without bias.
 
         Returns:
             (B, exact_bytes(d)) uint8.
@@ -166,7 +174,7 @@ class QuicFL(Packed):
         size = y.shape[1]
         capacity, dtype = self.exact_capacity(size), _index_dtype(size)
         beyond = y.abs() * self.table.inverse_bound > scale[:, None]
-        # Those beyond come first, in the order of their indices.
+        # Coordinates beyond the range come first, in ascending order of their indices.
         order = beyond.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :capacity]
         used = beyond.gather(1, order)
         u, _ = dither(key, offset, y.numel(), stratum(rank, world_size), y.device)
@@ -191,13 +199,13 @@ class QuicFL(Packed):
         return table.level_of(level).view(codes.shape)
 
     def decode_exact(self, values: torch.Tensor, section: torch.Tensor) -> None:
-        """Replace the coordinates that travelled exactly.
+        """Replace the coordinates that were sent exactly.
 
-        An entry counts if its index lies in the block and is larger than all indices before it, so
-        that sections of any bytes have exactly one meaning.
+        An entry is used if its index lies in the block and is larger than all indices before it, so
+        any bytes have exactly one meaning.
 
         Args:
-            values: (B, d) float32 as `decode` gives them, changed in place.
+            values: (B, d) float32 as returned by `decode`, changed in place.
             section: (B, exact_bytes(d)) uint8.
         """
         size = values.shape[1]
@@ -220,7 +228,7 @@ class QuicFL(Packed):
 
 @dataclass(frozen=True)
 class Table:
-    """The two lookups of one width, and the constants that go with them.
+    """The two lookup tables of one width, and their constants.
 
     Args:
         levels: (2^(b+l),) float32; row x, column g holds r[x H + H - 1 - g], g = floor(H v).
@@ -245,12 +253,12 @@ class Table:
 
     @property
     def nodes_per_sigma(self) -> float:
-        """Nodes in a unit of z, times 2^16."""
+        """Nodes per unit of z, times 2^16."""
         return self.nodes * 65536 / (2 * self.bound)
 
     @property
     def inverse_bound(self) -> float:
-        # Slightly above 1 / T, so that rounding can never move a coordinate past the last node.
+        # Slightly above 1 / T, so that rounding cannot move a coordinate past the last node.
         return (1 + 2**-20) / self.bound
 
     def level_of(self, index: torch.Tensor) -> torch.Tensor:
@@ -269,7 +277,7 @@ def _index_dtype(size: int) -> torch.dtype:
 def _table(bits: int, name: str) -> Table:
     levels = codebooks.load(name)[f"b{bits}"].astype(np.float32)
     share = levels.size >> bits  # H
-    # Built from the levels as receivers see them, so that rounding them to float32 adds no bias.
+    # Built from the float32 levels that receivers use, so that rounding them adds no bias.
     running = np.concatenate([[0.0], np.cumsum(levels, dtype=np.float64)])
     averages = (running[share:] - running[:-share]) / share  # A_i
     bound = float(averages[-1])

@@ -1,12 +1,12 @@
 """Vector quantization with EDEN's scale.
 
 Groups of g = 8 / b adjacent rotated coordinates, in units of the block's root mean square, z in
-R^g, go to the nearest c(z) of 256 codewords {c_i, -c_i} trained for N(0, I_g) (see
+R^g, are replaced by the nearest c(z) of 256 codewords {c_i, -c_i} trained for N(0, I_g) (see
 codebooks/vector.py), one byte per group. The scale |y|^2 / <y, c(y)> makes the estimate unbiased
-over the rotation as it does for EDEN (Vargaftik et al., ICML 2022), if all directions of a group
-are alike. For that, coordinates of a group must be uncorrelated, which takes three transforms:
-after two, (x_0, x_1, 0, ..., 0) still becomes pairs of variances (x_0 +- x_1)^2 / 2 along their
-diagonals (arXiv 2605.06014).
+over the rotation, as for EDEN (Vargaftik et al., ICML 2022), if all directions of a group are
+equally distributed. For that, the coordinates of a group must be uncorrelated, which takes three
+rotations: after two, (x_0, x_1, 0, ..., 0) still becomes pairs of variances (x_0 +- x_1)^2 / 2
+along their diagonals (arXiv 2605.06014).
 """
 
 from dataclasses import dataclass
@@ -34,18 +34,22 @@ __all__ = ["VectorQuantizer"]
 
 @dataclass(frozen=True)
 class VectorQuantizer(Packed):
-    """Smaller error than Eden at the same bits; unbiased over the rotation, not for a given one.
+    """Smaller error than Eden at the same bits; unbiased over random rotations, not for a given
+    one.
 
-    Hence every rank rotates by signs of its own, and fewer than three transforms leave a bias on
-    inputs with few large coordinates.
+    A rotated block y is decoded to y' = |y|^2 / <y, c(y)> c(y), as by `Eden`. Here c replaces each
+    group of 8 / b adjacent coordinates by the nearest of 256 codewords, one byte per group.
+
+    So each rank rotates with its own signs, and fewer than three rotations leave a bias on inputs
+    with few large coordinates.
 
     Args:
         bits: b, bits per coordinate, 1, 2 or 4.
-        biased: take the scale of least squared error, see `Eden`: only for error feedback.
+        biased: use the scale of least squared error, only for error feedback; see `Eden`.
 
     Raises:
-        TypeError: biased is no bool.
-        ValueError: bits is none of them.
+        TypeError: biased is not a bool.
+        ValueError: bits is not one of these.
     """
 
     bits: int = 4
@@ -57,8 +61,8 @@ class VectorQuantizer(Packed):
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in (1, 2, 4):  # True is an int too
             raise ValueError(
-                f"VectorQuantizer: bits={self.bits!r} must be 1, 2 or 4 (an int), so that whole "
-                "groups of coordinates take a byte; Eden has all of 1, 2, ..., 8"
+                f"VectorQuantizer: bits={self.bits!r} must be 1, 2 or 4 (an int), so that a byte "
+                "holds a whole group of coordinates; Eden supports 1, 2, ..., 8"
             )
         check_bool(self.biased, "VectorQuantizer", "biased")
 

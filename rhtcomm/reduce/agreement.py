@@ -14,13 +14,13 @@ _NAME = "name of the rank"
 
 
 class DisagreementError(RuntimeError):
-    """The ranks were not configured alike."""
+    """The ranks have different configurations."""
 
 
 def check_agreement(topology: Topology, facts: dict[str, object], device: torch.device) -> None:
     """Raise on every rank if `facts` are not the same on all of them.
 
-    One exchange of a fixed length, so it works whatever the facts are.
+    One exchange of fixed length, so it works for any facts.
 
     Raises:
         DisagreementError: naming the fields that differ, and their values by rank; or a rank that
@@ -55,7 +55,7 @@ def check_agreement(topology: Topology, facts: dict[str, object], device: torch.
 
 
 def _shown(value: object) -> str:
-    """At most 80 characters, the last ones a digest where there were more."""
+    """At most 80 characters; longer text ends with a digest."""
     text = str(value)
     if len(text) <= 80:
         return text
@@ -70,7 +70,7 @@ def _read_greeting(row: bytes, name: str) -> dict[str, str]:
     except ValueError as error:
         raise DisagreementError(
             f"rhtcomm: {name} did not send its configuration ({error}): it runs another version of "
-            "rhtcomm, or something else sends by this process group; start all ranks with one "
+            "rhtcomm, or other code uses this process group; start all ranks with the same "
             "program and version"
         ) from error
     return greeting

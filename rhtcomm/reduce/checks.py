@@ -1,7 +1,7 @@
-"""Checks of what the collectives are given.
+"""Checks of the collectives' arguments.
 
-A rank that raised by itself would leave the others waiting for it. So what depends on the values of
-its arguments is checked twice: once to tell the others, and once more to raise.
+If one rank raised alone, the others would wait for it. So checks that depend on argument values run
+twice: once to tell the other ranks, and once more to raise.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +57,7 @@ def described(x: torch.Tensor | None) -> object:
 
 
 def check_types(codec: object, key: object, communicator: object, call: str) -> None:
-    """Raise TypeError where ranks cannot even compare what they were given."""
+    """Raise TypeError if ranks cannot even compare their arguments."""
     if not isinstance(codec, (Codec, Lattice)):
         raise TypeError(
             f"rhtcomm.{call}: codec={codec!r} must be a Codec, such as Codec(QuicFL(bits=4)), "
@@ -65,12 +65,12 @@ def check_types(codec: object, key: object, communicator: object, call: str) -> 
         )
     if isinstance(communicator, dist.ProcessGroup):
         raise TypeError(
-            f"rhtcomm.{call}: the communicator is a process group; give "
+            f"rhtcomm.{call}: the communicator is a process group; pass "
             "rhtcomm.TorchCommunicator(group)"
         )
     if isinstance(communicator, type) or not hasattr(communicator, "all_reduce_"):
         raise TypeError(
-            f"rhtcomm.{call}: communicator={communicator!r} must be an object such as "
+            f"rhtcomm.{call}: communicator={communicator!r} must be a communicator such as "
             "rhtcomm.TorchCommunicator()"
         )
     if not isinstance(key, Key):
@@ -78,7 +78,7 @@ def check_types(codec: object, key: object, communicator: object, call: str) -> 
 
 
 def check_rotations(codec: Codec | Lattice, rotations: int | None) -> None:
-    """Raise ValueError unless the codec can take so many rotations."""
+    """Raise ValueError unless the codec accepts this number of rotations."""
     if rotations is None:
         return
     if type(rotations) is not int or rotations not in (1, 2, 3):  # True is an int too
@@ -88,7 +88,7 @@ def check_rotations(codec: Codec | Lattice, rotations: int | None) -> None:
     if codec.rotations not in (AUTO, rotations):
         raise ValueError(
             f"rhtcomm.all_reduce: rotations={rotations}, but this {type(codec).__name__} was made "
-            f"with rotations={codec.rotations}; leave them out here"
+            f"with rotations={codec.rotations}; leave out rotations here"
         )
 
 
@@ -103,11 +103,11 @@ def check_tensor(x: torch.Tensor, name: str, call: str) -> None:
 
 
 def _check_own_elements(x: torch.Tensor, name: str, call: str) -> None:
-    """Raise ValueError unless each of them has memory of its own."""
+    """Raise ValueError unless each element has memory of its own."""
     if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
         raise ValueError(
-            f"rhtcomm.{call}: the {name} was expanded to its shape {tuple(x.shape)}, so "
-            f"its elements share memory; give what it was before, or {name}.clone()"
+            f"rhtcomm.{call}: the {name} was expanded to its shape {tuple(x.shape)}, so its "
+            f"elements share memory; pass the original, or {name}.clone()"
         )
 
 
@@ -118,7 +118,7 @@ def check_residual(
     codec: Codec | Lattice,
     call: str,
 ) -> None:
-    """Raise unless error feedback can keep what is left of a tensor in `residual`."""
+    """Raise unless `residual` fits the tensor and the codec for error feedback."""
     if residual is None:
         return
     _check_own_elements(residual, "residual", call)
@@ -127,36 +127,38 @@ def check_residual(
     if not fits or residual.dtype != torch.float32:
         raise ValueError(
             f"rhtcomm.{call}: the residual is {residual.dtype} of shape {tuple(residual.shape)} on "
-            f"{residual.device}, but {tuple(shape)} on {device} is needed; make it by "
+            f"{residual.device}, but {tuple(shape)} on {device} is needed; create it with "
             f"torch.zeros({tuple(shape)}, device={str(device)!r})"
         )
 
 
 def check_alike(tensors: Sequence[torch.Tensor]) -> None:
-    """Raise unless they can be flattened into one tensor, and reduced."""
+    """Raise unless the tensors can be flattened into one and reduced."""
     for i, tensor in enumerate(tensors):
         check_tensor(tensor, f"tensors[{i}]", "all_reduce_many")
     kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
     if len(kinds) != 1:
         found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)) or "nothing"
         raise ValueError(
-            "rhtcomm.all_reduce_many: the tensors must have one dtype and device, but hold "
-            f"{found}; call it for each dtype and device"
+            "rhtcomm.all_reduce_many: the tensors must have one dtype and device, but have "
+            f"{found}; call it once for each dtype and device"
         )
 
 
 def check_scatter(output: torch.Tensor, tensor: torch.Tensor, world_size: int) -> None:
-    """Raise unless `output` can take one of `world_size` shards of `tensor`."""
+    """Raise unless `output` can hold one of `world_size` shards of `tensor`."""
     for x, name in ((output, "output"), (tensor, "tensor")):
         check_tensor(x, name, "reduce_scatter")
         if not x.is_contiguous() or x.is_neg():
             fact, remedy = ("negated", "resolve_neg") if x.is_neg() else ("strided", "contiguous")
             raise ValueError(
-                f"rhtcomm.reduce_scatter: the {name} is {fact}; give {name}.{remedy}()"
+                f"rhtcomm.reduce_scatter: the {name} is {fact}; pass {name}.{remedy}()"
             )
     memory = memory_of(output, "rhtcomm.reduce_scatter", "output")
     if overlap(memory, memory_of(tensor, "rhtcomm.reduce_scatter", "tensor")):
-        raise ValueError("rhtcomm.reduce_scatter: output overlaps tensor; give it its own memory")
+        raise ValueError(
+            "rhtcomm.reduce_scatter: output overlaps tensor; give it memory of its own"
+        )
     if tensor.numel() != world_size * output.numel():
         raise ValueError(
             f"rhtcomm.reduce_scatter: tensor has {tensor.numel()} coordinates and output "

@@ -1,4 +1,4 @@
-"""Where the time of a bucket goes."""
+"""The time of each part of an exchange."""
 
 import time
 from typing import Any, Literal
@@ -10,7 +10,7 @@ __all__ = ["Clock", "Part"]
 
 Part = Literal["encode", "exchange", "decode"]
 
-# record_function takes longer than all else around a part.
+# record_function costs more than all other overhead of a part.
 _named_range: Any = getattr(
     torch._C._profiler, "_RecordFunctionFast", torch.profiler.record_function
 )
@@ -19,8 +19,8 @@ _named_range: Any = getattr(
 class Clock:
     """Adds up the seconds of each part of an exchange, and names the parts in profiles.
 
-    Exactly one part runs at a time; `part` says which one, None outside of an exchange, so that an
-    error tells what it came from.
+    One part runs at a time. `part` names it (None outside of an exchange), so that an error can be
+    attributed to it.
     """
 
     __slots__ = ("_range", "_since", "part", "seconds")
@@ -33,13 +33,13 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Forget the seconds so far."""
+        """Reset the seconds to zero."""
         if self.part is not None:  # an error came in between
             self.to(None)
         self.seconds = {"encode": 0.0, "exchange": 0.0, "decode": 0.0}
 
     def to(self, part: Part | None) -> None:
-        """End what runs, and begin `part`."""
+        """End the current part, and begin `part`."""
         if part == self.part:
             return
         now = time.perf_counter()

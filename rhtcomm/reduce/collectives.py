@@ -1,20 +1,13 @@
 """All-reduce (mean) and reduce-scatter (mean) of tensors through compressed payloads.
 
-With P the payload bytes of the whole tensor and e the quantizer's vNMSE, a rank of n sends
+all_gather: every rank decodes all n payloads. two_shot: each rank receives all payloads of one
+shard, averages them, encodes the mean again, and gathers the shards of the others. gather: rank 0
+does this for the whole tensor, like a parameter server. Large tensors are split into chunks of
+whole blocks, so that the link and the codec work at the same time. A block's randomness depends on
+its offset in the tensor, so chunks do not change any bit of the result.
 
-    all_gather    (n - 1) P                error of the mean e / n
-    two_shot      2 (n - 1) / n P          e / n + e
-    gather        P, rank 0 (n - 1) P      e / n + e
-    lattice       2 (n - 1) / n P w / b    D^2 / 12 / n, see rhtcomm/lattice.py
-
-all_gather: every rank decodes all n payloads. two_shot: each rank gets all payloads of one shard,
-decodes and averages them, encodes the mean again, and gathers the shards of the others. gather:
-rank 0 does so with the whole tensor, as a parameter server does. Large tensors go through these in
-chunks of whole blocks, one behind the other, so that the link and the codec work at the same time;
-a block's randomness depends on its offset in the tensor, so chunks change no bit of the result.
-
-Segments (whole parameters, or rows of them) that are zero on all ranks come back as zeros, see
-rhtcomm/segments.py: a bit for each goes along with the first chunk.
+Segments (whole parameters, or their rows) that are zero on all ranks come back as zeros; see
+rhtcomm/segments.py. One bit per segment is sent with the first chunk.
 """
 
 import threading
@@ -61,28 +54,38 @@ def all_reduce(
 ) -> Report:
     """Replace `tensor` by its mean over all ranks, in place; every rank gets the same bits.
 
+    n is the number of ranks, P the payload bytes of the whole tensor, e the quantizer's vNMSE, m
+    the mean over ranks of |tensor|^2; b, w and D are those of `Lattice`:
+
+                      bytes sent per rank      squared error of the mean
+        all_gather    (n - 1) P                e m / n
+        two_shot      2 (n - 1) / n P          e m / n + e |mean|^2
+        gather        P, rank 0: (n - 1) P     e m / n + e |mean|^2
+        lattice       2 (n - 1) / n P w / b    D^2 / 12 / n per coordinate
+
     Args:
-        tensor: float32, bfloat16 or float16, any shape, contiguous or not, alike on all ranks.
-        codec: how to compress. A `Lattice` travels in its own way: by one integer all-reduce.
-        key: the same on all ranks, and another one for each call: new randomness is what makes
-            the errors of successive calls average out.
+        tensor: float32, bfloat16 or float16, any shape, contiguous or not; the same dtype and shape
+            on all ranks.
+        codec: how to compress. A `Lattice` uses one integer all-reduce instead of payloads.
+        key: the same on all ranks, and a new one for each call: errors of successive calls average
+            out only with new randomness.
         communicator: who takes part.
-        algorithm: "all_gather", "two_shot", "gather" (to rank 0 and back), or "auto": all_gather
-            where it sends at most 256 KiB more than two_shot (as with two ranks), else two_shot.
-            "auto" is the only one for a `Lattice`.
-        min_numel: smaller tensors travel uncompressed, as float32.
-        rotations: where the codec's are "auto", how many to take this time, the same on all ranks:
-            `wanted_rotations` of the last report for such a tensor, or None for the safe number.
+        algorithm: "all_gather", "two_shot", "gather" (to rank 0 and back), or "auto": all_gather if
+            it sends at most 256 KiB more than two_shot (as with two ranks), otherwise two_shot. A
+            `Lattice` allows only "auto".
+        min_numel: smaller tensors are sent uncompressed, as float32.
+        rotations: only if the codec's are "auto": the number for this call, the same on all ranks,
+            such as `wanted_rotations` of the last report for this tensor; None: the safe number.
         segments: lengths of the parameters that make up the flattened tensor, the same on all
-            ranks; by default it is one. A segment that is zero on all ranks (0.0 or -0.0) comes
-            back as 0.0 throughout, even where its neighbours are not finite (below `min_numel` as
-            -0.0, if it is on all ranks); with `residual`, what is left of it stays as it is. Zeros
-            of other segments are coded as other numbers are.
-        check: compare the configuration of all ranks first, at the price of one small exchange.
+            ranks; by default one segment. A segment that is zero on all ranks (0.0 or -0.0) comes
+            back as 0.0, even if its neighbours are not finite (below `min_numel` as -0.0 if it is
+            -0.0 on all ranks); its part of `residual` does not change. Zeros in other segments are
+            coded like other numbers.
+        check: compare the configuration of all ranks first, which costs one small exchange.
         residual: float32 of the tensor's shape and device, zeros before the first step: error
-            feedback, see `rhtcomm.reduce.feedback`. It is added to the tensor and replaced by what
-            this rank leaves unsent. Where any number of the result is not finite, all of it stays
-            as it was: a gradient scaler then skips the step. One bit needs a quantizer with
+            feedback, see `rhtcomm.reduce.feedback`. It is added to the tensor and replaced by this
+            rank's compression error. If any number of the result is not finite, the residual does
+            not change: a gradient scaler then skips the step. One bit needs a quantizer with
             biased=True.
 
     Returns:
@@ -90,19 +93,20 @@ def all_reduce(
         own tensor to need; where nothing was compressed, `rotations` as given.
 
     Raises:
-        TypeError: the tensor has another dtype (float64 and integers are never rounded silently)
-            or no memory of its own (as a DTensor has none), the codec is a bare quantizer, the
-            communicator a process group or another thing that is none, or the key no `Key`.
-        ValueError: the algorithm is unknown, or asked for with a `Lattice`; the rotations are not
-            1, 2 or 3, or not those of a codec or `Lattice` that has a fixed number; the segments
-            are not as long as the tensor; elements of the tensor share memory; or the residual has
-            another shape, dtype or device, or the codec cannot have one.
-        DisagreementError: on all ranks, naming the fields in which they differ: "arguments" where
-            some of the ranks alone were given what is refused above.
+        TypeError: the tensor has another dtype (float64 and integers are never rounded silently) or
+            no memory of its own (as a DTensor has none), the codec is a bare quantizer, the
+            communicator a process group or not a communicator at all, or the key not a `Key`.
+        ValueError: the algorithm is unknown, or requested with a `Lattice`; the rotations are not
+            1, 2 or 3, or differ from the fixed number of the codec or `Lattice`; the segments do
+            not add up to the tensor; elements of the tensor share memory; the residual has another
+            shape, dtype or device; or the codec does not support one.
+        DisagreementError: on all ranks, naming the fields in which they differ: "arguments" if only
+            some ranks were given arguments that are refused above.
         RuntimeError: another user is sending over the communicator's process group.
-        PayloadError: a payload that arrived is not what was expected. On two levels all ranks of
-            a node raise it if one does. Ranks that received others may return the mean, so the run
-            must not go on after this error; the DDP hook calls the communicator's `abort` then.
+        PayloadError: a payload that arrived is not what was expected. With two levels all ranks of
+            a node raise it if one does. Ranks that received other payloads may return the mean, so
+            the run must not continue after this error; the DDP hook then calls the communicator's
+            `abort`.
     """
     check_types(codec, key, communicator, "all_reduce")
     memory_of(tensor, "rhtcomm.all_reduce", "tensor")
@@ -146,15 +150,19 @@ def all_reduce_many(
 ) -> Report:
     """`all_reduce` of several tensors of one dtype and device in one exchange, in place.
 
-    They travel as one flattened tensor. Its segments (see `all_reduce`) are these tensors, or their
-    rows along the first of two or more dimensions where rows have 64 coordinates or more: those of
-    an embedding that are zero on all ranks, as of symbols that no rank met, come back as zeros.
+    They are sent as one flattened tensor. Its segments (see `all_reduce`) are these tensors, or
+    their rows along the first of two or more dimensions if rows have at least 64 coordinates. So
+    rows of an embedding that are zero on all ranks, since their symbols occurred on no rank, come
+    back as zeros.
 
     Args:
         tensors: as for `all_reduce`, the same number and shapes on all ranks.
-        codec, key, communicator, algorithm, min_numel, check: as for `all_reduce`; `min_numel`
-            counts the coordinates of all tensors.
+        codec, key, communicator, algorithm, check: as for `all_reduce`.
+        min_numel: as for `all_reduce`, counted over all tensors.
         residual: (coordinates of all tensors,) float32, as for `all_reduce`.
+
+    Returns:
+        What happened to all of them together.
 
     Raises:
         ValueError: there is no tensor, or they differ in dtype or device.
@@ -207,35 +215,38 @@ def reduce_scatter(
 ) -> Report:
     """Each rank gets the mean over all ranks of its shard of `tensor`.
 
-    One all-to-all of encoded shards, decoded by their owners alone: with P the payload bytes of
+    One all-to-all of encoded shards; each rank decodes only its own. With P the payload bytes of
     the whole tensor, a rank of n sends (n - 1) / n P; the error of the mean is e / n.
 
     Args:
         output: (m,) or any shape of m coordinates, contiguous: becomes the mean of shard `rank`.
         tensor: (n m,) or any shape of n m coordinates, contiguous: shard i is the i-th part of m
             coordinates. Both are float32, bfloat16 or float16, and may differ in dtype.
-        codec: how to compress; a `Lattice` has no payloads for one rank alone.
-        key: the same on all ranks, and another one for each call.
+        codec: how to compress; a `Lattice` has no payloads for a single rank.
+        key: the same on all ranks, and a new one for each call.
         communicator: who takes part; flat, since shards belong to single ranks.
-        min_numel: tensors of fewer coordinates travel uncompressed, in their own dtype.
+        min_numel: tensors with fewer coordinates are sent uncompressed, in their own dtype.
         check: as for `all_reduce`.
+
+    Returns:
+        What happened; `bytes_uncompressed` is for a ring reduce-scatter.
 
     Raises:
         TypeError: as `all_reduce` does, or the codec is a `Lattice`.
-        ValueError: the lengths do not fit, a tensor is not contiguous, they lie on different
+        ValueError: the lengths do not fit, a tensor is not contiguous, the tensors are on different
             devices or share memory, or the communicator has two levels.
         DisagreementError, RuntimeError, PayloadError: as `all_reduce` does.
     """
     check_types(codec, key, communicator, "reduce_scatter")
     if isinstance(codec, Lattice):
         raise TypeError(
-            "rhtcomm.reduce_scatter: a Lattice has no payload for one rank alone; give a Codec, "
+            "rhtcomm.reduce_scatter: a Lattice has no payload for a single rank; pass a Codec, "
             "such as Codec(QuicFL(bits=4))"
         )
     if communicator.within is not None:
         raise ValueError(
             "rhtcomm.reduce_scatter: the communicator has two levels, but shards belong to single "
-            "ranks; give one of one level, such as rhtcomm.TorchCommunicator()"
+            "ranks; pass one with a single level, such as rhtcomm.TorchCommunicator()"
         )
     memory_of(output, "rhtcomm.reduce_scatter", "output")
     memory_of(tensor, "rhtcomm.reduce_scatter", "tensor")

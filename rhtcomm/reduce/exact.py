@@ -1,4 +1,4 @@
-"""What travels uncompressed."""
+"""Uncompressed exchanges."""
 
 import torch
 
@@ -11,7 +11,7 @@ __all__ = ["Exact"]
 
 
 class Exact:
-    """The mean by the transport's own sum, in float32.
+    """The mean by the transport's own all-reduce, in float32.
 
     float64 is summed as it is, without `used`.
     """

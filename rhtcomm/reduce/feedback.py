@@ -1,16 +1,16 @@
 """Error feedback (Seide et al., INTERSPEECH 2014; Karimireddy et al., ICML 2019).
 
-It adds to x_t, what a rank has at step t, the residual r_t of what it could not send before:
+The residual r_t, the compression error so far, is added to the rank's tensor x_t of step t:
 
     sent = decode(encode(x_t + r_t)),    r_(t+1) = x_t + r_t - sent,    r_0 = 0,
 
-so that over any number of steps the results and the mean residual add up to the exact means. What
-an owner of a shard (two_shot; gather: rank 0) loses when it encodes the mean of n ranks again goes
-n times into its own residual, which counts as one n-th. What the mean loses as it is rounded to
-bfloat16 or float16 is the same on all ranks, and goes into the residual of each.
+so that over any number of steps the sum of the results plus the mean residual equals the sum of the
+exact means. When the owner of a shard (two_shot; gather: rank 0) encodes the mean of n ranks again,
+n times its error goes into its own residual, which has weight 1/n. The error of rounding the mean
+to bfloat16 or float16 is the same on all ranks, and goes into each residual.
 
-A segment that is zero on all ranks, by x_t alone, keeps its residual: otherwise a layer that is not
-used any more would be moved by what is left.
+A segment whose x_t is zero on all ranks keeps its residual: otherwise the residual would move a
+layer that is no longer used.
 """
 
 import torch
@@ -28,20 +28,21 @@ def check_error_feedback(codec: Codec | Lattice) -> None:
     """Raise ValueError unless residuals of the codec stay bounded."""
     if isinstance(codec, Lattice):
         raise ValueError(
-            "rhtcomm: error feedback needs to know what a rank's own codes say, and those of a "
-            "Lattice are clear only in the sum; take another quantizer, such as Eden"
+            "rhtcomm: error feedback must decode each rank's own codes, but a Lattice can decode "
+            "only their sum; use another quantizer, such as Eden"
         )
-    # Two hops of vNMSE e leave e + e (1 + e), which at one bit exceeds 1 but for the biased scale.
+    # Two hops of vNMSE e leave e + e (1 + e), which at one bit exceeds 1 unless the scale is
+    # biased.
     if codec.quantizer.bits == 1 and not getattr(codec.quantizer, "biased", False):
         raise ValueError(
-            f"rhtcomm: error feedback with {codec.quantizer} can diverge, as one bit with an "
-            "unbiased scale may leave more unsent than there was; take 2 bits, or "
-            "Eden(1, biased=True) (hook: quantizer='eden')"
+            f"rhtcomm: error feedback with {codec.quantizer} can diverge, since with one bit and "
+            "an unbiased scale the residual may grow; use 2 bits, or Eden(1, biased=True) (hook: "
+            "quantizer='eden')"
         )
 
 
 def add_residual(flat: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_t + r_t (numel,) float32, and room for what is left of it."""
+    """x_t + r_t (numel,) float32, and a buffer for its error."""
     total = flat.float() + residual
     return total, torch.zeros_like(total)
 
@@ -49,9 +50,9 @@ def add_residual(flat: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tens
 def keep_residual_(
     residual: torch.Tensor, job: Job, flat: torch.Tensor, segments: Segments, used: torch.Tensor
 ) -> None:
-    """The mean `job.flat` goes to `flat`, and what is left of this rank's to `residual`.
+    """Write the mean `job.flat` to `flat`, and this rank's error to `residual`.
 
-    Where any number of the mean is not finite, the residual stays as it was: a gradient scaler then
+    If any number of the mean is not finite, the residual does not change: a gradient scaler then
     skips the step.
     """
     assert job.left is not None

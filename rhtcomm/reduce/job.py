@@ -1,4 +1,4 @@
-"""What one exchange is told in addition to its route."""
+"""What one exchange needs in addition to its route."""
 
 from dataclasses import dataclass
 
@@ -17,14 +17,13 @@ class Job:
     key: Key
     clock: Clock
     rotations: int | None = None
-    """How many transforms to take; None: the codec's own number."""
+    """Number of rotations; None: the codec's own number."""
     left: torch.Tensor | None = None
-    """(numel,) float32, for error feedback: becomes what the others did not get of this rank's."""
+    """(numel,) float32, for error feedback: becomes this rank's compression error."""
     output: torch.Tensor | None = None
-    """(numel / world_size,) where the mean is scattered: what becomes the mean of this rank's
-    shard."""
+    """(numel / world_size,) if the mean is scattered: becomes the mean of this rank's shard."""
 
     @property
     def result(self) -> torch.Tensor:
-        """Where the mean goes."""
+        """The tensor that receives the mean."""
         return self.flat if self.output is None else self.output

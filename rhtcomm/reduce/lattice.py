@@ -1,4 +1,4 @@
-"""The mean by codes that are added on the way: one integer all-reduce, see rhtcomm/lattice.py."""
+"""The mean by codes that can be summed: one integer all-reduce; see rhtcomm/lattice.py."""
 
 import hashlib
 
@@ -15,7 +15,7 @@ __all__ = ["LatticeSum"]
 
 
 class LatticeSum:
-    """How a tensor travels as codes: `numel` coordinates from `offset` of its bucket on."""
+    """Averages tensors as codes: `numel` coordinates, starting at `offset` of their bucket."""
 
     def __init__(
         self, lattice: Lattice, communicator: Communicator, numel: int, offset: int = 0
@@ -23,7 +23,8 @@ class LatticeSum:
         self._lattice, self._communicator = lattice, communicator
         self._sections = lattice.blocks(numel)
         self._in_bucket = [section.shifted(offset) for section in self._sections]
-        # Words of codes have no header: what the ranks must have in common goes along as +h and -h.
+        # Words of codes have no header: a hash of what the ranks must share is sent along as +h and
+        # -h.
         self._common = (lattice, offset, numel)
 
     def __call__(self, job: Job, used: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A tensor of which some segments travel exactly and the rest compressed."""
+"""Tensors with some segments sent exactly and the rest compressed."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
@@ -13,15 +13,15 @@ Run = Callable[[Job, torch.Tensor], int | None]
 
 
 def compressed_numel(lengths: Sequence[int], exact: Sequence[bool]) -> int:
-    """Coordinates of the segments that are not exact."""
+    """Number of coordinates in segments that are not exact."""
     return sum(length for length, kept in zip(lengths, exact, strict=True) if not kept)
 
 
 class Mixed:
-    """How a tensor travels whose segments have these `lengths`, those marked in `exact` exactly.
+    """Averages tensors with segments of these `lengths`; those marked in `exact` are sent exactly.
 
-    The others are put together, and travel as `run` says; the exact ones as `run_exact` says. Where
-    a job scatters, the segments are those of each of `shards` shards.
+    The others are concatenated and exchanged by `run`, the exact ones by `run_exact`. If a job
+    scatters, each of the `shards` shards has these segments.
     """
 
     def __init__(

@@ -1,11 +1,10 @@
-"""The mean by payloads: all_gather, two_shot and gather, chunk behind chunk.
+"""The mean by payloads: all_gather, two_shot and gather, chunk by chunk.
 
-A chunk's course is a generator. It yields an exchange with what to send by it, and is sent what
-came of it; it returns how many rotations the ranks want next, None where that is fixed. While a
-chunk travels, others are encoded or decoded.
+A chunk's course is a generator. It yields an exchange and the data to send, and receives the
+exchange's result. It returns how many rotations the ranks want next, None if that is fixed. While
+one chunk is being exchanged, others are encoded or decoded.
 
-What the ranks use of the bucket's segments goes behind payloads of the first chunk, in messages
-that come to all ranks.
+The bits of used segments follow the payloads of the first chunk, in messages that reach all ranks.
 """
 
 from collections import deque
@@ -28,9 +27,9 @@ Course = Generator[tuple[Callable[[torch.Tensor], _Finish], torch.Tensor], Any, 
 
 
 class Payloads:
-    """How a tensor of `numel` coordinates on a device travels as payloads.
+    """Averages tensors of `numel` coordinates on a device by payloads.
 
-    `offset` is where the tensor begins in its bucket.
+    `offset` is that of the tensor in its bucket.
     """
 
     def __init__(
@@ -60,13 +59,13 @@ class _Chunk(Protocol):
 
 
 def pipeline(chunks: Sequence[_Chunk], job: Job, used: torch.Tensor) -> int | None:
-    """Take chunks through their courses, each in turn up to its next exchange.
+    """Run the chunks' courses, each in turn up to its next exchange.
 
-    The turns depend on the number of chunks alone: every rank makes the same exchanges in the same
+    The order depends only on the number of chunks, so all ranks make the same exchanges in the same
     order.
 
     Raises:
-        PayloadError: a chunk's first one, after all exchanges.
+        PayloadError: the first one of a chunk, after all exchanges.
     """
     clock, in_flight = job.clock, deque[tuple[Course, _Finish]]()
     for chunk in chunks:
@@ -97,17 +96,17 @@ def pipeline(chunks: Sequence[_Chunk], job: Job, used: torch.Tensor) -> int | No
 
 
 def most(one: int | None, other: int | None) -> int | None:
-    """The larger number of rotations that somebody wants; None where it is fixed."""
+    """The larger of two requested numbers of rotations; None if the number is fixed."""
     if one is None or other is None:
         return one or other
     return max(one, other)
 
 
 class _Shards:
-    """Adjacent shards of a tensor, all of one length: the codec takes them in one call.
+    """Adjacent shards of a tensor, of equal length, which the codec processes in one call.
 
-    `length` is of all of them, `offset` where they begin in the tensor, `bucket_offset` in its
-    bucket, and `owner` the rank that owns the first one.
+    `length` is their total length, `offset` their offset in the tensor, `bucket_offset` in the
+    bucket, and `owner` the rank that owns the first shard.
     """
 
     __slots__ = (
@@ -132,13 +131,13 @@ class _Shards:
         self.nbytes = self.coder.nbytes
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """Their coordinates."""
+        """Their slice of the tensor."""
         if self.length == x.numel():
             return x
         return x[self.offset : self.offset + self.length]
 
     def encode(self, job: Job, out: torch.Tensor) -> None:
-        """Payloads of this rank's x go to out (count, >= nbytes); what they miss to `job.left`."""
+        """Write this rank's payloads to out (count, >= nbytes), and their error to `job.left`."""
         job.clock.to("encode")
         x, rank, world_size = self.of(job.flat), self.rank, self.world_size
         self.coder.encode(x, job.key, self.bucket_offset, rank, world_size, out, job.rotations)
@@ -148,7 +147,7 @@ class _Shards:
             torch.sub(x, left, out=left)
 
     def decode(self, job: Job, payloads: torch.Tensor) -> int | None:
-        """The mean of all ranks' payloads (n, 1, >= nbytes) goes to `job.flat`."""
+        """Write the mean of all ranks' payloads (n, 1, >= nbytes) to `job.flat`."""
         job.clock.to("decode")
         x, world_size = self.of(job.flat), self.world_size
         return self.coder.decode(payloads, job.key, self.bucket_offset, 0, world_size, x)
@@ -156,9 +155,10 @@ class _Shards:
     def encode_mean(
         self, job: Job, payloads: torch.Tensor, out: torch.Tensor
     ) -> torch.Tensor | PayloadError:
-        """The mean of all ranks' payloads, returned, and a payload of it, written to `out`.
+        """Return the mean of all ranks' payloads, and write a payload of it to `out`.
 
-        Or what is wrong with them; `out` is zeros then, as the other ranks wait for something.
+        On an error, return that instead, and write zeros to `out`, since the other ranks wait for
+        it.
         """
         job.clock.to("decode")
         offset, world_size = self.bucket_offset, self.world_size
@@ -173,7 +173,7 @@ class _Shards:
         return mean
 
     def decode_again(self, job: Job, payloads: torch.Tensor) -> int | None:
-        """What their owners encoded by `encode_mean`, (count, >= nbytes), goes to `job.flat`."""
+        """Decode what the owners encoded by `encode_mean`, (count, >= nbytes), to `job.flat`."""
         job.clock.to("decode")
         key, x = job.key.next_hop(), self.of(job.flat)
         try:
@@ -182,14 +182,14 @@ class _Shards:
             for rank, payload in enumerate(payloads[:, : self.nbytes], self.owner):
                 if not payload.any():
                     raise PayloadError(
-                        f"rhtcomm.all_reduce: rank {rank} could not decode what the ranks sent it "
-                        f"for {job.key}: they are out of step or configured differently; its own "
-                        "error says more"
+                        f"rhtcomm.all_reduce: rank {rank} could not decode the payloads that it "
+                        f"received for {job.key}: the ranks are out of step or configured "
+                        "differently; see the error on that rank"
                     ) from None
             raise
 
     def keep(self, job: Job, mean: torch.Tensor) -> None:
-        """What encoding the mean of n ranks again has lost, n times, is left too."""
+        """The error of encoding the mean of n ranks again, n times, is left too."""
         if job.left is not None:
             self.of(job.left).add_(mean - self.of(job.flat), alpha=self.world_size)
 
@@ -250,7 +250,7 @@ class _Gather:
 
 
 def _message(job: Job, whole: _Shards, used: torch.Tensor) -> torch.Tensor:
-    """This rank's payload, and `used` behind it."""
+    """This rank's payload, followed by `used`."""
     message = job.flat.new_empty(whole.nbytes + used.nbytes, dtype=torch.uint8)
     whole.encode(job, message.unsqueeze(0))
     if used.nbytes:
@@ -279,7 +279,7 @@ class _TwoShot:
             where = slice(shards[owners.start].start, shards[owners.stop - 1].stop)
             return _Shards(codec, communicator, where, device, offset, owners)
 
-        # All shards that are as long as the first one, and then the rest one by one.
+        # First all shards that are as long as the first one, then the rest one by one.
         self._calls = [owned_by(range(alike))]
         self._calls += [owned_by(range(i, i + 1)) for i in range(alike, len(shards))]
         self._mine = owned_by(range(communicator.rank, communicator.rank + 1))

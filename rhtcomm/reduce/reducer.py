@@ -1,4 +1,4 @@
-"""The mean of tensors over ranks, again and again: routes, agreement, wishes and reports."""
+"""Repeated means of tensors over ranks: routes, agreement, requested rotations and reports."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,47 +32,55 @@ _MOST_ROUTES = 1024  # kept, before all are forgotten
 class Report:
     """What happened to one tensor on this rank.
 
-    Seconds are wall-clock time of the calling thread. Chunks travel while others are encoded and
-    decoded; `exchange_seconds` is what it waited for in addition. On CUDA they are the time to
-    launch the work, except for exchanges through host memory (Gloo), which wait for the device.
+    Seconds are wall-clock time of the calling thread. Some chunks are exchanged while others are
+    encoded and decoded; `exchange_seconds` counts only the remaining waiting. On CUDA the seconds
+    are the time to launch the work, except for exchanges through host memory (Gloo), which wait for
+    the device.
     """
 
     bytes_sent: int
-    """By this rank, to other nodes where there are two levels."""
+    """Bytes sent by this rank; with two levels, only those to other nodes."""
     bytes_uncompressed: int
-    """What a ring all-reduce (or reduce-scatter) of the tensor in its own dtype would have sent."""
+    """Bytes that a ring all-reduce (or reduce-scatter) of the tensor in its own dtype would
+    send."""
     rotations: int | None
-    """Transforms taken, None where nothing was compressed."""
+    """Number of rotations; None if nothing was compressed."""
     wanted_rotations: int | None
-    """With rotations="auto": how many suffice for a tensor like this one on all ranks."""
+    """With rotations="auto": the number that suffices for this tensor on all ranks."""
     encode_seconds: float = 0.0
+    """Rotating, quantizing and packing."""
     exchange_seconds: float = 0.0
+    """Waiting for messages."""
     decode_seconds: float = 0.0
+    """Unpacking, adding up and rotating back."""
+    bits: float = 0.0
+    """Bits per coordinate of the payloads; where nothing is compressed, of the dtype."""
 
     @classmethod
     def of_nothing(cls, wanted_rotations: int | None = None) -> "Report":
-        """Where there was nothing to exchange, or nobody to exchange it with."""
+        """A report for no exchange: an empty tensor, or a single rank."""
         return cls(0, 0, None, wanted_rotations)
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """How one tensor travels, where it is not all of it by the reducer's codec."""
+    """How one tensor is sent, if not all of it by the reducer's codec."""
 
     codec: Codec | Lattice | None
-    """None: it travels uncompressed."""
+    """None: the tensor is sent uncompressed."""
     exact: tuple[bool, ...] | None = None
-    """Which of its segments travel exactly; None: none of them."""
+    """Which of its segments are sent exactly; None: none of them."""
     compare: bool = False
-    """Whether the ranks compare it with each other before its first use."""
+    """Whether the ranks compare this treatment before its first use."""
 
 
 @dataclass(slots=True)
 class Route:
-    """How tensors of one length, dtype, device and set of segments travel; made once and kept."""
+    """How tensors of one length, dtype, device and set of segments are averaged; made once and
+    cached."""
 
     run: Callable[[Job, torch.Tensor], int | None] | None
-    """Exchanges the tensor of a job; None where there is nothing, or nobody to exchange it with."""
+    """Exchanges the tensor of a job; None for an empty tensor or a single rank."""
     segments: Segments
     compressed: bool
     tells: bool
@@ -82,16 +90,18 @@ class Route:
     nothing: torch.Tensor
     """(0,) uint8 on the tensor's device."""
     bytes_uncompressed: int
+    bits: float
+    """Per coordinate of what is compressed; where nothing is, those of a number."""
     rotations: int | None = None
-    """The codec's own number of transforms, where payloads leave this node."""
+    """The codec's own number of rotations, if payloads leave this node."""
 
 
 class Reducer:
     """Averages tensors over the ranks of a topology.
 
     Args:
-        codec: how to compress; `mean_` may be given another one.
-        topology: the ranks, and what carries their messages.
+        codec: how to compress, unless a `Treatment` says otherwise.
+        topology: the ranks and their transport.
         algorithm, min_numel: see `rhtcomm.all_reduce`.
 
     Raises:
@@ -109,8 +119,8 @@ class Reducer:
         self.codec, self.topology = codec, topology
         self.algorithm, self.min_numel = algorithm, min_numel
         self.clock = Clock()
-        # rotations="auto": what the ranks want for a bucket, by its number and length, which tell
-        # whether it is the bucket of the step before.
+        # rotations="auto": the number that the ranks request for a bucket, by its number and
+        # length, which identify it in the next step.
         self.wishes: dict[tuple[int, int], int] = {}
         self._routes: dict[tuple[object, ...], Route] = {}
 
@@ -121,7 +131,7 @@ class Reducer:
         self.clock.to(None)
 
     def expected_bytes(self, numel: int, scatters: bool = False) -> float:
-        """What this rank sends of `numel` compressed coordinates, but for the last bytes."""
+        """Bytes that this rank sends for `numel` compressed coordinates, apart from small rests."""
         ranks = self.topology.between.world_size
         if self.topology.within is not None:
             numel = -(-numel // self.topology.within.world_size)
@@ -146,7 +156,8 @@ class Reducer:
         treatment: Treatment | None,
         shards: int = 1,
     ) -> int:
-        """How many coordinates of a tensor are compressed whose `shards` have these segments."""
+        """Number of coordinates that are compressed in a tensor whose `shards` have these
+        segments."""
         treatment, numel = treatment or Treatment(self.codec), flat.numel()
         if treatment.exact is not None:
             numel = shards * compressed_numel(lengths, treatment.exact)
@@ -168,13 +179,13 @@ class Reducer:
     ) -> Report:
         """Replace `flat` by its mean over all ranks, in place; every rank gets the same bits.
 
-        It trusts its arguments; `rhtcomm.all_reduce` checks them.
+        Arguments are not checked; `rhtcomm.all_reduce` checks them.
 
         Args:
-            flat: (numel,) floating, contiguous. What is neither float32 nor a 16-bit number
-                travels exactly, in its own dtype.
-            key: the same on all ranks, and another one for each call.
-            lengths, rows: of the segments, see `rhtcomm.segments`; None: one.
+            flat: (numel,) floating point, contiguous. Dtypes other than float32, bfloat16 and
+                float16 are sent exactly.
+            key: the same on all ranks, and a new one for each call.
+            lengths, rows: of the segments, see `rhtcomm.segments`; None: one segment.
             residual: (numel,) float32: error feedback, see `rhtcomm.reduce.feedback`.
             treatment: the same on all ranks; None: `flat` is compressed by the reducer's codec.
             settle: whether to wait until the others have what this rank sent.
@@ -196,14 +207,14 @@ class Reducer:
         treatment: Treatment | None = None,
         settle: bool = True,
     ) -> Report:
-        """`output` becomes the mean over n ranks of this rank's shard of `flat`.
+        """Write the mean over n ranks of this rank's shard of `flat` to `output`.
 
-        Rank i has the i-th of n shards. It trusts its arguments; `rhtcomm.reduce_scatter` checks
-        them. The topology has one level, and no codec is a `Lattice`.
+        Rank i owns the i-th of n shards. Arguments are not checked; `rhtcomm.reduce_scatter` checks
+        them. The topology must have one level, and no codec may be a `Lattice`.
 
         Args:
-            output: (m,) floating, contiguous, in memory of its own; float64 if `flat` is.
-            flat: (n m,) floating, contiguous: n shards.
+            output: (m,) floating point, contiguous, in memory of its own; float64 if `flat` is.
+            flat: (n m,) floating point, contiguous: n shards.
             lengths, rows: of the segments of a shard, the same in each.
             key, treatment, settle: as for `mean_`.
 
@@ -229,7 +240,7 @@ class Reducer:
             segments = Segments(lengths, job.result.numel(), rows)
             route = self._make_route(place, job, segments, treatment)
         self.clock.restart()
-        # What kernels compute is safe from the mode that the thread is in.
+        # Kernels set their own floating-point mode; torch uses the thread's.
         if residual is None and not route.by_torch:
             return self._run(route, job, None, settle)
         with default_mode(pool=flat.numel() > GRAIN):
@@ -253,17 +264,19 @@ class Reducer:
             run=None,
             segments=segments,
             compressed=compressed,
-            # A tensor that is one segment, of zeros, makes blocks of zeros.
+            # A tensor with a single segment needs no bits: zeros make blocks of zeros.
             tells=compressed and len(segments) > 1,
             by_torch=True,
             nothing=flat.new_empty(0, dtype=torch.uint8),
             bytes_uncompressed=topology.ring_bytes(flat.nbytes) // (1 if job.output is None else 2),
+            bits=8.0 * flat.itemsize,
         )
         run_exact = Exact(topology) if job.output is None else ExactScatter(topology.between)
         if compressed and codec is not None:
             topology.check_nodes(flat.device)
             run = self._run_for(codec, numel, flat.device, scatters=job.output is not None)
             route.run = run
+            route.bits = codec.bits if isinstance(codec, Lattice) else codec.quantizer.bits
             if exact is not None:
                 route.run = Mixed(run, run_exact, segments.given, exact, shards)
             route.by_torch = not isinstance(route.run, (Payloads, Scatter))
@@ -290,7 +303,7 @@ class Reducer:
         return between_nodes(codec, self.topology, self.algorithm, numel, device)
 
     def _agree_on(self, treatment: Treatment, key: Key, device: torch.device) -> None:
-        """Compare what a policy says of a bucket."""
+        """Compare a policy's treatment of a bucket."""
         exact = treatment.exact
         facts: dict[str, object] = {
             f"codec of bucket {key.bucket}": treatment.codec,
@@ -339,10 +352,11 @@ class Reducer:
             seconds["encode"],
             seconds["exchange"],
             seconds["decode"],
+            route.bits,
         )
 
     def _used(self, segments: Segments, job: Job) -> torch.Tensor:
-        """Which segments this rank uses; where the mean is scattered, a row for each shard."""
+        """Which segments this rank uses; if the mean is scattered, one row per shard."""
         if job.output is None:
             return segments.used(job.flat)
         shards = job.flat.view(self.topology.world_size, -1)
@@ -352,10 +366,10 @@ class Reducer:
 def _settle_failed(
     error: PayloadError, topology: Topology, clock: Clock, settle: bool = True
 ) -> None:
-    """After a payload could not be decoded, and all exchanges are finished nevertheless.
+    """Settle after a payload could not be decoded; all exchanges have finished.
 
-    The other ranks settle, and wait for this one to do so too. Where ranks have other numbers in
-    the world, the error gets to say them.
+    The other ranks settle, and wait for this one to do so too. If ranks have different numbers in
+    the world, the error is extended to say so.
     """
     clock.to("exchange")
     topology.settle(settle)

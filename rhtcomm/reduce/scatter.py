@@ -1,7 +1,7 @@
 """The mean of each rank's shard, by one all-to-all of encoded shards.
 
-A tensor of n m coordinates is n shards of m, one behind the other; the mean of shard i over the n
-ranks goes to rank i alone.
+A tensor of n m coordinates consists of n adjacent shards of m; rank i gets the mean over ranks of
+shard i.
 """
 
 import torch
@@ -18,9 +18,9 @@ __all__ = ["ExactScatter", "Scatter"]
 
 
 class Scatter:
-    """How shards of `numel` coordinates each travel to their owners as payloads.
+    """Averages shards of `numel` coordinates each, by payloads to their owners.
 
-    Shards begin at whole blocks, as far as randomness is concerned.
+    For the randomness, shards begin at whole blocks.
     """
 
     def __init__(
@@ -34,12 +34,12 @@ class Scatter:
         ]
 
     def __call__(self, job: Job, used: torch.Tensor) -> int | None:
-        """`used` has a row for each shard; this rank's row becomes what any rank uses of it."""
+        """`used` has a row per shard; this rank's row becomes the union over ranks."""
         return pipeline(self._chunks, job, used)
 
 
 class _Chunk:
-    """A chunk of every shard, which are `stride` coordinates apart."""
+    """A chunk of every shard; shards are `stride` coordinates apart."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class _Chunk:
     ) -> None:
         self._communicator, self._chunk, self._stride = communicator, chunk, stride
         length = chunk.stop - chunk.start
-        # Shards of whole blocks, all of them in this chunk, are encoded by one call.
+        # If this chunk has all of each shard, in whole blocks, one call encodes all shards.
         self._together = communicator.world_size if length == stride else 1
         self._encoder = codec.coder(self._together * length, self._together, device)
         self._decoder = codec.coder(length, 1, device)
@@ -71,8 +71,9 @@ class _Chunk:
                 x, job.key, offset, rank, world_size, outgoing[some], job.rotations
             )
         if self._auto:
-            # Each row says what its own shard wants. Say the most in all of them, so that all
-            # owners hear the same. (The bits below, how often they were rotated, are the same.)
+            # Each row holds the number requested for its own shard. Write the maximum to all of
+            # them, so that all owners get the same. (The lower bits, the number of rotations, are
+            # equal.)
             outgoing[:, 3] = outgoing[:, 3].max()
         if behind:
             outgoing[:, nbytes:] = used
@@ -85,9 +86,9 @@ class _Chunk:
 
 
 class ExactScatter:
-    """The same uncompressed: shards travel in their own dtype.
+    """The same uncompressed: shards are sent in their own dtype.
 
-    They are summed in the order of ranks, as float32 unless they are float64.
+    They are summed in rank order, in float32 unless they are float64.
     """
 
     def __init__(self, communicator: Communicator) -> None:

@@ -1,4 +1,4 @@
-"""How a tensor is cut into chunks and shards, and which algorithm carries them."""
+"""How a tensor is split into chunks and shards, and the choice of the algorithm."""
 
 from typing import Literal, get_args
 
@@ -19,11 +19,10 @@ __all__ = [
 
 Algorithm = Literal["auto", "all_gather", "two_shot", "gather"]
 
-# What a rank may send in addition for one round trip instead of two. By measurement: at 1 Gbit/s,
-# 2 ms.
+# Additional bytes that a rank may send to save a round trip; measured: 2 ms at 1 Gbit/s.
 _EXTRA_BYTES = 1 << 18
-# Coordinates of a chunk's shard (of the chunk, where all_gather has none): a third of the tensor's,
-# within these limits. By measurement, see benchmarks/README.md: more chunks cost more messages.
+# Coordinates of a chunk's shard (for all_gather, of the chunk): a third of the tensor's, within
+# these limits. They were measured (benchmarks/README.md); more chunks cost more messages.
 FEWEST, MOST = 1 << 18, 3 << 18
 
 
@@ -35,24 +34,25 @@ def check_algorithm(algorithm: str, codec: Codec | Lattice) -> None:
         )
     if isinstance(codec, Lattice) and algorithm != "auto":
         raise ValueError(
-            f"rhtcomm: algorithm={algorithm!r} is for payloads, and a Lattice has none: its "
-            'codes are added on the way; leave the algorithm at "auto"'
+            f"rhtcomm: algorithm={algorithm!r} is for payloads, but a Lattice has none: its codes "
+            'are summed by an all-reduce; leave the algorithm at "auto"'
         )
 
 
 def check_streams(numel: int, world_size: int) -> None:
-    """Raise ValueError where the random streams of a key do not suffice, and would repeat."""
+    """Raise ValueError if the random streams of a key do not suffice and would repeat."""
     if world_size > MAX_RANKS or numel > MAX_COORDINATES:
         raise ValueError(
-            f"rhtcomm: {numel} coordinates on {world_size} ranks exceed the streams of a key, for "
-            f"{MAX_COORDINATES} coordinates on {MAX_RANKS} ranks; split the tensor"
+            f"rhtcomm: {numel} coordinates on {world_size} ranks exceed the streams of a key, "
+            f"which suffice for {MAX_COORDINATES} coordinates on {MAX_RANKS} ranks; split the "
+            "tensor"
         )
 
 
 def choose_algorithm(
     algorithm: Algorithm, world_size: int, payload_bytes: int
 ) -> Literal["all_gather", "two_shot", "gather"]:
-    """What "auto" stands for: fewest bytes, unless round trips cost more than they save."""
+    """The choice of "auto": fewest bytes, unless the extra round trip costs more than it saves."""
     if algorithm != "auto":
         return algorithm
     # (n - 1) P against 2 (n - 1) / n P
@@ -61,14 +61,15 @@ def choose_algorithm(
 
 
 def split_into_chunks(numel: int, block: int, shards: int) -> list[slice]:
-    """Chunks that travel one behind the other, as even as whole blocks for each shard allow."""
+    """Consecutive chunks, as equal as whole blocks for each shard allow."""
     count = max(min(numel // (shards * FEWEST), 3), -(-numel // (shards * MOST)), 1)
     length = max(1, -(-numel // (count * shards * block))) * shards * block
     return [slice(offset, min(numel, offset + length)) for offset in range(0, numel, length)]
 
 
 def split_into_shards(numel: int, block: int, world_size: int) -> list[slice]:
-    """One shard of whole blocks per rank: equal ones, but for the last, which get the rest."""
+    """One shard of whole blocks per rank, of equal length except the last ones, which get the
+    rest."""
     length = -(-numel // (block * world_size)) * block
     full = [slice(offset, min(numel, offset + length)) for offset in range(0, numel, length or 1)]
     return full + [slice(0, 0)] * (world_size - len(full))

@@ -1,7 +1,7 @@
 """The mean over two levels: full precision within a node, compressed between nodes.
 
-The ranks of a node first share out the sum of their tensors in full precision; each takes its shard
-to the ranks with the same place in the other nodes; and the node puts the shards together again.
+The ranks of a node first reduce-scatter their tensors in full precision. Each rank averages its
+shard with the ranks at the same place in the other nodes. Then the node gathers the shards.
 """
 
 import math
@@ -24,8 +24,8 @@ from rhtcomm.wire import PayloadError
 
 __all__ = ["TwoLevels", "between_nodes"]
 
-# In front of what a rank gives back to its node: this, plus _FAILED, plus how many rotations it
-# wants, as an int32.
+# The header of the share that a rank returns to its node, an int32: this, plus _FAILED on an error,
+# plus the number of rotations that it wants.
 _SHARE, _SHARE_BYTES, _FAILED = 0x52480000, 4, 1 << 8
 
 
@@ -37,14 +37,14 @@ def between_nodes(
     device: torch.device,
     offset: int = 0,
 ) -> Payloads | LatticeSum:
-    """How a tensor that begins at `offset` of its bucket travels among `topology.between`."""
+    """The exchange among `topology.between` of a tensor at `offset` of its bucket."""
     if isinstance(codec, Lattice):
         return LatticeSum(codec, topology.between, numel, offset)
     return Payloads(codec, topology.between, algorithm, numel, device, offset)
 
 
 class TwoLevels:
-    """How a tensor of `numel` coordinates travels on two levels."""
+    """Averages tensors of `numel` coordinates on two levels."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class TwoLevels:
             gathered = self._within.start_all_gather(share)()
         except RuntimeError as lost:  # who heard of the failure may have left by now
             raise failure or lost from None
-        # Ranks without a shard have not heard of other nodes.
+        # Ranks without a shard have exchanged nothing with other nodes.
         merge_(used, gathered[:, _SHARE_BYTES:prefix])
         shares = gathered[:, prefix:].view(job.flat.dtype)
         for values, shard, length in zip(shares, self._shards, self._lengths, strict=True):
@@ -92,18 +92,18 @@ class TwoLevels:
         if later is not None:
             later.add(headers, partial(_check_shares, key=job.key))
             return None
-        # Each place saw its own shard alone.
+        # Each rank has seen only its own shard.
         return _check_shares(headers, job.key) or None
 
     def _nbytes(self, job: Job) -> int:
-        """Of the longest shard."""
+        """Length of the longest shard."""
         return int(max(self._lengths) * job.flat.element_size())
 
     def _sum_of_node(self, job: Job, used: torch.Tensor) -> torch.Tensor:
-        """The mean of this rank's shard over its node, float32, as long as the longest shard."""
+        """The mean of this rank's shard over its node, float32, padded to the longest shard."""
         within, dtype = self._within, job.flat.dtype
         job.clock.to("exchange")
-        # What is used of all segments goes along with each shard, in front of it.
+        # The bits of used segments are sent before each shard.
         prefix, nbytes = used.numel(), self._nbytes(job)
         outgoing = job.flat.new_zeros(within.world_size, prefix + nbytes, dtype=torch.uint8)
         outgoing[:, :prefix] = used
@@ -121,7 +121,8 @@ class TwoLevels:
     def _exchange_between(
         self, job: Job, mine: torch.Tensor, used: torch.Tensor
     ) -> tuple[int, PayloadError | None]:
-        """`mine` becomes the mean over nodes; returns what to say of it, and what went wrong."""
+        """Replace `mine` by the mean over nodes; return its header, and the error if there was
+        one."""
         if self._between is None:
             return _SHARE, None
         left = None if job.left is None else job.left[self._mine]
@@ -132,7 +133,7 @@ class TwoLevels:
             header += self._between(shard, used) or 0
         except PayloadError as error:  # the node's other ranks still wait for this shard
             header, failure = _SHARE + _FAILED, error
-            # Where they look at headers later, no number of it may pass for a mean until then.
+            # If they check headers later, no number may pass for a mean until then.
             mine.fill_(math.nan)
             used.fill_(255)
         if left is not None:
@@ -141,22 +142,24 @@ class TwoLevels:
 
 
 def _check_shares(headers: torch.Tensor, key: Key) -> int:
-    """The most rotations that any rank of a node wants, headers (n _SHARE_BYTES,) uint8.
+    """The largest number of rotations that a rank of the node wants; headers (n _SHARE_BYTES,)
+    uint8.
 
     Raises:
-        PayloadError: naming a rank of the node that has no share to give.
+        PayloadError: naming a rank of the node that has no valid share.
     """
     most = 0
     for rank, header in enumerate(headers.view(torch.int32).tolist()):
         if header & ~0xFFFF != _SHARE:
             raise PayloadError(
-                f"rhtcomm.all_reduce: what came from rank {rank} of this node for {key} does not "
-                "begin with the mark of a share: the ranks are out of step, or others use the group"
+                f"rhtcomm.all_reduce: the message from rank {rank} of this node for {key} does not "
+                "begin with the mark of a share: the ranks are out of step, or other code uses "
+                "the group"
             )
         if header & _FAILED:
             raise PayloadError(
-                "rhtcomm.all_reduce: another rank of this node could not decode its share for "
-                f"{key}: rank {rank} of the node; its own error says more"
+                f"rhtcomm.all_reduce: rank {rank} of this node could not decode its share for "
+                f"{key}; see the error on that rank"
             )
         most = max(most, header & 0xFF)
     return most

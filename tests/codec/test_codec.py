@@ -179,12 +179,14 @@ def test_one_shard_may_end_anywhere_but_several_may_not() -> None:
     assert torch.equal(payloads, codec.encode(x, KEY)[None])
     assert torch.equal(codec.decode_shards(payloads, KEY, 1000), round_trip(codec, x))
     for shards in (0, -1, 2, 4):
-        with pytest.raises(ValueError, match=rf"1000 coordinates do not make {shards} equal"):
+        with pytest.raises(
+            ValueError, match=rf"1000 coordinates cannot be split into {shards} equal"
+        ):
             codec.encode(x, KEY, shards=shards)
     with pytest.raises(ValueError, match=r"take \(2, \d+\) torch.uint8"):
         codec.encode(x[:512], KEY, shards=2, out=payloads)
     with pytest.raises(
-        ValueError, match="decode_shards: 1000 coordinates do not make 2 equal shards"
+        ValueError, match="decode_shards: 1000 coordinates cannot be split into 2 equal shards"
     ):
         codec.decode_shards(torch.zeros(2, codec.nbytes(500), dtype=torch.uint8), KEY, 1000)
 
@@ -490,7 +492,7 @@ def test_tampered_and_foreign_payloads_are_refused_by_name() -> None:
 
     refuses("rank 1 does not begin with the mark", edited(0, 0))
     refuses("rank 1 does not begin with the mark", edited(1, ord("h")))
-    refuses("rank 1 has format version 2, this is version 1", edited(2, 2))
+    refuses("rank 1 has format version 2, but this is version 1", edited(2, 2))
     refuses("rank 1 was made with a configuration other than .*'rotations': 2", edited(3, 3))
     refuses("rank 1 was made with a configuration", edited(8, int(good[1, 8]) ^ 1))
     refuses("rank 1 was made with a configuration", edited(15, int(good[1, 15]) ^ 128))

@@ -26,7 +26,7 @@ from rhtcomm.segments import Segments
 
 @pytest.mark.parametrize("quantizer", [QuicFL, Eden, VectorQuantizer, None, 4, "quic_fl"])
 def test_a_codec_takes_an_object_for_a_quantizer(quantizer: Any) -> None:
-    with pytest.raises(TypeError, match=r"must be an object such as QuicFL\(bits=4\)"):
+    with pytest.raises(TypeError, match=r"must be a quantizer such as QuicFL\(bits=4\)"):
         Codec(quantizer)
 
 
@@ -64,7 +64,7 @@ def test_equal_fractions_make_equal_configurations(number: Any) -> None:
 
 @pytest.mark.parametrize("quantizer", [Codec(QuicFL(4)), Lattice(4)])
 def test_a_codec_of_a_codec_is_refused(quantizer: Any) -> None:
-    with pytest.raises(TypeError, match=r"must be an object such as QuicFL\(bits=4\)"):
+    with pytest.raises(TypeError, match=r"must be a quantizer such as QuicFL\(bits=4\)"):
         Codec(quantizer)
 
 
@@ -99,7 +99,10 @@ def test_lengths_are_not_negative() -> None:
         (lambda: HierarchicalCommunicator.from_mesh("x"), "mesh='x' must be a DeviceMesh"),  # type: ignore[arg-type]
         (lambda: RandomizedHadamard().forward(torch.ones(3), 0), "key=0 must be a Key"),  # type: ignore[arg-type]
         (lambda: RandomizedHadamard().forward(torch.ones(3) * 1j, Key(0)), "torch.view_as_real"),
-        (lambda: choose_rotations(torch.ones(3) * 1j), "complex64, which is not floating"),
+        (
+            lambda: choose_rotations(torch.ones(3) * 1j),
+            "complex64, which is not a floating-point type",
+        ),
         (lambda: choose_rotations([1.0]), "x is a list; make it a torch.Tensor"),  # type: ignore[arg-type]
         (lambda: choose_rotations(torch.ones(3).to_sparse()), r"pass x\.to_dense\(\)"),
     ],

@@ -113,8 +113,13 @@ def test_lengths_are_checked_once() -> None:
     codec = CODECS[0]
     for numel, shards, fault in (
         (-1, 1, "numel=-1 must not be negative"),
-        (600, 2, "Codec.coder: 600 coordinates do not make 2 equal shards of whole blocks of 256"),
-        (600, 0, "do not make 0 equal shards"),
+        (
+            600,
+            2,
+            "Codec.coder: 600 coordinates cannot be split into 2 equal shards of whole blocks "
+            "of 256",
+        ),
+        (600, 0, "cannot be split into 0 equal shards"),
     ):
         with pytest.raises(ValueError, match=fault):
             codec.coder(numel, shards)

@@ -210,8 +210,8 @@ def refuses(case: Case, payloads: torch.Tensor, fact: str) -> None:
     [
         (0, ord("r"), "rank 1 does not begin with the mark"),
         (1, 0, "rank 1 does not begin with the mark"),
-        (2, 0, "rank 1 has format version 0, this is version 1"),
-        (2, 2, "rank 1 has format version 2, this is version 1"),
+        (2, 0, "rank 1 has format version 0, but this is version 1"),
+        (2, 2, "rank 1 has format version 2, but this is version 1"),
         (3, 0x00, "rank 1 was made with a configuration other"),
         (3, 0x03, "rank 1 was made with a configuration other"),
         (3, 0x22, "rank 1 was made with a configuration other"),
@@ -230,7 +230,7 @@ def test_damaged_headers_are_refused(byte: int, value: int | None, fact: str) ->
 def test_impossible_wishes_for_rotations_are_refused(wish: int, rank: int) -> None:
     payloads = stored(AUTO).clone()
     payloads[rank, 3] = 2 + 16 * wish
-    refuses(AUTO, payloads, f"rank {rank} was rotated 2 times and wants {wish} next.* damaged")
+    refuses(AUTO, payloads, f"rank {rank} has 2 rotations and requests {wish} next.* damaged")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -238,7 +238,7 @@ def test_impossible_wishes_for_rotations_are_refused(wish: int, rank: int) -> No
 def test_impossible_rotations_are_refused(rotations: int, rank: int) -> None:
     payloads = stored(AUTO).clone()
     payloads[rank, 3] = rotations + 16
-    refuses(AUTO, payloads, f"rank {rank} was rotated {rotations} times and wants 1 next.* damaged")
+    refuses(AUTO, payloads, f"rank {rank} has {rotations} rotations and requests 1 next.* damaged")
 
 
 def test_other_lengths_and_places_are_refused() -> None:
@@ -260,7 +260,9 @@ def test_impossible_wishes_are_not_sent(wanted: int) -> None:
 
 
 def test_wishes_are_for_rotations_that_can_change() -> None:
-    with pytest.raises(ValueError, match=r"wanted=2.*only rotations=.auto. leaves a choice"):
+    with pytest.raises(
+        ValueError, match=r"wanted=2.*the number can be chosen only with rotations=.auto."
+    ):
         Codec(QuicFL(4)).encode(torch.ones(10), Key(1), wanted=2)
     with pytest.raises(TypeError):
         Codec(QuicFL(4), "auto").encode(torch.ones(10), Key(1), wanted=2.0)  # type: ignore[arg-type]

@@ -66,13 +66,13 @@ def functional(x: torch.Tensor) -> torch.Tensor:
 WITHOUT_MEMORY: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
     "wrapper": (Wrapper, "is a Wrapper, which has no memory of its own; pass the tensor that it"),
     "wrapper with offset": (lambda x: Wrapper(x, 64), "is a Wrapper, which has no memory"),
-    "fake": (fake, "is a FakeTensor, which has no memory; pass a real one"),
-    "functional": (torch._to_functional_tensor, "is what torch.func"),
+    "fake": (fake, "is a FakeTensor, which has no memory; pass a real tensor"),
+    "functional": (torch._to_functional_tensor, "is a wrapper of torch.func"),
     "FunctionalTensor": (functional, "is a FunctionalTensor, which has no memory of its own"),
-    "freed": (freed, "has no memory: its storage was freed, made"),
-    "freed, with offset": (lambda x: freed(x, 16), "has no memory: its storage was freed, made"),
-    "made smaller": (lambda x: freed(x, 16, 400), "has no memory: its storage was freed, made"),
-    "meta": (lambda x: x.to("meta"), "lies on the meta device"),
+    "freed": (freed, "has no memory: its storage was freed, shrunk"),
+    "freed, with offset": (lambda x: freed(x, 16), "has no memory: its storage was freed, shrunk"),
+    "made smaller": (lambda x: freed(x, 16, 400), "has no memory: its storage was freed, shrunk"),
+    "meta": (lambda x: x.to("meta"), "is on the meta device"),
     "sparse": (
         torch.Tensor.to_sparse,
         r"has the layout torch.sparse_coo; pass [a-z ]+.to_dense\(\)",
@@ -120,7 +120,7 @@ def test_tensors_inside_transforms_are_refused(transform: Callable[..., object])
     x = gaussian()
 
     def inside(y: torch.Tensor) -> torch.Tensor:
-        with pytest.raises(TypeError, match=r"Codec\.encode: x is what torch\.func \(vmap"):
+        with pytest.raises(TypeError, match=r"Codec\.encode: x is a wrapper of torch\.func \(vmap"):
             CODEC.encode(y, KEY)
         return y
 

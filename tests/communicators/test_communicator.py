@@ -188,14 +188,14 @@ def give_up(rank: int, world_size: int) -> None:
     if rank == 0:
         own.abort()
         own.abort()
-        with pytest.raises(RuntimeError, match=r"rank 0 of 3 gave up and left.*start the program"):
+        with pytest.raises(RuntimeError, match=r"rank 0 of 3 failed and left.*restart the program"):
             own.all_gather(x)
     else:
         with pytest.raises(RuntimeError, match=r"(?i)closed by|reset by|broken pipe"):
             own.all_gather(x)
     world.all_gather(x)
     world.abort()
-    with pytest.raises(RuntimeError, match="gave up and left the group"):
+    with pytest.raises(RuntimeError, match="failed and left the group"):
         world.all_gather(x)
     dist.barrier()  # the world is not the communicator's alone
 

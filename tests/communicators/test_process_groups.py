@@ -55,7 +55,7 @@ def abort_a_group(rank: int, world_size: int, config: str) -> bool:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "get_backend_config", lambda group: config)
         communicator.abort()
-    with pytest.raises(RuntimeError, match="gave up and left the group"):
+    with pytest.raises(RuntimeError, match="failed and left the group"):
         communicator.all_reduce_(torch.ones(3))
     return group in dist.distributed_c10d._world.pg_map
 

@@ -26,7 +26,7 @@ def test_state_dict_is_plain() -> None:
 
 def test_what_is_no_saved_state_is_refused_and_what_a_state_is_can_be_read() -> None:
     state = RHTState(bits=3, seed=5)
-    with pytest.raises(ValueError, match=r"has \['model'\]; give what state_dict"):
+    with pytest.raises(ValueError, match=r"has \['model'\]; pass what state_dict"):
         state.load_state_dict({"model": {}})
     assert "QuicFL(bits=3" in repr(state)
     assert "seed=5, step=0" in repr(state)
@@ -44,7 +44,7 @@ def test_what_is_no_saved_state_is_refused_and_what_a_state_is_can_be_read() -> 
         *(
             (
                 {"seed": 0, "step": 1, "rank": 0, "world_size": 1, "residuals": {"0.bias": value}},
-                "residuals are dense tensors of finite real numbers",
+                "residuals must be dense tensors of finite real numbers",
             )
             for value in (
                 [0.0] * 64,
@@ -169,11 +169,11 @@ def move_residuals(rank: int, world_size: int) -> list[str]:
 
 def test_a_saved_state_says_what_it_is_of(ranks: Ranks) -> None:
     rank, size, absent, model, shape = ranks.run(move_residuals, 2)[0]
-    assert "these are of rank 1 of 2, but this is rank 0 of 2" in rank
-    assert "these are of rank 0 of 3, but this is rank 0 of 2" in size
-    assert "these are of rank None of 2" in absent
+    assert "these are from rank 1 of 2, but this is rank 0 of 2" in rank
+    assert "these are from rank 0 of 3, but this is rank 0 of 2" in size
+    assert "these are from rank None of 2" in absent
     assert "but the model has none" in model
-    assert "of shape (256,), but the model has it in shape (8, 16, 2)" in shape
+    assert "with shape (256,), but the model has it with shape (8, 16, 2)" in shape
 
 
 def change_the_memory_format(
@@ -248,4 +248,4 @@ def load_before_the_ranks_are_known(rank: int, world_size: int) -> str:
 def test_another_ranks_state_is_found_out_at_the_first_bucket(ranks: Ranks) -> None:
     first, second = ranks.run(load_before_the_ranks_are_known, 2)
     assert GAVE_UP in first
-    assert "these are of rank 0 of 2, but this is rank 1 of 2" in second
+    assert "these are from rank 0 of 2, but this is rank 1 of 2" in second

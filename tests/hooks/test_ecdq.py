@@ -111,5 +111,5 @@ def test_arguments() -> None:
     with pytest.raises(ValueError, match="can diverge"):
         RHTState(1, quantizer="ecdq", error_feedback=True)
     RHTState(1.25, quantizer="ecdq", error_feedback=True)
-    with pytest.raises(ValueError, match="is for quantizer='quic_fl' alone"):
+    with pytest.raises(ValueError, match="is only for quantizer='quic_fl'"):
         RHTState(4, quantizer="ecdq", exact_fraction=1 / 512)

@@ -234,8 +234,8 @@ def mix_levels(rank: int, world_size: int) -> list[str]:
 def test_levels_that_only_one_engine_could_serve_are_refused(ranks: Ranks) -> None:
     """A worker thread must not call NCCL, and autograd's thread should not wait for Gloo."""
     for between, within in ranks.run(mix_levels, 1):
-        assert "cpu tensors between nodes make the host wait" in between
-        assert "cpu tensors within a node make the host wait" in within
+        assert "cpu tensors between nodes block the host" in between
+        assert "cpu tensors within a node block the host" in within
 
 
 # ---- Several states ---------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_the_other_ranks_end_and_name_the_cause(name: str, cause: str) -> None:
 @pytest.mark.parametrize(
     ("name", "code", "cause"),
     # What mpiexec itself says of an abort is sometimes lost, its exit code never.
-    [("abort", 3, "fault at"), ("raises", 1, "made for the purpose")],
+    [("abort", 3, "fault at"), ("raises", 1, "injected failure")],
 )
 def test_mpiexec_ends_all_ranks_when_one_fails(name: str, code: int, cause: str) -> None:
     pytest.importorskip("mpi4py", reason="the extra 'mpi' is not installed")

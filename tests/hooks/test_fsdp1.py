@@ -128,17 +128,17 @@ def refuse(rank: int, world_size: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch itself advises against it
         model = flat(net(), sharding_strategy=ShardingStrategy.NO_SHARD)
-    with pytest.raises(ValueError, match="for replicas alone DistributedDataParallel"):
+    with pytest.raises(ValueError, match="for replicas without shards use DistributedDataParallel"):
         compress_fsdp(model)
     model = flat(net())
-    with pytest.raises(ValueError, match="and replicate_group, whose hooks are for shards alone"):
+    with pytest.raises(ValueError, match="and replicate_group, whose hooks work only without"):
         compress_fsdp(model, replicate_group=dist.group.WORLD)
-    with pytest.raises(ValueError, match=r"its names are such as 0\._flat_param"):
+    with pytest.raises(ValueError, match=r"its names are, for example, 0\._flat_param"):
         compress_fsdp(model, exclude=["0.weight"])
     with pytest.raises(TypeError, match=r"call rhtcomm\.hooks\.compress_fsdp\(model\) instead"):
         register(model)
     with compress_fsdp(model, exclude=["0.*"], **FINE) as handle:
-        with pytest.raises(RuntimeError, match="0 has a communication hook already; remove"):
+        with pytest.raises(RuntimeError, match="0 already has a communication hook; call remove"):
             compress_fsdp(model)
         loss(model, rank, 0).backward()
         exact = reference(world_size, [0])

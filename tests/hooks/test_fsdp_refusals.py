@@ -21,26 +21,33 @@ from rhtcomm.hooks import compress_fsdp
 def refuse(rank: int, world_size: int) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     for model, kind, message in (
-        (4, TypeError, "model=4 must be a model that fully_shard was called on"),
-        (net(), TypeError, "fully_shard was called on no module of this Sequential; call it first"),
+        (4, TypeError, "model=4 must be a model that was sharded by fully_shard"),
+        (
+            net(),
+            TypeError,
+            "no module of this Sequential was sharded by fully_shard; call it",
+        ),
         (sharded(net(), mesh), ValueError, r'replicate_group=mesh.get_group\("replicate"\)'),
     ):
         with pytest.raises(kind, match=message):
             compress_fsdp(model)  # type: ignore[arg-type]
     model = sharded(net(), mesh["shard"])
     fully_shard(other := nn.Linear(4, 4), mesh=mesh["replicate"])
-    with pytest.raises(ValueError, match="give fully_shard one mesh for all units"):
+    with pytest.raises(ValueError, match="pass one mesh for all units to fully_shard"):
         compress_fsdp(nn.ModuleList([model, other]))
     for options, message in (
         ({"process_group": dist.group.WORLD}, "leave out process_group; each unit has the ranks"),
         ({"communicator": object()}, "leave out communicator"),
-        ({"error_feedback": True}, "leave out error_feedback; it would keep float32"),
-        ({"equalize": True}, "leave out equalize; its scales are of whole parameters"),
-        ({"quantizer": "lattice"}, "has no payload for one rank alone"),
-        ({"algorithm": "two_shot"}, "algorithm='two_shot' is for replicate_group"),
-        ({"replicate_group": mesh.get_group("shard")}, "must be the only one that both have"),
-        ({"rotations": "auto", "replicate_group": mesh.get_group("replicate")}, "give a number"),
-        ({"exclude": ["*.wait"]}, "no parameter of the model is called so"),
+        (
+            {"error_feedback": True},
+            "leave out error_feedback; every rank would have to keep a",
+        ),
+        ({"equalize": True}, "leave out equalize; its scales belong to whole parameters"),
+        ({"quantizer": "lattice"}, "has no payload for a single rank"),
+        ({"algorithm": "two_shot"}, "algorithm='two_shot' needs replicate_group"),
+        ({"replicate_group": mesh.get_group("shard")}, "must be the only rank in both"),
+        ({"rotations": "auto", "replicate_group": mesh.get_group("replicate")}, "pass a number"),
+        ({"exclude": ["*.wait"]}, "no parameter of the model matches"),
         ({"bits": 9}, "bits"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -48,7 +55,9 @@ def refuse(rank: int, world_size: int) -> None:
     with pytest.raises(TypeError, match=r"replicate_group=.* must be a process group"):
         compress_fsdp(model, replicate_group=mesh["replicate"])  # type: ignore[arg-type]
     model[0].set_allocate_memory_from_process_group_for_comm(True)  # type: ignore[index]
-    with pytest.raises(RuntimeError, match=r"0 has a reduce-scatter already \(ProcessGroupAlloc"):
+    with pytest.raises(
+        RuntimeError, match=r"0 already has a custom reduce-scatter \(ProcessGroupAlloc"
+    ):
         compress_fsdp(model)
 
 
@@ -59,7 +68,7 @@ def test_what_cannot_be_compressed_is_refused(ranks: Ranks) -> None:
 def call_twice(rank: int, world_size: int) -> None:
     model = sharded(net())
     with compress_fsdp(model, **FINE):
-        with pytest.raises(RuntimeError, match="has a reduce-scatter already"):
+        with pytest.raises(RuntimeError, match="already has a custom reduce-scatter"):
             compress_fsdp(model, **FINE)
         backward(model, rank, 0)
 
@@ -100,5 +109,5 @@ def test_the_log_says_what_it_does_and_what_travels_exactly(ranks: Ranks) -> Non
     (line, _, exact, sent), other = ranks.run(say, 2)
     assert line.startswith("rhtcomm: gradients of 2 ranks are averaged by Codec(quantizer=QuicFL")
     assert f"a rank sends about {sent} per step instead of 0.02 MB" in line
-    assert "torch.float64 travel as they are" in exact
+    assert "torch.float64 are sent uncompressed" in exact
     assert other[:-1] == [exact]

@@ -134,7 +134,7 @@ def test_sites_train_by_ddp_and_exchange_between_them(ranks: Ranks) -> None:
 
 def in_ddp(rank: int, world_size: int) -> None:
     ddp = DistributedDataParallel(normed())
-    with pytest.warns(match=r"ranks \[0, 1\] exchange what they train, but are in one Distributed"):
+    with pytest.warns(match=r"ranks \[0, 1\] are also in one Distributed"):
         outer = averager(ddp, period=1)
     outer.step()
     outer.close()

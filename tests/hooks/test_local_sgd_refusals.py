@@ -27,7 +27,7 @@ def frozen() -> nn.Module:
         ({"period": 2.5}, TypeError, r"period=2\.5 must be an integer"),
         ({"fragments": 5}, ValueError, r"fragments=5 must lie in \[1, period=4\]"),
         ({"fragments": 0}, ValueError, r"fragments=0 must lie in \[1, period=4\]"),
-        ({"fragments": 7, "period": 9}, ValueError, "the model has 6 parameters that are trained"),
+        ({"fragments": 7, "period": 9}, ValueError, "the model has 6 trainable parameters"),
         ({"delay": 4}, ValueError, "delay=4 must be less than period=4"),
         ({"equalize": True}, ValueError, "leave out equalize"),
         ({"bits": 9}, ValueError, "9"),
@@ -37,13 +37,13 @@ def frozen() -> nn.Module:
         (
             {"optimizer": torch.optim.SGD(normed().parameters(), 1.0)},
             TypeError,
-            "of type SGD; it must be a function that makes the outer optimizer",
+            "of type SGD; it must be a function that takes the list of anchors and returns",
         ),
-        ({"optimizer": lambda anchors: anchors}, TypeError, "which is no torch.optim.Optimizer"),
+        ({"optimizer": lambda anchors: anchors}, TypeError, "which is not a torch.optim.Optimizer"),
         (
             {"optimizer": lambda anchors: mean_of_models(anchors[1:])},
             ValueError,
-            "has 5 parameters, and there are 6 anchors",
+            "has 5 parameters, but there are 6 anchors",
         ),
     ],
 )
@@ -94,8 +94,8 @@ def test_ranks_that_disagree_find_out(ranks: Ranks) -> None:
     expected = {
         "period": r"DisagreementError.* period \(2 on rank 0; 3 on rank 1\)",
         "optimizer": "DisagreementError.* outer optimizer",
-        "parameters": r"DisagreementError.* other values of 4 of 8 .*such as 0\.weight",
-        "buffers": r"DisagreementError.* other values of 1 of 8 .*such as 1\.running_var",
+        "parameters": r"DisagreementError.* 4 of 8 .*such as 0\.weight, differ between ranks",
+        "buffers": r"DisagreementError.* 1 of 8 .*such as 1\.running_var, differ between ranks",
         "loaded": "DisagreementError.* anchors that were loaded",
         "closed": "RuntimeError.* it was closed",
     }
@@ -121,7 +121,7 @@ def rounds_differently(rank: int, world_size: int) -> list[str]:
 def test_processors_that_round_differently_are_told(ranks: Ranks) -> None:
     first, second = ranks.run(rounds_differently, 2)
     assert first[0] == first[2] == "made"
-    assert "whose processors are of other kinds" in first[1]
+    assert "which have another kind of processor" in first[1]
     assert second == ["made", "made"]
 
 
@@ -200,10 +200,10 @@ def test_checkpoints_that_do_not_fit_change_nothing(ranks: Ranks) -> None:
         "nothing": r"this has \[\]",
         "anchors": "anchors of another model",
         "buffers": "buffers of another model: 1.running_mean",
-        "fragments": "fragments=2, and here are 1",
+        "fragments": "fragments=2, but this averager has 1",
         "steps": "inner_steps is 'five'",
-        "groups": r"groups of \[\] parameters when it was saved, and has \[6\]",
-        "momenta": "kept 6 values when it was saved, and here are 0",
+        "groups": r"groups of \[\] parameters when it was saved, but now has \[6\]",
+        "momenta": "held 6 values when it was saved, but here are 0",
         "flight": r"1 exchange\(s\) were in flight",
         "lengths": "fragment 0 was in flight with",
         "residuals": "has no residuals",

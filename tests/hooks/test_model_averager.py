@@ -126,9 +126,9 @@ def other_parameters(rank: int, world_size: int) -> list[bool]:
     model, extra = normed(), torch.nn.Linear(64, 64)
     averager, alike = compressed(), []
     optimizer = optimizer_of(model, averager)
-    with pytest.raises(RuntimeError, match="nothing was averaged so far"):
+    with pytest.raises(RuntimeError, match="nothing has been averaged yet"):
         averager.stats()
-    with pytest.raises(ValueError, match="give what state_dict"):
+    with pytest.raises(ValueError, match="pass what state_dict"):
         averager.load_state_dict({"step": 3})
     for step in range(9):
         if step == 6:

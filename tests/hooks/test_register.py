@@ -115,7 +115,9 @@ def refused(rank: int, world_size: int) -> None:
     ddp = DistributedDataParallel(net())
     with pytest.raises(TypeError, match=r"model=4 must be a model in DistributedDataParallel"):
         register(4)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"no DistributedDataParallel in this Sequential; wrap"):
+    with pytest.raises(
+        TypeError, match=r"this Sequential contains no DistributedDataParallel; wrap"
+    ):
         register(net())
     with pytest.raises(ValueError, match=r"holds 2 DistributedDataParallel models"):
         register(nn.ModuleList([ddp, DistributedDataParallel(net())]))

@@ -170,7 +170,7 @@ def test_checkpoints_that_do_not_fit() -> None:
     ]
     before = state.scales.digest()  # type: ignore[union-attr]
     for scales in wrong:
-        with pytest.raises(ValueError, match="scales are integers from 0 to 65279"):
+        with pytest.raises(ValueError, match="scales must be integers from 0 to 65279"):
             state.load_state_dict(good | {"scales": scales}, model)
         assert len(state.residuals) == 0
         assert state.scales.digest() == before  # type: ignore[union-attr]

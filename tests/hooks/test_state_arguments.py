@@ -45,7 +45,7 @@ def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None
     ("arguments", "message"),
     [
         ({"process_group": "gloo"}, "process_group='gloo' must be a process group"),
-        ({"communicator": rhtcomm.MPICommunicator}, "is a class; make an object of it"),
+        ({"communicator": rhtcomm.MPICommunicator}, "is a class; pass an instance of it"),
         ({"communicator": object()}, "must be an object such as"),
         ({"min_numel": 1.5}, r"RHTState: min_numel=1\.5 must be an integer"),
         ({"nmse_every": "1"}, "RHTState: nmse_every='1' must be an integer"),
@@ -79,7 +79,7 @@ def test_a_timeout_is_positive(seconds: int) -> None:
     ids=["a tensor", "a tuple", "more", "something with a buffer"],
 )
 def test_other_callers_are_told_what_the_hook_is_for(arguments: tuple[Any, ...]) -> None:
-    with pytest.raises(TypeError, match=r"in place of a GradBucket.*FullyShardedDataParallel"):
+    with pytest.raises(TypeError, match=r"instead of a GradBucket.*FullyShardedDataParallel"):
         rht_hook(RHTState(), *arguments)
 
 

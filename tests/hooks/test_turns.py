@@ -49,7 +49,7 @@ def test_a_turn_is_kept_while_a_bucket_is_handed_over(monkeypatch: pytest.Monkey
     first.take()
     monkeypatch.undo()
     worker.join()
-    with pytest.raises(RuntimeError, match="state 1 would send by"):
+    with pytest.raises(RuntimeError, match="state 1 cannot use"):
         second.take()
     first.finish_bucket()
     second.take()
@@ -101,7 +101,7 @@ def test_a_pass_that_fails_waits_for_nothing_and_keeps_no_turn() -> None:
 
     with pytest.raises(KeyError):
         in_backward(call)
-    with pytest.raises(RuntimeError, match="state 1 would send by"):
+    with pytest.raises(RuntimeError, match="state 1 cannot use"):
         second.take()  # the bucket is not finished
     first.finish_bucket()
     second.take()

@@ -286,7 +286,7 @@ assert not torch.cuda.is_initialized()
 def test_the_device_and_the_environment_choose_the_kernel() -> None:
     *chosen, refused = choose("cuda", "", "gpu", "reference", "cpu")
     assert chosen == ["gpu", "gpu", "reference"]
-    assert "RHTCOMM_KERNELS=cpu, but it has none for QuicFL on cuda" in refused
+    assert "RHTCOMM_KERNELS=cpu, but there are no such kernels for QuicFL on cuda" in refused
     assert "because TRITON_INTERPRET is not set" in choose("cpu", "gpu")[0]
     assert choose("cpu", "gpu", interpret=True) == ["gpu"]
 

@@ -25,7 +25,7 @@ TIMEOUT = timedelta(seconds=limit(50))  # in case of a failure, before the 60 s 
 SOON = timedelta(seconds=limit(30))
 
 # What the hook says of a rank that is gone, and what Gloo says of one that is silent or gone.
-GAVE_UP = "another rank died, or failed and gave up"
+GAVE_UP = "another rank died, or failed and closed its connections"
 LOST_PEER = "Timed out|Connection (closed|reset) by peer|Broken pipe"
 
 

@@ -319,9 +319,9 @@ def test_disagreement_is_named(ranks: Ranks) -> None:
 def be_refused(rank: int, world_size: int) -> None:
     communicator = rhtcomm.TorchCommunicator()
     good = [base(rank, 10)]
-    with pytest.raises(ValueError, match=r"one dtype and device, but hold torch.bfloat16 on cpu, "):
+    with pytest.raises(ValueError, match=r"one dtype and device, but have torch.bfloat16 on cpu, "):
         all_reduce_many([*good, base(rank, 10, dtype=torch.bfloat16)], CODEC, KEY, communicator)
-    with pytest.raises(ValueError, match="but hold nothing"):
+    with pytest.raises(ValueError, match="but have nothing"):
         all_reduce_many([], CODEC, KEY, communicator)
     with pytest.raises(TypeError, match=r"tensors\[1\] is torch\.int32, but only float32"):
         all_reduce_many([*good, torch.ones(3).int()], CODEC, KEY, communicator)
@@ -331,7 +331,7 @@ def be_refused(rank: int, world_size: int) -> None:
         all_reduce_many(good, QuicFL(4), KEY, communicator)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"'foo' must be one of auto"):
         all_reduce_many(good, CODEC, KEY, communicator, algorithm="foo")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="needs to know what a rank's own codes say"):
+    with pytest.raises(ValueError, match="must decode each rank's own codes"):
         all_reduce_many(good, Lattice(4), KEY, communicator, residual=torch.zeros(10))
 
 

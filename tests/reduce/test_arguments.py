@@ -57,9 +57,9 @@ REFUSED: dict[str, tuple[Callable[[Any, int], None], str]] = {
     ),
     "many, mixed": (
         lambda c, rank: many(c, [data(rank, 1000), data(rank, 1000).half()]),
-        "hold torch.float16 on cpu, torch.float32 on cpu",
+        "have torch.float16 on cpu, torch.float32 on cpu",
     ),
-    "many, none": (lambda c, rank: many(c, []), "hold nothing"),
+    "many, none": (lambda c, rank: many(c, []), "have nothing"),
     "many, another residual": (
         lambda c, rank: many(c, [data(rank, 1000)] * 2, residual=torch.zeros(1999)),
         r"shape \(1999,\) on cpu, but \(2000,\) on cpu is needed",

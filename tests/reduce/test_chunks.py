@@ -172,7 +172,7 @@ def test_one_broken_chunk_leaves_no_rank_waiting(algorithm: Algorithm, ranks: Ra
         if algorithm == "all_gather":  # to which nobody owes a second payload
             assert message == ""
         else:
-            assert "rank 0 could not decode what the ranks sent it" in message
+            assert "rank 0 could not decode the payloads that it received" in message
     expected = simulated([data(rank, 9 * BLOCK) for rank in range(3)], CODEC, KEY, algorithm)
     for result in after:
         assert same_bits(result, expected)

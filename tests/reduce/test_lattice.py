@@ -142,5 +142,5 @@ def test_a_rank_out_of_step_is_found_on_every_rank(ranks: Ranks) -> None:
 
 
 def test_rotations_are_those_of_the_lattice() -> None:
-    with pytest.raises(ValueError, match="made with rotations=2; leave them out"):
+    with pytest.raises(ValueError, match="made with rotations=2; leave out rotations"):
         rhtcomm.all_reduce(torch.ones(100), Lattice(4), Key(5), Alone(), rotations=3, check=False)

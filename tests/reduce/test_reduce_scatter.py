@@ -334,9 +334,9 @@ def scatter_by_other_things(rank: int, world_size: int) -> None:
     good: dict[str, Any] = {"codec": CODEC, "key": KEY, "communicator": communicator}
     wrong: list[tuple[str, Any, type[Exception], str]] = [
         ("codec", QuicFL(4), TypeError, r"reduce_scatter: codec=.* must be a Codec"),
-        ("codec", Lattice(4), TypeError, "a Lattice has no payload for one rank alone"),
+        ("codec", Lattice(4), TypeError, "a Lattice has no payload for a single rank"),
         ("key", 3, TypeError, "reduce_scatter: key=3 must be a rhtcomm.Key"),
-        ("communicator", world, TypeError, r"process group; give rhtcomm.TorchCommunicator"),
+        ("communicator", world, TypeError, r"process group; pass rhtcomm.TorchCommunicator"),
         (
             *("communicator", rhtcomm.HierarchicalCommunicator(world, alone), ValueError),
             "the communicator has two levels",

@@ -217,9 +217,13 @@ def test_one_odd_residual_is_named_on_every_rank(ranks: Ranks) -> None:
         (Lattice(4), torch.zeros(100), "another quantizer"),
         (Codec(QuicFL(1)), torch.zeros(100), "diverge"),
         (Codec(Eden(1)), torch.zeros(100), "diverge"),
-        (CODEC, torch.zeros(99), r"make it by torch.zeros\(\(100,\)"),
-        (CODEC, torch.zeros(100, dtype=torch.float64), "residual is torch.float64 .* make it by"),
-        (CODEC, torch.zeros(100, device="meta"), "residual lies on the meta device"),
+        (CODEC, torch.zeros(99), r"create it with torch.zeros\(\(100,\)"),
+        (
+            CODEC,
+            torch.zeros(100, dtype=torch.float64),
+            "residual is torch.float64 .* create it with",
+        ),
+        (CODEC, torch.zeros(100, device="meta"), "residual is on the meta device"),
     ],
 )
 def test_what_all_reduce_refuses(codec: Any, residual: torch.Tensor, message: str) -> None:

@@ -128,7 +128,7 @@ def test_wishes_of_all_shards_reach_all_ranks(dtype: torch.dtype, ranks: Ranks) 
 def from_device_mesh(rank: int, world_size: int) -> tuple[int, torch.Tensor]:
     mesh = init_device_mesh("cpu", (2, 2))
     communicator = rhtcomm.HierarchicalCommunicator.from_mesh(mesh)
-    with pytest.raises(ValueError, match=r"has 1 dimension.*takes two: \(nodes, ranks of a node"):
+    with pytest.raises(ValueError, match=r"has 1 dimension.*needs two: \(nodes, ranks of a node"):
         rhtcomm.HierarchicalCommunicator.from_mesh(init_device_mesh("cpu", (4,)))
     x = data(rank, 5000)
     rhtcomm.all_reduce(x, CODEC, KEY, communicator, min_numel=0)
@@ -152,7 +152,7 @@ def reduce_by_uneven_nodes(rank: int, world_size: int) -> None:
     communicator = rhtcomm.HierarchicalCommunicator(within, between)
     x = data(rank, 5000)
     for check, min_numel in ((True, 0), (False, 0), (False, 5001)):
-        with pytest.raises(ValueError, match=r"1 to 2 ranks, and places in a node 1 to 2 nodes"):
+        with pytest.raises(ValueError, match=r"1 to 2 ranks, and the groups between nodes 1 to 2;"):
             rhtcomm.all_reduce(x, CODEC, KEY, communicator, min_numel=min_numel, check=check)
 
 
@@ -170,7 +170,7 @@ def use_odd_meshes(rank: int, world_size: int) -> list[str]:
     between = [dist.new_group([0, 3]), dist.new_group([1, 2])][rank in (1, 2)]
     communicator = HierarchicalCommunicator(within, between)
     x = numbers(rank, shape=(5000,))
-    with pytest.raises(ValueError, match="at the same place of their nodes") as caught:
+    with pytest.raises(ValueError, match="have different places in their nodes") as caught:
         rhtcomm.all_reduce(x, rhtcomm.Codec(rhtcomm.QuicFL(8)), rhtcomm.Key(0), communicator)
     messages.append(str(caught.value))
     return messages
@@ -206,7 +206,7 @@ def test_a_share_that_fails_leaves_no_rank_of_the_node_waiting(
     for message in messages[1::2]:
         assert "out of step" in message
     for message in messages[0::2]:
-        assert "another rank of this node could not decode its share" in message
+        assert "of this node could not decode its share" in message
 
 
 def fail_while_nobody_looks(
@@ -265,7 +265,7 @@ def test_a_failed_share_is_nan_where_headers_are_looked_at_later(
             assert not later
         else:
             assert not message
-            assert f"could not decode its share for {KEY}: rank {place} of the node" in later
+            assert f"rank {place} of this node could not decode its share for {KEY}" in later
 
 
 def reduce_with_a_foreign_share(rank: int, world_size: int) -> str:

@@ -86,7 +86,7 @@ def test_flags_are_packed_lowest_first() -> None:
 def test_segments_that_do_not_make_up_the_tensor_are_refused(segments: list[Any]) -> None:
     residual = torch.zeros(10)
     with pytest.raises(
-        (ValueError, TypeError), match=r"segments holds|segments=\[2\.5, 7\.5\] must hold"
+        (ValueError, TypeError), match=r"segments has|segments=\[2\.5, 7\.5\] must hold"
     ):
         rhtcomm.all_reduce(
             torch.ones(10), CODEC, KEY, Alone(), segments=segments, check=False, residual=residual

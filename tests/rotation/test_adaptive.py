@@ -103,7 +103,7 @@ def test_bad_arguments() -> None:
             choose_rotations(torch.ones(10), **bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rotations='often' must be"):
         Codec(QuicFL(4), "often")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match='only rotations="auto" leaves a choice'):
+    with pytest.raises(ValueError, match='the number can be chosen only with rotations="auto"'):
         Codec(QuicFL(4)).encode(torch.ones(10), KEY, rotations=1)
     with pytest.raises(ValueError, match="is not for quantizer"):
         RHTState(quantizer="lattice", rotations="auto")
@@ -178,10 +178,10 @@ def test_payloads_that_took_different_numbers_are_refused() -> None:
     codec = Codec(QuicFL(4), "auto")
     x = gaussian(9000)
     payloads = torch.stack([codec.encode(x, KEY, r, 2, rotations=1 + r) for r in range(2)])
-    with pytest.raises(PayloadError, match="rank 1 was rotated 2 times, another one 1 times"):
+    with pytest.raises(PayloadError, match="rank 1 has 2 rotations, another payload 1:"):
         codec.decode_mean(payloads, KEY, len(x))
     payloads[:, 3] = 16
-    with pytest.raises(PayloadError, match="was rotated 0 times"):
+    with pytest.raises(PayloadError, match="has 0 rotations"):
         codec.decode_mean(payloads, KEY, len(x))
     with pytest.raises(PayloadError, match="a configuration other than"):
         Codec(QuicFL(4), 2).decode_mean(codec.encode(x, KEY)[None], KEY, len(x))

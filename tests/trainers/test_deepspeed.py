@@ -68,7 +68,7 @@ def train(
     net = seeded()
     engine = engine_of(net, f"{folder}/logs", gradient_accumulation_steps=accumulate)
     handle = register(engine, **OPTIONS)
-    with pytest.raises(RuntimeError, match="the engine has a hook already"):
+    with pytest.raises(RuntimeError, match="the engine already has a hook"):
         register(engine, **OPTIONS)
     if epochs.start:
         engine.load_checkpoint(folder, f"{epochs.start}")
@@ -111,11 +111,11 @@ def refused() -> None:
 
     with pytest.raises(TypeError, match="must be a DeepSpeedEngine, the first of what"):
         register(seeded())
-    with pytest.raises(ValueError, match=r"ZeRO, stage 1.*compress_fsdp"):
+    with pytest.raises(ValueError, match=r"ZeRO stage 1.*compress_fsdp"):
         register(
             engine_of(seeded(), zero_optimization={"stage": 1}, zero_allow_untested_optimizer=True)
         )
-    with pytest.raises(ValueError, match="adds gradients up"):
+    with pytest.raises(ValueError, match="sums gradients"):
         register(engine_of(seeded(), gradient_allreduce_op="sum"))
     with pytest.raises(ValueError, match="leave out process_group"):
         register(engine_of(seeded()), process_group=torch.distributed.group.WORLD)

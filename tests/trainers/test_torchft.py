@@ -247,5 +247,5 @@ def test_what_is_refused() -> None:
         compress_manager(object())  # type: ignore[arg-type]
     manager = torchft.Manager.__new__(torchft.Manager)
     manager._pg = torchft.process_group.ProcessGroupDummy(0, 1)
-    with pytest.raises(TypeError, match=r"ProcessGroupDummy, and only torchft\.ProcessGroupGloo"):
+    with pytest.raises(TypeError, match=r"ProcessGroupDummy, but only torchft\.ProcessGroupGloo"):
         compress_manager(manager)
