@@ -27,7 +27,7 @@ class Turn:
         self._topology, self._name = topology, name
         self._finished = threading.Condition(users.lock)
         self._unfinished = 0  # buckets
-        self._backward: weakref.ref[object] | None = None  # pass that buckets come from
+        self._backward: weakref.ref[object] | None = None  # the pass of the buckets
 
     def __repr__(self) -> str:
         return self._name

@@ -60,7 +60,7 @@ class Codec:
         RandomizedHadamard(self.default_rotations, self.block)  # checks the arguments
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.quantizer, self.rotations, self.block)  # without what is cached
+        return type(self), (self.quantizer, self.rotations, self.block)  # without cached values
 
     @property
     def configuration(self) -> dict[str, object]:
