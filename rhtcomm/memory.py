@@ -13,7 +13,7 @@ def memory_of(x: torch.Tensor, owner: str, name: str) -> tuple[int, int]:
     that was freed or shrunk. `owner` is the called function, `name` its argument.
 
     Raises:
-        TypeError: x is no tensor, or has no memory of its own.
+        TypeError: x is not a tensor, or has no memory of its own.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{owner}: {name} is a {type(x).__name__}; make it a torch.Tensor")

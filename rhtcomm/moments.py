@@ -46,7 +46,7 @@ def choose_rotations(
         tolerance: of the Kolmogorov distance, in (0, 1).
 
     Raises:
-        TypeError: x is no tensor, has no memory of its own or is not floating point.
+        TypeError: x is not a tensor, has no memory of its own or is not floating point.
         ValueError: an argument is out of its range.
     """
     x = floating_tensor(x, "choose_rotations", "x")

@@ -52,7 +52,7 @@ class Key:
             number, only the check in a payload's header; set by the DDP hook.
 
     Raises:
-        TypeError: a field is no integer.
+        TypeError: a field is not an integer.
         ValueError: a field is out of its range.
     """
 

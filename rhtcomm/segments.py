@@ -56,7 +56,7 @@ class Segments:
         rows: number of segments, of equal length, in each of those tensors; None: one.
 
     Raises:
-        TypeError: a length is no integer.
+        TypeError: a length is not an integer.
         ValueError: a length is negative, or their sum is not numel.
     """
 
