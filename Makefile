@@ -12,6 +12,8 @@
 # make matrix   runs the core tests on the oldest and the newest versions (downloads up to 18 GB)
 # make peers   runs torch's own distributed tests with this hook (docs/peers.md)
 # make cross   checks the C kernels under qemu on aarch64 and riscv64, and with clang, if installed
+# make wheels   builds an sdist and portable wheels in dist/, installs them and tests them
+#             (docs/release.md; downloads 1 GB)
 # make        lists these
 
 PYTHON ?= python3
@@ -23,7 +25,7 @@ WORKERS ?= 2
 FUZZ ?= 20
 SEED ?= $(shell date +%s)
 
-.PHONY: help demo test test-trainers docs docs-serve fuzz lint sanitize cross matrix peers slurm clean
+.PHONY: help demo test test-trainers docs docs-serve fuzz lint sanitize cross matrix peers slurm wheels clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -50,7 +52,7 @@ test-trainers: $(VENV)/.trainers
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/.installed
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build
 
 docs-serve: export NO_MKDOCS_2_WARNING = 1
 docs-serve: $(VENV)/.installed
@@ -84,6 +86,10 @@ peers: $(VENV)/.installed
 
 cross: $(VENV)/.installed
 	$(BIN)/python tests/kernels/cross/run.py
+
+wheels: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[release]'
+	$(BIN)/python tests/packaging/wheels/run.py
 
 clean:
 	rm -rf $(VENV) demo-results dist build

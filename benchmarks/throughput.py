@@ -14,144 +14,110 @@ throughput.png are made.
 """
 
 import argparse
+import fnmatch
 import json
-import math
 import os
-import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-import rhtcomm.hooks
-from contestants import Bucket, Contestant, contestants
+import rhtcomm
 from lib.machine import machine
 from lib.processes import MPIEXEC, ONE_THREAD, execute, mpirun, on_links
 from lib.progress import progress
 from lib.report import RESULTS, read_csv, table, write_csv
-from lib.timing import quantiles
+from rhtcomm.bench.budget import TURN
+from rhtcomm.bench.checks import Problem, check
+from rhtcomm.bench.contestants import (
+    Bucket,
+    Contestant,
+    compressed,
+    compressed_by,
+    power_sgd,
+    torchs,
+    uncompressed_by_mpi,
+)
+from rhtcomm.bench.exchanges import row_of as figures
+from rhtcomm.bench.ranks import Ranks
+from rhtcomm.bench.rounds import Entry, take_turn
+from rhtcomm.communicators import Topology
 
 MBIT = {"100mbit": 100, "1gbit": 1000, "10gbit": 10_000}
-TURN = 3  # timed exchanges of a contestant, one after the other
-WARMUP = 3  # PowerSGD sends its first two buckets uncompressed
+BITS, ALGORITHMS = (1, 2, 4, 8), ("all_gather", "two_shot")
 
 
-def draw(numel: int, rank: int, low_rank: bool) -> torch.Tensor:
-    """A rank's gradient: Gaussian, or matrices of rank 1 that differ between ranks in one factor.
-
-    PowerSGD leaves out what is not of low rank, and so is checked on what it can represent.
-    """
-    shared, own = (torch.Generator().manual_seed(seed) for seed in (0, 1 + rank))
-    if not low_rank:
-        return torch.randn(numel, generator=own)
-    column = torch.randn(numel // 1024, 1, generator=shared)
-    return (column * torch.randn(1024, generator=own)).flatten()
-
-
-def check(contestant: Contestant, numel: int) -> float:
-    """The squared error of a Gaussian mean, relative to its norm.
-
-    Raises:
-        AssertionError: the error is larger than the hook's own, or replicas differ.
-    """
-    low_rank = contestant.name.startswith("PowerSGD")
-    if low_rank:
-        error_of_mean(contestant, draw(numel, dist.get_rank(), low_rank), WARMUP)
-    gaussian = draw(numel, dist.get_rank(), low_rank=False)
-    return error_of_mean(contestant, gaussian, bounded=not low_rank)
+def contestants(world_size: int, patterns: list[str]) -> list[Contestant]:
+    """Those whose name, or name and carrier, match a pattern."""
+    everybody = torchs("gloo", world_size, ("float32", "fp16", "bf16"))
+    everybody += [power_sgd("gloo", world_size, rank) for rank in (1, 4)]
+    everybody += rhtcomms("gloo", None)  # each hook makes a group of its own, as in training
+    if "PMI_RANK" in os.environ:
+        mpi = rhtcomm.MPICommunicator()
+        everybody.append(uncompressed_by_mpi(mpi))
+        everybody += rhtcomms("mpi", lambda: mpi)
+    return [
+        one
+        for one in everybody
+        for names in [(one.name, f"{one.name}, {one.carrier}")]
+        if any(fnmatch.fnmatch(name, pattern) for name in names for pattern in patterns)
+    ]
 
 
-def error_of_mean(
-    contestant: Contestant, data: torch.Tensor, repeats: int = 1, bounded: bool = True
-) -> float:
-    who = f"{contestant.name}, {contestant.carrier}"
-    exact = data.double()
-    dist.all_reduce(exact)
-    exact /= dist.get_world_size()
-    bucket = Bucket.of(data)
-    for _ in range(repeats):
-        bucket.tensor.copy_(data)
-        contestant.seconds(bucket)
-    nmse = float((bucket.tensor - exact).square().sum() / exact.square().sum())
-    allowed = contestant.allowed if bounded else float("inf")
-    if not nmse <= allowed:
-        raise AssertionError(
-            f"{who}: the mean is off by an NMSE of {nmse:.3g}, and {allowed:.3g} is the most that "
-            "its error explains"
-        )
-    others = [torch.empty_like(bucket.tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(others, bucket.tensor)
-    if not all(torch.equal(others[0], other) for other in others):
-        raise AssertionError(f"{who}: replicas differ")
-    return nmse
-
-
-Spent = tuple[float, float, float, int]  # seconds of encode, exchange, decode; bytes sent
-
-
-def spent(contestant: Contestant) -> Spent:
-    """By this rank until now; NaN for other hooks."""
-    if not isinstance(contestant.state, rhtcomm.hooks.RHTState):
-        return math.nan, math.nan, math.nan, 0
-    stats = contestant.state.stats()
-    return stats.encode_seconds, stats.exchange_seconds, stats.decode_seconds, stats.bytes_sent
+def rhtcomms(carrier: str, make: Callable[[], Topology] | None) -> list[Contestant]:
+    """This package's hook by bits and algorithm."""
+    found = []
+    for bits in BITS:
+        found += compressed_by(carrier, [bits], ["quic_fl"], ALGORITHMS, make)
+        found += compressed_by(carrier, [bits], ["lattice"], ALGORITHMS, make)
+        if bits == 4:
+            found += [
+                compressed(carrier, bits, algorithm, "quic_fl", make, rotations="auto")
+                for algorithm in ALGORITHMS
+            ]
+    return found
 
 
 def measure(link: str, mebibytes: float, rounds: int, patterns: list[str]) -> list[dict[str, Any]]:
     """One row per contestant; on every rank, with the times of the slowest."""
-    numel, shown = int(mebibytes * 2**18), dist.get_rank() == 0
-    field = contestants(numel, dist.get_world_size(), patterns)
-    data = draw(numel, dist.get_rank(), low_rank=False)
-    bucket = Bucket.of(data)
-    errors = [check(contestant, numel) for contestant in progress(field, "checks", shown=shown)]
-    turns = range(-(-rounds // TURN))
-    seconds = torch.empty(len(field), len(turns), TURN, dtype=torch.float64)
-    costs: list[list[Spent]] = [[] for _ in field]
-    for turn in progress(turns, link, shown=shown):
-        for index, contestant in enumerate(field):
-            bucket.tensor.copy_(data)
-            contestant.seconds(bucket)
-            for again in range(TURN):
-                bucket.tensor.copy_(data)
-                before = spent(contestant)
-                seconds[index, turn, again] = contestant.seconds(bucket)
-                after = spent(contestant)
-                costs[index].append(tuple(b - a for a, b in zip(before, after, strict=True)))
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    ranks = Ranks(torch.device("cpu"))
+    problem = Problem(int(mebibytes * 2**18), ranks)
+    field = [Entry(one, problem) for one in contestants(ranks.world_size, patterns)]
+    for entry in progress(field, "checks", shown=ranks.first):
+        entry.nmse, _ = check(entry.contestant, problem)
+    bucket = Bucket.of(problem.data)
+    for _ in progress(range(-(-rounds // TURN)), link, shown=ranks.first):
+        for entry in field:
+            entry.seconds += take_turn(entry, bucket)
     rows = []
-    for contestant, error, times, cost in zip(field, errors, seconds, costs, strict=True):
-        figures = row_of(contestant, link, error, times.flatten().tolist(), cost)
-        run = {"link": link, "world_size": dist.get_world_size(), "mebibytes": mebibytes}
-        rows.append(run | figures)
-        if isinstance(contestant.state, rhtcomm.hooks.RHTState):
-            contestant.state.close()
+    for entry in field:
+        entry.seconds = ranks.largest(*entry.seconds)
+        run = {"link": link, "world_size": ranks.world_size, "mebibytes": mebibytes}
+        rows.append(run | row_of(entry, link))
+        entry.contestant.close()
     return rows
 
 
-def row_of(
-    contestant: Contestant, link: str, error: float, seconds: list[float], costs: list[Spent]
-) -> dict[str, Any]:
+def row_of(entry: Entry, link: str) -> dict[str, Any]:
     """A contestant's figures, as the CSV has them."""
-    low, median, high = quantiles(seconds)
-    sent = costs[0][3] or contestant.sent
+    found = figures(entry)
+    sent = found.bytes_sent or 0.0
     times = {
-        "median_ms": median,
-        "low_ms": low,
-        "high_ms": high,
+        "median_ms": found.median,
+        "low_ms": found.low,
+        "high_ms": found.high,
         "ideal_ms": 8 * sent / (MBIT[link] * 1e6) if link in MBIT else 0.0,
     }
-    own = {
-        f"{what}_ms": statistics.median(cost[index] for cost in costs)
-        for index, what in enumerate(("encode", "exchange", "decode"))
-    }
+    own = {f"{what}_ms": getattr(found, what) for what in ("encode", "exchange", "decode")}
     return {
-        "contestant": contestant.name,
-        "carrier": contestant.carrier,
-        "rounds": len(seconds),
+        "contestant": found.contestant,
+        "carrier": found.carrier,
+        "rounds": found.rounds,
         **{name: f"{1e3 * value:.3f}" for name, value in times.items()},
-        "nmse": f"{error:.3g}",
+        "nmse": f"{found.nmse:.3g}",
         **{name: f"{1e3 * value:.3f}" for name, value in own.items()},
     }
 

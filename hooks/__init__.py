@@ -2,17 +2,19 @@
 
 from typing import TYPE_CHECKING, Any
 
+from . import telemetry
 from .ddp import rht_hook
 from .local_sgd import OuterAverager
 from .model_averager import CompressedModelAverager
 from .register import Handle, register
 from .state import RHTState
-from .telemetry import Stats
+from .stats import BucketReport, Stats
 
 if TYPE_CHECKING:
     from .fsdp import compress_fsdp
 
 __all__ = [
+    "BucketReport",
     "CompressedModelAverager",
     "Handle",
     "OuterAverager",
@@ -21,6 +23,7 @@ __all__ = [
     "compress_fsdp",
     "register",
     "rht_hook",
+    "telemetry",
 ]
 
 

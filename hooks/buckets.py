@@ -13,6 +13,7 @@ from ..randomness import Key
 from ..reduce import Treatment
 from ..segments import rows_of
 from .models import numel_of
+from .stats import BucketReport
 
 __all__ = ["Bucket", "floats_in", "plain_mean", "say_if_exact"]
 
@@ -44,6 +45,8 @@ class Bucket:
     Until its turn, each has this bucket's buffer."""
     gradients: torch.Tensor | None = None
     """Memory that the parameters' gradients may be views of, if it is not `buffer`."""
+    reports: list[BucketReport] | None = None
+    """Of it, or of its parts, once they are finished; None: nobody observes."""
 
     def lengths_and_rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Lengths and rows of the segments in the buffer."""
@@ -64,6 +67,7 @@ class Bucket:
             part = self.parts.pop(0)
             own = [piece_of[id(parameter)] for parameter in part.parameters]
             part.buffer, part.gradients = torch.cat(own), self.buffer
+            part.reports = self.reports
             self.key = part.key  # named in errors
             mean_(part)
             for piece, mean in zip(own, part.buffer.split([*map(len, own)]), strict=True):

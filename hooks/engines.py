@@ -27,53 +27,16 @@ from ..deferred import DeferredChecks
 from ..randomness import Key
 from ..reduce import Reducer
 from .buckets import Bucket
+from .cuda import Cuda, Future
 from .failures import clear_frames, explain, text_of
 from .residuals import Residuals
 from .scales import SCALED, Scales
-from .telemetry import Totals
+from .stats import BucketReport, Totals, error_of
 from .turns import Turn
 
-__all__ = ["Cuda", "Engine", "StreamEngine", "ThreadEngine", "engine_for"]
-
-Future = torch.futures.Future[torch.Tensor]
+__all__ = ["Cuda", "Engine", "Future", "StreamEngine", "ThreadEngine", "engine_for"]
 
 _log = logging.getLogger("rhtcomm")
-
-
-class Cuda:
-    """What engines ask of CUDA, or of an accelerator that torch treats alike.
-
-    Tests put something in its place that records.
-    """
-
-    def queues(self, device: torch.device) -> bool:
-        """Whether work on a device is queued on streams."""
-        return device.type != "cpu"
-
-    def new_stream(self, device: torch.device) -> Any:
-        return torch.get_device_module(device).Stream(device)
-
-    def stream(self, stream: Any) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any]
-        context = torch.get_device_module(stream.device).stream(stream)
-        return context
-
-    def ready(self, device: torch.device) -> Any:
-        """An event behind what the current stream of a device has queued so far."""
-        return self.current_stream(device).record_event()
-
-    def current_stream(self, device: torch.device) -> Any:
-        return torch.get_device_module(device).current_stream(device)
-
-    def record_stream(self, x: torch.Tensor, stream: Any) -> None:
-        """Keep the memory of x until what a stream has queued is done, should x go before."""
-        x.record_stream(stream)
-
-    def is_capturing(self, device: torch.device) -> bool:
-        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-    def future(self, device: torch.device) -> Future:
-        return torch.futures.Future(devices=[device])
 
 
 class Engine:
@@ -111,7 +74,7 @@ class Engine:
         self.ended = False
         self._facts, self._totals, self._residuals = facts, totals, residuals
         self._nmse_every, self._scales = nmse_every, scales
-        self._cuda = cuda or Cuda()
+        self.cuda = cuda or Cuda()
         self._streams: dict[torch.device, Any] = {}
 
     def submit(self, bucket: Bucket) -> Future:
@@ -204,10 +167,15 @@ class Engine:
         if residual is not None and self._residuals is not None:
             self._residuals.keep(bucket.parameters, residual)
         self._totals.add(report)
+        error = norm = 0.0
         if exact is not None:
             if bucket.output is not None:
                 exact = exact.view(self.topology.world_size, -1)[self.topology.rank]
-            self._totals.add_sample(mean, exact)
+            error, norm = error_of(mean, exact)
+            self._totals.add_error(error, norm)
+        if bucket.reports is not None:
+            made = BucketReport.of(report, self.topology.rank, key, buffer.numel(), error, norm)
+            bucket.reports.append(made)
 
     def _equalized(
         self, bucket: Bucket, lengths: tuple[int, ...], residual: torch.Tensor | None
@@ -257,7 +225,7 @@ class Engine:
         return error
 
     def _refuse_capture(self, device: torch.device) -> None:
-        if self._cuda.is_capturing(device):
+        if self.cuda.is_capturing(device):
             raise RuntimeError(
                 f"{self.owner}: a CUDA graph is being captured, which would replay the randomness "
                 "and the checks of one step for ever; leave the backward pass out of the graph, or "
@@ -270,10 +238,10 @@ class Engine:
         device = buffer.device
         stream = self._streams.get(device)
         if stream is None:
-            stream = self._streams[device] = self._cuda.new_stream(device)
+            stream = self._streams[device] = self.cuda.new_stream(device)
         stream.wait_event(ready)
-        self._cuda.record_stream(buffer, stream)
-        with self._cuda.stream(stream), self.checks.deferring():
+        self.cuda.record_stream(buffer, stream)
+        with self.cuda.stream(stream), self.checks.deferring():
             yield
 
 
@@ -294,9 +262,9 @@ class ThreadEngine(Engine):
         device = bucket.buffer.device
         ready: Any = None
         done: Future = torch.futures.Future()
-        if self._cuda.queues(device):
+        if self.cuda.queues(device):
             self._refuse_capture(device)
-            ready, done = self._cuda.ready(device), self._cuda.future(device)
+            ready, done = self.cuda.ready(device), self.cuda.future(device)
         if self.failure is None:  # else the bucket is refused on its way
             self.turn.take()
         self.worker.submit(self._run, bucket, ready, done)
@@ -356,8 +324,8 @@ class StreamEngine(Engine):
         device = bucket.buffer.device
         try:
             self._refuse_capture(device)
-            done = self._cuda.future(device)
-            with self._side_stream(bucket.buffer, self._cuda.ready(device)):
+            done = self.cuda.future(device)
+            with self._side_stream(bucket.buffer, self.cuda.ready(device)):
                 self._mean_(bucket)
                 done.set_result(bucket.buffer)
         except BaseException as error:

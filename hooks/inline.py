@@ -23,9 +23,9 @@ class InlineEngine(Engine):
         device = bucket.buffer.device
         try:
             self._refuse_capture(device)
-            if bucket.output is None and self._cuda.queues(device):
+            if bucket.output is None and self.cuda.queues(device):
                 # The caller may free it before the queued work is done.
-                self._cuda.record_stream(bucket.buffer, self._cuda.current_stream(device))
+                self.cuda.record_stream(bucket.buffer, self.cuda.current_stream(device))
             with self.checks.deferring():
                 self._mean_(bucket)
         except BaseException as error:

@@ -20,8 +20,8 @@ from .outer import OuterState, check_schedule, digest, outer_optimizer, warn_of_
 from .outer_checkpoint import read, saved_optimizer, to_torch
 from .policy import Bits
 from .register import Handle
+from .stats import Stats
 from .summary import log_summary
-from .telemetry import Stats
 
 __all__ = ["OuterAverager"]
 
@@ -44,12 +44,6 @@ class _Flight:
     changes: list[torch.Tensor]
     """By part: their changes; when the futures are done, the mean over ranks."""
     futures: list[Future]
-
-    def wait(self) -> None:
-        """Wait for the means; raise the exchange's error."""
-        for future in self.futures:
-            future.wait()
-        self.futures.clear()
 
 
 class OuterAverager:
@@ -246,11 +240,16 @@ class OuterAverager:
         """Apply exchanges that are due after inner step `now`; return whether there were any."""
         due = [flight for flight in self._flights if flight.due <= now]
         for flight in due:
-            flight.wait()
+            self._wait_for(flight)
             with default_mode(pool=True):
                 self._apply(flight)
             self._flights.remove(flight)
         return bool(due)
+
+    def _wait_for(self, flight: _Flight) -> None:
+        """Until the means are there; raises what went wrong."""
+        self.state.wait(flight.futures)
+        flight.futures.clear()
 
     def _apply(self, flight: _Flight) -> None:
         parts = self._fragments[flight.fragment]
@@ -290,7 +289,7 @@ class OuterAverager:
         them on each rank.
         """
         for flight in self._flights:
-            flight.wait()
+            self._wait_for(flight)
         saved = self._handle.state_dict() | {
             "inner_steps": self.inner_steps,
             "anchors": {name: x.clone() for name, x in self.anchors.state_dict().items()},
@@ -330,7 +329,7 @@ class OuterAverager:
             lengths,
         )
         for flight in self._flights:
-            flight.wait()
+            self._wait_for(flight)
         self._handle.load_state_dict(state)
         self.optimizer.load_state_dict(to_torch(saved.optimizer, self.optimizer, self.anchors))
         self.anchors.load_state_dict(dict(saved.anchors))

@@ -12,7 +12,7 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from .anchors import mirror_of
 from .local_sgd import OuterAverager
 from .policy import Bits
-from .telemetry import Stats
+from .stats import Stats
 
 __all__ = ["CompressedModelAverager"]
 

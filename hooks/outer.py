@@ -14,11 +14,11 @@ from ..arguments import natural
 from ..communicators import Topology, TorchCommunicator
 from ..reduce import DisagreementError
 from .anchors import CALL, Part, real
+from .base import HookState
 from .buckets import Bucket, say_if_exact
 from .engines import Engine, Future
 from .models import ranks_of
 from .policy import Bits
-from .state import RHTState
 
 __all__ = [
     "OuterState",
@@ -31,7 +31,7 @@ __all__ = [
 _log = logging.getLogger("rhtcomm")
 
 
-class OuterState(RHTState):
+class OuterState(HookState):
     """Configuration and progress of the exchanges of an `OuterAverager`.
 
     A step is an exchange of one fragment; each of its parts is a bucket.
@@ -94,8 +94,18 @@ class OuterState(RHTState):
                 say_if_exact(change.dtype, self._said)
                 treatment = self.policy.treatment(key.step, part.tensors)
             bucket = Bucket(change, key, [*part.anchors], ends, treatment, self)
+            bucket.reports = self._new_reports()
             sent.append(engine.submit(bucket))
+            if self.reports is not None:
+                self.reports.add(bucket, sent[-1], engine.cuda)
         return sent
+
+    def wait(self, futures: Sequence[Future]) -> None:
+        """Until the means are there, those of the fragment that was sent first; raises errors."""
+        if self.reports is not None:
+            self.reports.land(len(futures))
+        for future in futures:
+            future.wait()
 
 
 # What the ranks begin with ----------------------------------------------------------------------

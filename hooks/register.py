@@ -12,12 +12,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..reduce import Reducer
+from .base import HookState
 from .ddp import rht_hook
 from .models import ddp_in, named_parameters, numel_of
 from .policy import Bits
 from .state import RHTState
+from .stats import Stats, figures
 from .summary import log_summary
-from .telemetry import Stats, figures
 
 __all__ = ["Handle", "begin", "register"]
 
@@ -89,7 +90,7 @@ class Handle:
     See `register` and `compress_fsdp`.
     """
 
-    def __init__(self, model: nn.Module, state: RHTState) -> None:
+    def __init__(self, model: nn.Module, state: HookState) -> None:
         self.state = state
         self._weak_model = weakref.ref(model)
         self._shown = state.stats()  # what `figures` has told of
@@ -179,7 +180,7 @@ class Handle:
         self.state.bypass(self._model())
 
     def close(self) -> None:
-        """Finish what is in flight, end the worker thread and the hook's own connections.
+        """Finish what is in flight, end the worker thread, the hook's connections and observers.
 
         Call it before `destroy_process_group`. A hook that goes with its model is closed as well.
         """

@@ -1,6 +1,7 @@
 """The state of a sharded model: its reductions, their keys, and its shutdown."""
 
 import contextlib
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import nn
 from ..communicators import Topology
 from ..randomness import Key
 from ..reduce import Reducer
+from .base import HookState
 from .buckets import Bucket, say_if_exact
 from .engines import Engine
 from .fsdp1 import FlatUnit
@@ -21,7 +23,6 @@ from .inline import InlineEngine
 from .models import ranks_of
 from .policy import Bits
 from .session import Session
-from .state import RHTState
 from .units import CALL, Unit
 
 __all__ = ["ShardedState"]
@@ -36,7 +37,7 @@ _REFUSED = {
 }
 
 
-class ShardedState(RHTState):
+class ShardedState(HookState):
     """Configuration and progress of a model's reductions. `compress_fsdp` makes it.
 
     Buckets are numbered by unit: i (of u units) for its reduce-scatter, and u (1 + s) + i for the
@@ -134,7 +135,7 @@ class ShardedState(RHTState):
                 )
             number = self._numbers[unit]
             bucket = self._bucket(unit, number, self._session, _floats(gradients), _floats(output))
-            engine.run(bucket)
+            self._run(engine, bucket)
             if factor != 1:
                 output.mul_(factor)
 
@@ -144,9 +145,23 @@ class ShardedState(RHTState):
         with self._failures_told():
             shards, replicas = self.engines
             number = len(self._shards) * (1 + shards.topology.rank) + self._numbers[unit]
-            replicas.run(self._bucket(unit, number, self._replicas, _floats(shard)))
+            bucket = self._bucket(unit, number, self._replicas, _floats(shard))
+            self._run(replicas, bucket)
             if unit.divide_factor is not None:
                 shard.mul_(replicas.topology.world_size)
+
+    def _run(self, engine: InlineEngine, bucket: Bucket) -> None:
+        """Training waits meanwhile, or on a device where torch has its streams wait."""
+        if self.reports is None:
+            engine.run(bucket)
+            return
+        bucket.reports, since = [], time.perf_counter()
+        engine.run(bucket)
+        queues = engine.cuda.queues(bucket.buffer.device)
+        wait = None if queues else time.perf_counter() - since
+        self.reports.add(bucket, None, engine.cuda, wait)
+        if bucket.ends:
+            self.reports.land()
 
     @contextlib.contextmanager
     def _failures_told(self) -> Iterator[None]:
@@ -207,6 +222,8 @@ class ShardedState(RHTState):
         with self._failures_told():
             for engine in self.engines:
                 engine.settle(self._now)
+        if self.reports is not None:
+            self.reports.land()
 
     # Checkpoints and the end --------------------------------------------------------------------
 

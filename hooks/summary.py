@@ -10,7 +10,7 @@ from ..communicators import Topology, TorchCommunicator, backend_of
 from ..kernels import cpu, kernel_for, reference
 from ..lattice import Lattice
 from ..reduce import Reducer
-from .state import RHTState
+from .base import HookState
 
 __all__ = ["log_summary"]
 
@@ -18,7 +18,7 @@ _log = logging.getLogger("rhtcomm")
 
 
 def log_summary(
-    state: RHTState,
+    state: HookState,
     device: torch.device,
     reductions: Iterable[tuple[Reducer, torch.dtype, int, bool]],
     *,
@@ -58,7 +58,7 @@ def _transport(topology: Topology, device: torch.device) -> str:
     return type(topology).__name__
 
 
-def _kernels(state: RHTState, device: torch.device) -> str:
+def _kernels(state: HookState, device: torch.device) -> str:
     if isinstance(state.codec, Lattice):
         return "plain torch"
     kernel = kernel_for(device, state.codec.quantizer)
@@ -68,7 +68,7 @@ def _kernels(state: RHTState, device: torch.device) -> str:
 
 
 def _bytes_per_step(
-    state: RHTState, reductions: Iterable[tuple[Reducer, torch.dtype, int, bool]]
+    state: HookState, reductions: Iterable[tuple[Reducer, torch.dtype, int, bool]]
 ) -> tuple[float, float]:
     """MB that a rank sends with and without compression."""
     sent = uncompressed = 0.0

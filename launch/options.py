@@ -121,6 +121,12 @@ def add_hook_options(parser: argparse.ArgumentParser) -> None:
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--csv", type=Path, help="log with one row per step")
+    output.add_argument(
+        "--telemetry",
+        type=Path,
+        metavar="RUN.CSV",
+        help="rht: CSV with one row per bucket and step, for python -m rhtcomm report",
+    )
     output.add_argument("--summary", type=Path, help="JSON with the run's figures")
     output.add_argument(
         "--checkpoint",
@@ -168,6 +174,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--error-feedback works only with --hook rht, not {args.hook}; leave out one of them"
         )
+    if args.telemetry and args.hook != "rht":
+        raise ValueError(f"--telemetry is for --hook rht, not {args.hook}: leave one of them out")
     if args.resume and args.checkpoint is None:
         raise ValueError("--resume needs --checkpoint; name the file to resume from")
     if "RANK" not in os.environ:

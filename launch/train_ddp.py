@@ -132,7 +132,8 @@ class Trainer:
         rht = None
         if self.compressed:
             stats = self.hook_state.stats()
-            rht = dataclasses.asdict(stats) | {"compression_ratio": stats.compression_ratio}
+            rht = dataclasses.asdict(stats)
+            rht |= {"compression_ratio": stats.compression_ratio, "nmse": stats.nmse}
         content = {
             "args": vars(self.args),
             "name": name_of(self.args),

@@ -7,7 +7,10 @@ import sys
 # A command's module has `add_arguments(parser)` and `run(arguments)`, whose result is the exit
 # status (None: 0). Only the module of the command that was asked for is imported.
 COMMANDS = {
-    "plan": ("rhtcomm.cost", "predict the time of an exchange, and whether compression pays"),
+    "bench": ("rhtcomm.bench.command", "measure exchanges on these ranks, and say what to do"),
+    "plan": ("rhtcomm.plan_command", "predict exchanges, and say whether compression pays"),
+    "doctor": ("rhtcomm.doctor", "find what is wrong on this machine, or among a launcher's ranks"),
+    "report": ("rhtcomm.report", "draw the plots of a run, from its telemetry file"),
 }
 
 

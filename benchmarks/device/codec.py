@@ -18,12 +18,13 @@ from device.devices import Device, device_for
 from device.results import Results
 from device.small import SANITIZED, sanitize_one
 from device.tensors import numbers
-from rhtcomm.cost import CodecSpeed, plan
 from rhtcomm.deferred import DeferredChecks
 from rhtcomm.kernels import gpu
 from rhtcomm.kernels.triton_kernels.hadamard import hadamard
 from rhtcomm.kernels.triton_kernels.memory import round_to, to_float32
 from rhtcomm.kernels.triton_kernels.order import to_memory, to_threads
+from rhtcomm.planning import plan
+from rhtcomm.probe import CodecSpeed
 from rhtcomm.rotation import hadamard as reference_hadamard
 from rhtcomm.wire import HEADER_BYTES
 

@@ -1,16 +1,12 @@
 """Times of several contestants in one run, so that a noisy machine disturbs all alike."""
 
-import statistics
 import time
 from collections.abc import Callable
 
 from lib.progress import progress
+from rhtcomm.bench.rounds import quantiles
 
-
-def quantiles(seconds: list[float]) -> tuple[float, float, float]:
-    """The 10%, 50% and 90% quantiles."""
-    tenths = statistics.quantiles(seconds, n=10)
-    return tenths[0], statistics.median(seconds), tenths[-1]
+__all__ = ["interleave", "milliseconds", "quantiles"]
 
 
 def milliseconds(times: tuple[float, float, float]) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from ..ddp import rht_hook
 from ..policy import Bits
 from ..register import Handle, begin
 from ..state import RHTState
-from ..telemetry import figures
+from ..stats import figures
 from .common import attach, restore_rank, save_rank
 
 __all__ = ["register"]
@@ -102,6 +102,8 @@ _REPLACED = ("buffered_allreduce_fallback", "save_checkpoint", "load_checkpoint"
 class _Handle(Handle):
     """A handle that replaces three methods of the engine."""
 
+    state: RHTState
+
     def __init__(self, engine: DeepSpeedEngine, state: RHTState) -> None:
         super().__init__(engine.module, state)
         self._weak_engine = weakref.ref(engine)
@@ -129,6 +131,8 @@ class _Handle(Handle):
         engine = self._engine()
         buckets = [*_buckets(engine.module)]
         means = [rht_hook(self.state, bucket) for bucket in buckets]
+        if self.state.reports is not None:
+            self.state.reports.land()
         for bucket, mean in zip(buckets, means, strict=True):
             bucket.take(mean.wait())
         if engine.monitor.enabled:

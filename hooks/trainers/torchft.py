@@ -18,7 +18,7 @@ from ...reduce import Algorithm, Reducer, check_algorithm
 from ...segments import rows_of
 from ..configuration import Quantizer, codec_for
 from ..failures import clear_frames
-from ..telemetry import Stats, Totals
+from ..stats import Stats, Totals
 
 __all__ = ["CompressedManager", "compress_manager"]
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["MPICommunicator"]
 
+# What MPI itself adds up. NumPy has no bfloat16, and MPI knows 16 bits as integers, whose sum is no
+# error but wrong; a sum in float16 would round on the way.
+_SUMMED = (torch.float32, torch.float64, torch.int32, torch.int64)
+
 Result = TypeVar("Result")
 
 
@@ -35,7 +39,7 @@ class MPICommunicator(Communicator):
             program. That is left to the program: `abort` does nothing.
 
     Raises:
-        ImportError: mpi4py is not installed.
+        ImportError: mpi4py is not installed, or finds no MPI library.
         RuntimeError: the numbers of MPI ranks and torch ranks differ. This happens if only torchrun
             started the processes: each is then an MPI world of its own.
         TypeError: the timeout is not a number.
@@ -51,7 +55,7 @@ class MPICommunicator(Communicator):
             raise ValueError(f"MPICommunicator: timeout={timeout!r} must be positive, or None")
         try:
             from mpi4py import MPI
-        except ImportError as missing:
+        except (ImportError, RuntimeError) as missing:
             raise ImportError(
                 "MPICommunicator needs mpi4py and an MPI library: pip install 'rhtcomm[mpi]'"
             ) from missing
@@ -118,6 +122,16 @@ class MPICommunicator(Communicator):
         return self._finish(self.comm.Ibcast(_host_array(x)), x)
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        """As in `Communicator`.
+
+        Raises:
+            TypeError: x is of another dtype than float32, float64, int32 and int64.
+        """
+        if x.dtype not in _SUMMED:
+            raise TypeError(
+                f"MPICommunicator.all_reduce_: MPI cannot be trusted to add {x.dtype}; pass "
+                "x.float(), or use rhtcomm.all_reduce, which takes bfloat16 and float16"
+            )
         request = self.comm.Iallreduce(self._in_place, _host_array(x), self._operations[op])
         self._finish(request, x)()
         self.bytes_sent += self.ring_bytes(x.nbytes)

@@ -34,7 +34,7 @@ from rhtcomm.once import once
 from rhtcomm.quantizers import ECDQ, Quantizer
 from rhtcomm.randomness import Key
 
-__all__ = ["DTYPES", "Kernel", "Task", "choose", "kernel_for", "use"]
+__all__ = ["DTYPES", "Kernel", "Task", "build_command", "choose", "kernel_for", "use"]
 
 DTYPES = cpu.DTYPES
 
@@ -144,7 +144,7 @@ def _for_cpu(wanted: str | None, variant: str | None) -> Kernel:
             fact, cause = f"could not be loaded ({failure})", failure
     remedy = (
         "To build them, or to see why that fails, install a C compiler (gcc or clang) and run\n\n"
-        f"    {_build_command()}\n"
+        f"    {build_command()}\n"
     )
     if wanted or variant:
         raise RuntimeError(f"the C kernels were requested, but they {fact}. {remedy}") from cause
@@ -156,7 +156,7 @@ def _for_cpu(wanted: str | None, variant: str | None) -> Kernel:
     return reference
 
 
-def _build_command() -> str:
+def build_command() -> str:
     """The command that reinstalls the package from source, with C kernels or an error.
 
     pip caches the wheels that it built, including those without kernels, and would reuse one.

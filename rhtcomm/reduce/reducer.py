@@ -53,6 +53,8 @@ class Report:
     """Waiting for messages."""
     decode_seconds: float = 0.0
     """Unpacking, adding up and rotating back."""
+    bits: float = 0.0
+    """Bits per coordinate of the payloads; where nothing is compressed, of the dtype."""
 
     @classmethod
     def of_nothing(cls, wanted_rotations: int | None = None) -> "Report":
@@ -88,6 +90,8 @@ class Route:
     nothing: torch.Tensor
     """(0,) uint8 on the tensor's device."""
     bytes_uncompressed: int
+    bits: float
+    """Per coordinate of what is compressed; where nothing is, those of a number."""
     rotations: int | None = None
     """The codec's own number of rotations, if payloads leave this node."""
 
@@ -265,12 +269,14 @@ class Reducer:
             by_torch=True,
             nothing=flat.new_empty(0, dtype=torch.uint8),
             bytes_uncompressed=topology.ring_bytes(flat.nbytes) // (1 if job.output is None else 2),
+            bits=8.0 * flat.itemsize,
         )
         run_exact = Exact(topology) if job.output is None else ExactScatter(topology.between)
         if compressed and codec is not None:
             topology.check_nodes(flat.device)
             run = self._run_for(codec, numel, flat.device, scatters=job.output is not None)
             route.run = run
+            route.bits = codec.bits if isinstance(codec, Lattice) else codec.quantizer.bits
             if exact is not None:
                 route.run = Mixed(run, run_exact, segments.given, exact, shards)
             route.by_torch = not isinstance(route.run, (Payloads, Scatter))
@@ -346,6 +352,7 @@ class Reducer:
             seconds["encode"],
             seconds["exchange"],
             seconds["decode"],
+            route.bits,
         )
 
     def _used(self, segments: Segments, job: Job) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What a state counts."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from states import FINE, TIMEOUT
 
 from rhtcomm import Codec, QuicFL
 from rhtcomm.hooks import RHTState
-from rhtcomm.hooks.telemetry import Stats, figures
+from rhtcomm.hooks.stats import Stats, Totals, figures
+from rhtcomm.reduce import Report
 
 
 def count(rank: int, world_size: int, algorithm: Any, nmse_every: int) -> list[Any]:
@@ -59,12 +61,17 @@ def test_stats(algorithm: str, world_size: int, nmse_every: int, ranks: Ranks) -
             assert stats[1].nmse == stats[2].nmse == stats[3].nmse != stats[4].nmse
 
 
+def stats_of(steps: int, octets: int, seconds: tuple[float, ...], **others: Any) -> Stats:
+    """With four times the bytes uncompressed, and these seconds to encode, exchange and decode."""
+    return Stats(steps, octets, 4 * octets, *seconds, **{"rotations": {}, **others})
+
+
 def test_figures_are_means_over_the_steps_between() -> None:
-    before = Stats(2, 1000, 4000, 1.0, 2.0, 4.0, None, {})
-    after = Stats(6, 1400, 6400, 2.0, 2.5, 4.2, 0.01, {})
+    before = stats_of(2, 1000, (1.0, 2.0, 4.0))
+    after = stats_of(6, 1400, (2.0, 2.5, 4.2), squared_error=0.01, squared_norm=1.0)
     expected = {
         "rhtcomm/bytes_sent": 100,
-        "rhtcomm/compression_ratio": 6,
+        "rhtcomm/compression_ratio": 4,
         "rhtcomm/encode_seconds": 0.25,
         "rhtcomm/exchange_seconds": 0.125,
         "rhtcomm/decode_seconds": pytest.approx(0.05),
@@ -72,6 +79,45 @@ def test_figures_are_means_over_the_steps_between() -> None:
     }
     assert figures(before, after) == expected
     assert figures(after, after) == {}
+    waited = replace(after, steps=10, exposed_seconds=0.5, waits={0: 3, 64: 1})
+    assert figures(after, waited)["rhtcomm/exposed_seconds"] == 0.125
+
+
+def test_stats_subtract() -> None:
+    totals = Totals(10, 40, 1.0, 2.0, 3.0, 4.0, 8.0)
+    totals.rotations[2] = 5
+    for wait in (0.0, 0.9e-6, 1e-6, 63e-6, 64e-6):
+        totals.add_wait(wait)
+    earlier = totals.stats(2)
+    assert earlier.waits == {0: 1, 1: 1, 2: 1, 64: 1, 128: 1}
+    assert earlier.exposed_seconds == pytest.approx(128.9e-6)
+    for wait in (0.0, 0.0, 0.75):
+        totals.add_wait(wait)
+    totals.add_error(2.0, 32.0)
+    totals.add(Report(1, 8, 2, None, 0.5, 0.25, 0.125))
+    later = totals.stats(3)
+    between = later - earlier
+    assert between == Stats(
+        steps=1,
+        bytes_sent=1,
+        bytes_uncompressed=8,
+        encode_seconds=0.5,
+        exchange_seconds=0.25,
+        decode_seconds=0.125,
+        rotations={1: 0, 2: 1, 3: 0},
+        squared_error=2.0,
+        squared_norm=32.0,
+        exposed_seconds=pytest.approx(0.75),
+        waits={0: 2, 1 << 20: 1},
+    )
+    assert (between.compression_ratio, between.nmse, between.bytes_saved) == (8, 1 / 16, 7)
+    nothing = later - later
+    assert (nothing.steps, nothing.nmse, nothing.exposed_seconds, nothing.waits) == (
+        0,
+        None,
+        None,
+        {},
+    )
 
 
 def train_alone(rank: int, world_size: int) -> Any:

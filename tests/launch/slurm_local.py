@@ -6,6 +6,7 @@ all with this program, and keep their files in a temporary folder; the nodes' na
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -136,6 +137,29 @@ def submit(folder: Path, arguments: list[str], **variables: str) -> None:
         raise RuntimeError(f"after at most {LIMIT} s the job was {state}: {shown}{printed}")
 
 
+def diagnose(*options: str) -> None:
+    """Run the doctor on a rank of each node, which srun starts.
+
+    Raises:
+        RuntimeError: it found a problem, or no exchange, or ended in another way.
+    """
+    command = ["srun", "--quiet", "--nodes=2", "--ntasks-per-node=1", *options]
+    command += [sys.executable, "-m", "rhtcomm", "doctor", "--json"]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    print(f"make slurm: {' '.join(command[:-1])}: no problem", flush=True)
+    report = json.loads(done.stdout)
+    fine = {one["topic"]: one for one in report["findings"] if one["grade"] == "ok"}
+    assert (report["launcher"], report["world_size"]) == ("srun", 2), report
+    assert fine["exchange"]["ranks"] == [0, 1], report
+    expected = "2 ranks, a sum is right" if options else ""
+    assert expected in fine["MPI"]["fact"], report
+
+
 def run_jobs(folder: Path) -> None:
     start_slurm(folder)
     whole = Files(folder, "whole")
@@ -150,8 +174,10 @@ def run_jobs(folder: Path) -> None:
         )
 
     job("torchrun")
+    diagnose()
     if importlib.util.find_spec("mpi4py"):
         job("MPI", LAUNCHER="mpi", SRUN_OPTIONS="--mpi=pmi2")
+        diagnose("--mpi=pmi2")
     else:
         print("make slurm: MPI: skipped, as mpi4py is not installed")
     (folder / "sitecustomize.py").write_text(FAULT)

@@ -83,6 +83,7 @@ def test_trains_and_resumes_as_if_uninterrupted(hook: str, ranks: Ranks, tmp_pat
         options += ["--hook", hook]
         if hook == "rht":
             options += ["--error-feedback", "--hook-warmup", "8"]
+            options += ["--telemetry", tmp_path / f"{name}_telemetry.csv"]
         # Several buckets, each large enough to be compressed.
         return [*options, "--bucket-cap-mb", "0.15"]
 
@@ -124,6 +125,11 @@ def test_trains_and_resumes_as_if_uninterrupted(hook: str, ranks: Ranks, tmp_pat
         return [(row["step"], row["train_loss"]) for row in read_log(tmp_path / f"{name}.csv")]
 
     assert training("halved") == training("whole")
+    if hook == "rht":
+        sent = [0] * 12
+        for row in read_log(tmp_path / "halved_telemetry.csv"):
+            sent[int(row["step"])] += int(row["bytes_sent"])
+        assert sent == [int(row["bytes_sent"]) for row in log]
 
 
 def test_resuming_another_run_names_what_differs(ranks: Ranks, tmp_path: Path) -> None:
@@ -138,6 +144,7 @@ def test_resuming_another_run_names_what_differs(ranks: Ranks, tmp_path: Path) -
     [
         ("--eval-every 0", "--eval-every 0 must be at least 1"),
         ("--steps 0", "--steps 0 must be at least 1"),
+        ("--hook bf16 --telemetry x.csv", "--telemetry is for --hook rht, not bf16"),
         ("--checkpoint-every 0", "--checkpoint-every 0 must be at least 1"),
         ("--device cuda", "need a CUDA device, but torch finds none"),
         ("--backend nccl", "need a CUDA device, but torch finds none"),

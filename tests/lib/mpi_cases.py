@@ -20,6 +20,7 @@ from rhtcomm import (
     Eden,
     HierarchicalCommunicator,
     Key,
+    Lattice,
     MPICommunicator,
     QuicFL,
 )
@@ -52,6 +53,10 @@ def exchanges() -> None:
     x = torch.arange(10.0) * (rank + 1)
     communicator.all_reduce_(x)
     assert torch.equal(x, torch.arange(10.0) * (n * (n + 1) // 2))
+    for dtype in (torch.bfloat16, torch.float16, torch.uint8, torch.bool):
+        for op in ("sum", "max"):
+            with pytest.raises(TypeError, match=rf"cannot be trusted to add {dtype}; pass x.float"):
+                communicator.all_reduce_(torch.ones(4, dtype=dtype), op)  # type: ignore[arg-type]
     communicator.close()
 
 
@@ -83,7 +88,28 @@ def means() -> None:
     small = xs[rank][:100].clone()
     rhtcomm.all_reduce(small, Codec(QuicFL(1)), key, communicator)
     assert torch.allclose(small, exact[:100].float(), atol=1e-6)
+    for dtype in (torch.bfloat16, torch.float16):
+        of_dtype(dtype, communicator, levels)
     communicator.close()
+
+
+def of_dtype(
+    dtype: torch.dtype, communicator: MPICommunicator, levels: HierarchicalCommunicator
+) -> None:
+    """The mean of 16-bit tensors, whether MPI adds them up or their payloads travel."""
+    rank, n = communicator.rank, communicator.world_size
+    eps, key = torch.finfo(dtype).eps, Key(4)
+    xs = [torch.randn(5000, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(n)]
+    exact = torch.stack(xs).double().mean(dim=0)
+    for codec in (Codec(QuicFL(8)), Lattice(8)):
+        for topology in (communicator, levels):
+            for uncompressed in (True, False):
+                x = xs[rank].clone()
+                least = 2 * x.numel() if uncompressed else 0
+                rhtcomm.all_reduce(x, codec, key, topology, min_numel=least)
+                assert same_everywhere(x.view(torch.int16))
+                tolerance = eps if uncompressed else 0.05
+                assert torch.allclose(x.double(), exact, rtol=eps, atol=tolerance), (dtype, codec)
 
 
 def disagreement() -> None:

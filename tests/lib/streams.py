@@ -24,7 +24,7 @@ class Event:
         self.number, self._streams = number, streams
 
     def query(self) -> bool:
-        return True
+        return not self._streams.behind
 
     def synchronize(self) -> None:
         assert self._streams.host_may_wait
@@ -47,6 +47,8 @@ class Streams(engines.Cuda):
     def __init__(self) -> None:
         self.log: list[tuple[str, str, int]] = []
         self.capturing = self.host_may_wait = False
+        self.behind = False
+        """Whether the device has not got to what was asked of it."""
         self._current = threading.local()  # of each thread
         self._events = 0
 
@@ -91,6 +93,19 @@ class Streams(engines.Cuda):
 
     def future(self, device: torch.device) -> torch.futures.Future[torch.Tensor]:
         return _Future(self)
+
+    def moment(self, device: torch.device) -> Event:
+        self._events += 1
+        self.note(f"record moment {self._events}")
+        return Event(self, self._events)
+
+    def is_over(self, moment: Event, wait: bool) -> bool:
+        if wait:
+            self.behind = False
+        return moment.query()
+
+    def seconds(self, start: Event, end: Event) -> float:
+        return float(end.number - start.number)
 
 
 class _Future(torch.futures.Future):  # type: ignore[type-arg]

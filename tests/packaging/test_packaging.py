@@ -1,15 +1,21 @@
 """What users install: the wheel, used from another directory, the sdist, an editable install."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from email.parser import BytesParser
 from pathlib import Path
 
 import pytest
 from harness import ROOT, limit
+
+import rhtcomm
+import rhtcomm.hooks
+from rhtcomm.versions import PACKAGE
 
 PROGRAM = """
 import torch, rhtcomm, rhtcomm.hooks
@@ -52,6 +58,19 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert "rhtcomm/codebooks/quic_fl.npz" in names
     assert "rhtcomm/py.typed" in names
     assert not [name for name in names if name.endswith((".c", ".h"))]
+    assert f"rhtcomm-{rhtcomm.__version__}.dist-info/licenses/LICENSE" in names
+
+
+def test_the_version_stands_in_one_place(wheel: Path) -> None:
+    """In rhtcomm/versions.py; the changelog begins with its entry."""
+    archive, folder = zipfile.ZipFile(wheel), f"rhtcomm-{rhtcomm.__version__}.dist-info"
+    facts = BytesParser().parsebytes(archive.read(f"{folder}/METADATA"))
+    assert facts["Version"] == rhtcomm.__version__ == PACKAGE
+    assert facts["Description-Content-Type"] == "text/markdown"
+    assert facts.get_payload() == (ROOT / "README.md").read_text()
+    entries = re.findall(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert entries[0] == PACKAGE
+    assert not re.search(r"^version *=", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 
 
 def test_the_wheel_works_from_another_directory(wheel: Path, tmp_path: Path) -> None:
@@ -74,16 +93,7 @@ sys.path.insert(0, {str(tmp_path / "installed")!r})
         assert done.stdout.strip() != "reference"
 
 
-def test_the_version_is_that_of_the_project() -> None:
-    import rhtcomm
-
-    assert f'\nversion = "{rhtcomm.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
-
-
 def test_the_public_names_are_there() -> None:
-    import rhtcomm
-    import rhtcomm.hooks
-
     for name in rhtcomm.__all__:
         assert getattr(rhtcomm, name).__doc__
     assert {"RHTState", "rht_hook"} <= set(rhtcomm.hooks.__all__)
@@ -109,9 +119,9 @@ def tracked() -> list[str]:
 def checkout(tmp_path: Path) -> Path:
     """A copy of it as zip files and git for Windows make it: a link is a file that says where to.
 
-    Among the files lies what a working tree holds besides.
+    Among the files lies what a working tree holds besides. The path has a blank.
     """
-    folder = tmp_path / "checkout"
+    folder = tmp_path / "the checkout"
     strays = (".git/hooks/pre-commit", "build/hooks/a.py", "env/lib/rhtcomm/a.py")
     strays += ("hooks/a.so", "rhtcomm/kernels/rhtcomm_cpu.so", "rhtcomm/kernels/rhtcomm_cpu.dll")
     strays += ("hooks/__pycache__/a.pyc", "tests/.hypothesis/a", "dist/rhtcomm-0.tar.gz")
@@ -138,6 +148,7 @@ print(built, end="", file=sys.stderr)"""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, str(to)],
         cwd=source,
+        env={**os.environ, "SOURCE_DATE_EPOCH": "1700000000"},
         capture_output=True,
         text=True,
         timeout=limit(120),
@@ -171,13 +182,14 @@ def test_every_source_gives_the_same_wheel(checkout: Path, tmp_path: Path) -> No
     (linked / "rhtcomm" / "hooks").unlink()
     (linked / "rhtcomm" / "hooks").symlink_to(Path("..", "hooks"), target_is_directory=True)
     wheels = [
-        contents(build("wheel", source, tmp_path / source.name))
-        for source in (checkout, linked, unpacked)
+        build("wheel", source, tmp_path / source.name) for source in (checkout, linked, unpacked)
     ]
-    assert wheels[0] == wheels[1] == wheels[2]
+    first = contents(wheels[0])
+    assert first == contents(wheels[1]) == contents(wheels[2])
+    assert len({wheel.read_bytes() for wheel in wheels}) == 1
     for name in ("__init__.py", "ddp.py"):
-        assert wheels[0][f"rhtcomm/hooks/{name}"] == (ROOT / "hooks" / name).read_bytes()
-    strays = [name for name in wheels[0] if name.endswith((".so", ".dll", ".pyc", ".c", ".h"))]
+        assert first[f"rhtcomm/hooks/{name}"] == (ROOT / "hooks" / name).read_bytes()
+    strays = [name for name in first if name.endswith((".so", ".dll", ".pyc", ".c", ".h"))]
     assert strays == []
 
 
@@ -192,7 +204,7 @@ sys.modules.pop("_editable_skbc_rhtcomm", None)
 sys.path.insert(0, {str(site)!r})
 before = set(sys.path)
 site.addsitedir({str(site)!r})
-print(*set(sys.path) - before)
+print(*set(sys.path) - before, sep="\\n")
 from rhtcomm.hooks import made_later
 print(made_later.ddp.__file__)"""
     done = subprocess.run(
@@ -204,4 +216,4 @@ print(made_later.ddp.__file__)"""
     )
     assert done.returncode == 0, done.stderr
     # Nothing beside the checkout can be imported.
-    assert done.stdout.split() == [str(checkout), str(checkout / "hooks" / "ddp.py")]
+    assert done.stdout.splitlines() == [str(checkout), str(checkout / "hooks" / "ddp.py")]
