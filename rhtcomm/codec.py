@@ -173,8 +173,7 @@ class Codec:
             `out` or new.
 
         Raises:
-            TypeError: x has another dtype, x or out is not a tensor with its own memory, or key is not a
-                Key.
+            TypeError: x has another dtype, x or out has no memory of its own, or key is not a Key.
             ValueError: x is not flat or cannot be split, out is not as above or overlaps x, or an
                 argument is out of range.
         """
