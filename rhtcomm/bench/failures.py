@@ -10,6 +10,7 @@ from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr
 
 __all__ = ["Told", "Watch"]
 
+_OWN = "rhtcomm bench: "  # how messages of the benchmark begin
 _PATIENCE = 3.0  # seconds that the others get to say what they know
 
 
@@ -77,7 +78,7 @@ class Watch:
 
 
 def _print(sentence: str) -> None:
-    print(f"rhtcomm bench: {sentence}", file=sys.stderr, flush=True)
+    print(f"{_OWN}{sentence}", file=sys.stderr, flush=True)
 
 
 def _in_words(error: BaseException) -> str:
@@ -90,6 +91,8 @@ def _in_words(error: BaseException) -> str:
     # Torch raises RuntimeError for lost connections, with many texts.
     if type(error) is RuntimeError or isinstance(error, DistError):
         return f"?{text}"
+    if text.startswith(_OWN):
+        return text.removeprefix(_OWN)
     return f"it raised {type(error).__name__}: {text}"
 
 
