@@ -1,18 +1,18 @@
 # make demo   trains a small model by DDP on 2 ranks, with and without compression, and compares
 # make test   runs all tests, in WORKERS=2 processes
-# make test-trainers   runs the tests of all trainers, also in Ray Train, DeepSpeed and torchft, which
-#             it installs into the same environment (1 GB)
+# make test-trainers   runs the tests of all trainers, including Ray Train, DeepSpeed and torchft, which
+#             are installed into the same environment (1 GB)
 # make docs   builds the documentation into build/site, and fails on a broken link
-# make docs-serve   shows it on http://127.0.0.1:8000, and builds it anew when a file changes
-# make fuzz   looks for inputs that break a promised property, for minutes (FUZZ=20 SEED=1)
+# make docs-serve   serves it on http://127.0.0.1:8000, and rebuilds it when a file changes
+# make fuzz   searches for minutes for inputs that break a promised property (FUZZ=20 SEED=1)
 # make lint   runs the checks that CI and pre-commit run
 # make sanitize   runs the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc)
 # make slurm  runs launch/slurm.sbatch under a real Slurm of two nodes on this machine, as root; skips
-#             where slurm-wlm or munge is missing
+#             if slurm-wlm or munge is missing
 # make matrix   runs the core tests on the oldest and the newest versions (downloads up to 18 GB)
-# make peers   runs torch's own distributed tests with the hook in place of theirs (docs/peers.md)
-# make cross   checks the C kernels under qemu on aarch64 and riscv64, and by clang, where installed
-# make wheels   builds an sdist and portable wheels in dist/, installs them and tries them
+# make peers   runs torch's own distributed tests with this hook (docs/peers.md)
+# make cross   checks the C kernels under qemu on aarch64 and riscv64, and with clang, if installed
+# make wheels   builds an sdist and portable wheels in dist/, installs them and tests them
 #             (docs/release.md; downloads 1 GB)
 # make        lists these
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# torch 2.13.0: GradBucket.gradients() gives a communication hook wrong gradients of two kinds of
-# parameters, without an error: of channels_last ones in a wrong order, and of complex ones the first
-# half.
+# torch 2.13.0: GradBucket.gradients() silently gives a communication hook wrong gradients for two
+# kinds of parameters: channels_last gradients are in the wrong order, and of complex gradients only
+# the first half is returned.
 #
-# DDP lays a gradient into its bucket in the order of the parameter's memory, and complex numbers as
-# pairs of floats. `gradients()` cuts the bucket up by the parameters' numel() and views each part in
-# row-major order. So what a hook that works on gradients (as PowerSGD of torch does) takes for
-# row i of a channels_last weight is not row i, and of a complex parameter it never sees the second
-# half. A hook that works on `buffer()` as a whole is not concerned.
+# DDP stores a gradient in its bucket in the order of the parameter's memory, and complex numbers as
+# pairs of floats. `gradients()` splits the bucket by the parameters' numel() and views each part in
+# row-major order. So a hook that works on gradients (such as torch's PowerSGD) gets wrong rows of a
+# channels_last weight, and never sees the second half of a complex parameter. A hook that works on
+# the whole `buffer()` is not affected.
 #
 # Seen:
 #   channels_last: same values True, same order False

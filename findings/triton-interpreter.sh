@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Triton 3.7.1: kernels that run in the interpreter (TRITON_INTERPRET=1) compute otherwise than on a
-# GPU in two ways, without an error.
+# Triton 3.7.1: in two cases, kernels in the interpreter (TRITON_INTERPRET=1) silently compute other
+# results than on a GPU.
 #
-# `tl.fma(x, y, z)` rounds the product before it adds z: with x = y = 1 + 2^-12 and z = -(1 + 2^-11)
-# it gives 0, where x y + z, rounded once as a fused multiply-add is, gives 2^-24. `tl.umulhi` of int32
-# multiplies signed numbers, where compiled code takes unsigned ones: the upper half of the product
-# of 2^32 - 1 and 2, both as int32, is -1 in place of 1. So a kernel that is tested in the interpreter
-# may have other bits on a device.
+# `tl.fma(x, y, z)` rounds the product before adding z: for x = y = 1 + 2^-12 and z = -(1 + 2^-11)
+# it gives 0, but a fused multiply-add, which rounds x y + z once, gives 2^-24. `tl.umulhi` of int32
+# multiplies signed numbers, but compiled code multiplies unsigned ones: the upper half of the product
+# of 2^32 - 1 and 2, both as int32, is -1 instead of 1. So a kernel that passes its tests in the
+# interpreter may give other bits on a device.
 #
 # Seen:
 #   fma 0.0, rounded once 5.960464477539063e-08

@@ -28,7 +28,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Of torch's FSDP2, whose import takes seconds, nothing is imported before it is needed."""
+    """Import `compress_fsdp` on first use: importing torch's FSDP2 takes seconds."""
     if name == "compress_fsdp":
         from .fsdp import compress_fsdp
 

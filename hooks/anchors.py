@@ -1,4 +1,5 @@
-"""What of a model outer steps follow: its tensors, their anchors, and the parts that they make."""
+"""The tensors of a model that outer steps average, their anchors, and the parts that are
+exchanged."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,28 +25,28 @@ CALL = "rhtcomm.hooks.OuterAverager"
 
 
 def _anchor_dtype(tensor: torch.Tensor, exact: bool) -> torch.dtype:
-    """float64 for float64 tensors and what travels exactly, float32 for all other ones."""
+    """float64 for float64 tensors and tensors that are sent exactly, otherwise float32."""
     double = exact or tensor.dtype in (torch.float64, torch.complex128)
     return torch.float64 if double else torch.float32
 
 
 def real(tensor: torch.Tensor) -> torch.Tensor:
-    """Without autograd's graph; complex numbers as pairs."""
+    """Detached from autograd's graph; complex numbers as pairs."""
     tensor = tensor.detach()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 class Part:
-    """Tensors of a model that travel in one exchange, and their anchors.
+    """Tensors of a model that are sent in one exchange, and their anchors.
 
     With a the anchors, w the tensors, and r(a) the anchors rounded to the dtypes of the tensors, an
-    exchange averages the change r(a) - w over ranks. Where r(a) = w it is 0, exactly, even where w
-    is not finite.
+    exchange averages the change r(a) - w over ranks. Where r(a) = w, the change is exactly 0, even
+    if w is not finite.
 
     Args:
         number: of its bucket.
         named: the tensors by name, whose anchors have one dtype and device.
-        exact: whether they travel uncompressed, which is what float64 does.
+        exact: whether they are sent uncompressed, as float64 is.
     """
 
     def __init__(self, number: int, named: Mapping[str, torch.Tensor], exact: bool) -> None:
@@ -53,30 +54,30 @@ class Part:
         self.tensors = [*named.values()]
         first = self.tensors[0]
         self.flat = torch.empty(0, dtype=_anchor_dtype(first, exact), device=first.device)
-        """(numel,) the anchors, one behind the other."""
+        """(numel,) the anchors, concatenated."""
         self.flat = self.read()
         self.anchors = [nn.Parameter(view) for view in self.views(self.flat)]
-        """In the shapes of the tensors, those of complex ones (..., 2); views of `flat`."""
+        """The anchors in the shapes of the tensors, (..., 2) for complex ones; views of `flat`."""
         self._rounded = any(real(tensor).dtype != self.flat.dtype for tensor in self.tensors)
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """What `flat` (numel,) has of each tensor, in its shape."""
+        """The slices of `flat` (numel,), in the shapes of the tensors."""
         shapes = [real(tensor).shape for tensor in self.tensors]
         pieces = flat.split([shape.numel() for shape in shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
     def read(self) -> torch.Tensor:
-        """The tensors as they are now: (numel,) in the anchors' dtype, in memory of its own."""
+        """The current tensors: (numel,) in the anchors' dtype, in memory of its own."""
         like: Any = {"dtype": self.flat.dtype, "device": self.flat.device}
         return torch.cat([real(tensor).reshape(-1).to(**like) for tensor in self.tensors])
 
     def write(self, flat: torch.Tensor) -> None:
-        """The tensors become `flat` (numel,), rounded to their dtypes."""
+        """Set the tensors to `flat` (numel,), rounded to their dtypes."""
         for tensor, view in zip(self.tensors, self.views(flat), strict=True):
             real(tensor).copy_(view)
 
     def change(self, now: torch.Tensor) -> torch.Tensor:
-        """r(a) - w, where w (numel,) is what the tensors are now."""
+        """r(a) - w for the current tensors w (numel,)."""
         base = self.flat
         if self._rounded:
             views = zip(self.tensors, self.views(self.flat), strict=True)
@@ -86,12 +87,12 @@ class Part:
 
 
 def difference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x - y, and 0 where they are the same infinity."""
+    """x - y; 0 where both are the same infinity."""
     return (x - y).masked_fill_(x == y, 0)
 
 
 def _fragments_of(named: Mapping[str, torch.Tensor], count: int) -> list[dict[str, torch.Tensor]]:
-    """`count` runs of the tensors, in their order, of about as many numbers each.
+    """`count` consecutive groups of the tensors, of similar size.
 
     Raises:
         ValueError: there are fewer tensors.
@@ -118,7 +119,7 @@ def _fragments_of(named: Mapping[str, torch.Tensor], count: int) -> list[dict[st
 
 
 def mirror_of(named: Mapping[str, nn.Parameter]) -> nn.Module:
-    """A module that has these parameters, under these names, and nothing else."""
+    """A module that has only these parameters, under these names."""
     root = nn.Module()
     for name, parameter in named.items():
         *path, last = name.split(".")
@@ -132,17 +133,17 @@ def mirror_of(named: Mapping[str, nn.Parameter]) -> nn.Module:
 
 
 def everything_in(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers of a model, by their names without wrappers."""
+    """All parameters and buffers of a model, by their names without wrappers' prefixes."""
     buffers = {plain_name(name): buffer for name, buffer in unwrapped(model).named_buffers()}
     return named_parameters(model) | buffers
 
 
 def followed_in(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """What is exchanged of a model: parameters and buffers.
+    """The parameters and buffers of a model that are exchanged.
 
     Raises:
-        TypeError: it is no model, or one of them has no memory of its own.
-        ValueError: nothing is trained.
+        TypeError: model is not a module, or a tensor has no memory of its own.
+        ValueError: no parameter is trained.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{CALL}: model={model!r:.80} must be a torch.nn.Module")
@@ -169,7 +170,7 @@ def followed_in(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, to
 def parts_of(
     trained: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor], fragments: int
 ) -> list[list[Part]]:
-    """The parts of each fragment; those of buffers are of the last one."""
+    """The parts of each fragment; buffers belong to the last one."""
     found: list[list[Part]] = []
     count = 0
     pieces = [(piece, False) for piece in _fragments_of(trained, fragments)] + [(buffers, True)]

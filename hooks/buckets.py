@@ -1,4 +1,4 @@
-"""Gradient buckets, as DDP hands them over and as engines take them."""
+"""Gradient buckets, as DDP passes them and as engines process them."""
 
 import logging
 from collections.abc import Callable
@@ -22,33 +22,34 @@ _log = logging.getLogger("rhtcomm")
 
 @dataclass(slots=True)
 class Bucket:
-    """A gradient bucket of one step; with FSDP2, what a unit reduces at once."""
+    """A gradient bucket of one step; with FSDP2, the gradients that a unit reduces at once."""
 
     buffer: torch.Tensor
-    """(numel,) floating, contiguous."""
+    """(numel,) floating point, contiguous."""
     key: Key
     parameters: list[torch.Tensor]
     ends: bool
-    """Whether its step ends with it, after which others use its connections, or its rank leaves."""
+    """Whether it is the last of its step, after which others may use the connections, or the rank
+    may leave."""
     treatment: Treatment | None = None
-    """How it travels, where it is not all of it by the state's codec."""
+    """How it is sent, if not all of it by the state's codec."""
     state: object = None
-    """Kept until the bucket is finished: connections end when the state goes."""
+    """Kept until the bucket is finished: connections close when the state is freed."""
     output: torch.Tensor | None = None
-    """Where the mean is scattered: (m,), for this rank's shard of it. Then `buffer` is (n m,), one
-    shard for each rank, and what follows is of a shard."""
+    """If the mean is scattered: (m,), for this rank's shard of it. Then `buffer` is (n m,), one
+    shard per rank, and the fields below describe a shard."""
     segments: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    """Lengths and rows, see `rhtcomm.segments`; None: as the parameters have them."""
+    """Lengths and rows, see `rhtcomm.segments`; None: those of the parameters."""
     parts: "list[Bucket]" = field(default_factory=list)
-    """Buckets with all of its parameters, which travel in its place, one after the other. Until
-    their turn comes, they have its buffer."""
+    """Buckets that together have all of its parameters and are sent instead, one after the other.
+    Until its turn, each has this bucket's buffer."""
     gradients: torch.Tensor | None = None
-    """Memory that parameters' gradients may be views of, where it is not `buffer`."""
+    """Memory that the parameters' gradients may be views of, if it is not `buffer`."""
     reports: list[BucketReport] | None = None
-    """Of it, or of its parts, when they are finished; None: nobody observes."""
+    """Of it, or of its parts, once they are finished; None: nobody observes."""
 
     def lengths_and_rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the segments in the buffer."""
+        """Lengths and rows of the segments in the buffer."""
         if self.segments is not None:
             return self.segments
         lengths = tuple(map(torch.Tensor.numel, self.parameters))
@@ -58,7 +59,7 @@ class Bucket:
         return lengths, tuple(map(rows_of, shapes, lengths))
 
     def by_parts_(self, mean_: "Callable[[Bucket], None]") -> None:
-        """Have `mean_` replace each part's buffer by its mean, and so this one's."""
+        """Average this bucket part by part, with `mean_`."""
         lengths, _ = self.lengths_and_rows()
         pieces = self.buffer.split(lengths)
         piece_of = dict(zip(map(id, self.parameters), pieces, strict=True))
@@ -67,14 +68,14 @@ class Bucket:
             own = [piece_of[id(parameter)] for parameter in part.parameters]
             part.buffer, part.gradients = torch.cat(own), self.buffer
             part.reports = self.reports
-            self.key = part.key  # which errors name
+            self.key = part.key  # named in errors
             mean_(part)
             for piece, mean in zip(own, part.buffer.split([*map(len, own)]), strict=True):
                 piece.copy_(mean)
 
 
 def floats_in(buffer: torch.Tensor, index: int) -> torch.Tensor:
-    """The numbers of a bucket as a flat floating tensor.
+    """The numbers of a bucket as a flat floating-point tensor.
 
     Raises:
         TypeError: they cannot be averaged.
@@ -84,7 +85,7 @@ def floats_in(buffer: torch.Tensor, index: int) -> torch.Tensor:
             f"rht_hook: bucket {index} is a sparse gradient ({buffer.layout}), which cannot be "
             "compressed; make the layer dense (sparse=False for nn.Embedding)"
         )
-    if buffer.is_complex():  # torch 2.13 gives pairs of floats itself
+    if buffer.is_complex():  # torch 2.13 already passes pairs of floats
         return torch.view_as_real(buffer).view(-1)
     if not buffer.is_floating_point():
         raise TypeError(
@@ -95,7 +96,7 @@ def floats_in(buffer: torch.Tensor, index: int) -> torch.Tensor:
 
 
 def say_if_exact(dtype: torch.dtype, said: set[torch.dtype]) -> None:
-    """Log that buckets of a dtype are not compressed, unless it was said."""
+    """Log once that buckets of a dtype are not compressed."""
     if dtype not in DTYPES and dtype not in said:
         said.add(dtype)
         _log.warning(
@@ -109,7 +110,7 @@ def plain_mean(
     bucket: dist.GradBucket,  # type: ignore[name-defined]
     ddp: DistributedDataParallel | None,
 ) -> torch.futures.Future[torch.Tensor]:
-    """What DDP does without a hook, to the last bit: it multiplies by the reciprocal."""
+    """The mean exactly as DDP computes it without a hook: multiply by the reciprocal."""
     group = None if ddp is None else ddp.process_group
     buffer = bucket.buffer().mul_(1.0 / dist.get_world_size(group))
     work = dist.all_reduce(buffer, group=group, async_op=True)

@@ -1,4 +1,4 @@
-"""What an RHTState saves, and how it is read back."""
+"""Saving and loading an RHTState."""
 
 import operator
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ _CALL = "RHTState.load_state_dict"
 
 
 class Saved(NamedTuple):
-    """What `RHTState.state_dict` returned, checked."""
+    """The checked result of `RHTState.state_dict`."""
 
     key: Key
     wishes: dict[tuple[int, int], int]
     residuals: Mapping[str, torch.Tensor] | None
     place: tuple[int, int] | None
-    """Rank and world size that the residuals are of, where there are any."""
+    """Rank and world size of the residuals, if there are any."""
     scales: Mapping[str, torch.Tensor]
     buckets: list[list[str]]
 
@@ -31,7 +31,8 @@ def read(state: object, codec: Codec | Lattice, error_feedback: bool) -> Saved:
     """Check a saved state.
 
     Raises:
-        ValueError: it is none, or only one of it and the present state has error feedback.
+        ValueError: it is not a saved state, or only one of it and the present state has error
+            feedback.
     """
     if not isinstance(state, Mapping) or not {"seed", "step"} <= state.keys():
         this = f"has {list(state)}" if isinstance(state, Mapping) else f"is {state!r:.80}"
@@ -40,7 +41,7 @@ def read(state: object, codec: Codec | Lattice, error_feedback: bool) -> Saved:
         )
     residuals = _residuals(state, error_feedback)
     place: Any = (state.get("rank"), state.get("world_size")) if residuals else None
-    # What a run with "auto" saved means nothing to a fixed number.
+    # The numbers saved by a run with "auto" are ignored if the number is fixed.
     wishes = _wishes(state.get("rotations", [])) if codec.rotations == AUTO else {}
     scales = _by_name(state, "scales") or {}
     key, buckets = Key(state["seed"], state["step"]), _buckets(state.get("buckets", []))
@@ -48,7 +49,7 @@ def read(state: object, codec: Codec | Lattice, error_feedback: bool) -> Saved:
 
 
 def check_place(saved: tuple[Any, Any] | None, own: tuple[int, int] | None) -> None:
-    """Raise ValueError if residuals were saved by another rank, as far as both are known."""
+    """Raise ValueError if residuals were saved by another rank, if both ranks are known."""
     if saved is None or (None not in saved and own in (None, saved)):
         return
     this = "" if own is None else f", but this is rank {own[0]} of {own[1]}"
@@ -60,7 +61,8 @@ def check_place(saved: tuple[Any, Any] | None, own: tuple[int, int] | None) -> N
 
 
 def _wishes(rows: Any) -> dict[tuple[int, int], int]:
-    """Of rows that hold a bucket's number, its length, and how many rotations ranks want for it."""
+    """The requested rotations, from rows of a bucket's number, its length and the number of
+    rotations."""
     try:
         plain = [[operator.index(number) for number in row] for row in rows]
         wishes = {(index, numel): count for index, numel, count in plain}

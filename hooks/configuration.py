@@ -25,7 +25,7 @@ def codec_for(
     exact_fraction: float,
     error_feedback: bool,
 ) -> Codec | Lattice:
-    """What RHTState compresses by.
+    """The codec of an RHTState.
 
     Raises:
         ValueError: an argument is out of its range, or does not fit the others.
@@ -37,7 +37,7 @@ def codec_for(
 
 
 def most_bits(quantizer: Quantizer) -> int:
-    """Per coordinate."""
+    """Bits per coordinate."""
     return _MOST_BITS.get(quantizer, 8)
 
 

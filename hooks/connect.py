@@ -1,4 +1,4 @@
-"""What buckets travel over: the ranks of the DDP model, and connections among them."""
+"""The ranks of the DDP model, and the connections over which their buckets are sent."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -19,18 +19,18 @@ def connect(
     given: Topology | None,
     timeout: timedelta | None,
 ) -> Topology:
-    """Connections for buckets on a device; all ranks call it.
+    """Connections for buckets on a device; all ranks must call it.
 
-    A transport that enqueues exchanges works on the group that DDP itself uses, where calls keep
-    their order; one that makes the host wait gets connections of its own, where that is possible.
+    A transport that enqueues exchanges uses DDP's own group, where calls keep their order. A
+    transport that blocks the host gets private connections, if possible.
 
     Args:
-        group: DDP's, or what stands for it; None: the world.
-        given: what the user gave in its place.
+        group: DDP's, or the user's process_group; None: the world.
+        given: the user's communicator, used instead.
 
     Raises:
-        RuntimeError: torch.distributed is not initialized, or another rank did not come.
-        ValueError: the levels of what was given differ in whether they make the host wait.
+        RuntimeError: torch.distributed is not initialized, or another rank did not connect.
+        ValueError: only one level of the given communicator blocks the host.
     """
     if given is not None:
         if given.enqueues(device.type):
@@ -50,7 +50,8 @@ def connect(
 
 
 def _check_levels(given: Topology, device: str) -> None:
-    """A worker thread must not call what enqueues, and autograd's thread should not wait."""
+    """A worker thread must not call a transport that enqueues, and autograd's thread should not
+    wait."""
     if given.within is None or given.within.enqueues(device) == given.between.enqueues(device):
         return
     waits = "within a node" if given.between.enqueues(device) else "between nodes"
@@ -64,11 +65,11 @@ def _check_levels(given: Topology, device: str) -> None:
 def check_communicator(
     communicator: object, process_group: object, timeout: object, owner: str
 ) -> None:
-    """Check the arguments of that name for each other.
+    """Check that these arguments fit together.
 
     Raises:
-        ValueError: a communicator and one of the others.
-        TypeError: one of them is of another type.
+        ValueError: a communicator was passed together with one of the others.
+        TypeError: one of them has another type.
     """
     if communicator is not None and (process_group is not None or timeout is not None):
         raise ValueError(
@@ -105,7 +106,7 @@ def check_timeout(timeout: object, owner: str) -> None:
 def check_ranks(
     of_model: Sequence[int], process_group: dist.ProcessGroup | None, given: Any
 ) -> None:
-    """Raise ValueError if a state was told of other ranks than its model averages over."""
+    """Raise ValueError if a state was given other ranks than those of its model."""
     if process_group is not None and ranks_of(process_group) != of_model:
         raise ValueError(
             f"RHTState: process_group has the ranks {ranks_of(process_group)}, but the DDP model "
@@ -121,7 +122,7 @@ def check_ranks(
             "ranks"
         )
     levels = (given.within, given.between) if given.within is not None else (given,)
-    for level in levels:  # MPI has numbers of its own for the ranks
+    for level in levels:  # MPI numbers ranks in its own way
         if isinstance(level, TorchCommunicator) and not {*level.ranks} <= {*of_model}:
             raise ValueError(
                 f"RHTState: its communicator has the ranks {level.ranks}, but the DDP model that "

@@ -9,7 +9,7 @@ from .state import RHTState
 
 __all__ = ["rht_hook"]
 
-_OF_BUCKETS = ("buffer", "index", "is_last", "parameters")  # what the hook asks them
+_OF_BUCKETS = ("buffer", "index", "is_last", "parameters")  # the methods that the hook calls
 
 
 def rht_hook(
@@ -20,25 +20,25 @@ def rht_hook(
     """Mean of a gradient bucket over ranks through compressed payloads.
 
     Register with ``model.register_comm_hook(RHTState(bits=4), rht_hook)``, or more simply with
-    ``rhtcomm.hooks.register(model, bits=4)``. Errors on this rank or in the exchange come out of
-    ``backward()``, as a RuntimeError whose text holds the original (of the next one, if another
-    rank fails after it sent the last of a step); after one, the state refuses further buckets. On
-    CUDA, payloads of another step or configuration are found out one bucket or more later, as the
-    check waits for nothing.
+    ``rhtcomm.hooks.register(model, bits=4)``. ``backward()`` raises errors on this rank or in the
+    exchange, as a RuntimeError with the original text. (If another rank fails after it has sent the
+    last data of a step, the next ``backward()`` raises.) After an error the state refuses further
+    buckets. On CUDA, payloads of another step or configuration are detected one or more buckets
+    later, since the check does not wait.
 
     A profile has the ranges rhtcomm::encode, ::exchange and ::decode if it sees the worker thread:
     ``profile(experimental_config=_ExperimentalConfig(profile_all_threads=True))``.
 
     Args:
         state: the configuration and progress of this model's hook.
-        bucket: that DDP hands over; the mean takes the place of the gradients in its buffer.
-        others: none; what other wrappers pass is refused.
+        bucket: passed by DDP; the mean replaces the gradients in its buffer.
+        others: must be empty; calls by other wrappers are refused.
 
     Returns:
         A future of the bucket's mean over ranks, flat, in the dtype of its gradients.
 
     Raises:
-        TypeError: the state is none, or the caller is not DistributedDataParallel.
+        TypeError: the state is not an RHTState, or the caller is not DistributedDataParallel.
     """
     if not isinstance(state, RHTState):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""What an error of an exchange means, in words, and what it must not keep alive."""
+"""Explains errors of exchanges, and frees what their tracebacks keep alive."""
 
 import re
 import traceback
@@ -18,14 +18,14 @@ _NO_HOOK = "or registered no hook, or a hook with another process_group"
 def explain(
     error: BaseException, reducer: Reducer, key: Key, agreed: bool, owner: str = "rht_hook"
 ) -> BaseException:
-    """An error on a bucket's way, with what it means where it came from the transport.
+    """The error of a bucket; if it came from the transport, with an explanation.
 
     Args:
-        error: what was raised.
-        reducer: that raised it; its clock has not been stopped since.
+        error: the exception.
+        reducer: the one that raised it; its clock is still running.
         key: of the bucket.
         agreed: whether the ranks have compared their configurations.
-        owner: whose call it is.
+        owner: the called function, for the message.
     """
     from_transport = reducer.clock.part == "exchange"
     reducer.clock.to(None)
@@ -44,7 +44,7 @@ def explain(
 
 
 def cause_of(error: BaseException, patience: str, agreed: bool) -> str:
-    """What the transport's error means."""
+    """The likely cause of a transport error."""
     if _LATE.search(str(error)):
         cause = (
             f"another rank did not answer within {patience}; it hangs, was stopped, or makes "
@@ -60,19 +60,19 @@ def cause_of(error: BaseException, patience: str, agreed: bool) -> str:
 
 
 def text_of(error: BaseException) -> str:
-    """What an error says; its type, where it says nothing."""
+    """The text of an error, or its type if the text is empty."""
     return str(error) or repr(error)
 
 
 def clear_frames(error: BaseException) -> None:
-    """Forget the local variables in the tracebacks of an error and of those that it came from.
+    """Clear the local variables in the tracebacks of an error and of its causes.
 
-    They hold what refers to the process group, whose connections would stay open.
+    They refer to the process group, whose connections would stay open.
     """
     left, seen = [error], set[int]()
     while left:
         one = left.pop()
-        if id(one) in seen:  # errors may come from each other
+        if id(one) in seen:  # errors may cause each other
             continue
         seen.add(id(one))
         traceback.clear_frames(one.__traceback__)

@@ -1,4 +1,4 @@
-"""One line that compresses the gradients of a model that `fully_shard` was called on."""
+"""One line that compresses the gradients of a sharded model."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -29,46 +29,45 @@ def compress_fsdp(
 ) -> Handle:
     """Compress the gradients of a model that `fully_shard` (FSDP2) or FSDP1 shards.
 
-    ``handle = rhtcomm.hooks.compress_fsdp(model, bits=4)`` after the calls of `fully_shard`, on all
-    ranks alike.
+    ``handle = rhtcomm.hooks.compress_fsdp(model, bits=4)`` after the calls of `fully_shard`, with
+    the same arguments on all ranks.
 
     The reduce-scatter of each unit becomes one all-to-all of encoded shards. With n ranks, g_j the
     unit's gradients on rank j, and C the code of this step and unit, rank i gets
 
         (1 / n) sum over j of decode(C(shard i of g_j)).
 
-    Its expected value is the mean; its squared error is e / n times the mean over j of
-    |shard i of g_j|^2, with e the quantizer's. A rank sends n - 1 payloads of one shard. The
-    parameters' all-gather stays exact, and torch does the rest as before: mixed precision,
-    accumulation, divide factors.
+    Its expected value is the mean; its squared error is e / n times the mean over j of |shard i of
+    g_j|^2, with e the quantizer's. A rank sends n - 1 payloads of one shard. The parameters'
+    all-gather stays exact. Mixed precision, accumulation and divide factors work as before.
 
     Args:
-        model: on whose modules `fully_shard` was called, with a mesh of one dimension; or in
-            FullyShardedDataParallel (FSDP1) with FULL_SHARD or SHARD_GRAD_OP, whose shards do not
-            end where parameters do: `exclude` takes the names of its flat tensors, and rows of
-            zeros get noise.
+        model: sharded by `fully_shard`, with a mesh of one dimension; or in
+            FullyShardedDataParallel (FSDP1) with FULL_SHARD or SHARD_GRAD_OP. FSDP1's shards do not
+            end at parameters: `exclude` uses the names of its flat tensors, and rows of zeros get
+            noise.
         bits: bits per coordinate, or a function of a unit's parameters; see `RHTState`.
-        replicate_group: ranks with the same shards of replicas of the model (HSDP); their means
-            are averaged, compressed, as `rhtcomm.all_reduce` does. torch must not know of them:
-            with a mesh of dimensions "replicate" and "shard", give ``mesh["shard"]`` to
-            `fully_shard`, and ``mesh.get_group("replicate")`` here. A mesh of (ranks, 1)
-            replicates only. After `set_gradient_divide_factor` replicas are added up instead, as in
-            torch's own HSDP.
+        replicate_group: the ranks that hold the same shard in different replicas of the model
+            (HSDP); their means are averaged with compression, as by `rhtcomm.all_reduce`. torch
+            must not know of the replicas: with a mesh of dimensions "replicate" and "shard", pass
+            ``mesh["shard"]`` to `fully_shard`, and ``mesh.get_group("replicate")`` here. A mesh of
+            (ranks, 1) only replicates. After `set_gradient_divide_factor` replicas are summed
+            instead, as in torch's own HSDP.
         options: of `RHTState`; not process_group, communicator, error_feedback or
-            quantizer="lattice". A step is a backward pass that reduces; to reduce a unit a second
-            time in one pass begins another step. algorithm is for replicate_group, with which
-            rotations="auto" is refused.
+            quantizer="lattice". A step is a backward pass that reduces gradients; a second
+            reduction of a unit in one pass begins another step. algorithm needs replicate_group,
+            with which rotations="auto" is refused.
 
     Returns:
-        A handle as that of `register`. Its `remove` gives the reductions back to torch.
+        A handle like that of `register`. Its `remove` restores torch's reductions.
 
     Raises:
         TypeError: the model is not sharded, or an option is of another type.
         ValueError: torch itself replicates a unit (native HSDP, NO_SHARD), units have different
             ranks, or an option is out of its range or refused.
-        RuntimeError: a unit has a reduce-scatter or an all-reduce hook already; or another rank did
-            not come.
-        DisagreementError: on all ranks, where their arguments or units differ.
+        RuntimeError: a unit already has a custom reduce-scatter or an all-reduce hook; or another
+            rank did not connect.
+        DisagreementError: on all ranks, if their arguments or units differ.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(

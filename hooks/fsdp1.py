@@ -1,4 +1,4 @@
-"""What `compress_fsdp` needs of FSDP1, by few private names."""
+"""Access to FSDP1 for `compress_fsdp`, through a few private names."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ __all__ = ["FlatUnit", "flat_units_in"]
 
 
 class FlatUnit:
-    """Parameters that FullyShardedDataParallel made one flat tensor of.
+    """Parameters that FullyShardedDataParallel flattened into one tensor.
 
-    Its shards do not end where parameters do, so each is one segment.
+    Its shards do not end at parameters, so each shard is one segment.
 
     Args:
-        module: that has them.
-        name: of what it wraps, in the model.
+        module: the FSDP1 module.
+        name: of the wrapped module, in the model.
     """
 
     def __init__(self, module: FullyShardedDataParallel, name: str) -> None:
@@ -35,7 +35,7 @@ class FlatUnit:
 
     @property
     def ranks(self) -> dist.ProcessGroup:
-        """That share out its gradients."""
+        """The process group over which its gradients are sharded."""
         ranks: dist.ProcessGroup = self.module.process_group
         return ranks
 
@@ -45,7 +45,7 @@ class FlatUnit:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which its gradients are reduced."""
+        """The dtype in which its gradients are reduced."""
         dtype: torch.dtype = self._handle._reduce_dtype
         return dtype
 
@@ -56,28 +56,28 @@ class FlatUnit:
         return shard.numel()
 
     def segments(self, numel: int) -> tuple[list[torch.Tensor], tuple[int, ...], tuple[int, ...]]:
-        """Of a shard: the flat tensor, its length, and one row."""
+        """The parameters, lengths and rows of a shard: the flat tensor, its length, one row."""
         return [self._handle.flat_param], (numel,), (1,)
 
     def reduce_by(self, scatter: Scatter) -> None:
-        """Have its reduction be ``scatter(output, gradients, ranks, op)``."""
+        """Replace its reduction by ``scatter(output, gradients, ranks, op)``."""
 
         def hook(_: object, gradients: torch.Tensor, output: torch.Tensor) -> None:
             scatter(output, gradients, self.ranks, dist.ReduceOp.AVG)
 
-        # register_comm_hook gives all units one hook, which is not told whose gradients it gets.
+        # register_comm_hook gives all units the same hook, without telling it the unit.
         self.module._comm_hook, self.module._comm_hook_state = hook, None
 
     def restore(self) -> None:
-        """Have it reduce as it did before `reduce_by`."""
+        """Restore the reduction from before `reduce_by`."""
         self.module._comm_hook = None
 
     def check(self, replicas: bool) -> None:
         """Raise unless its reduction can be replaced.
 
         Raises:
-            ValueError: it is not sharded, or replicated as well.
-            RuntimeError: it has a hook of somebody's.
+            ValueError: it is not sharded, or also replicated.
+            RuntimeError: it already has a hook.
         """
         strategy = self.module.sharding_strategy
         sharded = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
@@ -95,7 +95,7 @@ class FlatUnit:
             )
 
 
-FLAT = "_flat_param"  # what torch calls the flat tensor of a module
+FLAT = "_flat_param"  # torch's name of a module's flat tensor
 
 
 def flat_units_in(model: nn.Module) -> list[FlatUnit]:

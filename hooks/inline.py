@@ -1,4 +1,4 @@
-"""Exchanges whose caller needs the result when they return."""
+"""Exchanges whose caller needs the result on return."""
 
 from ..randomness import Key
 from .buckets import Bucket
@@ -9,22 +9,22 @@ __all__ = ["InlineEngine"]
 
 
 class InlineEngine(Engine):
-    """The calling thread, and the stream that is current there.
+    """Runs on the calling thread and its current stream.
 
-    FSDP2 calls on a stream of its own for reductions, and goes on with the result. Where the
-    transport enqueues exchanges (NCCL), the host waits for nothing, as with `StreamEngine`; where
-    it makes the host wait (Gloo), so does the call.
+    FSDP2 calls it on its reduction stream, and uses the result at once. If the transport enqueues
+    exchanges (NCCL), the host never waits, as with `StreamEngine`; if it blocks the host (Gloo), so
+    does the call.
     """
 
     owner = "rhtcomm.hooks.compress_fsdp"
 
     def run(self, bucket: Bucket) -> None:
-        """Exchange a bucket; see `Bucket` for where its mean goes."""
+        """Exchange a bucket; `Bucket` says where its mean is written."""
         device = bucket.buffer.device
         try:
             self._refuse_capture(device)
             if bucket.output is None and self.cuda.queues(device):
-                # Its caller may free it before what is queued here is done.
+                # The caller may free it before the queued work is done.
                 self.cuda.record_stream(bucket.buffer, self.cuda.current_stream(device))
             with self.checks.deferring():
                 self._mean_(bucket)
@@ -34,7 +34,7 @@ class InlineEngine(Engine):
             self.settle(bucket.key)
 
     def settle(self, key: Key) -> None:
-        """Wait until the others have all that this rank sent, as it may leave after a step.
+        """Wait until the others have received everything: this rank may leave after a step.
 
         `key` is of the last bucket.
         """

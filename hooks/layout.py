@@ -1,14 +1,14 @@
-"""Which parameters each of DDP's buckets has, so that a resumed run goes on with the same.
+"""The parameters of each DDP bucket, so that a resumed run can use the same buckets.
 
-The bits of a mean depend on buckets: on their numbers, which are part of the keys, and on where in
-them a parameter lies. A new DDP model begins with one bucket for each dtype. After its first step
-(with static_graph, its second) it makes others, in the order in which gradients came. So a
-checkpoint has the buckets of the step that comes next. In a resumed run DDP's first buckets are
-taken apart into those, until it has them itself.
+The bits of a mean depend on the buckets: on their numbers, which are part of the keys, and on the
+offsets of parameters in them. A new DDP model begins with one bucket per dtype. After its first
+step (with static_graph, its second) it rebuilds them in the order in which gradients became ready.
+So a checkpoint has the buckets of the next step. In a resumed run DDP's first buckets are split
+into those, until DDP has rebuilt them.
 
-A bucket is taken apart by itself, when it comes: nothing waits for another one. That is possible
-since each of DDP's first buckets has all parameters of a dtype. Where one has only a part of a
-saved bucket, as in another model or with bucket_cap_mb_list, the saved ones are given up.
+Each bucket is split on its own, without waiting for others. This works since each of DDP's first
+buckets has all parameters of a dtype. If one has only a part of a saved bucket, as in another model
+or with bucket_cap_mb_list, the saved buckets are discarded.
 """
 
 import hashlib
@@ -34,22 +34,22 @@ __all__ = ["Layout", "Names", "Place"]
 _log = logging.getLogger("rhtcomm")
 
 Names = list[str]
-"""Of the parameters in a bucket, in order."""
+"""Names of the parameters in a bucket, in order."""
 
 _Ids = tuple[int, ...]
-"""The same as ids of objects, which are compared faster."""
+"""The same as object ids, which compare faster."""
 
 
 class Place(NamedTuple):
-    """Where a bucket of DDP stands in its step."""
+    """The position of a DDP bucket in its step."""
 
     number: int
     last: bool
     parts: Sequence[tuple[int, list[torch.Tensor]]] = ()
-    """Saved buckets that it is taken apart into, number and parameters; none: it stays whole."""
+    """Saved buckets into which it is split, with number and parameters; empty: it stays whole."""
 
     def prepare(self, bucket: Bucket, policy: Policy) -> Bucket:
-        """Give the bucket its treatment, or parts that have theirs."""
+        """Set the bucket's treatment, or its parts with theirs."""
         step = bucket.key.step
         if not self.parts:
             bucket.treatment = policy.treatment(step, bucket.parameters)
@@ -69,9 +69,9 @@ class Place(NamedTuple):
 
 
 class Layout:
-    """The buckets of a model, by names of its parameters.
+    """The buckets of a model, by parameter names.
 
-    Written as a string it is a digest of what was loaded, which the ranks compare.
+    Its string is a digest of the loaded buckets, which the ranks compare.
     """
 
     def __init__(self, saved: Sequence[Names] = ()) -> None:
@@ -80,29 +80,29 @@ class Layout:
         self.load(saved)
 
     def __reduce__(self) -> tuple[type["Layout"], tuple[list[Names]]]:
-        """A copy is of another model, which begins with DDP's first buckets."""
+        """A copy belongs to another model, which begins with DDP's first buckets."""
         return Layout, (self.buckets(),)
 
     def __str__(self) -> str:
         return self._digest
 
     def learn(self, model: nn.Module, named: Mapping[str, torch.Tensor]) -> None:
-        """A model and its parameters."""
+        """Remember a model and its parameters' names."""
         for name, parameter in named.items():
             self._names[parameter] = name
         self._model = weakref.ref(model)
 
     def load(self, saved: Sequence[Names]) -> None:
-        """Take what `buckets` gave; nothing: DDP's buckets stay whole."""
+        """Load the result of `buckets`; if empty, DDP's buckets stay whole."""
         self._saved = _Saved(saved) if saved else None
         self._digest = hashlib.blake2b(json.dumps(saved).encode(), digest_size=8).hexdigest()
         self._seen: dict[int, tuple[_Ids, list[str | None]]] = {}  # DDP's own, by index
-        self._used = 0  # the step has used numbers below it for saved buckets that were given up
+        self._used = 0  # numbers below it were used in this step by discarded saved buckets
 
     def buckets(self) -> list[Names]:
-        """Those of the next step, as far as they are known."""
+        """The buckets of the next step; empty if unknown."""
         rebuilds, coming = False, list[list[torch.Tensor]]()
-        with suppress(AttributeError):  # torch has other names for it
+        with suppress(AttributeError):  # torch uses other private names
             rebuilds, coming = _rebuilt(self._model())
         found = [[self._names.get(parameter) for parameter in bucket] for bucket in coming]
         if not found and self._saved is not None:
@@ -112,7 +112,7 @@ class Layout:
         return [] if any(None in names for names in found) else found
 
     def place(self, index: int, last: bool, parameters: Sequence[torch.Tensor]) -> Place:
-        """Of DDP's bucket with that index, and whether DDP says that it is its step's last one."""
+        """The place of DDP's bucket with this index; `last` as DDP says."""
         ids, found = tuple(map(id, parameters)), None
         if index == 0:
             self._used = 0
@@ -141,29 +141,30 @@ class Layout:
             "another model, bucket_cap_mb or order of gradients; training continues, but its bits "
             "differ from those of an uninterrupted run"
         )
-        # No key may come twice.
+        # No key may be used twice.
         self._used = len(saved.buckets) if saved.done else 0
         self._saved = None
 
 
 class _Saved:
-    """The buckets of a checkpoint, while DDP does not have them, or not yet."""
+    """The buckets of a checkpoint, while DDP's buckets differ from them."""
 
     def __init__(self, buckets: Sequence[Names]) -> None:
         self.buckets = buckets
         self.done: set[int] = set()
-        """In the step that goes on."""
+        """Numbers done in the current step."""
         self.reached = False
-        """Whether DDP had the same buckets in a whole step."""
+        """Whether DDP had the same buckets throughout a step."""
         self._number_of = {name: i for i, names in enumerate(buckets) for name in names}
         self._first: set[_Ids] = set()  # DDP's in its first step
-        self._steps = self._count = 0  # whole steps; DDP's buckets in the one that goes on
-        self._apart = False  # whether one of these was taken apart
+        self._steps = self._count = 0  # whole steps; DDP's buckets in the current one
+        self._apart = False  # whether one of these was split
 
     def place(
         self, last: bool, ids: _Ids, named: Mapping[str | None, torch.Tensor]
     ) -> Place | None:
-        """Of DDP's bucket with these parameters; None: the saved buckets do not make it up."""
+        """The place of DDP's bucket with these parameters; None if it does not consist of saved
+        buckets."""
         numbers = sorted({self._number_of.get(name or "", -1) for name in named})
         if -1 in numbers or sum(len(self.buckets[i]) for i in numbers) != len(named):
             return None
@@ -174,11 +175,12 @@ class _Saved:
         if self._steps == 0:
             self._first.add(ids)
         elif not whole and ids not in self._first:
-            return None  # DDP has made other ones since
+            return None  # DDP has rebuilt its buckets since
         self.done.update(numbers)
         self._count += 1
         self._apart = self._apart or not whole
-        # With static_graph all buckets of the first step come with index 0, and none as the last.
+        # With static_graph all buckets of the first step have index 0, and none is marked as the
+        # last.
         last = last or len(self.done) == len(self.buckets)
         if last:
             self._end_step()
@@ -194,10 +196,11 @@ class _Saved:
 
 
 def _rebuilt(model: nn.Module | None) -> tuple[bool, list[list[torch.Tensor]]]:
-    """Whether DDP will still make other buckets, and those, once it knows the order of gradients.
+    """Whether DDP will still rebuild its buckets, and the new buckets if the order of gradients is
+    known.
 
-    It makes them before the forward pass that follows, by the order on rank 0. torch says none of
-    this in public; the names are those of torch 2.11 to 2.15.
+    DDP rebuilds them before the next forward pass, by the order on rank 0. torch has no public
+    interface for this; the names are those of torch 2.11 to 2.15.
     """
     if not isinstance(model, DistributedDataParallel):
         return False, []

@@ -1,4 +1,5 @@
-"""Outer steps: ranks train apart, and average now and then what their parameters changed by."""
+"""Outer steps: ranks train independently and periodically average the changes of their
+parameters."""
 
 import contextlib
 import copy
@@ -37,65 +38,61 @@ class _Flight:
 
     fragment: int
     due: int
-    """After which inner step it is applied."""
+    """The inner step after which it is applied."""
     starts: list[torch.Tensor]
-    """By part: the model's tensors when it began; none where it is applied at once."""
+    """By part: the model's tensors at its start; empty if it is applied at once."""
     changes: list[torch.Tensor]
-    """By part: what they had changed by; when the futures are done, the mean over ranks."""
+    """By part: their changes; when the futures are done, the mean over ranks."""
     futures: list[Future]
 
 
 class OuterAverager:
     """Local SGD and DiLoCo, with compressed exchanges.
 
-    Each rank trains with its own inner optimizer. With a the anchors, which are the same on all
-    ranks, and w_i the parameters of rank i, every `period` inner steps
+    Each rank trains with its own inner optimizer. With a the anchors, the same on all ranks, and
+    w_i the parameters of rank i, every `period` inner steps
 
-        a <- outer optimizer(a, with the gradient mean over ranks of (a - w_i)),    w_i <- a.
+        a <- outer optimizer(a, gradient: mean over ranks of (a - w_i)),    w_i <- a.
 
-    What travels are these pseudo-gradients, compressed as `rhtcomm.hooks.RHTState` says: all of a
-    fragment in one exchange. Parameters themselves are never compressed.
+    Only the pseudo-gradients a - w_i are sent and compressed, never parameters.
 
-    With `delay` d an exchange begins after inner step t, and its result is applied after t + d,
-    while training goes on; what the rank learned meanwhile stays:
+    With `delay` d an exchange begins after inner step t and is applied after t + d:
 
         w_i(t + d) <- a + (w_i(t + d) - w_i(t)).
 
-    So every inner step counts in exactly one pseudo-gradient. The fragments of Streaming DiLoCo
-    (arXiv 2501.18512) are runs of parameters; fragment p of P is exchanged `period` (P - 1 - p) / P
-    steps before the last one.
+    So each inner step counts in exactly one pseudo-gradient. Fragments, as in Streaming DiLoCo
+    (arXiv 2501.18512), are consecutive groups of parameters; fragment p of P is exchanged `period`
+    (P - 1 - p) / P steps before the last one.
 
     Anchors have the parameters' names, and are float32 (float64 for float64 parameters, pairs of
-    numbers for complex ones). Of bfloat16 and float16 parameters they are the master weights:
-    pseudo-gradients count from the anchors as they were rounded into the model, so that a rank that
-    learned nothing sends zeros. Followed are the parameters that require a gradient now, and the
-    persistent buffers of floating point, such as BatchNorm's statistics: what buffers changed by is
-    averaged exactly, with the last fragment, and added up without the outer optimizer. All other
-    parameters and buffers are left alone.
+    numbers for complex ones). For bfloat16 and float16 parameters they are master weights:
+    pseudo-gradients are relative to the rounded anchors, so a rank without changes sends zeros.
+    Only parameters that require a gradient now, and persistent floating-point buffers, are
+    averaged; changes of buffers exactly, with the last fragment and without the outer optimizer.
 
-    All ranks begin with the same parameters and followed buffers, which they compare. From then on
-    they apply the same means by the same arithmetic, so that anchors stay identical by bits; where
-    their processors round differently, a warning says so.
+    All ranks must begin with equal parameters and buffers, which they compare. Then anchors keep
+    the same bits on all ranks. If their processors round differently, a warning says so.
 
     Args:
-        model: it may be wrapped in DistributedDataParallel over other ranks than those that
-            exchange. Its weights are the same on all ranks.
-        optimizer: makes the outer optimizer of the list of anchors. By default that of DiLoCo
-            (arXiv 2311.08105), `torch.optim.SGD(anchors, lr=0.7, momentum=0.9, nesterov=True)`;
-            `lambda anchors: torch.optim.SGD(anchors, lr=1.0)` takes the mean of the models.
+        model: with equal weights on all ranks; may be in DDP over other ranks than those that
+            exchange.
+        optimizer: a function of the list of anchors that returns the outer optimizer. By default
+            that of DiLoCo (arXiv 2311.08105), `torch.optim.SGD(anchors, lr=0.7, momentum=0.9,
+            nesterov=True)`; `lambda anchors: torch.optim.SGD(anchors, lr=1.0)` gives the mean of
+            the models.
         period: inner steps between two exchanges of a fragment.
-        fragments: in how many parts the model is exchanged, at most `period`.
-        delay: inner steps from the beginning of an exchange to its use, less than `period`.
+        fragments: number of parts in which the model is exchanged, at most `period`.
+        delay: inner steps from the start of an exchange to its use, less than `period`.
         bits: per coordinate, see `RHTState`.
-        options: of `RHTState`, but for `equalize`; by default without warm-up. `process_group` or
-            `communicator` name the ranks that exchange, by default the world. Ranks that train one
-            model by DDP exchange best by a `HierarchicalCommunicator`: each sends a shard.
+        options: of `RHTState`, except `equalize`; by default without warm-up. `process_group` or
+            `communicator` give the ranks that exchange, by default the world. With DDP within sites
+            use a `HierarchicalCommunicator`: each rank of a site then sends a shard.
 
     Raises:
-        TypeError, ValueError: an argument is of another type or out of its range, the model has
+        TypeError, ValueError: an argument has another type or is out of its range, the model has
             nothing to train, or its parameters have no memory of their own (FSDP).
-        RuntimeError: another rank did not come.
-        DisagreementError: on all ranks, where their arguments or models differ.
+        RuntimeError: another rank did not connect.
+        DisagreementError: on all ranks, if their arguments or models differ.
     """
 
     def __init__(
@@ -122,11 +119,11 @@ class OuterAverager:
             for name, anchor in zip(part.names, part.anchors, strict=True)
         }
         self.anchors = mirror_of({name: named[name] for name in trained})
-        """A module that has the anchors, under the names of the model's parameters."""
+        """A module with the anchors, under the names of the model's parameters."""
         self.optimizer = outer_optimizer(optimizer or _diloco, self.anchors)
         self.inner_steps = 0
-        """How often `step` was called."""
-        self._began = [0] * fragments  # after which inner step each was last exchanged
+        """The number of calls of `step`."""
+        self._began = [0] * fragments  # inner step of each one's last exchange
         self._flights: list[_Flight] = []
         self.state = OuterState(self._facts(followed), bits, **options)
         self._handle = Handle(self.anchors, self.state)
@@ -167,9 +164,9 @@ class OuterAverager:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Call it after each step of the inner optimizer, on all ranks alike.
+        """Call it after each step of the inner optimizer, on all ranks.
 
-        Also where a gradient scaler skipped that step: ranks count these calls.
+        Also call it if a gradient scaler skipped that step: ranks count the calls.
 
         Returns:
             Whether an outer step was applied, which changed the parameters.
@@ -196,10 +193,10 @@ class OuterAverager:
 
     @torch.no_grad()
     def synchronize(self) -> None:
-        """Exchange what was trained since its last exchange; then parameters are the anchors.
+        """Exchange all remaining changes, and set the parameters to the anchors.
 
-        For the end of training, on all ranks alike. What is in flight is applied before. It takes
-        outer steps as `step` does, of fragments that were not exchanged after this very step.
+        Call it at the end of training, on all ranks. It first applies exchanges in flight, and then
+        makes an outer step with each fragment that was not exchanged after the last inner step.
 
         Raises:
             RuntimeError: the exchange failed, or the averager was closed.
@@ -218,7 +215,7 @@ class OuterAverager:
             raise RuntimeError(f"{CALL}.{call}: the averager was closed; create a new one")
 
     def _look_at_model(self) -> None:
-        """Follow tensors that took the place of others: load_state_dict(assign=True) does that."""
+        """Use the model's current tensors: load_state_dict(assign=True) replaces them."""
         present = everything_in(self._model)
         for part in self._parts:
             missing = [name for name in part.names if name not in present]
@@ -240,7 +237,7 @@ class OuterAverager:
         self._flights.append(_Flight(fragment, due, starts, changes, futures))
 
     def _land(self, now: int) -> bool:
-        """Apply what is due after inner step `now`; returns whether anything was."""
+        """Apply exchanges that are due after inner step `now`; return whether there were any."""
         due = [flight for flight in self._flights if flight.due <= now]
         for flight in due:
             self._wait_for(flight)
@@ -262,14 +259,14 @@ class OuterAverager:
                 continue
             for anchor, gradient in zip(part.anchors, part.views(mean), strict=True):
                 anchor.grad = gradient
-        self.optimizer.step()  # of anchors that have a gradient
+        self.optimizer.step()  # for anchors with a gradient
         self.optimizer.zero_grad()
         for part, start in zip_longest(parts, flight.starts):
             part.write(part.flat if start is None else part.flat + difference(part.read(), start))
 
     @contextlib.contextmanager
     def _failures_told(self) -> Iterator[None]:
-        """Within it, the other ranks hear of errors."""
+        """A context whose errors make the other ranks raise too."""
         try:
             yield
         except BaseException as failure:
@@ -279,17 +276,17 @@ class OuterAverager:
     # Figures, checkpoints, the end --------------------------------------------------------------
 
     def stats(self) -> Stats:
-        """Totals, see `Stats`; `steps` are exchanges of one fragment that began."""
+        """Totals, see `Stats`; `steps` counts the exchanges of a fragment that were started."""
         return self._handle.stats()
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank needs to go on where it is, as copies: plain values and tensors.
+        """The state that this rank needs to resume, as copies: plain values and tensors.
 
-        It waits for exchanges in flight, and has their results. Anchors, buffers' anchors and the
-        outer optimizer's state are the same on all ranks. Residuals and what is in flight are this
-        rank's, under names of its own. The model's parameters are not in it, and differ between
-        ranks except right after an outer step without `delay` and fragments: save them for each
-        rank.
+        It waits for exchanges in flight, and includes their results. Anchors, buffers' anchors and
+        the outer optimizer's state are the same on all ranks. Residuals and exchanges in flight
+        belong to this rank, under their own names. The model's parameters are not included, and
+        differ between ranks except right after an outer step without `delay` and fragments: save
+        them on each rank.
         """
         for flight in self._flights:
             self._wait_for(flight)
@@ -310,17 +307,17 @@ class OuterAverager:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; call it on all ranks alike, between steps.
+        """Resume from the result of `state_dict`; call it on all ranks, between steps.
 
-        Before the next exchange the ranks compare the anchors. Load the model's parameters too,
-        after the averager was made: ranks that saved between outer steps have different ones.
+        Before the next exchange the ranks compare the anchors. Also load the model's parameters,
+        after creating the averager: between outer steps they differ between ranks.
 
         Args:
             state: what `state_dict` returned on this rank.
 
         Raises:
-            ValueError: it is no saved state, or of another model, optimizer or rank; nothing has
-                changed then.
+            ValueError: it is not a saved state, or belongs to another model, optimizer or rank;
+                then nothing has changed.
         """
         lengths = [[part.flat.numel() for part in parts] for parts in self._fragments]
         saved = read(
@@ -351,7 +348,7 @@ class OuterAverager:
         self._engine.agreed = False  # before the next exchange the ranks compare them
 
     def _placed(self, fragment: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Copies, where the parts of a fragment lie."""
+        """Copies, on the devices of the fragment's parts."""
         parts = self._fragments[fragment]
         return [x.to(part.flat, copy=True) for part, x in zip(parts, tensors, strict=True)]
 
@@ -368,9 +365,9 @@ class OuterAverager:
         return f"in flight of rank {rank} of {world_size}"
 
     def close(self) -> None:
-        """End the worker thread and the averager's own connections, on all ranks alike.
+        """Stop the worker thread and close private connections; call it on all ranks.
 
-        What is in flight is finished, but not applied: see `synchronize`. Call it before
+        Exchanges in flight are finished, but not applied: see `synchronize`. Call it before
         `destroy_process_group`.
         """
         if self._closed:
@@ -394,5 +391,5 @@ class OuterAverager:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
-        else:  # which says more than a warning
+        else:  # which explains more than a warning
             self._end()

@@ -20,28 +20,27 @@ CALL = "rhtcomm.hooks.CompressedModelAverager"
 
 
 class CompressedModelAverager(PeriodicModelAverager):
-    """Fits where torch's `PeriodicModelAverager` does, as in `PostLocalSGDOptimizer`.
+    """A replacement of torch's `PeriodicModelAverager`, for example in `PostLocalSGDOptimizer`.
 
-    It averages when that one would. The first time it averages the parameters themselves,
-    uncompressed; from then on what they changed by since the average before, a (the same on all
-    ranks):
+    It averages in the same steps. The first average is of the parameters themselves, uncompressed.
+    Later ones are of the changes since the previous average a, which is the same on all ranks:
 
         w_i <- a - mean over ranks of (a - w_i).
 
-    Averaged are all parameters that require a gradient, whether they have one or not. When there
-    are other ones, as after `add_param_group`, the next average is a first one again.
+    It averages all parameters that require a gradient, whether they have one or not. If the
+    parameters change, as after `add_param_group`, the next average is a first one again.
 
-    Checkpoints: `PostLocalSGDOptimizer` saves the number of steps alone, with which the first
-    average of a resumed run is uncompressed. With `state_dict` of the averager in addition the run
-    resumes with the same bits.
+    Checkpoints: `PostLocalSGDOptimizer` saves only the number of steps; then the first average of a
+    resumed run is uncompressed. If you also save the averager's `state_dict`, the run resumes with
+    the same bits.
 
     Args:
         period, warmup_steps, process_group: as for `PeriodicModelAverager`.
         bits, options: as for `OuterAverager`.
 
     Raises:
-        TypeError, ValueError, RuntimeError, DisagreementError: as `OuterAverager` does, when it
-            first averages.
+        TypeError, ValueError, RuntimeError, DisagreementError: as `OuterAverager` does, at the
+            first average.
     """
 
     def __init__(
@@ -57,13 +56,13 @@ class CompressedModelAverager(PeriodicModelAverager):
         self._bits, self._options = bits, options
         self._parameters: list[nn.Parameter] = []
         self._outer: OuterAverager | None = None
-        self._saved: Mapping[str, Any] | None = None  # what was loaded before there were parameters
+        self._saved: Mapping[str, Any] | None = None  # a state loaded before the first step
 
     @torch.no_grad()
     def average_parameters(
         self, params: Iterable[nn.Parameter] | Iterable[dict[str, nn.Parameter]]
     ) -> None:
-        """Average where it is time; all ranks call it alike, after each step.
+        """Average if it is time; call it on all ranks, after each step.
 
         Args:
             params: the parameters, or the parameter groups of an optimizer.
@@ -108,28 +107,28 @@ class CompressedModelAverager(PeriodicModelAverager):
         )
 
     def stats(self) -> Stats:
-        """Totals, see `Stats`, without uncompressed averages; `steps` are the compressed ones.
+        """Totals, see `Stats`, without uncompressed averages; `steps` counts the compressed ones.
 
         Raises:
-            RuntimeError: nothing was averaged so far.
+            RuntimeError: nothing has been averaged yet.
         """
         if self._outer is None:
             raise RuntimeError(f"{CALL}.stats: nothing has been averaged yet")
         return self._outer.stats()
 
     def state_dict(self) -> dict[str, Any]:
-        """See `OuterAverager.state_dict`; anchors are numbered as the parameters are."""
+        """See `OuterAverager.state_dict`; anchors are numbered like the parameters."""
         outer = self._saved if self._outer is None else self._outer.state_dict()
         return {"step": self.step, "outer": outer}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; call it on all ranks alike, between steps.
+        """Resume from the result of `state_dict`; call it on all ranks, between steps.
 
         Args:
             state: what `state_dict` returned on this rank.
 
         Raises:
-            ValueError: it is no such state.
+            ValueError: it is not a saved state.
         """
         if not isinstance(state, Mapping) or not {"step", "outer"} <= state.keys():
             raise ValueError(f"{CALL}.load_state_dict: pass what state_dict() returned")
@@ -137,7 +136,7 @@ class CompressedModelAverager(PeriodicModelAverager):
         self.step, self._saved = state["step"], state["outer"]
 
     def close(self) -> None:
-        """End the worker thread and the averager's own connections, on all ranks alike.
+        """Stop the worker thread and close private connections; call it on all ranks.
 
         Call it before `destroy_process_group`.
         """

@@ -1,4 +1,4 @@
-"""DDP models: which one a state is registered on, and what its parameters are called."""
+"""Finds the DDP model of a state, and the names of its parameters."""
 
 import gc
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ __all__ = [
     "unwrapped",
 ]
 
-# What wrappers put into the names of modules and parameters.
+# Prefixes that wrappers add to the names of modules and parameters.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
@@ -30,7 +30,7 @@ def ddp_in(model: nn.Module, owner: str) -> DistributedDataParallel:
     """The DDP model that a model is, or wraps: torch.compile, Fabric and Accelerate do.
 
     Raises:
-        TypeError: there is none, or another kind of data parallelism.
+        TypeError: there is none, or the model uses another kind of data parallelism.
         ValueError: there are several.
     """
     if not isinstance(model, nn.Module):
@@ -59,24 +59,24 @@ def ddp_in(model: nn.Module, owner: str) -> DistributedDataParallel:
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    """Whether it is a module of FSDP1 or FSDP2, whose classes are not imported for that."""
+    """Whether it is a module of FSDP1 or FSDP2, without importing their classes."""
     names = {kind.__name__ for kind in type(module).__mro__}
     return not names.isdisjoint({"FullyShardedDataParallel", "FSDPModule"})
 
 
 def numel_of(parameter: torch.Tensor) -> int:
-    """Coordinates of its gradient in a bucket."""
+    """Number of coordinates of its gradient in a bucket."""
     return parameter.numel() * (2 if parameter.is_complex() else 1)
 
 
 def named_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of a model under the names that they have without wrappers."""
+    """The parameters of a model by their names without wrappers' prefixes."""
     named = unwrapped(model).named_parameters()
     return {plain_name(name): parameter for name, parameter in named}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """What DistributedDataParallel and torch.compile were given."""
+    """The module inside DistributedDataParallel and torch.compile."""
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
         inner = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
         assert isinstance(inner, nn.Module)
@@ -85,18 +85,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """The name of a module or parameter as it is without wrappers."""
+    """The name of a module or parameter without wrappers' prefixes."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def pairs_in(kept: WeakTensorKeyDictionary) -> list[tuple[torch.Tensor, Any]]:
-    """Parameters and what is kept of each, while the worker thread may add others."""
+    """A snapshot of parameters and their values, while the worker thread may add others."""
     alive = [parameter for ref in kept.keyrefs() if (parameter := ref()) is not None]
     return [(parameter, kept[parameter]) for parameter in alive]
 
 
 def model_given(model: nn.Module | None, call: str) -> nn.Module:
-    """The model; raises ValueError where it is missing."""
+    """The model; raises ValueError if it is None."""
     if model is None:
         raise ValueError(
             "RHTState: with error_feedback or equalize, the state is saved by parameter name; "
@@ -112,14 +112,14 @@ def ranks_of(group: dist.ProcessGroup | None) -> list[int]:
 def group_of_model(
     state: object, parameters: Sequence[torch.Tensor] = ()
 ) -> tuple[dist.ProcessGroup | None, list[DistributedDataParallel]]:
-    """The process group of the DDP model that a state is registered on, where it can be found, and
-    the model, or all of them.
+    """The process group of the DDP model that a state is registered on, if found, and the model, or
+    several.
 
-    DDP tells its hook nothing of its group. So look for the model that has the state, or (if the
-    state is inside another one) the first parameter, once, when the first bucket comes.
+    DDP does not tell its hook the group. So, at the first bucket, search once for the model that
+    refers to the state or, if the state is inside another object, to the first parameter.
 
     Raises:
-        ValueError: there are several, and they average over other ranks.
+        ValueError: there are several, and they average over different ranks.
     """
 
     def find() -> list[DistributedDataParallel]:
@@ -128,7 +128,7 @@ def group_of_model(
         return mine or _models_with(parameters[0], "_module_parameters") if parameters else mine
 
     mine = find()
-    if not mine and gc.get_freeze_count():  # after gc.freeze() they are hidden
+    if not mine and gc.get_freeze_count():  # gc.freeze() hides them
         gc.unfreeze()
         mine = find()
         gc.freeze()
@@ -142,9 +142,10 @@ def group_of_model(
 
 
 def _models_with(thing: object, name: str) -> list[DistributedDataParallel]:
-    """Those that have a thing in their list of that name.
+    """The models that have the object in their list of this name.
 
-    Not from gc.get_objects(): tensors that are about to go must not be referred to (torch 2.9).
+    Not from gc.get_objects(): it would add references to tensors that are about to be freed (torch
+    2.9).
     """
     found = []
     for holder in gc.get_referrers(thing):

@@ -1,4 +1,4 @@
-"""Exchanges of outer steps, and that the ranks begin alike."""
+"""Exchanges of outer steps, and the check that ranks start with equal models."""
 
 import hashlib
 import logging
@@ -47,19 +47,20 @@ class OuterState(HookState):
             )
         super().__init__(bits, warmup_steps=warmup_steps, **options)
         self.facts = dict(facts)
-        """What the ranks compare in addition, before the next exchange where `agreed` is false."""
+        """What the ranks compare in addition before the next exchange if `agreed` is false."""
 
     def begin(self, parts: Sequence[Part], followed: Mapping[str, torch.Tensor]) -> Engine:
-        """Connect the ranks, compare their arguments and what is followed; all call it alike.
+        """Connect the ranks, and compare their arguments and averaged tensors; call it on all
+        ranks.
 
         Raises:
-            ValueError: it excludes a parameter that the model has not.
-            RuntimeError: another rank did not come.
-            DisagreementError: on all ranks, where their arguments or models differ.
+            ValueError: it excludes a parameter that the model does not have.
+            RuntimeError: another rank did not connect.
+            DisagreementError: on all ranks, if their arguments or models differ.
         """
         session = self._session
         self.learn(parts)
-        session.called = True  # what it warns of is not for this one
+        session.called = True  # its warnings do not apply here
         device = parts[0].flat.device
         engine = session.start(device, None, self._make_engine)
         with engine.beginning(self.key, device):
@@ -67,7 +68,7 @@ class OuterState(HookState):
         return engine
 
     def learn(self, parts: Sequence[Part]) -> None:
-        """The names of the parts' tensors, if these are new."""
+        """Learn the names of the parts' tensors, if these are new."""
         named = [pair for part in parts for pair in zip(part.names, part.tensors, strict=True)]
         if not all(self._session.knows([tensor]) for _, tensor in named):
             self._session.learn([tensor for _, tensor in named])
@@ -83,7 +84,7 @@ class OuterState(HookState):
         return self.facts
 
     def send(self, parts: Sequence[Part], changes: Sequence[torch.Tensor]) -> list[Future]:
-        """Have the changes of a fragment's parts averaged, in place; when, the futures tell."""
+        """Start averaging the changes of a fragment's parts, in place; returns futures."""
         engine, sent = self.engine, []
         assert engine is not None
         for part, change in zip(parts, changes, strict=True):
@@ -113,7 +114,7 @@ class OuterState(HookState):
 def _check_alike(named: Mapping[str, torch.Tensor], engine: Engine, device: torch.device) -> None:
     """Raise DisagreementError on all ranks unless all have the same tensors, bit for bit.
 
-    Rank 0 warns where the ranks' processors round differently.
+    Rank 0 warns if the ranks' processors round differently.
     """
     digests = b"".join(map(digest, [*named.values(), _fused_sum(device)]))
     row = torch.frombuffer(bytearray(digests), dtype=torch.uint8).to(device)
@@ -136,13 +137,13 @@ def _check_alike(named: Mapping[str, torch.Tensor], engine: Engine, device: torc
 
 
 def _fused_sum(device: torch.device) -> torch.Tensor:
-    """x + a y, as torch's optimizers do it; not all processors round it once."""
+    """x + a y, as in torch's optimizers; some processors round it once, others twice."""
     x = torch.arange(1, 4097, dtype=torch.float32, device=device) / 3
     return torch.add(x, x.flip(0), alpha=0.7)
 
 
 def warn_of_ddp(model: nn.Module, topology: Topology) -> None:
-    """Warn where DDP averages the gradients of ranks that exchange outer steps."""
+    """Warn if DDP averages the gradients of ranks that exchange outer steps."""
     if not isinstance(topology, TorchCommunicator):
         return  # levels, with DDP within the lower one; or other transports
     ranks = {*topology.ranks}
@@ -162,7 +163,7 @@ _DIGEST_BYTES = 16
 
 
 def digest(tensor: torch.Tensor) -> bytes:
-    """Of its bits."""
+    """A digest of its bits."""
     octets = real(tensor).contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
     return hashlib.blake2b(octets.tobytes(), digest_size=_DIGEST_BYTES).digest()
 

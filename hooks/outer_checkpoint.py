@@ -1,4 +1,4 @@
-"""What an OuterAverager saves, and how it is read back."""
+"""Saving and loading an OuterAverager."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -16,23 +16,23 @@ Named = Mapping[str, torch.Tensor]
 
 
 class Saved(NamedTuple):
-    """What `OuterAverager.state_dict` returned, checked."""
+    """The checked result of `OuterAverager.state_dict`."""
 
     inner_steps: int
     began: list[int]
-    """After which inner step each fragment was last exchanged."""
+    """The inner step after which each fragment was last exchanged."""
     anchors: Named
     buffers: Named
     optimizer: Mapping[str, Any]
     flights: list[tuple[int, int, list[torch.Tensor], list[torch.Tensor]]]
-    """Of each exchange in flight: fragment, due, starts and changes by part."""
+    """For each exchange in flight: fragment, due, starts and changes by part."""
 
 
 def saved_optimizer(optimizer: torch.optim.Optimizer, anchors: nn.Module) -> dict[str, Any]:
-    """Its state by the names of the anchors.
+    """The optimizer's state by the names of the anchors.
 
-    SGD makes momenta in its first step. They are saved as zeros before it, so that what is loaded
-    into a new averager (`torch.distributed.checkpoint`) finds all its names there.
+    SGD creates momenta in its first step. Before it they are saved as zeros, so that a new averager
+    has all names that `torch.distributed.checkpoint` loads.
     """
     plain, names = optimizer.state_dict(), _names(optimizer, anchors)
     state = {names[i]: dict(values) for i, values in plain["state"].items()}
@@ -49,14 +49,14 @@ def saved_optimizer(optimizer: torch.optim.Optimizer, anchors: nn.Module) -> dic
 def to_torch(
     saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, anchors: nn.Module
 ) -> dict[str, Any]:
-    """What `saved_optimizer` returned, as the optimizer's own `load_state_dict` takes it."""
+    """The result of `saved_optimizer`, in the form of the optimizer's own `load_state_dict`."""
     numbers = {name: i for i, name in enumerate(_names(optimizer, anchors))}
     state = {numbers[name]: values for name, values in saved["state"].items()}
     return {"state": state, "param_groups": saved["param_groups"]}
 
 
 def _names(optimizer: torch.optim.Optimizer, anchors: nn.Module) -> list[str]:
-    """Of the anchors, as the optimizer numbers them."""
+    """The names of the anchors, in the optimizer's order."""
     name_of = {id(anchor): name for name, anchor in anchors.named_parameters()}
     return [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
@@ -73,11 +73,11 @@ def read(
 
     Args:
         anchors, buffers, optimizer: as they are now.
-        own: the name under which this rank saved what was in flight.
+        own: the name under which this rank saved its exchanges in flight.
         lengths: of each fragment's parts.
 
     Raises:
-        ValueError: it is none, or does not fit.
+        ValueError: it is not a saved state, or does not fit.
     """
     if not isinstance(state, Mapping) or not state.keys() >= _KEYS:
         this = f"has {list(state)}" if isinstance(state, Mapping) else f"is {state!r:.80}"

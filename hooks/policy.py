@@ -1,4 +1,4 @@
-"""Which gradients are compressed, and how: the first steps, some parameters, bits by bucket."""
+"""Which gradients are compressed, and how: warm-up, excluded parameters, bits by bucket."""
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -22,19 +22,19 @@ UNCOMPRESSED = 32  # bits
 
 
 class Policy:
-    """How the buckets of a model travel.
+    """How the buckets of a model are sent.
 
     Args:
         bits: bits per coordinate, or a function of the parameters in a bucket that returns them.
         codec: makes the codec for a number of bits.
-        warmup_steps: in so many first steps of a run, payloads have `warmup_bits` or more.
+        warmup_steps: number of first steps of a run whose payloads have at least `warmup_bits`.
         warmup_bits: bits per coordinate; 32: uncompressed.
-        exclude: names of parameters, as shell patterns, or a predicate on the parameter: what
-            travels exactly, within its bucket.
+        exclude: names of parameters, as shell patterns, or a predicate on the parameter; these are
+            sent exactly, within their buckets.
         owner: for errors.
 
     Raises:
-        TypeError, ValueError: an argument is of another type or out of its range.
+        TypeError, ValueError: an argument has another type or is out of its range.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class Policy:
         self._bits, self.warmup_bits = bits, warmup_bits
         self._make_codec = codec
         self.codec = codec(4 if callable(bits) else bits)
-        """For all buckets, or to show what they have in common where bits depend on the bucket."""
+        """For all buckets; if bits depend on the bucket, only to describe what they share."""
         self.by_bucket = bool(self._exclude) or callable(bits)
-        """Whether it treats buckets differently from each other."""
+        """Whether buckets are treated differently."""
         self.reset()
         if warmup_bits != UNCOMPRESSED:
             try:
@@ -89,7 +89,7 @@ class Policy:
 
     @property
     def facts(self) -> dict[str, object]:
-        """What the ranks compare; exclusions and bits by bucket are compared with the buckets."""
+        """What the ranks compare; exclusions and bits by bucket are compared per bucket."""
         facts: dict[str, object] = {"warmup_steps": self.warmup_steps}
         if self.warmup_steps:
             facts["warmup_bits"] = self.warmup_bits
@@ -104,7 +104,7 @@ class Policy:
         """The names of a model's parameters.
 
         Raises:
-            ValueError: a name to exclude is none of them.
+            ValueError: a name to exclude matches none of them.
         """
         names = dict(named)
         for name, parameter in names.items():
@@ -119,7 +119,7 @@ class Policy:
                     )
 
     def treatment(self, step: int, parameters: Sequence[torch.Tensor]) -> Treatment | None:
-        """How a bucket of these parameters travels in a step; None: all of it by `codec`."""
+        """The treatment of a bucket of these parameters in a step; None: all of it by `codec`."""
         warm = step >= self.warmup_steps or not self._warmup
         if warm and not self.by_bucket:
             return None
@@ -127,13 +127,13 @@ class Policy:
         known = self._treatments.get(place)
         if known is None:
             known = self._treatments[place] = self._work_out(parameters)
-            # When a parameter goes, another one may get its id.
+            # When a parameter is freed, another one may get its id.
             forget = self._treatments.clear
             self._alive += [weakref.ref(p, lambda _: forget()) for p in parameters]
         return known[warm]
 
     def _work_out(self, parameters: Sequence[torch.Tensor]) -> tuple[Treatment, Treatment]:
-        """During the warm-up, and after it."""
+        """The treatments during the warm-up and after it."""
         bits = self._bits
         if callable(bits):
             bits = number(bits(parameters), self._owner, "what bits() returns")
@@ -159,7 +159,7 @@ class Policy:
 
 
 def _by(codec: Codec | Lattice | None, exact: tuple[bool, ...]) -> Treatment:
-    """Of a bucket of which the ranks compare it."""
+    """A treatment that the ranks compare."""
     if codec is None or (all(exact) and exact):
         return Treatment(None, compare=True)
     return Treatment(codec, exact if any(exact) else None, compare=True)

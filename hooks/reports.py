@@ -81,8 +81,9 @@ class Reports:
     def follow(self, bucket: Bucket, future: Future, cuda: Cuda) -> None:
         """Of a bucket that DDP has handed over. DDP waits for it at the end of the backward pass.
 
-        A callback that is queued with the step's last bucket comes right before DDP's own. Without
-        a node DDP hands over in its own callback (static_graph, first step), and waits there.
+        A callback that is queued with the step's last bucket comes right before DDP's own; a turn
+        (`hooks/turns.py`), which ends by waiting for buckets, calls `land` before that. Without a
+        node, DDP hands over in its own callback (static_graph, first step), and waits there.
         """
         if self._followed and self._followed[-1].step != bucket.key.step:
             self._give_up_finished()
@@ -100,13 +101,13 @@ class Reports:
 
     def land(self, count: int | None = None) -> None:
         """Wait for the first `count` of the buckets, or all, in the place of training."""
-        if count is None:
-            count = len(self._followed)
-        landed = [self._followed.popleft() for _ in range(count)]
-        for followed in landed:
+        landed = []
+        for _ in range(len(self._followed) if count is None else count):
+            followed = self._followed.popleft()
             if followed.future is not None:
                 followed.land()
                 followed.future = None
+            landed.append(followed)
         self._landed.append(landed)
         self._deliver()
 

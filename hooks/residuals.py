@@ -1,9 +1,9 @@
-"""What error feedback keeps between steps: a residual for each parameter.
+"""The residual of each parameter, kept between steps for error feedback.
 
-In a step residuals are flat, in the order in which DDP lays a parameter's gradient into a bucket:
-that of the parameter's memory where it is dense (channels_last, transposed), else that of its
-indices; a complex number is a pair of floats. What is saved has the parameter's shape, so that a
-model whose parameters lie in memory in another order takes it up rightly.
+In a step residuals are flat, in the order in which DDP stores a parameter's gradient in a bucket:
+that of the parameter's memory if it is dense (channels_last, transposed), otherwise that of its
+indices. A complex number is a pair of floats. Saved residuals have the parameter's shape, so that a
+model with another memory layout loads them correctly.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,15 +20,15 @@ __all__ = ["Residuals"]
 
 
 class _Layout(NamedTuple):
-    """How a bucket holds the gradient of a parameter."""
+    """The layout of a parameter's gradient in a bucket."""
 
     shape: torch.Size
     stride: tuple[int, ...]
 
     @classmethod
     def of(cls, parameter: torch.Tensor, bucket: StorageWeakRef | None = None) -> "_Layout":
-        """By where the gradient lies if it is a view of the bucket, else where its parameter does:
-        so DDP makes its buckets."""
+        """From the gradient if it is a view of the bucket, otherwise from the parameter, as DDP
+        does."""
         gradient = parameter.grad
         if bucket is None or gradient is None or _storage_of(gradient) != bucket:
             gradient = parameter
@@ -42,7 +42,7 @@ class _Layout(NamedTuple):
 
 
 def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether the elements fill their memory, each with a place of its own."""
+    """Whether the elements fill their memory without overlap."""
     expected = 1
     for step, length in sorted(zip(stride, shape, strict=True)):
         if length == 1:
@@ -54,7 +54,7 @@ def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def _storage_of(x: torch.Tensor) -> StorageWeakRef:
-    """What tells the memory of x from any other, now or later, and keeps nothing alive."""
+    """An identity of the memory of x, unique for all time, that keeps nothing alive."""
     return StorageWeakRef(x.untyped_storage())
 
 
@@ -62,7 +62,7 @@ class _Residual(NamedTuple):
     flat: torch.Tensor
     layout: _Layout
     bucket: StorageWeakRef | None = None
-    """That the layout is of, once there was one."""
+    """Identity of the memory from which the layout was taken, if any."""
 
     @classmethod
     def from_shape(cls, value: torch.Tensor, layout: _Layout) -> "_Residual":
@@ -75,7 +75,7 @@ class _Residual(NamedTuple):
         return moved._replace(bucket=bucket)
 
     def in_shape(self) -> torch.Tensor:
-        """In the shape of the parameter, contiguous, alone in its memory."""
+        """The residual in the parameter's shape, contiguous, in memory of its own."""
         return self.flat.as_strided(*self.layout).clone(memory_format=torch.contiguous_format)
 
 
@@ -86,9 +86,9 @@ def _is_residual(value: object) -> bool:
 
 
 class Residuals:
-    """By parameter, not by bucket, since DDP puts parameters into other buckets after a step.
+    """Keyed by parameter, not by bucket, since DDP rebuilds its buckets after a step.
 
-    Those of parameters that are gone go with them.
+    Residuals of freed parameters are dropped.
     """
 
     def __init__(self) -> None:
@@ -98,11 +98,11 @@ class Residuals:
         return len(self._of)
 
     def gather(self, parameters: Sequence[torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
-        """What is left of a bucket's gradients, (numel,) float32 in memory of its own."""
+        """The residual of a bucket, (numel,) float32 in memory of its own."""
         parts, bucket = [], _storage_of(buffer)
         for parameter in parameters:
             kept = self._of.get(parameter)
-            # A bucket keeps the order of its making, whatever becomes of the parameter's memory.
+            # A bucket keeps its original order, even if the parameter's memory changes.
             if kept is None or kept.bucket is None or kept.bucket != bucket:
                 layout = _Layout.of(parameter, bucket)
                 if kept is None:
@@ -113,7 +113,7 @@ class Residuals:
         return torch.cat(parts)
 
     def keep(self, parameters: Sequence[torch.Tensor], residual: torch.Tensor) -> None:
-        """The residual of a bucket after `gather`, (numel,) float32."""
+        """Store the residual of a bucket after `gather`, (numel,) float32."""
         parts = residual.split([numel_of(parameter) for parameter in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             self._of[parameter] = self._of[parameter]._replace(flat=part)
@@ -126,7 +126,7 @@ class Residuals:
         """The residuals of a model's parameters, in their shapes.
 
         Raises:
-            ValueError: the model is missing; or there are residuals, but none of this model.
+            ValueError: the model is missing; or there are residuals, but none for this model.
         """
         model = model_given(model, "state_dict(model)")
         found = {
@@ -142,19 +142,19 @@ class Residuals:
         return found
 
     def replace(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Forget all, and take what `by_parameter` gave."""
+        """Replace all by the result of `by_parameter`."""
         found = WeakTensorKeyDictionary()
         for parameter, value in pairs:
-            # They come from a file, and go to the parameter's device when they are needed.
+            # They come from a file, and move to the parameter's device when they are needed.
             found[parameter] = _Residual.from_shape(value.float().cpu(), _Layout.of(parameter))
         self._of = found
 
     def load(self, model: nn.Module | None, saved: Mapping[str, torch.Tensor]) -> None:
-        """Forget all, and take what `by_name` gave.
+        """Replace all by the result of `by_name`.
 
         Raises:
-            ValueError: the model is missing, lacks one of the parameters, or has it in another
-                shape, or what was saved are no residuals; nothing has changed then.
+            ValueError: the model is missing, lacks one of the parameters, or has it with another
+                shape, or the values are not residuals; then nothing has changed.
         """
         named = named_parameters(model_given(model, "load_state_dict(state, model)"))
         odd = sorted(name for name, value in saved.items() if not _is_residual(value))

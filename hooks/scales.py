@@ -1,29 +1,29 @@
-"""Powers of two that make the coordinates of a bucket alike before it is compressed.
+"""Powers of two that bring the coordinates of a bucket to similar size before compression.
 
-A codec adds noise of one size to all coordinates of a block, but a block may hold columns of a
-matrix, or parameters, whose gradients differ much in size. Adam divides each by its own size, and
-so turns the noise of the large ones into steps of the small ones. Therefore ranks divide a bucket
-by scales s before the exchange, and multiply the mean by them:
+A codec adds noise of the same size to all coordinates of a block, but a block may hold columns of a
+matrix, or parameters, whose gradients differ much in size. Adam divides each coordinate by its own
+size, so the noise of large ones becomes steps of small ones. Therefore ranks divide a bucket by
+scales s before the exchange, and multiply the mean by them:
 
     mean = s * decode_mean(encode(x_1 / s), ..., encode(x_n / s)).
 
-It is as unbiased as the codec, and the noise of coordinate i is s_i times that of its block. Let
+This is as unbiased as the codec, and the noise of coordinate i is s_i times that of its block. Let
 g (rows, length) be the mean gradient of a parameter in the order of its memory, L a running mean
-over steps of log2 max |g|, over a row, a column or all of the parameter, and "largest" that
-parameter of the bucket whose L is largest. Then
+over steps of log2 max |g| over a row, a column or the whole parameter, and "largest" the parameter
+of the bucket with the largest L. Then
 
     s_ij = 2^(RANGE - min(RANGE, d_i + d_j)),
     d_i = round(L_largest - L_row_i),  d_j = round(L_parameter - L_column_j),  both at least 0.
 
-So d_i + d_j is how far log2 |g_ij| lies below the largest of the bucket, if rows and columns of g
+So d_i + d_j is the distance of log2 |g_ij| from the largest of the bucket, if rows and columns of g
 differ by factors. Only ratios within a block matter, so the largest is that of the bucket and not
-of the model. It is looked up in each step, and nothing is kept by bucket, since DDP rebuilds them.
-The L are integers and largest magnitudes do not depend on an order of summation, so all ranks have
-the same scales without a message.
+of the model. It is found again in each step, and nothing is stored per bucket, since DDP rebuilds
+them. The L are integers, and largest magnitudes do not depend on an order of summation, so all
+ranks get the same scales without communication.
 
-As s is at least 1, no finite input overflows. The division takes the lowest bits of what lies below
-2^(RANGE - 126) (in bfloat16 as well), all else is exact. float16 has too few exponents for that,
-and is left alone.
+Since s is at least 1, no finite input overflows. The division loses low bits of numbers below
+2^(RANGE - 126) (in bfloat16 as well); everything else is exact. float16 has too few exponents, and
+is left alone.
 """
 
 import hashlib
@@ -44,14 +44,15 @@ Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 """Parameters and their logarithms, see `Scales`."""
 
 RANGE = 6
-"""A coordinate that was quiet and suddenly is large counts in its block's error as if it were up to
-2^RANGE times as large. On a regression whose inputs differ 160 times in size, 4 bits raise AdamW's
-excess loss by 25%, with a range of 4 by 10%, of 6 by 4.5%, of 8 by 4.0%."""
+"""The largest distance. A coordinate that was small and suddenly is large adds to its block's error
+as if it were up to 2^RANGE times as large. On a regression whose inputs differ 160 times in size, 4
+bits increase AdamW's excess loss by 25%; with a range of 4 by 10%, of 6 by 4.5%, of 8 by 4.0%."""
 
-_POINT = 8  # bits of a logarithm behind the point
-_MEMORY = 3  # a step counts for 2^-3 of a running mean
-# By dtype an integer of its size, all bits but the sign, and how far a magnitude's bits must go to
-# the left (negative: right) to be its logarithm: the exponent + 127, then bits of the mantissa.
+_POINT = 8  # fractional bits of a logarithm
+_MEMORY = 3  # a step has weight 2^-3 in a running mean
+# By dtype: an integer type of its size, a mask of all bits except the sign, and the left shift
+# (negative: right) that turns a magnitude's bits into its logarithm: the exponent + 127, then bits
+# of the mantissa.
 _BITS = {torch.float32: (torch.int32, 0x7FFFFFFF, -15), torch.bfloat16: (torch.int16, 0x7FFF, 1)}
 SCALED = frozenset(_BITS)
 _INFINITE = 255 << _POINT
@@ -59,28 +60,28 @@ _RUN = 1 << 17  # coordinates
 
 
 class _Parameter(NamedTuple):
-    """Where a parameter lies in a bucket, and what is known of it."""
+    """The position of a parameter in a bucket, and its logarithms."""
 
     start: int
     rows: int
     length: int
-    """Of each row."""
+    """Length of each row."""
     logarithms: torch.Tensor | None
-    """See `Scales`; None: nothing so far."""
+    """See `Scales`; None: unknown so far."""
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """Its part of flat x, a view (rows, length)."""
+        """Its slice of flat x, as a view (rows, length)."""
         run = x[self.start : self.start + self.rows * self.length]
         return run.view(self.rows, self.length)
 
 
 class Scales:
-    """For each parameter, log2 of its largest gradients + 127 in 1/256, 0 where there was none yet.
+    """For each parameter, log2 of its largest gradients + 127 in units of 1/256; 0 if unknown.
 
-    (1 + rows + length,) int32, of the parameter, its rows and its columns, where it has several of
-    both; else (1,). Columns are those of the gradient's memory: where a checkpoint is loaded into a
-    model whose parameters lie in another order, their scales are wrong for some steps, on all ranks
-    alike. Those of parameters that are gone go with them.
+    (1 + rows + length,) int32, for the parameter, its rows and its columns, if it has several of
+    both; otherwise (1,). Columns are those of the gradient's memory: if a checkpoint is loaded into
+    a model with another memory layout, scales are wrong for some steps, equally on all ranks.
+    Scales of freed parameters are dropped.
     """
 
     def __init__(self, pairs: Pairs | None = None) -> None:
@@ -104,12 +105,13 @@ class Scales:
         tensors: Sequence[torch.Tensor],
         exact: Sequence[bool] | None,
     ) -> Iterator[None]:
-        """Within it, flat tensors of a bucket's parameters (numel,) are divided by their scales.
+        """A context in which flat tensors of a bucket's parameters (numel,) are divided by their
+        scales.
 
         Args:
             parameters: of the bucket.
             tensors: changed in place, float32 or bfloat16, of the same layout.
-            exact: which parameters travel exactly and are left alone; None: none.
+            exact: which parameters are sent exactly and left alone; None: none.
         """
         device, numel = tensors[0].device, tensors[0].numel()
         with default_mode(pool=numel > GRAIN):
@@ -124,10 +126,10 @@ class Scales:
                 _shift(placed, depths, x, 1)
 
     def learn(self, parameters: Sequence[torch.Tensor], mean: torch.Tensor) -> None:
-        """From the mean of a bucket, flat, the same on all ranks.
+        """Update the scales from the flat mean of a bucket, which is the same on all ranks.
 
-        What is zero throughout keeps what it had, and so does a parameter with a number that is not
-        finite.
+        Rows, columns and parameters that are zero, and parameters with non-finite numbers, keep
+        their scales.
         """
         if mean.dtype not in SCALED:
             return
@@ -142,7 +144,7 @@ class Scales:
             self._of[parameter] = torch.where(unusable, kept, moved)
 
     def digest(self) -> str:
-        """Of all scales: ranks with different ones would not understand each other."""
+        """A digest of all scales: ranks with different scales would decode wrong means."""
         found = hashlib.blake2b(digest_size=8)
         for logarithms in self._of.values():
             found.update(logarithms.cpu().numpy().tobytes())
@@ -154,13 +156,13 @@ class Scales:
         return [(parameter, kept.clone()) for parameter, kept in pairs_in(self._of)]
 
     def replace(self, pairs: Pairs) -> None:
-        """Forget all, and take these."""
+        """Replace all by these."""
         self._of = WeakTensorKeyDictionary()
         for parameter, logarithms in pairs:
             self._of[parameter] = logarithms.to("cpu", torch.int32, copy=True)
 
     def by_name(self, model: nn.Module | None) -> dict[str, torch.Tensor]:
-        """Of all parameters of a model that get gradients, zeros where nothing is known.
+        """The logarithms of all trained parameters of a model; zeros if unknown.
 
         Raises:
             ValueError: the model is missing.
@@ -174,11 +176,11 @@ class Scales:
 
 
 def read_scales(model: nn.Module | None, saved: Mapping[str, torch.Tensor]) -> Pairs:
-    """What `Scales.by_name` gave, by parameter, in the model's order.
+    """The result of `Scales.by_name`, checked, by parameter, in the model's order.
 
     Raises:
-        ValueError: the model is missing, lacks one of the parameters, or has it in another shape,
-            or these are no scales.
+        ValueError: the model is missing, lacks one of the parameters, or has it with another shape,
+            or the values are not scales.
     """
     if not saved:
         return []
@@ -205,7 +207,8 @@ def _are_logarithms(value: object) -> bool:
 
 
 def _shape_of(parameter: torch.Tensor) -> tuple[int, int]:
-    """Rows, and the length of each. Where one is 1, each coordinate would have a scale."""
+    """Number and length of rows. If one of them were 1, each coordinate would have its own
+    scale."""
     numel = numel_of(parameter)
     rows = parameter.shape[0] if parameter.dim() > 1 else 1
     return (rows, numel // rows) if 1 < rows < numel else (1, numel)
@@ -217,9 +220,10 @@ def _nothing(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _logarithms(part: torch.Tensor) -> torch.Tensor:
-    """Of the largest numbers in part (rows, length), as `Scales` keeps them; NaN is the largest.
+    """Logarithms of the largest numbers in part (rows, length), as in `Scales`; NaN counts as the
+    largest.
 
-    Of bits, not of floats, whose comparisons may flush subnormals.
+    By their bits, since comparisons of floats may flush subnormals.
     """
     integer, mask, left = _BITS[part.dtype]
     if len(part) == 1:
@@ -238,9 +242,9 @@ _Depth = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def _depths(placed: Sequence[_Parameter]) -> list[_Depth | None]:
-    """By how many powers of two rows (rows, 1) and columns (length,) lie below the largest one.
+    """How many powers of two rows (rows, 1) and columns (length,) lie below the largest one.
 
-    Integers from 0 to RANGE, 0 where nothing is known. A coordinate lies by their sum below it.
+    Integers from 0 to RANGE, 0 if unknown. The distance of a coordinate is their sum.
     """
     known = [one.logarithms for one in placed if one.logarithms is not None]
     if not known:
@@ -279,15 +283,15 @@ def _shift(
             by_column = _power(-sign * columns, x.dtype)
             for some, factor in zip(_in_runs(part), _in_runs(by_row, part), strict=True):
                 both = factor * by_column
-                # The sum of both depths is RANGE at most.
+                # The sum of both depths is at most RANGE.
                 some.mul_(both.clamp_(max=1) if sign < 0 else both.clamp_(min=1))
         if sign > 0 and x.dtype == torch.bfloat16:
             _make_nans_alike_(part)
 
 
 def _in_runs(x: torch.Tensor, like: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """Groups of rows of x (rows, length), or as `like` falls into them: temporaries of a group stay
-    in a processor's cache. On other devices they are one."""
+    """Groups of rows of x (rows, length), small enough for a processor's cache; with `like`, x is
+    split as `like` is. On other devices there is one group."""
     rows, length = (x if like is None else like).shape
     runs: tuple[torch.Tensor, ...]
     runs = x.split(max(1, _RUN // length) if x.device.type == "cpu" else rows)
@@ -295,7 +299,7 @@ def _in_runs(x: torch.Tensor, like: torch.Tensor | None = None) -> tuple[torch.T
 
 
 def _make_nans_alike_(x: torch.Tensor) -> None:
-    """In bfloat16 products of NaN differ by place and processor."""
+    """In bfloat16, products with NaN depend on position and processor."""
     bits = x.view(torch.int16)
     magnitudes = bits & 0x7FFF
     if x.device.type != "cpu" or (magnitudes.numel() and magnitudes.amax() > 0x7F80):

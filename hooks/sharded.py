@@ -1,4 +1,4 @@
-"""The state of a model that `fully_shard` was called on: its reductions, their keys, their end."""
+"""The state of a sharded model: its reductions, their keys, and its shutdown."""
 
 import contextlib
 import time
@@ -40,8 +40,8 @@ _REFUSED = {
 class ShardedState(HookState):
     """Configuration and progress of a model's reductions. `compress_fsdp` makes it.
 
-    Buckets are numbered by unit: i of u units for its reduce-scatter, and u (1 + s) + i where the
-    ranks with shard s average it over replicas.
+    Buckets are numbered by unit: i (of u units) for its reduce-scatter, and u (1 + s) + i for the
+    average of shard s over replicas.
     """
 
     def __init__(
@@ -54,25 +54,25 @@ class ShardedState(HookState):
         _check_ranks(units, replicate_group)
         _check_options(options, replicate_group)
         super().__init__(bits, **options)
-        # They have the model, which has this state.
+        # They refer to the model, which refers to this state.
         self._numbers = weakref.WeakKeyDictionary({unit: i for i, unit in enumerate(units)})
         self._shards = [(unit.name, unit.numel) for unit in units]
         self._replicate_group = replicate_group
         self._replicas = Session(None, self._timeout, None, silent=True)
         self._finalizer_of_replicas = weakref.finalize(self, self._replicas.close_late)
-        # The step that goes on: its key, its backward pass by autograd's number, its buckets.
+        # The current step: its key, its backward pass by autograd's number, its buckets.
         self._now, self._reduced = self.key, set[int]()
         self._pass: int | None = None  # none: no step has begun
 
     # Beginning ----------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Connect the ranks and compare their arguments; all of them call it alike.
+        """Connect the ranks and compare their arguments; call it on all ranks.
 
         Raises:
-            ValueError: it excludes a parameter that the model has not.
-            RuntimeError: another rank did not come.
-            DisagreementError: on all ranks, where their arguments or units differ.
+            ValueError: it excludes a parameter that the model does not have.
+            RuntimeError: another rank did not connect.
+            DisagreementError: on all ranks, if their arguments or units differ.
         """
         self._learn_units()
         unit = next(iter(self._numbers))
@@ -89,14 +89,14 @@ class ShardedState(HookState):
             raise
 
     def _learn_units(self) -> None:
-        """The parameters of the units and their names."""
+        """The parameters of the units, by name."""
         named = [pair for unit in self._numbers for pair in unit.named_parameters()]
         self._session.learn([parameter for _, parameter in named])
         self.policy.learn(named)
 
     @property
     def engines(self) -> list[InlineEngine]:
-        """That of the shards and, where there are replicas, theirs."""
+        """The session of the shards and, if there are replicas, that of the replicas."""
         found = (self._session.engine, self._replicas.engine)
         return [engine for engine in found if isinstance(engine, InlineEngine)]
 
@@ -124,7 +124,7 @@ class ShardedState(HookState):
         group: dist.ProcessGroup,
         op: Any,
     ) -> None:
-        """`output` becomes what `op` makes of this rank's shards of the ranks' gradients."""
+        """Write the reduction by `op` of all ranks' gradients of this rank's shard to `output`."""
         with self._failures_told():
             factor = _factor(op, group.size())
             engine = self.engines[0]
@@ -140,7 +140,8 @@ class ShardedState(HookState):
                 output.mul_(factor)
 
     def average(self, unit: Unit, shard: torch.Tensor) -> None:
-        """`shard` becomes its mean over replicas; their sum, if the user gave a divide factor."""
+        """Replace `shard` by its mean over replicas, or by their sum if the user set a divide
+        factor."""
         with self._failures_told():
             shards, replicas = self.engines
             number = len(self._shards) * (1 + shards.topology.rank) + self._numbers[unit]
@@ -164,7 +165,7 @@ class ShardedState(HookState):
 
     @contextlib.contextmanager
     def _failures_told(self) -> Iterator[None]:
-        """Within it, the other ranks hear of errors."""
+        """A context whose errors make the other ranks raise too."""
         self._session.called = True
         try:
             if self._session.closed:
@@ -194,16 +195,16 @@ class ShardedState(HookState):
                 "and which gives them zeros"
             )
         if parameters and not self._session.knows(parameters):
-            self._learn_units()  # load_state_dict(assign=True) brought new ones
+            self._learn_units()  # load_state_dict(assign=True) replaced them
         key, ends = self._next_key(number, session)
         treatment = self.policy.treatment(key.step, parameters)
         return Bucket(buffer, key, parameters, ends, treatment, self, output, (lengths, rows))
 
     def _next_key(self, number: int, session: Session) -> tuple[Key, bool]:
-        """The key of a bucket, and whether it has to end its step, since nothing else would.
+        """The key of a bucket, and whether the bucket must end its step, since nothing else would.
 
-        A step is a backward pass. A number that comes again in one begins another step, so that no
-        key comes twice.
+        A step is a backward pass. If a number is repeated in a pass, another step begins, so that
+        no key is used twice.
         """
         current: int = torch._C._current_graph_task_id()  # -1: none
         if current not in (-1, self._pass):
@@ -217,7 +218,7 @@ class ShardedState(HookState):
         return replace(self._now, bucket=number, owner=owner), current == -1
 
     def _settle(self) -> None:
-        """At the end of a backward pass."""
+        """Called at the end of a backward pass."""
         with self._failures_told():
             for engine in self.engines:
                 engine.settle(self._now)
@@ -246,7 +247,7 @@ class ShardedState(HookState):
                 engine.checks.raise_failed(wait=True)
 
     def bypass(self, model: nn.Module) -> None:
-        """Give the reductions back to torch; an average over replicas, to `torch.distributed`."""
+        """Restore torch's reductions; replicas are then averaged by `torch.distributed`."""
         for unit in self._numbers:
             unit.restore()
             if self._replicate_group is not None:
@@ -266,10 +267,10 @@ def _average_exactly(unit: Unit, group: dist.ProcessGroup, shard: torch.Tensor) 
 
 
 def _factor(op: Any, world_size: int) -> float:
-    """What a reduction is, as a multiple of the mean.
+    """A reduction's result as a multiple of the mean.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is neither a mean nor a sum.
     """
     if op == dist.ReduceOp.AVG:
         return 1

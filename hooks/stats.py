@@ -23,6 +23,7 @@ class BucketReport:
     rank: int
     """Of those that average."""
     step: int
+    """Counted from 0; it goes on after a resume."""
     bucket: int
     """Its number; with the step it tells buckets apart."""
     numel: int
@@ -30,10 +31,15 @@ class BucketReport:
     bits: float
     """Per coordinate of what is compressed; 16, 32 or 64 where nothing is."""
     bytes_sent: int
+    """By this rank."""
     bytes_uncompressed: int
+    """What a ring all-reduce of the bucket in its own dtype would have sent."""
     encode_seconds: float
+    """Rotating, quantizing and packing."""
     exchange_seconds: float
+    """Waiting for messages."""
     decode_seconds: float
+    """Unpacking, adding up and rotating back."""
     rotations: int | None
     """Transforms taken, None where nothing was compressed."""
     squared_error: float = 0.0
@@ -68,6 +74,7 @@ class BucketReport:
 
     @property
     def compression_ratio(self) -> float:
+        """`bytes_uncompressed` over `bytes_sent`; 1 if nothing was sent."""
         return _ratio(self.bytes_uncompressed, self.bytes_sent)
 
     @property
@@ -84,28 +91,32 @@ class Stats:
     are encoded and decoded; `exchange_seconds` is what it waited for in addition, without the
     acknowledgements that ranks exchange behind the last result of a step. On CUDA they are the time
     to launch the work, except for exchanges through host memory (Gloo), which wait for the device.
-    `bytes_uncompressed` is what a ring all-reduce of the gradients in their own dtype would have
-    sent; with FSDP2, a ring reduce-scatter. `nmse` is |mean - exact|^2 / |exact|^2 over the sampled
-    buckets, None if none was sampled. `rotations` counts compressed buckets by the number of
-    transforms that they took.
-
-    Only with an observer: `exposed_seconds` is how long training stood still for the means, None if
-    that was not measured. `waits` counts buckets by how long that was: 0: not at all; else by the
-    next power of two of microseconds, so that ``waits[64]`` are those that took at least 32 and
-    less than 64.
     """
 
     steps: int
+    """That began."""
     bytes_sent: int
+    """By this rank, to other nodes where there are two levels."""
     bytes_uncompressed: int
+    """What a ring all-reduce of the gradients in their own dtype would have sent; with FSDP2, a
+    ring reduce-scatter."""
     encode_seconds: float
+    """Rotating, quantizing and packing."""
     exchange_seconds: float
+    """Waiting for messages."""
     decode_seconds: float
+    """Unpacking, adding up and rotating back."""
     rotations: dict[int, int]
+    """How many compressed buckets took 1, 2 and 3 transforms."""
     squared_error: float = 0.0
+    """|mean - exact|^2, summed over the buckets that `nmse_every` sampled."""
     squared_norm: float = 0.0
+    """|exact|^2, likewise."""
     exposed_seconds: float | None = None
+    """With an observer: how long training stood still for the means; None if not measured."""
     waits: dict[int, int] = field(default_factory=dict)
+    """With an observer: how many buckets training waited for, by how long. 0: not at all; else the
+    next power of two of microseconds: ``waits[64]`` took at least 32 and less than 64."""
 
     def __sub__(self, earlier: "Stats") -> "Stats":
         exposed = self.exposed_seconds
@@ -128,14 +139,17 @@ class Stats:
 
     @property
     def nmse(self) -> float | None:
+        """|mean - exact|^2 / |exact|^2 over the sampled buckets, None if none was sampled."""
         return _nmse(self.squared_error, self.squared_norm)
 
     @property
     def bytes_saved(self) -> int:
+        """`bytes_uncompressed` minus `bytes_sent`."""
         return self.bytes_uncompressed - self.bytes_sent
 
     @property
     def compression_ratio(self) -> float:
+        """`bytes_uncompressed` over `bytes_sent`; 1 if nothing was sent."""
         return _ratio(self.bytes_uncompressed, self.bytes_sent)
 
 
@@ -222,7 +236,7 @@ class Totals:
             squared_error=self.squared_error,
             squared_norm=self.squared_norm,
             exposed_seconds=self.exposed_seconds if self.waits else None,
-            waits=dict(self.waits),
+            waits=dict(sorted(self.waits.items())),
         )
 
 

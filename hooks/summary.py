@@ -1,4 +1,4 @@
-"""What a hook does, in one line."""
+"""One log line that says what a hook does."""
 
 import logging
 from collections.abc import Iterable
@@ -25,10 +25,10 @@ def log_summary(
     what: str = "gradients",
     step: str = "step",
 ) -> None:
-    """Log on rank 0 what is done to gradients on a device.
+    """Log on rank 0 how gradients on a device are sent.
 
-    `reductions` are those of a step: by which reducer, of which dtype, of how many coordinates, and
-    whether the mean is scattered. `what` is averaged, and what is called a `step`, in words.
+    `reductions` are those of a step: the reducer, the dtype, the number of coordinates, and whether
+    the mean is scattered. `what` names what is averaged, and `step` a step.
     """
     engine = state.engine
     assert engine is not None
@@ -70,7 +70,7 @@ def _kernels(state: HookState, device: torch.device) -> str:
 def _bytes_per_step(
     state: HookState, reductions: Iterable[tuple[Reducer, torch.dtype, int, bool]]
 ) -> tuple[float, float]:
-    """What a rank sends with and without compression."""
+    """MB that a rank sends with and without compression."""
     sent = uncompressed = 0.0
     for reducer, dtype, numel, scatters in reductions:
         before = reducer.topology.ring_bytes(numel * dtype.itemsize) / (2 if scatters else 1)

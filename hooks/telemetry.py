@@ -103,6 +103,10 @@ def log(*, every: int = 1000, level: int = logging.INFO) -> Observer:
 
     ``logging.basicConfig(level=logging.INFO)`` shows it.
 
+    Args:
+        every: steps in one line.
+        level: of the line.
+
     Raises:
         ValueError: every is less than 1.
     """

@@ -1,8 +1,9 @@
-"""A state's turn to send over a communicator that is not its own."""
+"""A state's turn on a shared communicator."""
 
 import contextlib
 import threading
 import weakref
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,30 +13,37 @@ from ..communicators import Topology, users
 __all__ = ["Turn"]
 
 
-class Turn:
-    """Lasts from the first bucket of a backward pass to the end of the pass, which waits for them.
+def _nothing() -> None:
+    return None
 
-    All ranks see alike who has a turn within one backward pass and after it, and so raise alike.
+
+class Turn:
+    """Lasts from the first bucket of a backward pass to the end of the pass, which waits for the
+    buckets.
+
+    All ranks see the same turns, within a backward pass and after it, so all raise or none.
 
     Args:
-        topology: what is shared. Where it is private, everything here does nothing.
-        name: of who takes the turn, for errors.
+        topology: the shared communicator. If it is private, turns do nothing.
+        name: of the user, for errors.
     """
 
     def __init__(self, topology: Topology, name: str) -> None:
         self._topology, self._name = topology, name
         self._finished = threading.Condition(users.lock)
         self._unfinished = 0  # buckets
-        self._backward: weakref.ref[object] | None = None  # pass that buckets come from
+        self._backward: weakref.ref[object] | None = None  # the pass of the buckets
+        self.before_end: Callable[[], None] = _nothing
+        """Called at the end of a pass, before it waits for buckets."""
 
     def __repr__(self) -> str:
         return self._name
 
     def take(self) -> None:
-        """Before a bucket is handed over.
+        """Call it before submitting a bucket.
 
         Raises:
-            RuntimeError: it is somebody else's turn.
+            RuntimeError: it is another user's turn.
         """
         if self._topology.private:
             return
@@ -45,7 +53,7 @@ class Turn:
                 with contextlib.suppress(RuntimeError):  # there is no pass, as with DDP's join()
                     end = partial(self._end_backward)
                     torch.autograd.Variable._execution_engine.queue_callback(end)
-                    # A pass that fails calls nothing, but it drops its callbacks.
+                    # A failing pass does not call its callbacks, but it drops them.
                     self._backward = weakref.ref(end, self._drop_backward)
             self._unfinished += 1
 
@@ -57,15 +65,16 @@ class Turn:
             self._give_back_when_done()
 
     def give_back(self) -> None:
-        """At once, as after an error."""
+        """End the turn at once, as after an error."""
         with users.lock:
             self._unfinished = 0
             self._finished.notify_all()
             users.give_back(self)
 
     def _end_backward(self) -> None:
-        # DDP may leave it to the user to wait for buckets, any time after the pass. Whether they
-        # are finished when another state takes its turn would then differ between ranks.
+        self.before_end()
+        # DDP may let the user wait for buckets, at any time after the pass. Whether they are
+        # finished when another state takes its turn could then differ between ranks.
         with self._finished:
             self._finished.wait_for(lambda: self._unfinished == 0)
             self._backward = None

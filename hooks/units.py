@@ -1,8 +1,8 @@
-"""The units of a model that torch's `fully_shard` was called on.
+"""The units of a model that was sharded by torch's `fully_shard`.
 
-torch says in public which modules are units, and takes a reduce-scatter and an all-reduce hook for
-each. Which parameters a unit reduces, in which order and over which ranks, it keeps to itself: that
-is asked for here, and nowhere else. The names are those of torch 2.11 to 2.15.
+torch has a public interface for which modules are units, and for setting a reduce-scatter and an
+all-reduce hook of each. It has none for which parameters a unit reduces, in which order and over
+which ranks: only this module uses private names for that. They are those of torch 2.11 to 2.15.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,8 +29,8 @@ class Unit:
     """Parameters that are gathered, and whose gradients are reduced, in one exchange.
 
     Args:
-        module: that `fully_shard` was called on, or the first of several.
-        group: torch's, of its parameters.
+        module: passed to `fully_shard`, or the first of several.
+        group: torch's group of its parameters.
         names: of the model's modules.
     """
 
@@ -43,13 +43,13 @@ class Unit:
         self._before = group._reduce_scatter_comm, group._all_reduce_hook
 
     def named_parameters(self) -> list[tuple[str, torch.Tensor]]:
-        """This rank's shards of them, and their names in the model."""
+        """This rank's shards of the parameters, and their names in the model."""
         parameters = [parameter.sharded_param for parameter in self._group.fsdp_params]
         return list(zip(self._names, parameters, strict=True))
 
     @property
     def ranks(self) -> dist.ProcessGroup:
-        """That share out its gradients."""
+        """The process group over which its gradients are sharded."""
         ranks: dist.ProcessGroup = self._group._reduce_scatter_process_group
         return ranks
 
@@ -60,7 +60,7 @@ class Unit:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which its gradients are reduced; of complex ones, of their parts."""
+        """The dtype in which its gradients are reduced; for complex ones, that of their parts."""
         first = self._group.fsdp_params[0]
         policy, own = first.mp_policy, first.sharded_param.dtype
         dtype: torch.dtype = policy.reduce_dtype or policy.param_dtype or own
@@ -68,22 +68,22 @@ class Unit:
 
     @property
     def divide_factor(self) -> float | None:
-        """What the user had its gradients divided by; None: by the number of ranks."""
+        """The divisor that the user set; None: the number of ranks."""
         factor: float | None = self._group.gradient_divide_factor
         return factor
 
     @property
     def numel(self) -> int:
-        """Coordinates of a shard, where all parameters that are trained have a gradient."""
+        """Coordinates of a shard, if all trained parameters have a gradient."""
         return sum(shape.numel() for _, shape in self._trained())
 
     def segments(
         self, numel: int
     ) -> tuple[list[torch.Tensor], tuple[int, ...], tuple[int, ...]] | None:
-        """Of a shard of `numel` coordinates: the parameters, their lengths and their rows.
+        """The parameters, their lengths and their rows in a shard of `numel` coordinates.
 
-        With the zeros that make the shards of uneven parameters equally long. None where some
-        parameter has no gradient.
+        Includes the zeros that pad uneven shards to the same length. None if some parameter has no
+        gradient.
         """
         trained = self._trained()
         lengths = tuple(shape.numel() for _, shape in trained)
@@ -107,23 +107,23 @@ class Unit:
         ]
 
     def reduce_by(self, scatter: Scatter) -> None:
-        """Have its reduction be ``scatter(output, gradients, ranks, op)``."""
+        """Replace its reduction by ``scatter(output, gradients, ranks, op)``."""
         self.module.set_custom_reduce_scatter(_ReduceScatter(scatter))
 
     def average_by(self, average: Callable[[torch.Tensor], None]) -> None:
-        """Have ``average(shard)`` follow each reduction."""
+        """Call ``average(shard)`` after each reduction."""
         self.module.set_all_reduce_hook(average)
 
     def restore(self) -> None:
-        """Have it reduce as it did when this object was made."""
+        """Restore the reduction from when this object was created."""
         self._group._reduce_scatter_comm, self._group._all_reduce_hook = self._before
 
     def check(self, replicas: bool) -> None:
         """Raise unless its reduce-scatter, and for `replicas` its all-reduce hook, can be replaced.
 
         Raises:
-            ValueError: torch itself replicates it, by an all-reduce that nothing can replace.
-            RuntimeError: it has a reduce-scatter or a hook of somebody's.
+            ValueError: torch itself replicates it, by an all-reduce that cannot be replaced.
+            RuntimeError: it already has a custom reduce-scatter or hook.
         """
         mesh_info = self._group.mesh_info
         if isinstance(mesh_info, DDPMeshInfo):
@@ -148,7 +148,7 @@ class Unit:
 
 
 class _ReduceScatter(ReduceScatter):
-    """What FSDP2 reduces the gradients of a unit by."""
+    """The reduce-scatter that FSDP2 calls for a unit."""
 
     def __init__(self, scatter: Scatter) -> None:
         self._scatter = scatter
@@ -170,7 +170,7 @@ class _ReduceScatter(ReduceScatter):
 
 
 def _groups_of(state: Any) -> list[Any]:
-    """Of parameters, that torch keeps for modules that `fully_shard` was called on."""
+    """The parameter groups that torch keeps for modules passed to `fully_shard`."""
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     only = state._fsdp_param_group  # in torch 2.11
@@ -181,7 +181,7 @@ def units_in(model: nn.Module) -> list[Unit]:
     """The units of a model that have parameters, in the order of its modules.
 
     Raises:
-        TypeError: it has none.
+        TypeError: the model has no units.
         ValueError: the parameters of a unit are sharded over several meshes.
     """
     names = {module: plain_name(name) for name, module in model.named_modules()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# What a run's results depend on, so what a resumed run must share with the one that it continues.
+# The settings that determine a run's results; a resumed run must have the same.
 RESUME_FIELDS = (
     "layers",
     "width",
@@ -33,25 +33,25 @@ RESUME_FIELDS = (
     "bucket_cap_mb",
 )
 
-# Where torchrun and Slurm (for a requeued job) tell a rank that it was started again.
+# The variables by which torchrun and Slurm (for a requeued job) tell a rank that it was restarted.
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 def settings_of(args: argparse.Namespace, world_size: int, corpus: str) -> dict[str, Any]:
-    """What a resumed run must share; `corpus` is the hash of the training data."""
+    """The settings that a resumed run must share; `corpus` is the hash of the training data."""
     settings = {name: getattr(args, name) for name in RESUME_FIELDS}
     return settings | {"world_size": world_size, "corpus": corpus}
 
 
 def gather(value: Any) -> list[Any]:
-    """What each rank gave, by rank."""
+    """The values of all ranks, by rank."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    # A run that is killed here must not lose the checkpoint before.
+    # If the run is killed here, the previous checkpoint must survive.
     partial = path.with_name(path.name + ".partial")
     torch.save(content, partial)
     os.replace(partial, path)
@@ -60,14 +60,14 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 def load_checkpoint(
     path: Path, settings: dict[str, Any], device: torch.device
 ) -> tuple[dict[str, Any] | None, str]:
-    """A rank's checkpoint, or None, and what the rank found at the path."""
+    """A rank's checkpoint or None, and a description of what it found at the path."""
     if not path.is_file():
         return None, "no file"
     try:
         data = path.read_bytes()
         content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
         saved, step = content["config"], content["step"]
-    except Exception as error:  # whatever unpickling raises; all ranks must hear of it
+    except Exception as error:  # anything that unpickling raises; all ranks must learn of it
         return None, f"no readable checkpoint ({type(error).__name__}: {error})"
     differing = [
         f"{name}={saved.get(name)} (now {value})"
@@ -84,8 +84,8 @@ def agreed_checkpoint(
 ) -> dict[str, Any] | None:
     """The checkpoint that all ranks resume from, or None for a new run.
 
-    The ranks decide together, as they may know different things: torchrun counts a restart on the
-    node of the failure alone (torch 2.13), and a node may not see another's files.
+    The ranks decide together, since their information may differ: torchrun counts a restart only on
+    the node of the failure (torch 2.13), and a node may not see another's files.
 
     Raises:
         ValueError: on all ranks, if they do not all find the same checkpoint of this run.
@@ -96,7 +96,7 @@ def agreed_checkpoint(
     if path is None:
         return None
     if not (asked or again):
-        # A restart before this run's first checkpoint must not take another run's.
+        # A restart before this run's first checkpoint must not load another run's.
         if dist.get_rank() == 0 and path.is_file():
             os.replace(path, path.with_name(path.name + ".previous"))
         return None

@@ -1,10 +1,10 @@
 """The communication hooks that the trainer compares, and how their time is measured.
 
-Communication is timed in the same way for all hooks. A bucket counts from the call of its hook
-until its future completes, and a step's `comm_seconds` is the length of the union of these
-intervals on rank 0: encoding, waiting for slower ranks, the exchange and decoding, whether or not
-the backward pass went on meanwhile. `exposed_seconds` is what the backward pass did not hide: from
-the call of the step's last hook, when all gradients are there, until the backward pass returns.
+Communication is timed in the same way for all hooks. A bucket's interval lasts from the call of its
+hook until its future completes. A step's `comm_seconds` is the length of the union of these
+intervals on rank 0: encoding, waiting for slower ranks, the exchange and decoding, even if hidden
+by the backward pass. `exposed_seconds` is the part that is not hidden: from the last call of the
+hook in a step, when all gradients are ready, until the backward pass returns.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 Hook = Callable[[Any, Any], torch.futures.Future[Tensor]]
-Moment = float | torch.cuda.Event  # seconds, or a point of a CUDA stream
+Moment = float | torch.cuda.Event  # seconds, or a CUDA event
 
 
 class MeasuredHook:
-    """A communication hook that also records when each bucket was handed over and came back."""
+    """A communication hook that also records when each bucket was submitted and completed."""
 
     def __init__(self, hook: Hook, device: torch.device) -> None:
         self._hook = hook
@@ -32,7 +32,7 @@ class MeasuredHook:
         self.last_call: Moment | None = None
 
     def now(self) -> Moment:
-        """On CUDA a moment of the current stream, since the host runs ahead of it."""
+        """On CUDA, an event of the current stream, since the host runs ahead of it."""
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -50,7 +50,8 @@ class MeasuredHook:
             self._intervals.append((start, self.now()))
             return future.value()
 
-        # DDP waits for the future that `then` makes, so a step never ends with an interval missing.
+        # DDP waits for the future returned by `then`, so no interval of a step is missing at its
+        # end.
         return self._hook(state, bucket).then(finish)
 
     def take_seconds(self, origin: Moment) -> float:
@@ -77,9 +78,9 @@ def union_length(intervals: list[tuple[float, float]]) -> float:
 
 
 def make_hook(args: argparse.Namespace) -> tuple[Any, Hook]:
-    """State and hook, as `register_comm_hook` takes them: the trainer puts its clock around a hook.
+    """State and hook for `register_comm_hook`: the trainer wraps its clock around a hook.
 
-    Without a clock, `rhtcomm.hooks.register(model, ...)` is all that rhtcomm needs.
+    Without the clock, `rhtcomm.hooks.register(model, ...)` suffices.
     """
     if args.hook == "none":
         return None, default_hooks.allreduce_hook
@@ -88,7 +89,7 @@ def make_hook(args: argparse.Namespace) -> tuple[Any, Hook]:
     if args.hook == "fp16":
         return None, default_hooks.fp16_compress_hook
     if args.hook == "powersgd":
-        # With more than one bucket it hangs on Gloo, where --bucket-cap-mb must hold the model.
+        # With more than one bucket it hangs on Gloo: set --bucket-cap-mb to hold the whole model.
         low_rank = powerSGD_hook.PowerSGDState(
             None, matrix_approximation_rank=args.powersgd_rank, start_powerSGD_iter=10
         )
@@ -114,7 +115,7 @@ def bytes_of_step(args: argparse.Namespace, state: Any, parameters: int, world_s
     """Bytes that a rank sends in a step of a hook other than rht."""
     itemsize = 2 if args.hook in ("fp16", "bf16") else 4
     if args.hook == "powersgd" and state.iter > state.start_powerSGD_iter:
-        # The state counts what it sent in all its steps since the first compressed one.
+        # The state counts the bytes of all its steps since the first compressed one.
         steps = round(state.total_numel_before_compression / parameters)
         parameters = round(state.total_numel_after_compression / steps)
     return ring_bytes(parameters, itemsize, world_size)

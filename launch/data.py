@@ -1,7 +1,7 @@
 """The Python standard library as training data: every machine has it, so a run needs no download.
 
-Ranks read different windows of it, drawn by a generator that is keyed by (seed, step, rank):
-a run resumes where it stopped with nothing about the data saved.
+Ranks read different windows of it, drawn by a generator with the key (seed, step, rank), so a run
+can resume without saving anything about the data.
 """
 
 import hashlib
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Third-party packages, tests, generated tables, and what distributions package apart from Python.
+# Excluded: third-party packages, tests, generated tables, and modules that distributions package
+# separately.
 EXCLUDED_FOLDERS = {
     "site-packages",
     "dist-packages",

@@ -1,7 +1,7 @@
-"""Train one small model several times on this machine and compare: what `make demo` runs.
+"""Train one small model several times on this machine and compare; run by `make demo`.
 
-Model, seed, data and schedule are the same in all runs; only how gradients travel between the two
-ranks differs. The results go to a folder: a log per run, the table and a plot.
+Model, seed, data and schedule are the same in all runs; only the exchange of gradients between the
+two ranks differs. The results go to a folder: a log per run, the table and a plot.
 """
 
 import argparse
@@ -26,7 +26,7 @@ class Run:
     arguments: tuple[str, ...]
 
 
-# The first run is what the others are compared with.
+# The other runs are compared with the first.
 RUNS = (
     Run("float32", "float32, uncompressed", ("--hook", "none")),
     Run("bf16", "bfloat16", ("--hook", "bf16")),
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:
-    """Train on two ranks; the trainer's progress goes to this terminal, its summary is returned."""
+    """Train on two ranks, with the trainer's progress on this terminal; return its summary."""
     layers, width, heads = (2, 64, 2) if args.quick else (4, 160, 5)
     eighth = args.steps // 8
     options = f"--layers {layers} --width {width} --heads {heads} --context 128 --batch 8"
@@ -71,7 +71,7 @@ def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
-    """The runs' figures in Markdown, with each run's relation to the first."""
+    """The runs' figures in Markdown, relative to the first run."""
     baseline = summaries[0]
     lines = [
         "| gradients | validation loss | sent per step and rank | step | communication |",
@@ -90,7 +90,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
 
 
 def plot(folder: Path) -> None:
-    """Loss over steps, and validation loss over the bytes that reaching it took."""
+    """Loss by step, and validation loss by bytes sent."""
     figure = Figure(figsize=(11, 4.5), layout="tight")
     by_step, by_bytes = figure.subplots(1, 2)
     for index, run in enumerate(RUNS):

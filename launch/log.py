@@ -1,4 +1,4 @@
-"""What a run records: a row per step, and its figures at the end."""
+"""The log of a run, with a row per step, and its summary."""
 
 import argparse
 import csv
@@ -28,7 +28,7 @@ UNTIMED_STEPS = 3
 
 @dataclass(frozen=True)
 class Step:
-    """What a step cost this rank; the times are explained in communication.py."""
+    """The times and bytes of a step on this rank; communication.py explains the times."""
 
     train_loss: float  # of this rank's batch
     step_seconds: float
@@ -38,7 +38,7 @@ class Step:
 
 
 class Log:
-    """The file that --csv names. Rows of an earlier run up to step `done` stay in it."""
+    """The file of --csv. Rows of an earlier run up to step `done` stay in it."""
 
     def __init__(self, path: Path, done: int) -> None:
         kept = list(logged_rows(path, done)) if done else []
@@ -64,14 +64,14 @@ class Log:
 
 
 def logged_rows(path: Path, done: int) -> Iterator[dict[str, str]]:
-    """The rows of a log up to a step; what was logged after the checkpoint will be run again."""
+    """The rows of a log up to a step; later steps will run again after the checkpoint."""
     if path.is_file():
         with path.open(newline="") as file:
             yield from (row for row in csv.DictReader(file) if int(row["step"]) <= done)
 
 
 def medians(steps: list[Step]) -> dict[str, float]:
-    """Of the times of the steps that count, as the summary names them."""
+    """Medians of the times of the counted steps, by their names in the summary."""
     counted = steps[UNTIMED_STEPS:] or steps
     return {
         f"median_{name}": statistics.median(getattr(step, name) for step in counted)
@@ -80,7 +80,7 @@ def medians(steps: list[Step]) -> dict[str, float]:
 
 
 def report(args: argparse.Namespace, summary: str) -> None:
-    """Print a run's figures, and write them where --summary says."""
+    """Print a run's figures, and write them to the file of --summary."""
     run = json.loads(summary)
     print(
         f"{run['name']}: {run['parameters']:,} parameters, {run['world_size']} ranks, "

@@ -39,7 +39,7 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class GPT(nn.Module):
-    """Bytes to the logits of the next byte; the head shares the embedding's weights."""
+    """From bytes to the logits of the next byte; the head shares the embedding's weights."""
 
     def __init__(self, layers: int, width: int, heads: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class GPT(nn.Module):
 
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # The residual stream is a sum of 2 * layers of these.
+                # The residual stream is a sum of 2 * layers such outputs.
                 residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
 

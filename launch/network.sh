@@ -3,7 +3,7 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-Run a program once per rank, each rank as a machine of its own on an emulated network of a given rate.
+Run a program once per rank, with each rank on its own machine of an emulated network.
 
   launch/network.sh [--mpi] RANKS RATE -- PROGRAM [ARGUMENTS]
 
@@ -16,22 +16,22 @@ Four ranks at 1 Gbit/s that exchange through MPI:
   launch/network.sh --mpi 4 1gbit -- \
     python3 -m mpi4py launch/train_ddp.py --communicator mpi --threads 1
 
-RATE is a whole number of mbit or gbit a second. It holds in each direction of each rank's link, for
-Ethernet frames: of TCP's own bytes 95.6% of it arrive. A link that was idle catches up by at most
-1 ms. The links join in one switch and have no delay of their own.
+RATE is a whole number of mbit or gbit per second. It applies to Ethernet frames, in each direction of
+each rank's link; TCP payload gets 95.6% of it. After idling, a link may send at most 1 ms of data at
+once. One switch joins the links, which add no delay.
 
-The program finds its place in RANK, WORLD_SIZE, LOCAL_RANK (0), LOCAL_WORLD_SIZE (1), MASTER_ADDR,
+The program is told its rank by RANK, WORLD_SIZE, LOCAL_RANK (0), LOCAL_WORLD_SIZE (1), MASTER_ADDR,
 MASTER_PORT and GLOO_SOCKET_IFNAME, as under torchrun. With --mpi one mpiexec starts the ranks, and
-MPICH is kept from going round the links through shared memory.
+MPICH may not bypass the links through shared memory.
 
-All ranks end when one fails or on Ctrl-C, and the exit status is that of the first that failed. The
-namespaces and processes belong to this command: the kernel removes them when it ends, however it
-ends. Several may run at once.
+All ranks end when one fails or on Ctrl-C; the exit status is that of the first that failed. The
+namespaces and processes belong to this command: the kernel removes them however it ends. Several
+commands may run at once.
 
 Needs Linux, root, iproute2 and util-linux. Variables:
 
-  PYTHON   with --mpi: mpiexec is looked for next to this interpreter (python3)
-  MPIEXEC  with --mpi: mpiexec of the MPI that mpi4py uses (else the one next to PYTHON, or on PATH)
+  PYTHON   with --mpi: mpiexec is searched next to this interpreter (python3)
+  MPIEXEC  with --mpi: mpiexec of the MPI that mpi4py uses (default: the one next to PYTHON, or on PATH)
 USAGE
 }
 

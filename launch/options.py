@@ -1,4 +1,4 @@
-"""The trainer's command line, and what it takes from the environment of a rank."""
+"""The trainer's command line, and the variables that it reads from a rank's environment."""
 
 import argparse
 import os
@@ -151,10 +151,11 @@ def bits(text: str) -> float:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Check what does not depend on the machine.
+    """Check the options that do not depend on the machine.
 
     Raises:
-        ValueError: options are out of range or contradict each other, or this process is no rank.
+        ValueError: options are out of range or contradict each other, or this process is not a
+            rank.
     """
     if args.width % (2 * args.heads) != 0:
         raise ValueError(
@@ -185,7 +186,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def choose_machine(args: argparse.Namespace) -> None:
-    """Fill in the backend, the device and the threads that were not given.
+    """Choose the backend, the device and the threads if they were not given.
 
     Raises:
         ValueError: the backend and the device do not fit each other or this machine.

@@ -11,8 +11,8 @@ One machine, four ranks:
 
   NPROC_PER_NODE=4 launch/torchrun.sh --hook rht --bits 4
 
-Two machines: run this on both, with NODE_RANK=0 on the one that MASTER_ADDR names, and NODE_RANK=1
-on the other. Every machine needs the same Python version, as the training data is its library.
+Two machines: run this on both, with NODE_RANK=0 on the machine of MASTER_ADDR and NODE_RANK=1 on the
+other. All machines need the same Python version, since its library is the training data.
 
   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 launch/torchrun.sh --hook rht --bits 4
 
@@ -20,17 +20,17 @@ Variables:
 
   NPROC_PER_NODE  ranks on each machine (2)
   NNODES          machines (1)
-  NODE_RANK       number of this machine, from 0; needed where NNODES is above 1. (Machine 0 is where
-                  the machines meet; rank 0 may be on another one.)
-  MASTER_ADDR     address of machine 0; needed where NNODES is above 1
+  NODE_RANK       number of this machine, from 0; needed if NNODES is above 1. (The machines connect to
+                  machine 0; rank 0 may be on another one.)
+  MASTER_ADDR     address of machine 0; needed if NNODES is above 1
   MASTER_PORT     free port on machine 0 (29500); unused on one machine
-  MAX_RESTARTS    how often a machine starts its ranks again (0). When one rank fails, all ranks of
-                  all machines start again and go on from the file that --checkpoint names, so give
-                  it and --checkpoint-every; all machines must see the same file. Give all machines
-                  the same number.
-  PYTHON          interpreter that has torch and rhtcomm (python3)
+  MAX_RESTARTS    how often a machine restarts its ranks (0). If one rank fails, all ranks of all
+                  machines restart and resume from the file of --checkpoint, so pass --checkpoint
+                  and --checkpoint-every; all machines must see the same file. Use the same number
+                  on all machines.
+  PYTHON          interpreter with torch and rhtcomm (python3)
 
-Where a machine has several networks, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME picks the interface.
+If a machine has several networks, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME selects the interface.
 For the trainer's own arguments: python3 launch/train_ddp.py --help
 USAGE
 }

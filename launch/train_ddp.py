@@ -49,7 +49,7 @@ class Corpus:
 
 
 class Trainer:
-    """One rank's replica of the model, and what its steps need."""
+    """One rank's replica of the model, and everything that its steps need."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Trainer:
         return inputs.to(self.device), targets.to(self.device)
 
     def step(self, number: int) -> Step:
-        """Train for one step, the number-th from 0."""
+        """Train for one step; steps are numbered from 0."""
         args = self.args
         sent_before = self.hook_state.stats().bytes_sent if self.compressed else 0
         started = time.perf_counter()
@@ -121,7 +121,7 @@ class Trainer:
         return statistics.fmean(losses)
 
     def hook_states(self) -> list[Any] | None:
-        """On rank 0, the hook's state of each rank; all ranks must call it."""
+        """On rank 0, the hook's states of all ranks; all ranks must call it."""
         states: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
         if self.compressed:
             dist.gather_object(self.hook_state.state_dict(self.gpt), states)
@@ -195,7 +195,7 @@ def run_steps(trainer: Trainer, settings: dict[str, Any], first_step: int, last_
         desc=name_of(args),
         initial=first_step,
         total=last_step,
-        disable=None if on_rank_0 else True,  # None: shown on a terminal only
+        disable=None if on_rank_0 else True,  # None: shown only on a terminal
     )
     for number in progress:
         step = trainer.step(number)
@@ -225,7 +225,7 @@ def run_steps(trainer: Trainer, settings: dict[str, Any], first_step: int, last_
                 "step": done,
                 "model": trainer.gpt.state_dict(),
                 "optimizer": trainer.optimizer.state_dict(),
-                # For a restart that finds nothing left to do.
+                # For a restart that has nothing left to do.
                 "summary": trainer.summary(done, steps, val_loss),
             }
             if trainer.compressed:
@@ -254,9 +254,10 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group(args.backend)
     train(args)
-    gather(None)  # a node whose ranks have ended cannot start again with one whose rank fails now
-    # DDP, its hook and the futures of the last step may refer to one another and to the group,
-    # whose threads must end before Python does: they would ask a dying interpreter for its lock.
+    gather(None)  # a node whose ranks have ended cannot restart together with a node that fails now
+    # DDP, its hook and the futures of the last step may refer to each other and to the group. Its
+    # threads must end before Python does: they would request the lock of an interpreter that is
+    # shutting down.
     gc.collect()
     dist.destroy_process_group()
 

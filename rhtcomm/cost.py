@@ -15,10 +15,10 @@ because a bucket travels in c chunks, each while others are encoded or decoded: 
 and processors counts in full, the shorter by one c-th. With P the bytes of a payload of all N
 coordinates, P_n those of the payload of a shard (about P / n; both summed over chunks),
 
-                 S              m                  h  g  K / s - g c G
-    all_gather   (n - 1) P      (2 c + 2) (n - 1)  2  2  (E + D_1 + (n - 1) D_2) N
-    two_shot     2 (n - 1) P_n  (4 c + 2) (n - 1)  3  4  (E + (D_1 + (n - 1) D_2 + E) / n + D_1) N
-    gather       (n - 1) P      (2 c + 2) (n - 1)  3  4  (2 E + 2 D_1 + (n - 1) D_2) N
+                S              m                  h  K / s
+    all_gather  (n - 1) P      (2 c + 2) (n - 1)  2  2 c G + (E + M) N
+    two_shot    2 (n - 1) P_n  (4 c + 2) (n - 1)  3  4 c G + (E + (M + E) / n + D) N
+    gather      (n - 1) P      (2 c + 2) (n - 1)  3  4 c G + (E + M + E + D) N
 
     R    handover: seconds until a worker thread has the bucket, and until its result is known
     L    latency: seconds until a small message has arrived
@@ -26,8 +26,9 @@ coordinates, P_n those of the payload of a shard (about P / n; both summed over 
     Q    posting: processor seconds of a rank for each message
     A    transport: processor seconds for each byte that a rank sends while another arrives
     F    1514 / 1448, what frames of Ethernet, IP and TCP add
-    E    encode, D_1 decode one payload, D_2 add one more payload: seconds per coordinate
-    G    seconds of each of the g calls of the codec per chunk, in addition
+    E    encode, D decode one payload, D_2 add one more payload: seconds per coordinate
+    M    D + (n - 1) D_2, decode the mean of n payloads
+    G    seconds of each call of the codec in addition
     t    threads of the codec
     s    slowdown: how much slower the codec runs in training than it was measured
 
@@ -35,13 +36,15 @@ In m and h, 2 (n - 1) messages and one L are the acknowledgements by which a ste
 other transports have none. In gather, S and m are those of rank 0, and its link is busy in one
 direction after the other, each while chunks travel in the other one: X = (1 + 1 / c) F S / B.
 
-Without compression the transport adds up numbers in a ring, in 2 (n - 1) steps, while bytes travel:
+Without compression the transport adds up numbers in a ring, in 2 (n - 1) steps. In each of them a
+rank sends one message and asks for one. Adding, posting and moving bytes overlap with the link:
 
-    float32      S = 2 (n - 1) / n 4 N        seconds = 2 (n - 1) L + max(X, T max(1, 1 / k)) + V N
-    bf16         half the bytes               the same with C instead of V
+    seconds = 2 (n - 1) L + V N + max(X, (m Q + T) max(1, 1 / k)),   m = 4 (n - 1)
 
-V is the time to divide a coordinate by n, C to cast it to bfloat16, divide it there, and cast it
-back; A is that of such a sum. V N and C N become t / k times as long where k < t.
+    float32      S = 2 (n - 1) / n 4 N        V: divide by n
+    bf16         S = 2 (n - 1) / n 2 N        V: cast to bfloat16, divide by n, cast back
+
+Here A is that of such a sum. V N takes s times as long, and t / k times where k < t.
 
 The model ignores what the backward pass hides, congestion, and links between machines that are
 slower than the machines' own.
@@ -64,7 +67,7 @@ __all__ = ["GLOO", "Model", "Prediction"]
 # Gloo on processors of today, where nothing was measured.
 GLOO = Link(
     latency=50e-6,
-    posting=40e-6,
+    posting=60e-6,
     gbps=math.inf,
     transport=1e-9,
     all_reduce=5e-10,
@@ -81,14 +84,14 @@ class Prediction:
     algorithm: str  # "float32", "bf16", "all_gather", "two_shot" or "gather"
     bits: float
     bytes_sent: int  # S, without what frames add
-    messages: int  # m; of uncompressed ones 0, for the transport posts them itself
+    messages: int  # m
     chunks: int
     latency_seconds: float  # R + h L
     link_seconds: float  # X
-    codec_seconds: float  # K; without compression V N or C N
+    codec_seconds: float  # K; without compression V N
     posting_seconds: float  # m Q
     transport_seconds: float  # T
-    processor_seconds: float  # Y; without compression of the sum alone
+    processor_seconds: float  # Y; without compression (m Q + T) max(1, 1 / k)
     nmse: float  # summed over the hops: of one encoding, relative to what is encoded
 
     @property
@@ -129,19 +132,20 @@ class Model:
         found = []
         for name, bits, itemsize, per_byte, passes, nmse in ways:
             sent = ring_bytes(itemsize * self.numel, self.world_size)
-            transport = sent * per_byte
+            messages = 4 * (self.world_size - 1)
+            posting, transport = messages * link.posting, sent * per_byte
             prediction = Prediction(
                 name,
                 bits,
                 bytes_sent=sent,
-                messages=0,
+                messages=messages,
                 chunks=1,
                 latency_seconds=2 * (self.world_size - 1) * link.latency,
                 link_seconds=self._on_the_link(sent),
                 codec_seconds=passes * self.slowdown * max(1.0, self.threads / self.cores),
-                posting_seconds=0.0,
+                posting_seconds=posting,
                 transport_seconds=transport,
-                processor_seconds=transport * max(1.0, 1 / self.cores),
+                processor_seconds=(posting + transport) * max(1.0, 1 / self.cores),
                 nmse=nmse,
             )
             found.append(prediction)

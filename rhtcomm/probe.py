@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -79,10 +80,12 @@ class CodecSpeed:
     """Seconds per coordinate, at some number of bits, of a rank that need not wait for a core."""
 
     encode: float  # E
-    decode: float  # D_1: of one payload
+    decode: float  # D: of one payload
     decode_more: float  # D_2: of each further payload of the same mean
-    cast: float  # C: to bfloat16, divided there, and back
-    divide: float = 0.0  # V: by the number of ranks, which comes before the sum of float32
+    cast: float  # V of bf16: to bfloat16, divided there, and back
+    divide: float = (
+        0.0  # V of float32: by the number of ranks, which comes before the sum of float32
+    )
     call: float = 0.0  # G: seconds of each call in addition, however short its tensor
 
 
@@ -236,13 +239,11 @@ class _Probe:
             spent.append(0.0)
             flying = []
             for _ in range(_CHUNKS):
-                payload = codec(lambda: _CODEC.encode(x, key))
+                payload = codec(partial(_CODEC.encode, x, key))
                 flying.append((payload, self.communicator.start_all_gather(payload[:nbytes])))
             for payload, finish in flying:
                 finish()
-                codec(
-                    lambda payload=payload: _CODEC.decode_mean(payload[None], key, _CHUNK, out=out)
-                )
+                codec(partial(_CODEC.decode_mean, payload[None], key, _CHUNK, out=out))
             self.communicator.settle(wait=False)
 
         threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""The hook in the trainers that people use, one module for each; see docs/trainers.md.
+"""The hook in training frameworks, one module each; see docs/trainers.md.
 
-Each imports its trainer's package, so none is imported before it is asked for.
+Each module imports its framework, so import only the one that you use.
 """

@@ -18,14 +18,15 @@ __all__ = ["register"]
 def register(accelerator: Accelerator, model: nn.Module, bits: Bits = 4, **options: Any) -> Handle:
     """Compress the gradients of a model that `accelerator.prepare` returned.
 
-    ``handle = register(accelerator, model, bits=4)``; all processes call it alike.
+    ``handle = register(accelerator, model, bits=4)``; call it in all processes.
 
-    `accelerator.save_state` and `load_state` save and load the hook's state, one file for each
-    rank, as Accelerate does with random states; a checkpoint without them is loaded with a warning.
-    `accelerator.end_training` closes the hook. Log with
-    ``accelerator.log({"loss": ...} | handle.figures(), step=step)``.
+    `accelerator.save_state` and `load_state` save and load the hook's state, in one file per rank,
+    like Accelerate's random states; a checkpoint without them is loaded with a warning.
+    `accelerator.end_training` closes the hook. Log with ``accelerator.log({"loss": ...} |
+    handle.figures(), step=step)``.
 
-    With FSDP it is `compress_fsdp`. In one process it warns that there is nothing to compress.
+    With FSDP it calls `compress_fsdp`. In a single process it warns that there is nothing to
+    compress.
 
     Args:
         accelerator: the Accelerator.
@@ -33,7 +34,7 @@ def register(accelerator: Accelerator, model: nn.Module, bits: Bits = 4, **optio
         bits, options: of `rhtcomm.hooks.register`.
 
     Raises:
-        TypeError: it is no Accelerator, or several processes train a model without DDP and without
+        TypeError: it is not an Accelerator, or several processes train a model without DDP and
             FSDP.
         ValueError, RuntimeError, DisagreementError: as `rhtcomm.hooks.register` does.
     """
@@ -55,9 +56,9 @@ def register(accelerator: Accelerator, model: nn.Module, bits: Bits = 4, **optio
 
 
 class _Hooks:
-    """All hooks of an accelerator, by model: those of models that are gone go with them.
+    """All hooks of an accelerator, by model; hooks of freed models are dropped.
 
-    It takes the place of `end_training`, and closes them first.
+    It replaces `end_training`, and closes the hooks first.
     """
 
     def __init__(self, end_training: Callable[[], None]) -> None:

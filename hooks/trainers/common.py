@@ -1,4 +1,4 @@
-"""What the modules for trainers share: to attach the hook, to end it, and to save its state."""
+"""Shared by the modules for trainers: register the hook, close it, and save its state."""
 
 import contextlib
 import os
@@ -31,11 +31,11 @@ def attach(model: nn.Module, bits: Bits, options: dict[str, Any], owner: str, ho
     """Compress the gradients of the model that a trainer has wrapped.
 
     Args:
-        model: in DDP, or sharded by FSDP2 or FSDP1. In a run of one process, any: a warning says
-            that there is nothing to send, and the handle that is returned has no hook.
+        model: in DDP, or sharded by FSDP2 or FSDP1. In a single process, any model: a warning says
+            that there is nothing to send, and the returned handle has no hook.
         bits, options: of `rhtcomm.hooks.register`.
-        owner: whose errors these are.
-        how: what to do for several processes and DDP, in the trainer's words.
+        owner: the called function, for errors.
+        how: how to train with several processes and DDP, in the trainer's words.
 
     Raises:
         TypeError: several processes train a model that is neither in DDP nor sharded.
@@ -52,7 +52,7 @@ def attach(model: nn.Module, bits: Bits, options: dict[str, Any], owner: str, ho
     if any(isinstance(module, DistributedDataParallel) for module in modules):
         return register(model, bits, **options)
     kinds = {kind.__name__ for module in modules for kind in type(module).__mro__}
-    # By their names, since their import takes seconds.
+    # By their names, since importing them takes seconds.
     if kinds & {"FSDPModule", "FullyShardedDataParallel"}:
         from ..fsdp import compress_fsdp
 
@@ -64,17 +64,17 @@ def attach(model: nn.Module, bits: Bits, options: dict[str, Any], owner: str, ho
 
 
 def finish(handle: Handle, trained: bool, owner: str, why: str) -> None:
-    """Close the hook, and warn where the model trained without it.
+    """Close the hook, and warn if the model trained without it.
 
     Args:
         handle: the hook's.
         trained: whether there were steps.
-        owner: whose warning this is.
+        owner: the called function, for the warning.
         why: the likely cause, in the trainer's words.
     """
     missed = trained and handle.stats().steps == 0 and _world_size() > 1
     with warnings.catch_warnings():
-        # What follows says the same in the trainer's words. No steps, no warning.
+        # The warning below says the same in the trainer's words. Without steps there is none.
         warnings.filterwarnings("ignore", "the hook was never called")
         _end(handle)
     if missed:
@@ -86,7 +86,7 @@ def finish(handle: Handle, trained: bool, owner: str, why: str) -> None:
 
 
 def abandon(handle: Handle) -> None:
-    """Close the hook of a run that failed, whose error must not be hidden by another one.
+    """Close the hook of a failed run, without hiding the run's error by another one.
 
     Args:
         handle: the hook's.
@@ -97,7 +97,7 @@ def abandon(handle: Handle) -> None:
 
 
 def _end(handle: Handle) -> None:
-    """Close it, and leave a model that trains without it, or can get another one (FSDP2)."""
+    """Close it, and leave a model that can train without it or register again (FSDP2)."""
     if handle.state.engine is None:  # one process
         handle.close()
     else:
@@ -108,11 +108,10 @@ def _end(handle: Handle) -> None:
 
 
 def state_of_all_ranks(handle: Handle) -> dict[str, Any]:
-    """For a checkpoint that rank 0 writes and all ranks read; all ranks call it alike.
+    """The state for a checkpoint that rank 0 writes and all ranks read; call it on all ranks.
 
-    It is `handle.state_dict()`, and with error feedback, on rank 0, has the residuals of all ranks,
-    as many times the size of the model as there are ranks. `handle.load_state_dict` takes it on
-    every rank.
+    It is `handle.state_dict()`. With error feedback, rank 0's has the residuals of all ranks: the
+    size of the model times the number of ranks. `handle.load_state_dict` accepts it on every rank.
 
     Args:
         handle: the hook's.
@@ -121,7 +120,7 @@ def state_of_all_ranks(handle: Handle) -> dict[str, Any]:
 
 
 def gathered(state: dict[str, Any]) -> dict[str, Any]:
-    """What `state_of_all_ranks` returns, of what `state_dict` returned on each rank.
+    """The result of `state_of_all_ranks`, from the result of `state_dict` on each rank.
 
     Args:
         state: this rank's.
@@ -134,7 +133,7 @@ def gathered(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(handle: Handle, state: dict[str, Any]) -> None:
-    """Load a saved state; all ranks call it alike, and one process that sends nothing, too.
+    """Load a saved state; call it on all ranks, or in a single process.
 
     Args:
         handle: the hook's.
@@ -153,27 +152,27 @@ def save_rank(handle: Handle, folder: str | os.PathLike[str], name: str = "rhtco
 
     Args:
         handle: the hook's.
-        folder: that exists.
-        name: which tells several models of one run apart.
+        folder: must exist.
+        name: distinguishes several models of one run.
     """
     torch.save(handle.state_dict(), _file(folder, name, _rank()))
 
 
 def restore_rank(handle: Handle, folder: str | os.PathLike[str], name: str = "rhtcomm") -> None:
-    """Load what `save_rank` wrote; all ranks call it alike.
+    """Load what `save_rank` wrote; call it on all ranks.
 
-    Ranks take what rank 0 wrote, and their own residuals. Where there is nothing, the hook begins
-    with its first step, and a warning says so.
+    Ranks load the state of rank 0, and their own residuals. If there is none, the hook starts at
+    its first step, with a warning.
 
     Args:
         handle: the hook's.
-        folder: that `save_rank` wrote to.
-        name: as given to `save_rank`.
+        folder: the one that `save_rank` wrote to.
+        name: as passed to `save_rank`.
 
     Raises:
         ValueError: see `Handle.load_state_dict`.
     """
-    # On several machines, each may have the files of its own ranks alone.
+    # On several machines, each may have only the files of its own ranks.
     files = [file for rank in (0, _rank()) if (file := _file(folder, name, rank)).is_file()]
     if not files:
         warnings.warn(
@@ -187,7 +186,7 @@ def restore_rank(handle: Handle, folder: str | os.PathLike[str], name: str = "rh
 
 
 def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first state with the residuals of all, whose names have the rank."""
+    """The first state, with the residuals of all ranks, under names with the rank."""
     merged: dict[str, Any] = {}
     for state in reversed(states):
         merged |= state

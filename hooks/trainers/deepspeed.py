@@ -1,8 +1,8 @@
 """The hook in DeepSpeed without ZeRO, where the engine averages gradients itself.
 
-The engine has no DistributedDataParallel. When a step is due, after the backward pass, it flattens
-the gradients of all parameters and averages them. Here `rht_hook` does that at the same place, with
-buckets that are like DDP's, but are the same in each step.
+The engine does not use DistributedDataParallel. After the last backward pass of a step it flattens
+and averages the gradients of all parameters. Here `rht_hook` does this instead, with buckets like
+DDP's, but the same in each step.
 """
 
 import inspect
@@ -32,27 +32,26 @@ NUMEL = 1 << 23  # of a bucket: one travels while others are encoded and decoded
 def register(engine: DeepSpeedEngine, bits: Bits = 4, **options: Any) -> Handle:
     """Compress the gradients of an engine that `deepspeed.initialize` returned, without ZeRO.
 
-    ``handle = register(engine, bits=4)``; all processes call it alike.
+    ``handle = register(engine, bits=4)``; call it in all processes.
 
-    Gradients are averaged where the engine does it, after the backward pass of the last micro-batch
-    of a step, in the dtype that they have there. The engine's `save_checkpoint` and
-    `load_checkpoint` save and load the hook's state, one file for each rank; where
-    `load_checkpoint` leaves out the optimizer, it leaves out the hook, and a checkpoint without it
-    is loaded with a warning. The figures of each step go to DeepSpeed's monitors. Call
-    `handle.close()` before `destroy_process_group`.
+    Gradients are averaged where the engine would: after the backward pass of the last micro-batch
+    of a step, in their dtype there. The engine's `save_checkpoint` and `load_checkpoint` save and
+    load the hook's state, in one file per rank. If `load_checkpoint` leaves out the optimizer, it
+    also leaves out the hook. A checkpoint without the hook is loaded with a warning. The figures of
+    each step go to DeepSpeed's monitors. Call `handle.close()` before `destroy_process_group`.
 
-    In one process it warns that there is nothing to compress.
+    In a single process it warns that there is nothing to compress.
 
     Args:
-        engine: what `deepspeed.initialize` returned first.
+        engine: the first result of `deepspeed.initialize`.
         bits, options: of `rhtcomm.hooks.register`.
 
     Raises:
-        TypeError: it is no DeepSpeedEngine.
-        ValueError: the engine has ZeRO or other parallelism than that of data, or adds gradients
-            up; or an option is out of its range or has other ranks.
-        RuntimeError: the engine has a hook already, or another rank did not come.
-        DisagreementError: on all ranks, where their arguments differ.
+        TypeError: it is not a DeepSpeedEngine.
+        ValueError: the engine uses ZeRO or parallelism other than data parallelism, or sums
+            gradients; or an option is out of its range or has other ranks.
+        RuntimeError: the engine already has a hook, or another rank did not connect.
+        DisagreementError: on all ranks, if their arguments differ.
     """
     _check(engine, options)
     if engine.seq_dp_world_size == 1:
@@ -101,14 +100,14 @@ _REPLACED = ("buffered_allreduce_fallback", "save_checkpoint", "load_checkpoint"
 
 
 class _Handle(Handle):
-    """A handle whose methods take the place of three of the engine's."""
+    """A handle that replaces three methods of the engine."""
 
     state: RHTState
 
     def __init__(self, engine: DeepSpeedEngine, state: RHTState) -> None:
         super().__init__(engine.module, state)
         self._weak_engine = weakref.ref(engine)
-        self._logged = state.stats()  # what the monitors have
+        self._logged = state.stats()  # already sent to the monitors
 
     def install(self) -> None:
         engine = self._engine()
@@ -116,7 +115,7 @@ class _Handle(Handle):
         engine.save_checkpoint, engine.load_checkpoint = self._save, self._load
 
     def _bypass(self) -> None:
-        """Go back to the engine's own averaging."""
+        """Restore the engine's own averaging."""
         for name in _REPLACED:
             vars(self._engine()).pop(name, None)
 
@@ -167,7 +166,7 @@ class _Handle(Handle):
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Gradients as `rht_hook` knows them from DDP."""
+    """Gradients in the form of DDP's buckets, for `rht_hook`."""
 
     number: int
     last: bool

@@ -15,7 +15,8 @@ __all__ = ["RHTCallback"]
 
 
 def _callback_class() -> Any:
-    """`Callback` of the package that is in use: each of the two has one of its own."""
+    """`Callback` of the imported package: `lightning` and `pytorch_lightning` each have their
+    own."""
     names = ("lightning.pytorch", "pytorch_lightning")
     loaded = [name for name in names if name in sys.modules]
     for name in (*loaded, *names):
@@ -36,8 +37,8 @@ class RHTCallback(_Callback):
 
     It registers the hook when a fit begins, logs its figures with each step (`Handle.figures`, by
     `self.log`), saves its state in the Trainer's checkpoints, and closes it when the fit ends or
-    fails. A further fit goes on in the same random streams. On `ModelParallelStrategy` (FSDP2) it
-    is `compress_fsdp`. In one process it warns that there is nothing to compress.
+    fails. Another fit continues with the same random streams. With `ModelParallelStrategy` (FSDP2)
+    it calls `compress_fsdp`. In a single process it warns that there is nothing to compress.
 
     With error feedback each checkpoint has the residuals of all ranks, gathered on rank 0.
 
@@ -45,15 +46,15 @@ class RHTCallback(_Callback):
         bits, options: of `rhtcomm.hooks.register`.
 
     Raises:
-        TypeError: when a fit begins: several processes train without DDP and without FSDP.
+        TypeError: when a fit begins: several processes train without DDP and FSDP.
     """
 
     def __init__(self, bits: Bits = 4, **options: Any) -> None:
         super().__init__()
         self.handle: Handle | None = None
-        """Of the fit that is running."""
+        """The handle of the current fit."""
         self._bits, self._options = bits, options
-        self._state: dict[str, Any] = {}  # from a checkpoint, or of the fit before
+        self._state: dict[str, Any] = {}  # from a checkpoint or the previous fit
         self._first_step = 0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -77,7 +78,7 @@ class RHTCallback(_Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.handle is not None:
             handle, self.handle = self.handle, None
-            self._state = handle.state_dict()  # for those who save or fit once more
+            self._state = handle.state_dict()  # for a later save or fit
             why = "with manual optimization, call self.manual_backward(loss), not loss.backward()"
             finish(handle, trainer.global_step > self._first_step, "RHTCallback", why)
 
@@ -85,7 +86,7 @@ class RHTCallback(_Callback):
         self._abandon()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._abandon()  # of a fit that had nothing to do, and did not come to its end
+        self._abandon()  # of a fit that had nothing to do and did not reach its end
 
     def _abandon(self) -> None:
         if self.handle is not None:
@@ -101,5 +102,5 @@ class RHTCallback(_Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.handle is None:
             self._state = state_dict
-        else:  # some strategies load a checkpoint when they have wrapped
+        else:  # some strategies load a checkpoint only after wrapping
             load(self.handle, state_dict)

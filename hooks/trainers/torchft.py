@@ -1,4 +1,4 @@
-"""torchft: a Manager whose quantized all-reduces go through rhtcomm."""
+"""torchft: a Manager whose quantized all-reduces use rhtcomm."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ __all__ = ["CompressedManager", "compress_manager"]
 
 CALL = "rhtcomm.hooks.trainers.torchft.compress_manager"
 
-_GOLDEN = 0x9E3779B97F4A7C15  # odd, so that each quorum has a seed of its own
+_GOLDEN = 0x9E3779B97F4A7C15  # odd, so that each quorum has its own seed
 
 
 def compress_manager(
@@ -39,16 +39,17 @@ def compress_manager(
     min_numel: int = 1 << 14,
     seed: int = 0,
 ) -> "CompressedManager":
-    """Have `manager.allreduce(tensor, should_quantize=True)` exchange compressed payloads.
+    """Make `manager.allreduce(tensor, should_quantize=True)` exchange compressed payloads.
 
-    ``compress_manager(manager, bits=4)``, then ``DiLoCo(manager, ..., should_quantize=True)``;
-    call it on all replicas alike, before the first quorum. With ``use_bucketization=True`` DiLoCo
-    exchanges many parameters at once, and not each one alone.
+    ``compress_manager(manager, bits=4)``, then ``DiLoCo(manager, ..., should_quantize=True)``; call
+    it on all replicas before the first quorum. With ``use_bucketization=True`` DiLoCo exchanges
+    many parameters at once instead of one by one.
 
-    Replicas may leave and join: each quorum gets connections, an agreement and random streams of
-    its own, since keys derive from its number, the manager's step and the number of the call within
-    the step. An error is reported to the manager, as torchft's own are, and the step is discarded.
-    What cannot be compressed (float64, and less than `min_numel` numbers) travels exactly.
+    Replicas may leave and join: each quorum has its own connections, comparison of arguments and
+    random streams, since keys derive from its number, the manager's step and the number of the call
+    within the step. An error is reported to the manager, like torchft's own, and the step is
+    discarded. Tensors that cannot be compressed (float64, or fewer than `min_numel` coordinates)
+    are sent exactly.
 
     Args:
         manager: over `torchft.ProcessGroupGloo`.
@@ -56,7 +57,7 @@ def compress_manager(
             `rhtcomm.hooks.RHTState`.
 
     Raises:
-        TypeError: it is no Manager, or its process group is not on Gloo.
+        TypeError: it is not a Manager, or its process group is not on Gloo.
         ValueError: an argument is out of its range.
     """
     if not isinstance(manager, Manager):
@@ -80,7 +81,7 @@ def compress_manager(
 
 
 class CompressedManager:
-    """What `compress_manager` returns: figures, and the way back."""
+    """The result of `compress_manager`: figures, and how to undo it."""
 
     def __init__(
         self, manager: Manager, reducer_over: Callable[[TorchCommunicator], Reducer], seed: int
@@ -93,11 +94,11 @@ class CompressedManager:
         manager.allreduce = self._allreduce
 
     def stats(self) -> Stats:
-        """Totals, see `Stats`; `steps` are the manager's, each attempt counted."""
+        """Totals, see `Stats`; `steps` counts the manager's steps, including each attempt."""
         return self._totals.stats(self._steps)
 
     def remove(self) -> None:
-        """Give `allreduce` back to the manager; call it before the manager's `shutdown`."""
+        """Restore the manager's `allreduce`; call it before the manager's `shutdown`."""
         self._manager.allreduce = self._exact
         if self._quorum is not None:
             self._quorum.close(wait=True)
@@ -123,18 +124,18 @@ class CompressedManager:
             tensor.zero_()
         try:
             quorum = self._present()
-            # What replicas that do not participate send are zeros, and count in the mean.
+            # Replicas that do not participate send zeros, which count in the mean.
             factor = quorum.world_size / (participants if averages else 1)
             work = _Work(quorum.send(tensor, self._next_key(quorum), factor, self._totals))
         except Exception as error:
             manager.report_error(error)
             return _DummyWork(tensor)
         managed = _ManagedWork(manager, work, tensor)
-        managed.get_future().then(lambda _: tensor)  # that the manager hears of errors
+        managed.get_future().then(lambda _: tensor)  # so that the manager learns of errors
         return managed
 
     def _present(self) -> "_Quorum":
-        """The quorum that there is now."""
+        """The current quorum."""
         number = self._manager._quorum_id
         if self._quorum is None or self._quorum.number != number:
             if self._quorum is not None:
@@ -158,7 +159,7 @@ class CompressedManager:
 
 
 class _Work(dist.Work):
-    """What `torchft` waits for."""
+    """The work object that torchft waits for."""
 
     def __init__(self, future: torch.futures.Future[torch.Tensor]) -> None:
         super().__init__()
@@ -187,7 +188,7 @@ class _QuorumCommunicator(TorchCommunicator):
 
 
 class _Quorum:
-    """Exchanges of one quorum, in the order of their calls, on a thread of its own."""
+    """Exchanges of one quorum, in the order of their calls, on a separate thread."""
 
     def __init__(self, number: int, reducer: Reducer) -> None:
         self.number, self.world_size = number, reducer.topology.world_size
@@ -237,4 +238,4 @@ class _Quorum:
             tensor.copy_(flat.view(tensor.shape))
 
     def close(self, wait: bool) -> None:
-        self._worker.shutdown(wait=wait)  # what is left fails, and says so
+        self._worker.shutdown(wait=wait)  # remaining exchanges fail and report it

@@ -23,18 +23,18 @@ class RHTCallback(TrainerCallback):
     ``trainer.add_callback(RHTCallback(trainer, bits=4))``, on all ranks and before `train`.
 
     It registers the hook on the model that the Trainer has wrapped when training begins, adds its
-    figures (`Handle.figures`) to what the Trainer logs, writes one file for each rank into each
-    checkpoint, reads them where `train` resumes, and closes the hook when training ends or fails.
-    With FSDP it is `compress_fsdp`. In one process it warns that there is nothing to compress.
+    figures (`Handle.figures`) to the Trainer's logs, writes one file per rank into each checkpoint,
+    reads them when `train` resumes, and closes the hook when training ends or fails. With FSDP it
+    calls `compress_fsdp`. In a single process it warns that there is nothing to compress.
 
     Args:
-        trainer: the Trainer, since callbacks are not told of the wrapped model, nor of the
-            checkpoint that is resumed. Its `train` is replaced by one that notes these.
+        trainer: the Trainer, which callbacks need to find the wrapped model and the resumed
+            checkpoint. Its `train` is replaced by one that records these.
         bits, options: of `rhtcomm.hooks.register`.
 
     Raises:
-        TypeError: trainer is no Trainer. When training begins: several processes train without DDP
-            and without FSDP.
+        TypeError: trainer is not a Trainer. When training begins: several processes train without
+            DDP and FSDP.
     """
 
     def __init__(self, trainer: Trainer | None = None, bits: Bits = 4, **options: Any) -> None:
@@ -45,15 +45,15 @@ class RHTCallback(TrainerCallback):
                 "trainer.add_callback(RHTCallback(trainer, bits=4))"
             )
         self.handle: Handle | None = None
-        """Of the training that is running."""
+        """The handle of the current training."""
         self._trainer: Any = weakref.ref(trainer)
         self._bits, self._options = bits, options
-        self._checkpoint: str | None = None  # that is resumed
+        self._checkpoint: str | None = None  # to resume from
         self._first_step = 0
         trainer.train = self._around(trainer.train)
 
     def _around(self, train: Any) -> Any:
-        """`train`, with what it is told noted before, and the hook closed after it failed."""
+        """`train`, which first records its arguments, and closes the hook on failure."""
 
         @functools.wraps(train)
         def noted(resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
@@ -63,7 +63,7 @@ class RHTCallback(TrainerCallback):
                 self._checkpoint = get_last_checkpoint(trainer.args.output_dir)
             modules = trainer.model_wrapped.modules()
             if any(isinstance(module, DistributedDataParallel) for module in modules):
-                # The Trainer would train on in it, but DDP takes a hook only once.
+                # The Trainer would reuse the DDP model, but DDP accepts a hook only once.
                 trainer.model_wrapped = trainer.model
             if self not in trainer.callback_handler.callbacks:
                 warnings.warn(
@@ -91,7 +91,7 @@ class RHTCallback(TrainerCallback):
         if self._checkpoint is not None:
             restore_rank(self.handle, self._checkpoint)
         self._first_step = state.global_step
-        # Callbacks that report are called in order, and must find the figures in the logs.
+        # Reporting callbacks are called in order, and must find the figures in the logs.
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))
 
@@ -99,11 +99,11 @@ class RHTCallback(TrainerCallback):
         if self.handle is not None and logs is not None and "loss" in logs:
             figures = self.handle.figures()
             logs.update(figures)
-            state.log_history[-1].update(figures)  # which has a copy of the logs
+            state.log_history[-1].update(figures)  # it has a copy of the logs
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        # A search of hyperparameters has other folders, and resumes none.
+        # A hyperparameter search uses other folders, and resumes no run.
         if self.handle is not None and not args.save_only_model and os.path.isdir(folder):
             save_rank(self.handle, folder)
 

@@ -1,6 +1,6 @@
-"""DiLoCo: ranks train apart, and average now and then what their parameters changed by.
+"""DiLoCo: ranks train independently, and periodically average the changes of their parameters.
 
-    torchrun --nproc-per-node=2 launch/examples/local_sgd.py [checkpoint to go on from]
+    torchrun --nproc-per-node=2 launch/examples/local_sgd.py [checkpoint to resume from]
 
 Compression and outer steps are the lines that end with "# rhtcomm".
 """

@@ -1,6 +1,6 @@
 """Accelerate with compressed gradients.
 
-    torchrun --nproc-per-node=2 launch/examples/train_accelerate.py [checkpoint to go on from]
+    torchrun --nproc-per-node=2 launch/examples/train_accelerate.py [checkpoint to resume from]
 
 Compression adds the lines that end with "# rhtcomm".
 """
@@ -17,7 +17,7 @@ from rhtcomm.hooks.trainers.accelerate import register  # rhtcomm
 
 
 def main(checkpoint: str | None = None) -> None:
-    # With it and set_epoch a resumed run shuffles as an uninterrupted one.
+    # With it and set_epoch, a resumed run shuffles like an uninterrupted one.
     order = DataLoaderConfiguration(use_seedable_sampler=True)
     accelerator = Accelerator(cpu=True, dataloader_config=order)  # log_with="wandb", ...
     accelerator.init_trackers("accelerate-example")

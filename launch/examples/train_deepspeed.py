@@ -1,6 +1,6 @@
 """DeepSpeed without ZeRO with compressed gradients.
 
-    torchrun --nproc-per-node=2 launch/examples/train_deepspeed.py [checkpoints to go on from]
+    torchrun --nproc-per-node=2 launch/examples/train_deepspeed.py [checkpoints to resume from]
 
 Compression adds the lines that end with "# rhtcomm".
 """

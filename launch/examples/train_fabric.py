@@ -1,6 +1,6 @@
 """Lightning Fabric with compressed gradients.
 
-    torchrun --nproc-per-node=2 launch/examples/train_fabric.py [checkpoint to go on from]
+    torchrun --nproc-per-node=2 launch/examples/train_fabric.py [checkpoint to resume from]
 
 Compression adds the lines that end with "# rhtcomm".
 """
@@ -27,7 +27,8 @@ def main(checkpoint: str | None = None) -> None:
     handle = rhtcomm.hooks.register(model, bits=4)  # rhtcomm
     x = torch.randn(4096, 64)  # the net is to learn a fixed linear map
     data = TensorDataset(x, x @ torch.randn(64, 64) / 8)
-    # Shuffled, a resumed run would meet other batches: Fabric counts epochs from its first one.
+    # Not shuffled: a resumed run would see other batches, since Fabric counts epochs from its own
+    # start.
     loader = fabric.setup_dataloaders(DataLoader(data, batch_size=64))
 
     state: dict[str, Any] = {"model": model, "optimizer": optimizer, "epoch": 0}

@@ -1,6 +1,6 @@
 """FSDP2 with compressed gradients.
 
-    torchrun --nproc-per-node=2 launch/examples/train_fsdp.py [checkpoint to go on from]
+    torchrun --nproc-per-node=2 launch/examples/train_fsdp.py [checkpoint to resume from]
 
 Compression adds the lines that end with "# rhtcomm".
 """

@@ -1,6 +1,6 @@
 """Lightning with compressed gradients.
 
-    torchrun --nproc-per-node=2 launch/examples/train_lightning.py [checkpoint to go on from]
+    torchrun --nproc-per-node=2 launch/examples/train_lightning.py [checkpoint to resume from]
 
 Compression adds the lines that end with "# rhtcomm".
 """

@@ -1,6 +1,6 @@
 """Ray Train with compressed gradients.
 
-    python launch/examples/train_ray.py [checkpoint to go on from]
+    python launch/examples/train_ray.py [checkpoint to resume from]
 
 Compression adds the lines that end with "# rhtcomm".
 """
@@ -20,7 +20,7 @@ from rhtcomm.hooks.trainers.ray import register, restore, save  # rhtcomm
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """What each worker does."""
+    """The training loop of each worker."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64))
     x = torch.randn(4096, 64)  # the net is to learn a fixed linear map
@@ -31,7 +31,7 @@ def train_loop(config: dict[str, Any]) -> None:
     handle = register(model, bits=4)  # rhtcomm
 
     first_epoch = 0
-    # After a failure Ray starts the workers again, with the last checkpoint that they reported.
+    # After a failure Ray restarts the workers with the last reported checkpoint.
     checkpoint = ray.train.get_checkpoint() or config["checkpoint"]
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:

@@ -35,10 +35,10 @@ from rhtcomm.communicators import (
 )
 from rhtcomm.probe import measure_codec, measure_link
 
-__all__ = ["field", "measure_exchanges", "row_of"]
+__all__ = ["field", "in_order", "measure_exchanges", "row_of"]
 
 _SMALL = (1 << 14, 1 << 16)  # coordinates of buckets that only the best ones are measured on
-_FOR_SMALL, _FOR_LINK = 0.1, 0.05  # of the seconds
+_FOR_SMALL, _FOR_LINK, _FOR_CODEC = 0.1, 0.05, 0.08  # of the seconds
 _LINK_SECONDS = 3.0  # which suffice
 _ALIGN = 1024  # coordinates, see `Bucket.of`
 
@@ -86,16 +86,26 @@ def _measure_machine(
     result.facts["link"] = asdict(measure_link(communicator, ranks.device, seconds))
     communicator.close()
     budget.end("link")
-    speeds: dict[str, dict[str, dict[str, float]]] = {}
-    for quantizer in (q for q in arguments.quantizers if q in ("quic_fl", "ecdq")):
-        speeds[quantizer] = {
-            f"{bits:g}": asdict(measure_codec(bits, quantizer=quantizer))
-            for bits in arguments.bits
-            if fits(quantizer, bits)
-        }
-    result.facts["speeds"] = speeds
-    dist.barrier()
+    result.facts["speeds"] = _speeds(arguments, budget, ranks)
     budget.end("codec")
+
+
+def _speeds(
+    arguments: argparse.Namespace, budget: Budget, ranks: Ranks
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Of the codec, by quantizer and bits, as far as there is time; of 4 bits first."""
+    speeds: dict[str, dict[str, dict[str, float]]] = {}
+    until = budget.gone() + _FOR_CODEC * arguments.seconds
+    for bits in sorted(arguments.bits, key=lambda bits: abs(bits - 4)):
+        for quantizer in ("quic_fl", "ecdq"):
+            if quantizer not in arguments.quantizers or not fits(quantizer, bits):
+                continue
+            if speeds and not ranks.tell(budget.gone() < until):
+                return speeds
+            dist.barrier()  # ranks of one machine share its memory, so they measure at once
+            speed = asdict(measure_codec(bits, quantizer=quantizer, device=ranks.device))
+            speeds.setdefault(quantizer, {})[f"{bits:g}"] = speed
+    return speeds
 
 
 def measure_exchanges(
@@ -117,8 +127,7 @@ def measure_exchanges(
     everybody = field(arguments, backend, ranks)
     sizes = sorted({_aligned(mebibytes) for mebibytes in arguments.mebibytes})
     problems = {numel: Problem(numel, ranks, number) for number, numel in enumerate(sizes)}
-    entries = [Entry(one, problems[numel]) for one in everybody for numel in sizes]
-    entries.sort(key=lambda entry: interest(ranks.world_size, entry.contestant))
+    entries = in_order([Entry(one, problems[numel]) for one in everybody for numel in sizes])
 
     watch.doing = "exchanges were measured"
     until = budget.gone() + (1 - _FOR_SMALL) * (seconds - budget.gone())
@@ -145,6 +154,20 @@ def measure_exchanges(
     failed = [entry for entry in entries if entry.failure]
     result.failed = [_named(entry) | {"reason": entry.failure} for entry in failed]
     result.dropped = [_named(entry) for entry in dropped]
+
+
+def in_order(entries: Sequence[Entry]) -> list[Entry]:
+    """First what any advice needs, of the smallest size and then of the others; then the rest.
+
+    Contestants stay in their order.
+    """
+    ours = next((one.contestant for one in entries if one.contestant.compresses), None)
+
+    def needed(entry: Entry) -> bool:
+        return entry.contestant is ours or entry.contestant.name in PLAIN
+
+    first = sorted((one for one in entries if needed(one)), key=lambda one: one.numel)
+    return first + [one for one in entries if not needed(one)]
 
 
 def _aligned(mebibytes: float) -> int:

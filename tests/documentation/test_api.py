@@ -23,20 +23,27 @@ class Entry(NamedTuple):
     """What a page shows."""
 
     path: str
-    made_by_users: bool
-    members: list[str] | None
-    """Of a class; None: those that are public and have a docstring."""
+    options: str
+
+    @property
+    def made_by_users(self) -> bool:
+        return "merge_init_into_class: false" not in self.options
+
+    @property
+    def inherits(self) -> bool:
+        return "inherited_members: true" in self.options
+
+    def shows(self, method: str) -> bool:
+        """Provided that it has a docstring."""
+        members = re.search(r"members: \[(.*)\]", self.options)
+        if members is not None:
+            return method in re.findall(r"\w+", members[1])
+        return not method.startswith("_") and f"!^{method}$" not in self.options
 
 
-def entries() -> Iterator[Entry]:
-    for page in sorted((ROOT / "docs/api").glob("*.md")):
-        for path, options in _ENTRY.findall(page.read_text() + "\n"):
-            members = re.search(r"members: \[(.*)\]", options)
-            yield Entry(
-                path,
-                "merge_init_into_class: false" not in options,
-                re.findall(r"\w+", members[1]) if members else None,
-            )
+def entries() -> list[Entry]:
+    pages = sorted((ROOT / "docs/api").glob("*.md"))
+    return [Entry(*each) for page in pages for each in _ENTRY.findall(page.read_text() + "\n")]
 
 
 def trainers() -> Iterator[Path]:
@@ -47,9 +54,13 @@ def trainers() -> Iterator[Path]:
 def public_names() -> Iterator[str]:
     yield from (f"rhtcomm.{name}" for name in rhtcomm.__all__)
     for name in rhtcomm.hooks.__all__:
-        # A page takes the name for the module that is called so, unless it has the whole path.
-        module = f"{name}." if (ROOT / f"hooks/{name}.py").exists() else ""
-        yield f"rhtcomm.hooks.{module}{name}"
+        public = getattr(rhtcomm.hooks, name)
+        if inspect.ismodule(public):
+            yield from (f"rhtcomm.hooks.{name}.{each}" for each in public.__all__)
+        else:
+            # A page takes the name for the module that is called so, unless it has the whole path.
+            module = f"{name}." if (ROOT / f"hooks/{name}.py").exists() else ""
+            yield f"rhtcomm.hooks.{module}{name}"
     for file in trainers():
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
@@ -63,19 +74,44 @@ def test_every_public_name_is_on_a_page_once() -> None:
     assert {*public_names()} <= {*paths}
 
 
-def definition(path: str) -> ast.FunctionDef | ast.ClassDef:
-    """The code that defines a name."""
+def definition(path: str) -> tuple[ast.stmt, str | None]:
+    """The code that defines a name, and its docstring."""
     parent, _, name = path.rpartition(".")
     if parent.startswith("rhtcomm.hooks.trainers."):
         file = ROOT / "hooks/trainers" / f"{parent.rpartition('.')[2]}.py"
     else:
-        source = inspect.getsourcefile(getattr(importlib.import_module(parent), name))
-        assert source is not None
-        file = Path(source)
-    for node in ast.parse(file.read_text()).body:
+        module = importlib.import_module(parent)
+        defined = getattr(getattr(module, name), "__module__", parent)
+        file = Path(str(importlib.import_module(defined).__file__))
+    body = ast.parse(file.read_text()).body
+    for node, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
-            return node
+            return node, ast.get_docstring(node)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return node, docstring_in(after)
     raise AssertionError(f"{file} has no {name}")
+
+
+def bases(path: str) -> list[str]:
+    """The classes of the package that a class inherits from."""
+    parent, _, name = path.rpartition(".")
+    if parent.startswith("rhtcomm.hooks.trainers."):
+        return []
+    classes = getattr(importlib.import_module(parent), name).__mro__[1:]
+    found = [f"{each.__module__}.{each.__qualname__}" for each in classes]
+    return [each for each in found if each.startswith("rhtcomm.")]
+
+
+def methods(node: ast.stmt) -> dict[str, ast.FunctionDef]:
+    assert isinstance(node, ast.ClassDef)
+    return {each.name: each for each in node.body if isinstance(each, ast.FunctionDef)}
+
+
+def docstring_in(statement: ast.stmt | None) -> str | None:
+    """Of what is assigned in the statement before it."""
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+        return str(statement.value.value)
+    return None
 
 
 def documented(docstring: str, section: str) -> set[str]:
@@ -106,8 +142,7 @@ def fields(node: ast.ClassDef) -> set[str]:
     found = set()
     for statement, after in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(statement, ast.AnnAssign) and "ClassVar" not in ast.unparse(statement):
-            told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            found |= set() if told else {ast.unparse(statement.target)}
+            found |= set() if docstring_in(after) else {ast.unparse(statement.target)}
     return found
 
 
@@ -120,21 +155,23 @@ def check(path: str, docstring: str, takes: set[str], raises: set[str]) -> None:
     assert raises <= documented(docstring, "Raises"), f"{path} raises {raises}"
 
 
-@pytest.mark.parametrize("entry", [*entries()], ids=lambda entry: entry.path)
+@pytest.mark.parametrize("entry", entries(), ids=lambda entry: entry.path)
 def test_a_docstring_has_all_arguments_and_exceptions(entry: Entry) -> None:
-    node = definition(entry.path)
-    docstring = ast.get_docstring(node)
+    node, docstring = definition(entry.path)
     assert docstring, f"{entry.path} has no docstring"
     if isinstance(node, ast.FunctionDef):
         check(entry.path, docstring, arguments([node]), raised([node]))
+    if not isinstance(node, ast.ClassDef):
         return
-    methods = {child.name: child for child in node.body if isinstance(child, ast.FunctionDef)}
-    makes = [methods[name] for name in ("__init__", "__post_init__") if name in methods]
-    if entry.made_by_users:
-        check(entry.path, docstring, arguments(makes) | fields(node), raised(makes))
-    shown = methods if entry.members is None else entry.members
-    for name in {*shown} & {*methods}:
-        told = ast.get_docstring(methods[name])
-        if told and not name.startswith("_"):
-            function = [methods[name]]
-            check(f"{entry.path}.{name}", told, arguments(function), raised(function))
+    own = methods(node)
+    inherited: dict[str, ast.FunctionDef] = {}
+    for base in reversed(bases(entry.path)):
+        inherited |= methods(definition(base)[0])
+    everything = inherited | own
+    makes = [everything[name] for name in ("__init__", "__post_init__") if name in everything]
+    takes = (arguments(makes) if entry.made_by_users else set()) | fields(node)
+    check(entry.path, docstring, takes, raised(makes) if entry.made_by_users else set())
+    for name, function in (everything if entry.inherits else own).items():
+        told = ast.get_docstring(function)
+        if told and entry.shows(name):
+            check(f"{entry.path}.{name}", told, arguments([function]), raised([function]))

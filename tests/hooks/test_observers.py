@@ -26,6 +26,7 @@ from states import FINE, TIMEOUT, logged, submit
 from streams import AUTOGRADS, in_place_of_cuda
 from torch.nn.parallel import DistributedDataParallel
 
+from rhtcomm import Key
 from rhtcomm.hooks import (
     BucketReport,
     RHTState,
@@ -36,7 +37,10 @@ from rhtcomm.hooks import (
     rht_hook,
     telemetry,
 )
-from rhtcomm.reduce import Reducer
+from rhtcomm.hooks.buckets import Bucket
+from rhtcomm.hooks.cuda import Cuda
+from rhtcomm.hooks.stats import Totals
+from rhtcomm.reduce import Reducer, Report
 
 NUMELS, STEPS = (1 << 14, 5000, 100), 4
 # Each parameter has a bucket of its own, from the first step on.
@@ -246,6 +250,17 @@ def test_a_device_tells_later_how_long_its_stream_waited(enqueues: bool, ranks: 
     ranks.run(measure_on_streams, 2, enqueues)
 
 
+def test_the_end_of_a_turn_is_measured() -> None:
+    """Where a communicator is not the hook's own, the backward pass waits before DDP does."""
+    seen = Seen()
+    with RHTState(communicator=Alone(), observer=seen) as state:
+        submit(state, torch.zeros(10)).wait()
+        with exchanges_begin_when_training_waits():
+            in_backward(lambda: submit(state, torch.zeros(10)))
+    assert [report.exposed_seconds is None for report in seen] == [True, False]
+    assert seen[1].exposed_seconds > 0  # type: ignore[operator]
+
+
 def begin_a_static_graph(rank: int, world_size: int) -> None:
     """In the first step DDP hands over buckets in a callback of its own, and waits there."""
     seen = Seen()
@@ -279,6 +294,19 @@ def test_what_nobody_was_seen_to_wait_for_comes_with_the_next_step() -> None:
     known = [report.exposed_seconds is not None for report in seen]
     assert known == [False, False, False, False, True, False]
     check_sums(seen, state.stats())
+
+
+def test_buckets_of_two_steps_that_come_together() -> None:
+    """After a backward pass that failed, the next one waits for what it left too."""
+    seen, done = Seen(), torch.futures.Future[torch.Tensor]()
+    pending = reports.Reports([seen], Totals())
+    done.set_result(torch.zeros(1))
+    for step, index in ((0, 0), (0, 1), (1, 0)):
+        key = Key(0, step, index)
+        made = BucketReport.of(Report.of_nothing(), 0, key, 1, 0.0, 0.0)
+        pending.add(Bucket(torch.zeros(1), key, [], ends=False, reports=[made]), done, Cuda())
+    pending.land()
+    assert [report.last for report in seen] == [False, True, True]
 
 
 def test_a_failed_bucket_has_no_report_and_raises_as_without_an_observer() -> None:
@@ -345,6 +373,34 @@ def copy_two_models(rank: int, world_size: int, folder: str) -> None:
 
 def test_copies_other_models_and_resumed_runs(ranks: Ranks, tmp_path: Path) -> None:
     ranks.run(copy_two_models, 2, str(tmp_path))
+
+
+def resume_in_other_buckets(rank: int, world_size: int) -> None:
+    """DDP's first bucket of a resumed run has the parts that the saved run had as buckets."""
+    runs, states = [], []
+    for steps in (range(3), range(2, 3)):
+        seen = Seen()
+        ddp = DistributedDataParallel(Probe(*NUMELS), bucket_cap_mb=0.0001)
+        with register(ddp, observer=seen, **FINE) as handle:
+            if states:
+                handle.load_state_dict(states[0])
+            for step in steps:
+                if step == 2:
+                    states.append(handle.state_dict())
+                step_of(ddp, rank, step)
+        runs.append([report for report in seen if report.step == 2])
+    whole, resumed = runs
+    assert len(whole) > 1
+    facts = ("bucket", "numel", "bytes_sent", "last")
+    for report, again in zip(whole, resumed, strict=True):
+        assert [getattr(again, name) for name in facts] == [getattr(report, name) for name in facts]
+    # Training waited for all parts at once.
+    assert {report.exposed_seconds for report in resumed[:-1]} == {0.0}
+    assert resumed[-1].exposed_seconds is not None
+
+
+def test_parts_of_a_bucket_report_each_for_itself(ranks: Ranks) -> None:
+    ranks.run(resume_in_other_buckets, 2)
 
 
 def observe_shards(rank: int, world_size: int) -> None:

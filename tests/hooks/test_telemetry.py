@@ -167,6 +167,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     feed(resumed, range(3, 7))
     resumed.close()  # type: ignore[attr-defined]
     found = scalars()
+    assert all([*values] == [1, 4, 6] for values in found.values())  # step 3 was of the first run
     # Step 4, which was done again, has the mean of steps 3 and 4.
     for last, steps in {1: range(2), 4: range(3, 5), 6: range(5, 7)}.items():
         assert {tag: values[last] for tag, values in found.items()} == means(steps)

@@ -43,8 +43,8 @@ def write(path: Path, *, slow: float = 1.0, nmse: bool = True, steps: int = STEP
                     exchange_seconds=0.002 * scale,
                     decode_seconds=0.003 * scale,
                     rotations=1 + bucket,
-                    squared_error=(0.02 if bucket else 0.0) * sampled,
-                    squared_norm=1.0 * sampled,
+                    squared_error=(0.03 if bucket else 0.0) * sampled,
+                    squared_norm=(1.0 + bucket) * sampled,
                     exposed_seconds=0.005 if bucket == 0 else 0.0,
                     last=bucket == 0,
                 )
