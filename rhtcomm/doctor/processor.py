@@ -11,8 +11,8 @@ from rhtcomm.doctor.launcher import Launch
 __all__ = ["Machine", "cores", "of_this_process", "threads"]
 
 UNBIND = {
-    "Open MPI": "mpiexec --bind-to none, or launch/mpirun.sh, which says so",
-    "Intel MPI": "set I_MPI_PIN=0, or use launch/mpirun.sh, which does",
+    "Open MPI": "mpiexec --bind-to none, or launch/mpirun.sh, which does that",
+    "Intel MPI": "set I_MPI_PIN=0, or use launch/mpirun.sh, which does that",
     "MPICH": "mpiexec -bind-to none",
     "srun": "srun --cpu-bind=none, or more --cpus-per-task",
 }
@@ -102,7 +102,8 @@ def cores(launch: Launch, machine: Machine) -> list[Finding]:
         fact += f", though {share} are its share"
         found = [Finding("problem", "cores", fact, f"do not bind: {remedy}")]
     elif have == 1 < there:
-        fact = "each rank is bound to one core, which its training and its hook's worker share"
+        fact = "each rank is bound to one core, "
+        fact += "which training and the hook's worker thread must share"
         found = [Finding("remark", "cores", fact, f"do not bind: {remedy}")]
     else:
         found = [Finding("ok", "cores", fact)]
