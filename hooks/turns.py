@@ -32,7 +32,7 @@ class Turn:
         self._topology, self._name = topology, name
         self._finished = threading.Condition(users.lock)
         self._unfinished = 0  # buckets
-        self._backward: weakref.ref[object] | None = None  # pass that buckets come from
+        self._backward: weakref.ref[object] | None = None  # the pass of the buckets
         self.before_end: Callable[[], None] = _nothing
         """Called at the end of a pass, before it waits for buckets."""
 
