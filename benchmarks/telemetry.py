@@ -10,7 +10,9 @@ written.
 """
 
 import argparse
+import random
 import tempfile
+import time
 import timeit
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +24,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rhtcomm
+from lib.progress import progress
 from lib.report import heading, table
-from lib.timing import interleave
+from lib.timing import quantiles
 from rhtcomm.hooks import BucketReport, register, telemetry
 from rhtcomm.hooks.buckets import Bucket
 from rhtcomm.hooks.cuda import Cuda
@@ -73,6 +76,25 @@ def step_with(observer: Observer | None) -> tuple[Callable[[], object], Any]:
     return step, handle
 
 
+def in_random_order(
+    steps: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, tuple[float, float, float]]:
+    """Quantiles of the time of each; the same order on all ranks.
+
+    A step begins while what the one before left to the worker threads ends, so each contestant
+    must follow each other one.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order, names = random.Random(0), [*steps]
+    for _ in progress(range(rounds)):
+        order.shuffle(names)
+        for name in names:
+            start = time.perf_counter()
+            steps[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: quantiles(times[rounds // 10 :]) for name, times in seconds.items()}
+
+
 def seconds_alone(observer: Observer | None) -> float:
     """Of one bucket, the best of several runs."""
     if observer is None:
@@ -103,7 +125,7 @@ def main() -> None:
         for name, observer in contestants(Path(folder)).items():
             steps[name], handle = step_with(observer)
             handles.append(handle)
-        seconds = interleave(steps, rounds)
+        seconds = in_random_order(steps, rounds)
         for handle in handles:
             handle.close()
         dist.barrier()

@@ -360,7 +360,7 @@ def copy_two_models(rank: int, world_size: int, folder: str) -> None:
     path = Path(folder, f"run_rank{rank}.csv")
     whole = path.read_text().splitlines()
     with path.open("a") as file:
-        file.write("7,1,50")  # what a killed run was writing
+        file.write("1")  # of a row of step 10, which a killed run was writing
     csv = telemetry.csv(Path(folder, "run.csv"), all_ranks=True)
     again = DistributedDataParallel(Probe(*NUMELS), **APART)
     with register(again, observer=csv, **FINE) as handle:
