@@ -19,8 +19,8 @@ def rht_hook(
 ) -> torch.futures.Future[torch.Tensor]:
     """Mean of a gradient bucket over ranks through compressed payloads.
 
-    With g_i (numel,) the bucket of rank i of n, every rank gets the same bits, whose expected value
-    is the mean:
+    With g_i (numel,) the bucket of rank i of n, every rank gets the same bits. Without error
+    feedback their expected value is the mean:
 
         E[result] = (1 / n) sum over i of g_i.
 
