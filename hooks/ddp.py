@@ -19,7 +19,13 @@ def rht_hook(
 ) -> torch.futures.Future[torch.Tensor]:
     """Mean of a gradient bucket over ranks through compressed payloads.
 
-    Register with ``model.register_comm_hook(RHTState(bits=4), rht_hook)``, or more simply with
+    With g_i (numel,) the bucket of rank i of n, every rank gets the same bits. Without error
+    feedback their expected value is the mean:
+
+        E[result] = (1 / n) sum over i of g_i.
+
+    `rhtcomm.all_reduce` says how large the error is. Register with
+    ``model.register_comm_hook(RHTState(bits=4), rht_hook)``, or more simply with
     ``rhtcomm.hooks.register(model, bits=4)``. ``backward()`` raises errors on this rank or in the
     exchange, as a RuntimeError with the original text. (If another rank fails after it has sent the
     last data of a step, the next ``backward()`` raises.) After an error the state refuses further

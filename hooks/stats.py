@@ -94,7 +94,7 @@ class Stats:
     """
 
     steps: int
-    """That began."""
+    """Steps that began."""
     bytes_sent: int
     """By this rank, to other nodes where there are two levels."""
     bytes_uncompressed: int

@@ -13,7 +13,7 @@ KNOWN_ANSWERS = Path(__file__).with_name("known_answers.py")
 DEBIAN, PYTHON = "bookworm", "3.11"
 # The newest torch whose wheel for aarch64 on PyPI needs no CUDA, and what importing it takes.
 REQUIREMENTS = ("torch==2.10.0", "numpy==2.3.5", "typing_extensions", "filelock", "fsspec")
-REQUIREMENTS += ("jinja2", "markupsafe", "mpmath", "networkx", "sympy")
+REQUIREMENTS += ("tqdm", "jinja2", "markupsafe", "mpmath", "networkx", "sympy")
 
 
 def emulated(wheel: Path, folder: Path) -> str:
@@ -23,15 +23,16 @@ def emulated(wheel: Path, folder: Path) -> str:
     for tool, package in (("qemu-aarch64", "qemu-user"), ("mmdebstrap", "mmdebstrap")):
         if shutil.which(tool) is None:
             raise Skipped(f"{tool} cannot be found (Debian: apt-get install {package})")
-    root, site = folder / "root", folder / "site"
-    if not (folder / "complete").exists():
+    root, site, complete = folder / "root", folder / "site", folder / "complete"
+    wanted = " ".join((DEBIAN, PYTHON, *REQUIREMENTS))
+    if not complete.exists() or complete.read_text() != wanted:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         packages = f"python{PYTHON},libstdc++6"
         debian = ("--arch=arm64", "--variant=extract", f"--include={packages}", DEBIAN)
         call("mmdebstrap", *debian, root)
         install(site, *REQUIREMENTS)
-        (folder / "complete").touch()
+        complete.write_text(wanted)
     for installed in site.glob("rhtcomm*"):
         shutil.rmtree(installed)
     install(site, str(wheel))
