@@ -1,4 +1,4 @@
-"""What the states of all hooks share: configuration, progress, checkpoints, and their end."""
+"""Shared by the states of all hooks: configuration, progress, checkpoints and shutdown."""
 
 import copy
 import weakref
@@ -37,8 +37,8 @@ Self = TypeVar("Self", bound="HookState")
 class HookState:
     """Configuration and progress of a hook, whose arguments `RHTState` explains.
 
-    It numbers buckets and steps, makes the engine, and knows what a checkpoint holds. How buckets
-    come to it is for its subclasses.
+    It numbers buckets and steps, makes the engine, and saves and loads checkpoints. Subclasses
+    receive the buckets.
     """
 
     def __init__(
@@ -96,9 +96,9 @@ class HookState:
         self._begin(Session(process_group, timeout, communicator))
 
     def _begin(self, session: Session) -> None:
-        """As before the first bucket."""
+        """Set the state to that before the first bucket."""
         self._session = session
-        # Closes what runs, should the state go without close().
+        # Closes everything if the state is freed without close().
         self._finalizer = weakref.finalize(self, session.close_late)
         self._said: set[torch.dtype] = set()  # in the log
 
@@ -134,29 +134,29 @@ class HookState:
 
     @property
     def engine(self) -> Engine | None:
-        """What buckets run on, from the first one on."""
+        """The engine, from the first bucket on."""
         return self._session.engine
 
     def stats(self) -> Stats:
-        """Totals since the state was made: steps begun, and the rest of buckets that came back."""
+        """Totals since the state was created: steps that began, and figures of finished buckets."""
         return self.totals.stats(self._steps)
 
     # Checkpoints --------------------------------------------------------------------------------
 
     def state_dict(self, model: nn.Module | None = None) -> dict[str, Any]:
-        """Plain values with which a resumed run goes on in the same random streams and buckets.
+        """Plain values with which a resumed run continues with the same random streams and buckets.
 
-        With error feedback also the residuals, float32 tensors in the parameters' shapes (of
-        complex ones as `torch.view_as_real` has them), by the names of the model's parameters, and
-        the rank and world size: residuals differ between ranks, so each must keep its own. Those
-        of parameters that the model has no longer are left out. With equalize also int32 scales.
+        With error feedback also the residuals by parameter name, float32 tensors in the parameters'
+        shapes (for complex ones those of `torch.view_as_real`), and the rank and world size:
+        residuals differ between ranks, so each must save its own. Residuals of parameters that the
+        model no longer has are left out. With equalize also int32 scales.
 
         Args:
-            model: that the hook is registered on, or what it wraps; for what is saved by name.
+            model: the registered model, or the module inside; needed for values that are saved by
+                name.
 
         Raises:
-            ValueError: the model is missing, or the hook has seen none of its parameters, but
-                others.
+            ValueError: the model is missing, or the hook has seen only other parameters.
             PayloadError: on CUDA: an earlier bucket did not hold what it should have.
         """
         if self.engine is not None:
@@ -173,17 +173,17 @@ class HookState:
         return state
 
     def load_state_dict(self, state: dict[str, Any], model: nn.Module | None = None) -> None:
-        """Go on where `state_dict` was taken; call it on all ranks alike, between steps.
+        """Resume from the result of `state_dict`; call it on all ranks, between steps.
 
-        What it refuses changes nothing.
+        If it raises, nothing has changed.
 
         Args:
-            state: of the same rank, if it holds residuals.
+            state: from the same rank, if it has residuals.
             model: as for `state_dict`.
 
         Raises:
-            ValueError: the model is missing or another one; or the residuals are another rank's; or
-                only one of this state and the saved one has error_feedback; or it is no saved
+            ValueError: the model is missing or another one; the residuals belong to another rank;
+                only one of this state and the saved one has error_feedback; or it is not a saved
                 state.
         """
         saved = checkpoint.read(state, self.codec, self.error_feedback)
@@ -202,18 +202,19 @@ class HookState:
         self.wishes.update(saved.wishes)
 
     def place(self) -> tuple[int, int] | None:
-        """Rank and world size, where they are known."""
+        """Rank and world size, if known."""
         return self._session.place(lambda: group_of_model(self)[0])
 
     # Steps --------------------------------------------------------------------------------------
 
     def _next(self, index: int, last: bool, engine: Engine) -> tuple[Key, bool]:
-        """The key of the bucket of that index, and whether it ends its step."""
-        # DDP may leave out a step's last buckets, if no gradient came; randomness must not repeat.
+        """The key of the bucket with this index, and whether it ends its step."""
+        # DDP may leave out a step's last buckets if they have no gradient; randomness must not
+        # repeat.
         if index <= self._last_index:
             self.ends.add(self._last_index)
             self._next_step()
-        # Payloads say whose they are, unless nobody else can send by the same.
+        # Payloads carry the number of their user, unless the connections are private.
         owner = 0 if engine.topology.private else self._session.number
         key = Key(self.key.seed, self.key.step, index, owner=owner)
         self._last_index = index
@@ -226,7 +227,7 @@ class HookState:
         self._steps += 1
 
     def _new_reports(self) -> list[BucketReport] | None:
-        """For a bucket; None: nobody observes."""
+        """The reports for a bucket; None without observers."""
         return None if self.reports is None else []
 
     # What the state runs on ---------------------------------------------------------------------
@@ -236,13 +237,17 @@ class HookState:
         reducer.wishes = self.wishes
         residuals = self.residuals if self.error_feedback else None
         kept = (repr(self), self.totals, residuals, self.nmse_every, self.scales)
-        return self._kind_of_engine(device, reducer)(reducer, self._facts(number), *kept)
+        engine = self._kind_of_engine(device, reducer)(reducer, self._facts(number), *kept)
+        if self.reports is not None:
+            engine.turn.before_end = self.reports.land
+        return engine
 
     def _kind_of_engine(self, device: torch.device, reducer: Reducer) -> type[Engine]:
         return engine_for(device, reducer)
 
     def _facts(self, number: int) -> dict[str, object]:
-        """What the ranks compare; `number` is of the state among the users of a communicator."""
+        """What the ranks compare; `number` is the state's number among the users of a
+        communicator."""
         names = ("algorithm", "min_numel", "nmse_every", "error_feedback")
         return {
             **self.codec.configuration,
@@ -254,10 +259,11 @@ class HookState:
         }
 
     def close(self) -> None:
-        """Finish what is in flight, end the worker thread, the hook's connections and observers.
+        """Finish exchanges in flight, and stop the worker thread, private connections and
+        observers.
 
-        For the orderly end of a program: call it before `destroy_process_group`. A state that goes
-        with its model is closed as well.
+        Call it before `destroy_process_group`. A state that is freed with its model is closed as
+        well.
 
         Raises:
             PayloadError: on CUDA: an earlier bucket did not hold what it should have.
@@ -270,7 +276,7 @@ class HookState:
             self.engine.checks.raise_failed(wait=True)
 
     def bypass(self, model: nn.Module) -> None:
-        """Give averaging back to what does it without the hook."""
+        """Restore the averaging that is used without the hook."""
         raise NotImplementedError
 
     def __enter__(self: Self) -> Self:

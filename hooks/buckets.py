@@ -68,7 +68,7 @@ class Bucket:
             own = [piece_of[id(parameter)] for parameter in part.parameters]
             part.buffer, part.gradients = torch.cat(own), self.buffer
             part.reports = self.reports
-            self.key = part.key  # which errors name
+            self.key = part.key  # named in errors
             mean_(part)
             for piece, mean in zip(own, part.buffer.split([*map(len, own)]), strict=True):
                 piece.copy_(mean)
@@ -85,7 +85,7 @@ def floats_in(buffer: torch.Tensor, index: int) -> torch.Tensor:
             f"rht_hook: bucket {index} is a sparse gradient ({buffer.layout}), which cannot be "
             "compressed; make the layer dense (sparse=False for nn.Embedding)"
         )
-    if buffer.is_complex():  # torch 2.13 gives pairs of floats itself
+    if buffer.is_complex():  # torch 2.13 already passes pairs of floats
         return torch.view_as_real(buffer).view(-1)
     if not buffer.is_floating_point():
         raise TypeError(

@@ -122,7 +122,7 @@ def check_ranks(
             "ranks"
         )
     levels = (given.within, given.between) if given.within is not None else (given,)
-    for level in levels:  # MPI has numbers of its own for the ranks
+    for level in levels:  # MPI numbers ranks in its own way
         if isinstance(level, TorchCommunicator) and not {*level.ranks} <= {*of_model}:
             raise ValueError(
                 f"RHTState: its communicator has the ranks {level.ranks}, but the DDP model that "

@@ -9,7 +9,7 @@ from .state import RHTState
 
 __all__ = ["rht_hook"]
 
-_OF_BUCKETS = ("buffer", "index", "is_last", "parameters")  # what the hook asks them
+_OF_BUCKETS = ("buffer", "index", "is_last", "parameters")  # the methods that the hook calls
 
 
 def rht_hook(

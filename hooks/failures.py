@@ -72,7 +72,7 @@ def clear_frames(error: BaseException) -> None:
     left, seen = [error], set[int]()
     while left:
         one = left.pop()
-        if id(one) in seen:  # errors may come from each other
+        if id(one) in seen:  # errors may cause each other
             continue
         seen.add(id(one))
         traceback.clear_frames(one.__traceback__)

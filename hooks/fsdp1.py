@@ -95,7 +95,7 @@ class FlatUnit:
             )
 
 
-FLAT = "_flat_param"  # what torch calls the flat tensor of a module
+FLAT = "_flat_param"  # torch's name of a module's flat tensor
 
 
 def flat_units_in(model: nn.Module) -> list[FlatUnit]:

@@ -97,12 +97,12 @@ class Layout:
         self._saved = _Saved(saved) if saved else None
         self._digest = hashlib.blake2b(json.dumps(saved).encode(), digest_size=8).hexdigest()
         self._seen: dict[int, tuple[_Ids, list[str | None]]] = {}  # DDP's own, by index
-        self._used = 0  # the step has used numbers below it for saved buckets that were given up
+        self._used = 0  # numbers below it were used in this step by discarded saved buckets
 
     def buckets(self) -> list[Names]:
         """The buckets of the next step; empty if unknown."""
         rebuilds, coming = False, list[list[torch.Tensor]]()
-        with suppress(AttributeError):  # torch has other names for it
+        with suppress(AttributeError):  # torch uses other private names
             rebuilds, coming = _rebuilt(self._model())
         found = [[self._names.get(parameter) for parameter in bucket] for bucket in coming]
         if not found and self._saved is not None:
@@ -157,8 +157,8 @@ class _Saved:
         """Whether DDP had the same buckets throughout a step."""
         self._number_of = {name: i for i, names in enumerate(buckets) for name in names}
         self._first: set[_Ids] = set()  # DDP's in its first step
-        self._steps = self._count = 0  # whole steps; DDP's buckets in the one that goes on
-        self._apart = False  # whether one of these was taken apart
+        self._steps = self._count = 0  # whole steps; DDP's buckets in the current one
+        self._apart = False  # whether one of these was split
 
     def place(
         self, last: bool, ids: _Ids, named: Mapping[str | None, torch.Tensor]
@@ -175,7 +175,7 @@ class _Saved:
         if self._steps == 0:
             self._first.add(ids)
         elif not whole and ids not in self._first:
-            return None  # DDP has made other ones since
+            return None  # DDP has rebuilt its buckets since
         self.done.update(numbers)
         self._count += 1
         self._apart = self._apart or not whole

@@ -123,7 +123,7 @@ class OuterAverager:
         self.optimizer = outer_optimizer(optimizer or _diloco, self.anchors)
         self.inner_steps = 0
         """The number of calls of `step`."""
-        self._began = [0] * fragments  # after which inner step each was last exchanged
+        self._began = [0] * fragments  # inner step of each one's last exchange
         self._flights: list[_Flight] = []
         self.state = OuterState(self._facts(followed), bits, **options)
         self._handle = Handle(self.anchors, self.state)
@@ -259,7 +259,7 @@ class OuterAverager:
                 continue
             for anchor, gradient in zip(part.anchors, part.views(mean), strict=True):
                 anchor.grad = gradient
-        self.optimizer.step()  # of anchors that have a gradient
+        self.optimizer.step()  # for anchors with a gradient
         self.optimizer.zero_grad()
         for part, start in zip_longest(parts, flight.starts):
             part.write(part.flat if start is None else part.flat + difference(part.read(), start))
@@ -391,5 +391,5 @@ class OuterAverager:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
-        else:  # which says more than a warning
+        else:  # which explains more than a warning
             self._end()

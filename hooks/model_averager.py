@@ -56,7 +56,7 @@ class CompressedModelAverager(PeriodicModelAverager):
         self._bits, self._options = bits, options
         self._parameters: list[nn.Parameter] = []
         self._outer: OuterAverager | None = None
-        self._saved: Mapping[str, Any] | None = None  # what was loaded before there were parameters
+        self._saved: Mapping[str, Any] | None = None  # a state loaded before the first step
 
     @torch.no_grad()
     def average_parameters(

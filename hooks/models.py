@@ -128,7 +128,7 @@ def group_of_model(
         return mine or _models_with(parameters[0], "_module_parameters") if parameters else mine
 
     mine = find()
-    if not mine and gc.get_freeze_count():  # after gc.freeze() they are hidden
+    if not mine and gc.get_freeze_count():  # gc.freeze() hides them
         gc.unfreeze()
         mine = find()
         gc.freeze()

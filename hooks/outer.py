@@ -60,7 +60,7 @@ class OuterState(HookState):
         """
         session = self._session
         self.learn(parts)
-        session.called = True  # what it warns of is not for this one
+        session.called = True  # its warnings do not apply here
         device = parts[0].flat.device
         engine = session.start(device, None, self._make_engine)
         with engine.beginning(self.key, device):

@@ -26,26 +26,26 @@ _log = logging.getLogger("rhtcomm")
 
 
 def register(model: nn.Module, bits: Bits = 4, **options: Any) -> "Handle":
-    """Compress the gradients of a DistributedDataParallel model; all ranks call it alike.
+    """Compress the gradients of a DistributedDataParallel model; call it on all ranks.
 
     ``handle = rhtcomm.hooks.register(DistributedDataParallel(model), bits=4)``
 
     It averages over the ranks of the model's own process group, connects them at once, on the
-    calling thread, and compares their arguments. The log says on rank 0 what it does (INFO). The
-    hook ends with the model; call `close` before `destroy_process_group`.
+    calling thread, and compares their arguments. Rank 0 logs what it does (INFO). The hook is
+    closed when the model is freed; call `close` before `destroy_process_group`.
 
     Args:
-        model: in DistributedDataParallel, or something that wraps such a model: what
-            torch.compile, Lightning Fabric or Accelerate return.
+        model: in DistributedDataParallel, or a wrapper of such a model from torch.compile,
+            Lightning Fabric or Accelerate.
         bits: bits per coordinate, 1 to 8 ("ecdq": 1 to 6, in quarters), or a function of a
             bucket's parameters.
         options: of `RHTState`.
 
     Raises:
         TypeError: the model holds no DistributedDataParallel, or is sharded (see `compress_fsdp`).
-        ValueError: it holds several; an option is out of its range or has other ranks.
-        RuntimeError: the model has a hook already, or another rank did not come.
-        DisagreementError: on all ranks, where their arguments differ.
+        ValueError: it holds several DDP models; an option is out of its range or has other ranks.
+        RuntimeError: the model already has a hook, or another rank did not connect.
+        DisagreementError: on all ranks, if their arguments differ.
     """
     ddp = ddp_in(model, "rhtcomm.hooks.register")
     if "process_group" in options:
@@ -60,7 +60,7 @@ def register(model: nn.Module, bits: Bits = 4, **options: Any) -> "Handle":
 def begin(
     state: RHTState, model: nn.Module, group: dist.ProcessGroup, add: Callable[[], None]
 ) -> None:
-    """Connect the ranks of a group, compare their arguments, `add` the hook, and say what it does.
+    """Connect the ranks of a group, compare their arguments, `add` the hook, and log what it does.
 
     Raises:
         See `register`.
@@ -85,7 +85,7 @@ def _add_hook(ddp: DistributedDataParallel, state: RHTState) -> None:
 
 
 class Handle:
-    """The hook of one model: its figures, its checkpoint and its end.
+    """The hook of one model: figures, checkpoints and shutdown.
 
     See `register` and `compress_fsdp`.
     """
@@ -103,23 +103,23 @@ class Handle:
         return self.state.stats()
 
     def figures(self) -> dict[str, float]:
-        """What a step took, as means over those since the last call, under names for a logger.
+        """Figures of a step for a logger, as means over the steps since the last call.
 
         ``logger.log({"loss": loss} | handle.figures())``. Names begin with "rhtcomm/": `bytes_sent`
         and `encode_seconds`, `exchange_seconds` and `decode_seconds` of this rank and one step;
-        `compression_ratio`; and `nmse` of all steps so far, where `nmse_every` asks for it. Empty
-        where there was no step.
+        `compression_ratio`; with an observer `exposed_seconds`, the time that training waited; and
+        `nmse` of all steps so far, if `nmse_every` is set. Empty if there was no step.
         """
         before, self._shown = self._shown, self.stats()
         return figures(before, self._shown)
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank needs to go on where it is; `torch.distributed.checkpoint.Stateful`.
+        """The state that this rank needs to resume; see `torch.distributed.checkpoint.Stateful`.
 
-        Numbers, names of parameters by bucket, and with equalize int32 tensors, which are the same
-        on all ranks. With error feedback also this rank's residuals, under a name of its own, so
-        that no rank gets those of another one: float32 tensors in the parameters' shapes, zeros
-        where nothing was left unsent so far.
+        Numbers, parameter names by bucket, and with equalize int32 tensors, the same on all ranks.
+        With error feedback also this rank's residuals, under a name with the rank, so that no rank
+        loads those of another: float32 tensors in the parameters' shapes, zeros if there is no
+        error so far.
 
         Raises:
             RuntimeError: the model is gone.
@@ -138,15 +138,15 @@ class Handle:
         return saved | {self._own_name(): everything}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; call it on all ranks alike, between steps.
+        """Resume from the result of `state_dict`; call it on all ranks, between steps.
 
-        What it refuses changes nothing.
+        If it raises, nothing has changed.
 
         Args:
-            state: what `state_dict` returned, on this rank where it has residuals.
+            state: the result of `state_dict`, on this rank if it has residuals.
 
         Raises:
-            ValueError: it is no saved state, has residuals of other ranks alone, or of another
+            ValueError: it is not a saved state; it has only residuals of other ranks, or of another
                 model; or only one of it and this hook has error feedback.
             RuntimeError: the model is gone.
         """
@@ -165,10 +165,11 @@ class Handle:
         self.state.load_state_dict(saved, self._model())
 
     def remove(self) -> None:
-        """Go back to plain averaging, on all ranks alike and between steps; closes the hook.
+        """Return to uncompressed averaging, and close the hook; call it on all ranks, between
+        steps.
 
-        DDP cannot take a hook back. So it stays registered, and from now on does what DDP does
-        without one, with the same result.
+        DDP cannot unregister a hook. So it stays registered, and from now on averages like DDP
+        without a hook, with the same bits.
         """
         self.close()
         self._bypass()
@@ -180,9 +181,11 @@ class Handle:
         self.state.bypass(self._model())
 
     def close(self) -> None:
-        """Finish what is in flight, end the worker thread, the hook's connections and observers.
+        """Finish exchanges in flight, and stop the worker thread, private connections and
+        observers.
 
-        Call it before `destroy_process_group`. A hook that goes with its model is closed as well.
+        Call it before `destroy_process_group`. A hook that is freed with its model is closed as
+        well.
         """
         self.state.close()
 
@@ -212,7 +215,7 @@ _RESIDUALS = "residuals of rank "
 
 
 def _zeros_for(parameter: torch.Tensor) -> torch.Tensor:
-    """A residual of nothing, as `RHTState.state_dict` would have it."""
+    """A zero residual, in the form of `RHTState.state_dict`."""
     shape = (*parameter.shape, 2) if parameter.is_complex() else parameter.shape
     return torch.zeros(shape, dtype=torch.float32)
 

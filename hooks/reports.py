@@ -81,8 +81,9 @@ class Reports:
     def follow(self, bucket: Bucket, future: Future, cuda: Cuda) -> None:
         """Of a bucket that DDP has handed over. DDP waits for it at the end of the backward pass.
 
-        A callback that is queued with the step's last bucket comes right before DDP's own. Without
-        a node DDP hands over in its own callback (static_graph, first step), and waits there.
+        A callback that is queued with the step's last bucket comes right before DDP's own; a turn
+        (`hooks/turns.py`), which ends by waiting for buckets, calls `land` before that. Without a
+        node, DDP hands over in its own callback (static_graph, first step), and waits there.
         """
         if self._followed and self._followed[-1].step != bucket.key.step:
             self._give_up_finished()

@@ -48,8 +48,8 @@ RANGE = 6
 as if it were up to 2^RANGE times as large. On a regression whose inputs differ 160 times in size, 4
 bits increase AdamW's excess loss by 25%; with a range of 4 by 10%, of 6 by 4.5%, of 8 by 4.0%."""
 
-_POINT = 8  # bits of a logarithm behind the point
-_MEMORY = 3  # a step counts for 2^-3 of a running mean
+_POINT = 8  # fractional bits of a logarithm
+_MEMORY = 3  # a step has weight 2^-3 in a running mean
 # By dtype: an integer type of its size, a mask of all bits except the sign, and the left shift
 # (negative: right) that turns a magnitude's bits into its logarithm: the exponent + 127, then bits
 # of the mantissa.

@@ -195,7 +195,7 @@ class ShardedState(HookState):
                 "and which gives them zeros"
             )
         if parameters and not self._session.knows(parameters):
-            self._learn_units()  # load_state_dict(assign=True) brought new ones
+            self._learn_units()  # load_state_dict(assign=True) replaced them
         key, ends = self._next_key(number, session)
         treatment = self.policy.treatment(key.step, parameters)
         return Bucket(buffer, key, parameters, ends, treatment, self, output, (lengths, rows))

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import weakref
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,6 +11,10 @@ import torch
 from ..communicators import Topology, users
 
 __all__ = ["Turn"]
+
+
+def _nothing() -> None:
+    return None
 
 
 class Turn:
@@ -27,7 +32,9 @@ class Turn:
         self._topology, self._name = topology, name
         self._finished = threading.Condition(users.lock)
         self._unfinished = 0  # buckets
-        self._backward: weakref.ref[object] | None = None  # pass that buckets come from
+        self._backward: weakref.ref[object] | None = None  # the pass of the buckets
+        self.before_end: Callable[[], None] = _nothing
+        """Called at the end of a pass, before it waits for buckets."""
 
     def __repr__(self) -> str:
         return self._name
@@ -65,6 +72,7 @@ class Turn:
             users.give_back(self)
 
     def _end_backward(self) -> None:
+        self.before_end()
         # DDP may let the user wait for buckets, at any time after the pass. Whether they are
         # finished when another state takes its turn could then differ between ranks.
         with self._finished:

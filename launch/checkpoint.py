@@ -67,7 +67,7 @@ def load_checkpoint(
         data = path.read_bytes()
         content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
         saved, step = content["config"], content["step"]
-    except Exception as error:  # whatever unpickling raises; all ranks must hear of it
+    except Exception as error:  # anything that unpickling raises; all ranks must learn of it
         return None, f"no readable checkpoint ({type(error).__name__}: {error})"
     differing = [
         f"{name}={saved.get(name)} (now {value})"

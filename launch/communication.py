@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 Hook = Callable[[Any, Any], torch.futures.Future[Tensor]]
-Moment = float | torch.cuda.Event  # seconds, or a point of a CUDA stream
+Moment = float | torch.cuda.Event  # seconds, or a CUDA event
 
 
 class MeasuredHook:

@@ -195,7 +195,7 @@ def run_steps(trainer: Trainer, settings: dict[str, Any], first_step: int, last_
         desc=name_of(args),
         initial=first_step,
         total=last_step,
-        disable=None if on_rank_0 else True,  # None: shown on a terminal only
+        disable=None if on_rank_0 else True,  # None: shown only on a terminal
     )
     for number in progress:
         step = trainer.step(number)
@@ -254,7 +254,7 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group(args.backend)
     train(args)
-    gather(None)  # a node whose ranks have ended cannot start again with one whose rank fails now
+    gather(None)  # a node whose ranks have ended cannot restart together with a node that fails now
     # DDP, its hook and the futures of the last step may refer to each other and to the group. Its
     # threads must end before Python does: they would request the lock of an interpreter that is
     # shutting down.

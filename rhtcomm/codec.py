@@ -33,14 +33,14 @@ class Codec:
 
     Args:
         quantizer: `QuicFL`, `ECDQ`, `Eden` or `VectorQuantizer`.
-        rotations: randomized Hadamard transforms, 1 to 3, or "auto"; by default as many as the
-            quantizer's promise needs for every input. With "auto" that is what `encode` takes
-            unless it is told another number, while every payload says how many transforms its own
-            tensor needs (see `choose_rotations`); `wanted_rotations` reads it.
+        rotations: number of randomized Hadamard transforms, 1 to 3, or "auto"; by default the
+            quantizer's number, which suffices for every input. With "auto" `encode` uses that
+            number unless told otherwise, and each payload carries the number that its own tensor
+            needs (see `choose_rotations`); `wanted_rotations` reads it.
         block: coordinates per block, a power of two from 32 to 2^24.
 
     Raises:
-        TypeError: the quantizer is none.
+        TypeError: quantizer is not a quantizer.
         ValueError: an argument is out of its range.
     """
 
@@ -60,7 +60,7 @@ class Codec:
         RandomizedHadamard(self.default_rotations, self.block)  # checks the arguments
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.quantizer, self.rotations, self.block)  # without what is cached
+        return type(self), (self.quantizer, self.rotations, self.block)  # without cached values
 
     @property
     def configuration(self) -> dict[str, object]:
@@ -76,7 +76,7 @@ class Codec:
         """The sections of the payload of `numel` coordinates, see `rhtcomm.wire.Section`.
 
         Raises:
-            TypeError: numel is no integer.
+            TypeError: numel is not an integer.
             ValueError: numel is negative.
         """
         numel = operator.index(numel)
@@ -88,7 +88,7 @@ class Codec:
         """Length of the payload of `numel` coordinates, in bytes.
 
         Raises:
-            TypeError: numel is no integer.
+            TypeError: numel is not an integer.
             ValueError: numel is negative.
         """
         return length_of(self.layout(numel))
@@ -100,13 +100,11 @@ class Codec:
         return Task(rotation, self.quantizer, self.layout(each), each, shards)
 
     def coder(self, numel: int, shards: int = 1, device: torch.device = CPU) -> Coder:
-        """What encodes and decodes tensors of `numel` coordinates, in equal shards, on a device.
-
-        It is kept, so that asking again takes no time.
+        """The cached coder for tensors of `numel` coordinates, in equal shards, on a device.
 
         Raises:
-            TypeError: numel or shards is no integer.
-            ValueError: numel is negative, or does not make so many shards of whole blocks.
+            TypeError: numel or shards is not an integer.
+            ValueError: numel is negative, or cannot be split into `shards` shards of whole blocks.
         """
         return self._coders(numel, shards, kernel_for(device, self.quantizer))
 
@@ -137,7 +135,8 @@ class Codec:
         return self.rotations
 
     def wanted_rotations(self, payloads: torch.Tensor) -> int | None:
-        """How many transforms the senders want next, payloads (K, nbytes); None if it is fixed."""
+        """The number of rotations that the senders want next, payloads (K, nbytes); None if it is
+        fixed."""
         return int((payloads[:, 3] >> 4).max()) if self._auto else None
 
     def encode(
@@ -157,26 +156,26 @@ class Codec:
 
         Args:
             x: (numel,) float32, bfloat16 or float16, contiguous or not.
-            key: what all ranks share.
-            rank: which of the tensors whose mean is wanted x is, in [0, world_size).
-            world_size: how many there are.
+            key: the same on all ranks.
+            rank: the number of x among the tensors to average, in [0, world_size).
+            world_size: the number of these tensors.
             offset: of x in its bucket, in coordinates, a multiple of `block`. A shard that is
                 encoded alone with its own offset uses the same random numbers as within the bucket.
-            rotations: only with "auto": the number of transforms, the same on all ranks.
-            wanted: only with "auto": at least so many, 1 to 3, are wanted next.
-            shards: make one payload for each of so many equal shards of whole blocks. They are what
-                the shards encoded one by one with their own offsets give, in less time; with "auto"
-                all of them say what x needs.
-            out: to write to, contiguous uint8 at an address that 4 divides.
+            rotations: only with "auto": the number of rotations, the same on all ranks.
+            wanted: only with "auto": the least number, 1 to 3, to request next.
+            shards: number of equal shards of whole blocks, each with its own payload. The payloads
+                are those of the shards encoded one by one with their own offsets, in less time;
+                with "auto" all of them carry the number that x needs.
+            out: the output, contiguous uint8 at an address that is a multiple of 4.
 
         Returns:
             (nbytes(numel),) uint8, or (shards, nbytes(numel / shards)), on the device of x; it is
             `out` or new.
 
         Raises:
-            TypeError: x has another dtype, x or out is no tensor with its own memory, or key no Key.
-            ValueError: x is not flat or has no such shards, out is not as above or overlaps x, or
-                an argument is out of range.
+            TypeError: x has another dtype, x or out has no memory of its own, or key is not a Key.
+            ValueError: x is not flat or cannot be split, out is not as above or overlaps x, or an
+                argument is out of range.
         """
         rotations = self._check_choice("rotations", rotations)
         wanted = self._check_choice("wanted", wanted)
@@ -212,15 +211,15 @@ class Codec:
         first_rank: int = 0,
         world_size: int | None = None,
     ) -> torch.Tensor:
-        """Mean of what K ranks encoded.
+        """Mean of the tensors that K ranks encoded.
 
         Args:
             payloads: (K, nbytes(numel)) uint8, row i encoded as rank `first_rank` + i of
                 `world_size`.
-            key, offset: as given to `encode`.
+            key, offset: as passed to `encode`.
             first_rank, world_size: by default 0 and K, which means all ranks.
             numel: of the tensor.
-            out: to write to, (numel,) float32, bfloat16 or float16, contiguous.
+            out: the output, (numel,) float32, bfloat16 or float16, contiguous.
 
         Returns:
             (numel,), `out` or a new float32 tensor. A block where any rank had inf or NaN is NaN.
@@ -228,7 +227,8 @@ class Codec:
         Raises:
             PayloadError: a payload has another length, version, configuration, key, rank or offset
                 (within `DeferredChecks.deferring` on CUDA only the length is checked at once).
-            TypeError: payloads or out is no tensor or has no memory of its own, or key is no Key.
+            TypeError: payloads or out is not a tensor or has no memory of its own, or key is not a
+                Key.
             ValueError: out has another shape, dtype or layout, or overlaps the payloads.
         """
         numel = operator.index(numel)
@@ -252,7 +252,7 @@ class Codec:
 
         Args:
             payloads: (shards, nbytes(numel / shards)) uint8.
-            key, offset, rank, world_size: as given to `encode`.
+            key, offset, rank, world_size: as passed to `encode`.
             numel, out: of all shards; as for `decode_mean`.
 
         Returns:
@@ -330,7 +330,7 @@ class Codec:
             )
 
     def _check_shards(self, numel: int, shards: int, owner: str) -> None:
-        """Raise ValueError unless there is one shard, or several equal shards of whole blocks."""
+        """Raise ValueError unless `shards` is 1, or they are equal and of whole blocks."""
         if shards < 1 or (shards > 1 and numel % (shards * self.block)):
             raise ValueError(
                 f"{owner}: {numel} coordinates cannot be split into {shards} equal shards of whole "
@@ -379,8 +379,7 @@ class Codec:
     def _check_origin(
         self, rank: int, world_size: int, offset: int, ranks: int = 1
     ) -> tuple[int, int, int]:
-        """The first of `ranks` adjacent ranks and the world size, as plain ints: headers hash their
-        text."""
+        """The arguments, checked, as plain ints: headers hash their text."""
         rank, world_size = (
             integer(rank, "Codec", "rank"),
             integer(world_size, "Codec", "world_size"),

@@ -15,10 +15,10 @@ because a bucket travels in c chunks, each while others are encoded or decoded: 
 and processors counts in full, the shorter by one c-th. With P the bytes of a payload of all N
 coordinates, P_n those of the payload of a shard (about P / n; both summed over chunks),
 
-                 S              m                  h  g  K / s - g c G
-    all_gather   (n - 1) P      (2 c + 2) (n - 1)  2  2  (E + D_1 + (n - 1) D_2) N
-    two_shot     2 (n - 1) P_n  (4 c + 2) (n - 1)  3  4  (E + (D_1 + (n - 1) D_2 + E) / n + D_1) N
-    gather       (n - 1) P      (2 c + 2) (n - 1)  3  4  (2 E + 2 D_1 + (n - 1) D_2) N
+                S              m                  h  K / s
+    all_gather  (n - 1) P      (2 c + 2) (n - 1)  2  2 c G + (E + M) N
+    two_shot    2 (n - 1) P_n  (4 c + 2) (n - 1)  3  4 c G + (E + (M + E) / n + D) N
+    gather      (n - 1) P      (2 c + 2) (n - 1)  3  4 c G + (E + M + E + D) N
 
     R    handover: seconds until a worker thread has the bucket, and until its result is known
     L    latency: seconds until a small message has arrived
@@ -26,8 +26,9 @@ coordinates, P_n those of the payload of a shard (about P / n; both summed over 
     Q    posting: processor seconds of a rank for each message
     A    transport: processor seconds for each byte that a rank sends while another arrives
     F    1514 / 1448, what frames of Ethernet, IP and TCP add
-    E    encode, D_1 decode one payload, D_2 add one more payload: seconds per coordinate
-    G    seconds of each of the g calls of the codec per chunk, in addition
+    E    encode, D decode one payload, D_2 add one more payload: seconds per coordinate
+    M    D + (n - 1) D_2, decode the mean of n payloads
+    G    seconds of each call of the codec in addition
     t    threads of the codec
     s    slowdown: how much slower the codec runs in training than it was measured
 
@@ -43,7 +44,7 @@ rank sends one message and asks for one. Adding, posting and moving bytes overla
     float32      S = 2 (n - 1) / n 4 N        V: divide by n
     bf16         S = 2 (n - 1) / n 2 N        V: cast to bfloat16, divide by n, cast back
 
-Here A is that of such a sum. V N becomes t / k times as long where k < t.
+Here A is that of such a sum. V N takes s times as long, and t / k times where k < t.
 
 The model ignores what the backward pass hides, congestion, and links between machines that are
 slower than the machines' own.
@@ -66,7 +67,7 @@ __all__ = ["GLOO", "Model", "Prediction"]
 # Gloo on processors of today, where nothing was measured.
 GLOO = Link(
     latency=50e-6,
-    posting=40e-6,
+    posting=60e-6,
     gbps=math.inf,
     transport=1e-9,
     all_reduce=5e-10,

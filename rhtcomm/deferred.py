@@ -24,7 +24,7 @@ class DeferredChecks:
     """
 
     devices = ("cuda",)
-    most = 4096  # pending; beyond that, the host waits for the oldest
+    most = 4096  # pending checks; with more, the host waits for the oldest
 
     def __init__(self) -> None:
         self._pending: deque[tuple[torch.cuda.Event, Callable[[], object]]] = deque()

@@ -66,7 +66,7 @@ def assign_(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
     That is 0x7fc00000 in float32, 0x7fc0 in bfloat16 and 0x7e00 in float16.
     """
-    if out.is_neg():  # its memory holds the negative
+    if out.is_neg():  # its memory holds the negated values
         assign_(torch._neg_view(out), -x)
         return out
     out.copy_(x)
@@ -79,16 +79,16 @@ def assign_(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def _functions() -> tuple[Callable[[], int], Callable[[int], object]]:
     """Two functions: one sets the default mode and returns the previous one; the other restores a
     mode."""
-    from rhtcomm.kernels import cpu  # which needs quantizers, and these this module
+    from rhtcomm.kernels import cpu  # imports quantizers, which import this module
 
     path = cpu.library_path()
     try:
         return cpu.mode_functions(path) if path else (_set_default_by_torch, _give_back_by_torch)
-    except (OSError, RuntimeError):  # whoever asks for the C kernels is told
+    except (OSError, RuntimeError):  # an explicit request for the C kernels raises elsewhere
         return _set_default_by_torch, _give_back_by_torch
 
 
-_ONE, _TINY = 1.0, 5e-324  # variables, since the compiler folds constants
+_ONE, _TINY = 1.0, 5e-324  # variables, since the compiler would fold constants
 
 
 def _set_default_by_torch() -> int:

@@ -13,7 +13,7 @@ def memory_of(x: torch.Tensor, owner: str, name: str) -> tuple[int, int]:
     that was freed or shrunk. `owner` is the called function, `name` its argument.
 
     Raises:
-        TypeError: x is no tensor, or has no memory of its own.
+        TypeError: x is not a tensor, or has no memory of its own.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{owner}: {name} is a {type(x).__name__}; make it a torch.Tensor")
@@ -25,7 +25,7 @@ def memory_of(x: torch.Tensor, owner: str, name: str) -> tuple[int, int]:
         end = begin + (x.nbytes if x.is_contiguous() else _span(x))
         if origin and end - origin <= storage.nbytes() and not x.is_nested:
             return begin, end
-    except RuntimeError:  # what wrappers and other layouts than strided have for a storage
+    except RuntimeError:  # raised for wrappers and layouts other than strided
         pass
     fault = _fault(x, name)
     if fault:
@@ -71,7 +71,7 @@ def refuse_fake_mode(owner: str) -> None:
 
 def plain(x: torch.Tensor, copy: bool = True) -> torch.Tensor:
     """x as kernels take it: without autograd's graph and the negative bit; contiguous if `copy`."""
-    if x.requires_grad:  # rare, and detaching takes longer than all else here
+    if x.requires_grad:  # rare, and detaching is the slowest part here
         x = x.detach()
     if x.is_neg():  # the imaginary part of a conjugate
         x = x.resolve_neg()

@@ -8,7 +8,7 @@ from rhtcomm.rotation import RandomizedHadamard, floating_tensor, hadamard, spli
 
 __all__ = ["MOMENTS", "TOLERANCE", "block_moments", "choose_rotations", "rotations_for"]
 
-BERRY_ESSEEN = 0.5606  # Shevtsova (2010), for independent summands that differ in law
+BERRY_ESSEEN = 0.5606  # Shevtsova (2010), for independent summands of different distributions
 TOLERANCE = 0.05
 _PARTS = 8  # the largest group of coordinates that a quantizer codes together
 MOMENTS = _PARTS + 2
@@ -46,7 +46,7 @@ def choose_rotations(
         tolerance: of the Kolmogorov distance, in (0, 1).
 
     Raises:
-        TypeError: x is no tensor, has no memory of its own or is not floating point.
+        TypeError: x is not a tensor, has no memory of its own or is not floating point.
         ValueError: an argument is out of its range.
     """
     x = floating_tensor(x, "choose_rotations", "x")
@@ -78,7 +78,7 @@ def block_moments(z: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
     return torch.where(sums.isfinite().all(dim=1, keepdim=True), sums, 0.0)
 
 
-@default_mode()  # payloads say what was chosen
+@default_mode()  # payloads carry the choice
 def rotations_for(
     moments: torch.Tensor, group: int, safe: int, tolerance: float = TOLERANCE
 ) -> int:

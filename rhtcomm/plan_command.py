@@ -121,9 +121,10 @@ def _from(file: Measured, given: dict[str, Any]) -> dict[str, Any]:
             f"it has {', '.join(f'{bits:g}' for bits in speeds) or 'none'}"
         )
     if not speeds:
+        others = ", ".join(name for name in file.speeds if file.speeds[name]) or "none"
         raise ValueError(
-            f"rhtcomm.plan: {file.path} has no speeds of {quantizer}, only of "
-            f"{', '.join(file.speeds) or 'none'}; run bench with it, or choose another quantizer"
+            f"rhtcomm.plan: {file.path} has no speeds of {quantizer}, only of {others}; run bench "
+            "with it, or choose another quantizer"
         )
     return {
         "link": file.link,

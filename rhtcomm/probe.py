@@ -80,7 +80,7 @@ class CodecSpeed:
     """Seconds per coordinate, at some number of bits, of a rank that need not wait for a core."""
 
     encode: float  # E
-    decode: float  # D_1: of one payload
+    decode: float  # D: of one payload
     decode_more: float  # D_2: of each further payload of the same mean
     cast: float  # V of bf16: to bfloat16, divided there, and back
     divide: float = (

@@ -52,7 +52,7 @@ class Key:
             number, only the check in a payload's header; set by the DDP hook.
 
     Raises:
-        TypeError: a field is no integer.
+        TypeError: a field is not an integer.
         ValueError: a field is out of its range.
     """
 
@@ -66,7 +66,7 @@ class Key:
         widths = {"seed": 64, "step": 32, "bucket": 32, "hop": 4, "owner": 32}
         for name, width in widths.items():
             value = integer(getattr(self, name), "Key", name)
-            object.__setattr__(self, name, value)  # a plain int, whatever integer was given
+            object.__setattr__(self, name, value)  # convert any integer to a plain int
             if not 0 <= value < 1 << width:
                 raise ValueError(f"Key: {name}={value} must lie in [0, 2^{width})")
 

@@ -124,8 +124,8 @@ class RandomizedHadamard:
             rank: whose signs; 0 for those that all ranks share.
 
         Raises:
-            TypeError: x is no tensor, has no memory of its own or is not floating; or the key is
-                no `Key`.
+            TypeError: x is not a tensor, has no memory of its own or is not floating point; or the
+                key is not a `Key`.
         """
         x = floating_tensor(x, "RandomizedHadamard.forward", "x")
         check_type(key, Key, "RandomizedHadamard.forward", "key", "Key(seed=0, step=1)")
@@ -185,7 +185,7 @@ def floating_tensor(x: torch.Tensor, owner: str, name: str) -> torch.Tensor:
     """x detached from autograd's graph.
 
     Raises:
-        TypeError: x is no tensor, has no memory of its own or is not floating.
+        TypeError: x is not a tensor, has no memory of its own or is not floating point.
     """
     memory_of(x, owner, name)
     if not x.is_floating_point():

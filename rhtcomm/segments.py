@@ -23,7 +23,7 @@ import torch
 
 __all__ = ["Segments", "merge_", "pack", "rows_of", "unpack"]
 
-_ROW = 64  # coordinates of a segment that is a row, at least
+_ROW = 64  # least coordinates of a row that is a segment
 
 
 class _Part(NamedTuple):
@@ -56,7 +56,7 @@ class Segments:
         rows: number of segments, of equal length, in each of those tensors; None: one.
 
     Raises:
-        TypeError: a length is no integer.
+        TypeError: a length is not an integer.
         ValueError: a length is negative, or their sum is not numel.
     """
 
@@ -121,7 +121,7 @@ class Segments:
 
     def _used_on_cpu(self, x: torch.Tensor) -> torch.Tensor:
         bits = _integers(x)
-        magnitude = np.iinfo(bits.dtype).max  # all bits but the sign
+        magnitude = np.iinfo(bits.dtype).max  # all bits except the sign
         # The first coordinate of a nonzero gradient is rarely zero.
         used = bits[self._offsets] & magnitude != 0
         for part in self._parts if not used.all() else ():
@@ -166,7 +166,7 @@ class Segments:
         mask = unpack(used)[: len(self)] == 0
         if len(self) > 1:
             starts = torch.from_numpy(self._offsets)
-            if x.device.type == "cuda":  # from other memory a copy makes the host wait
+            if x.device.type == "cuda":  # a copy from pageable memory blocks the host
                 starts = starts.pin_memory()
             # The cumulative sum is 1 at coordinates of unused segments, otherwise 0.
             steps = torch.diff(
@@ -212,7 +212,7 @@ def unpack(octets: torch.Tensor) -> torch.Tensor:
 
 
 def _nbytes(count: int) -> int:
-    return 4 * -(-count // 32)  # so that rows of payloads keep their alignment
+    return 4 * -(-count // 32)  # keeps rows of payloads aligned
 
 
 def _integers(x: torch.Tensor) -> npt.NDArray[np.signedinteger]:
@@ -236,7 +236,7 @@ def _any(
     left, start, size = rows, 0, 64
     while len(left) and start < bits.shape[1]:
         ahead = bits[:, start : start + size]
-        if 4 * len(left) > len(bits):  # all at once is faster than a copy of those that are left
+        if 4 * len(left) > len(bits):  # checking all is faster than copying the remaining rows
             hit = np.bitwise_or.reduce(ahead, axis=1)[left] & mask != 0
         else:
             hit = np.bitwise_or.reduce(ahead[left], axis=1) & mask != 0

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 __all__ = ["ARITHMETIC", "PACKAGE", "VERSIONS", "WIRE"]
 
 PACKAGE = "0.1.0"
-WIRE = 1  # of the bytes that tensors are encoded to
-ARITHMETIC = 1  # of the bits that equal bytes decode to
+WIRE = 1  # of the encoded bytes
+ARITHMETIC = 1  # of the bits decoded from given bytes
 
 VERSIONS: Mapping[str, object] = {
     "package version": PACKAGE,

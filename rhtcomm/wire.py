@@ -89,7 +89,7 @@ class Section(NamedTuple):
         return scales[..., rows], payloads[..., begin:end]
 
 
-@lru_cache(maxsize=1024)  # every training step asks for the same ones
+@lru_cache(maxsize=1024)  # each training step needs the same ones
 def layout(quantizer: Quantizer, block: int, numel: int) -> tuple[Section, ...]:
     """The sections of the payload of `numel` coordinates: full blocks, then a tail."""
     sections, scales = [], HEADER_BYTES
@@ -190,14 +190,14 @@ class Headers:
         for i in range(shards):
             shard = offset + i * numel
             headers += self.make(rotations, wanted, key, rank, world_size, shard, numel)
-        if payloads.is_cpu:  # where torch takes several times as long for so few bytes
+        if payloads.is_cpu:  # torch takes several times as long for so few bytes
             address, stride = payloads.data_ptr(), payloads.stride(0)
             for i in range(shards):
                 header = headers[i * HEADER_BYTES : (i + 1) * HEADER_BYTES]
                 memmove(address + i * stride, header, HEADER_BYTES)
             return
         source = torch.frombuffer(bytearray(headers), dtype=torch.uint8).view(shards, HEADER_BYTES)
-        if payloads.device.type == "cuda":  # from other memory a copy makes the host wait
+        if payloads.device.type == "cuda":  # a copy from pageable memory blocks the host
             source = source.pin_memory()
         payloads[:, :HEADER_BYTES].copy_(source, non_blocking=True)
 
@@ -223,7 +223,7 @@ class Headers:
             PayloadError: a header is not the expected one.
         """
         ranks, shards, _ = payloads.shape
-        if payloads.is_cpu:  # where slices take NumPy less time than torch
+        if payloads.is_cpu:  # slicing is faster in NumPy than in torch
             found = payloads.numpy()[..., :HEADER_BYTES].tobytes()
         else:
             found = payloads[..., :HEADER_BYTES].cpu().numpy().tobytes()
@@ -235,7 +235,7 @@ class Headers:
             header = found[i * HEADER_BYTES : (i + 1) * HEADER_BYTES]
             sender, shard = rank + i // shards, offset + i % shards * numel
             wanted = None
-            if self.auto:  # an impossible wish is replaced by another, so that the header differs
+            if self.auto:  # replace an invalid number, so that the header differs
                 wanted = min(max(header[3] >> 4, 1), 3)
                 most = max(most or 1, wanted)
             expected = self.make(rotations, wanted, key, sender, world_size, shard, numel)

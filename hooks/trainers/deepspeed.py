@@ -107,7 +107,7 @@ class _Handle(Handle):
     def __init__(self, engine: DeepSpeedEngine, state: RHTState) -> None:
         super().__init__(engine.module, state)
         self._weak_engine = weakref.ref(engine)
-        self._logged = state.stats()  # what the monitors have
+        self._logged = state.stats()  # already sent to the monitors
 
     def install(self) -> None:
         engine = self._engine()

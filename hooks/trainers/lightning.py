@@ -54,7 +54,7 @@ class RHTCallback(_Callback):
         self.handle: Handle | None = None
         """The handle of the current fit."""
         self._bits, self._options = bits, options
-        self._state: dict[str, Any] = {}  # from a checkpoint, or of the fit before
+        self._state: dict[str, Any] = {}  # from a checkpoint or the previous fit
         self._first_step = 0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -78,7 +78,7 @@ class RHTCallback(_Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.handle is not None:
             handle, self.handle = self.handle, None
-            self._state = handle.state_dict()  # for those who save or fit once more
+            self._state = handle.state_dict()  # for a later save or fit
             why = "with manual optimization, call self.manual_backward(loss), not loss.backward()"
             finish(handle, trainer.global_step > self._first_step, "RHTCallback", why)
 
@@ -86,7 +86,7 @@ class RHTCallback(_Callback):
         self._abandon()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._abandon()  # of a fit that had nothing to do, and did not come to its end
+        self._abandon()  # of a fit that had nothing to do and did not reach its end
 
     def _abandon(self) -> None:
         if self.handle is not None:
@@ -102,5 +102,5 @@ class RHTCallback(_Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.handle is None:
             self._state = state_dict
-        else:  # some strategies load a checkpoint when they have wrapped
+        else:  # some strategies load a checkpoint only after wrapping
             load(self.handle, state_dict)

@@ -24,7 +24,7 @@ __all__ = ["CompressedManager", "compress_manager"]
 
 CALL = "rhtcomm.hooks.trainers.torchft.compress_manager"
 
-_GOLDEN = 0x9E3779B97F4A7C15  # odd, so that each quorum has a seed of its own
+_GOLDEN = 0x9E3779B97F4A7C15  # odd, so that each quorum has its own seed
 
 
 def compress_manager(
@@ -131,7 +131,7 @@ class CompressedManager:
             manager.report_error(error)
             return _DummyWork(tensor)
         managed = _ManagedWork(manager, work, tensor)
-        managed.get_future().then(lambda _: tensor)  # that the manager hears of errors
+        managed.get_future().then(lambda _: tensor)  # so that the manager learns of errors
         return managed
 
     def _present(self) -> "_Quorum":
@@ -238,4 +238,4 @@ class _Quorum:
             tensor.copy_(flat.view(tensor.shape))
 
     def close(self, wait: bool) -> None:
-        self._worker.shutdown(wait=wait)  # what is left fails, and says so
+        self._worker.shutdown(wait=wait)  # remaining exchanges fail and report it

@@ -48,7 +48,7 @@ class RHTCallback(TrainerCallback):
         """The handle of the current training."""
         self._trainer: Any = weakref.ref(trainer)
         self._bits, self._options = bits, options
-        self._checkpoint: str | None = None  # that is resumed
+        self._checkpoint: str | None = None  # to resume from
         self._first_step = 0
         trainer.train = self._around(trainer.train)
 
@@ -99,7 +99,7 @@ class RHTCallback(TrainerCallback):
         if self.handle is not None and logs is not None and "loss" in logs:
             figures = self.handle.figures()
             logs.update(figures)
-            state.log_history[-1].update(figures)  # which has a copy of the logs
+            state.log_history[-1].update(figures)  # it has a copy of the logs
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

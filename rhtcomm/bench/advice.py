@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 from rhtcomm.bench.results import Row, Step, in_words, mebibytes
 
@@ -22,6 +23,8 @@ WORTHWHILE = 1.1
 _AS_FAST = 1.05  # of two that differ by less, the one with the smaller error is taken
 PLAIN = ("float32", "bf16")
 
+One = TypeVar("One", Row, Step)
+
 
 def best_plain(rows: Sequence[Row], numel: int) -> Row | None:
     """The fastest of float32 and bf16 on buckets of one length; None: neither was measured."""
@@ -38,8 +41,13 @@ def best_compressed(
         for row in rows
         if row.numel == numel and row.quantizer is not None and error(row) <= max_nmse
     ]
-    fastest = min((row.median for row in within), default=math.inf)
-    equals = [row for row in within if row.median <= _AS_FAST * fastest]
+    return _fastest(within, error)
+
+
+def _fastest(within: Sequence[One], error: Callable[[One], float]) -> One | None:
+    """Among those that are as fast, the most exact one."""
+    fastest = min((one.median for one in within), default=math.inf)
+    equals = [one for one in within if one.median <= _AS_FAST * fastest]
     return min(equals, key=error, default=None)
 
 
@@ -129,9 +137,9 @@ def of_steps(steps: Sequence[Step], error: Callable[[Step], float], max_nmse: fl
         (s for s in steps if s.contestant in PLAIN), key=lambda step: step.median, default=None
     )
     within = [s for s in steps if s.quantizer is not None and error(s) <= max_nmse]
-    if plain is None or not within:
+    best = _fastest(within, error)
+    if plain is None or best is None:
         return "No advice: not enough training steps were measured."
-    best = min(within, key=lambda step: step.median)
     base = f"a step with {plain.contestant} takes {_milliseconds(plain.median)}"
     exposed = f"{_milliseconds(max(0.0, plain.exposed))} of it exposed communication"
     if not pays(best, plain):

@@ -31,7 +31,8 @@ def printed(result: Result, seconds: float) -> str:
 _EXPLANATION = (
     "Milliseconds until the slowest rank has the mean of a bucket, medians of some rounds. Speed: "
     "how many times\nas fast as the faster one of float32 and bf16. Encode, exchange (what it "
-    "waited for) and decode: rank 0.\nNMSE: squared error of the mean, checked before."
+    "waited for) and decode: rank 0.\nNMSE: squared error of the mean, checked before. Each "
+    "quantizer by its fastest algorithm; --csv and --json have all."
 )
 
 
@@ -58,9 +59,15 @@ def _count(number: int, what: str) -> str:
 
 
 def _exchanges(rows: Sequence[Row]) -> str:
-    """Larger buckets first, and of each size the fastest first."""
+    """Larger buckets first, and of each size the fastest first.
+
+    Of each quantizer and number of bits only the fastest way, to keep it short.
+    """
     ordered = sorted(rows, key=lambda row: (-row.numel, row.median))
-    lines = [_cells(row, best_plain(rows, row.numel)) for row in ordered]
+    shown: dict[tuple[object, ...], Row] = {}
+    for row in ordered:
+        shown.setdefault((row.numel, row.quantizer or row, row.bits), row)
+    lines = [_cells(row, best_plain(rows, row.numel)) for row in shown.values()]
     return table(_HEADER, lines, left=5)
 
 

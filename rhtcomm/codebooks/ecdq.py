@@ -35,7 +35,7 @@ __all__ = ["BITS", "Table", "solve"]
 
 BITS = tuple(quarters / 4 for quarters in range(4, 25))
 UNIT = 1 << 16
-_RANGE = 5.0  # K D is at least this. P(|z| > 5) is 6e-7, in a block of 4096 one in 400
+_RANGE = 5.0  # least K D. P(|z| > 5) is 6e-7: one block of 4096 in 400
 _OVERHEAD = 16 * 32 + 32 * 32
 _DEVIATIONS = 2
 

@@ -29,7 +29,7 @@ from rhtcomm import codebooks
 __all__ = ["BITS", "distortion", "expected_vnmse", "nearest", "solve"]
 
 BITS = (1, 2, 4)
-HALF = 128  # entries, the other half being their negatives
+HALF = 128  # entries; the other half are their negatives
 
 _SAMPLE = 1 << 16
 
@@ -115,7 +115,7 @@ def main() -> None:
     for bits in BITS:
         starts = [solve(bits, seed, args.iterations) for seed in range(args.starts)]
         best = min(starts, key=lambda codebook: distortion(codebook, seed=-1))
-        found = distortion(best, seed=-2)  # not the sample that it was chosen by
+        found = distortion(best, seed=-2)  # a sample other than the one that selected it
         tables[f"b{bits}"] = best.numpy()
         print(f"| {bits} | {8 // bits} | {found:.5g} | {expected_vnmse(found):.5g} |", flush=True)
     codebooks.save(args.out, tables)

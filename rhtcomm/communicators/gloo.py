@@ -11,14 +11,14 @@ from torch.distributed import distributed_c10d
 
 __all__ = ["Group", "connect"]
 
-_TAG = 0x726A  # of the messages by which ranks meet, on a group that others may use too
+_TAG = 0x726A  # for messages while connecting, on a group that others may use too
 _MET, _CLOSED, _LATE = 0, 1, 2  # what the first rank says in front of the name
 _REASONS = {
     _CLOSED: "the first rank found the connection to another closed by it",
     _LATE: "the first rank waited for another until its timeout",
 }
 
-_ProcessGroupGloo: Any = getattr(dist, "ProcessGroupGloo", object)  # which a build may lack
+_ProcessGroupGloo: Any = getattr(dist, "ProcessGroupGloo", object)  # a build of torch may lack it
 
 
 class Group(_ProcessGroupGloo):  # type: ignore[misc]

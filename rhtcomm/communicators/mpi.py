@@ -145,7 +145,7 @@ class MPICommunicator(Communicator):
         # MPI writes into the buffers, so they must live as long as the request, even if the caller
         # drops it.
         self._in_flight.append(request)
-        request.Test()  # moves the earlier ones on too
+        request.Test()  # also makes progress on earlier ones
 
         def finish() -> Result:
             self._wait(request)

@@ -18,7 +18,7 @@ __all__ = ["TorchCommunicator", "backend_of"]
 # Acknowledgements have their own tag: received in place of a longer message, one would end the
 # process.
 _TAG, _ACKNOWLEDGEMENT_TAG = 0x7268, 0x7269
-_LONG = 1 << 18  # bytes of a message, by measurement: see benchmarks/README.md
+_LONG = 1 << 18  # bytes of a message; measured, see benchmarks/README.md
 _ENQUEUING = ("nccl", "nccl-legacy", "xccl", "hccl", "rccl")  # backends that queue on streams
 
 Result = TypeVar("Result")
@@ -116,11 +116,11 @@ class TorchCommunicator(Communicator):
         # Each rank begins with its neighbour, so that no rank receives from all others first.
         self._others = [(self._rank + i) % self._world_size for i in range(1, self._world_size)]
         self._in_flight = 0  # exchanges whose messages have not arrived
-        self._turn = 0  # how often `settle` was called
+        self._turn = 0  # number of calls of `settle`
         self._settled = True
-        self._sent: list[_Message] = []  # of which the others have not yet shown that they came
+        self._sent: list[_Message] = []  # not yet confirmed by the others
         self._heard = [0] * self._world_size  # by rank, the turn of its last message
-        self._acknowledgements = [  # what is in them does not matter
+        self._acknowledgements = [  # their content does not matter
             [torch.zeros(1, dtype=torch.uint8, device="cpu")] * self._world_size,
             torch.zeros(self._world_size, 1, dtype=torch.uint8, device="cpu").unbind(0),
         ]
@@ -229,8 +229,8 @@ class TorchCommunicator(Communicator):
         works = [work]
 
         def finish() -> Result:
-            work = works.pop()  # it keeps connections open, and an error's traceback this closure
-            assert work is not None  # it is where a rank is not of the group
+            work = works.pop()  # else an error's traceback keeps it and its connections
+            assert work is not None  # None only on ranks outside of the group
             work.wait()
             return result
 
@@ -274,7 +274,7 @@ class TorchCommunicator(Communicator):
             arriving = self._receive(incoming, self._others, _ACKNOWLEDGEMENT_TAG)
             self._send(outgoing, self._others, _ACKNOWLEDGEMENT_TAG)
             self._arrival(arriving, None)()
-            self._turn += 1  # so that later messages show that the acknowledgements came
+            self._turn += 1  # so that later messages confirm the acknowledgements
             self._settled = True
 
     # Neither may hold the group in a local variable: an error's traceback would keep its
@@ -307,7 +307,7 @@ class TorchCommunicator(Communicator):
                         heard[rank], news = turn, True
             finally:
                 self._in_flight -= 1
-                arriving.clear()  # they keep connections, and an error's traceback this closure
+                arriving.clear()  # else an error's traceback keeps them and their connections
             if news:
                 for rank, turn, work in self._sent:
                     if turn < heard[rank]:
@@ -345,7 +345,7 @@ class TorchCommunicator(Communicator):
 def _destroy(group: Any) -> None:
     """Make torch forget a group; its connections close with the last reference to it."""
     if isinstance(group, dist.ProcessGroup) and dist.is_initialized():
-        with contextlib.suppress(ValueError):  # it went with the world that it was made in
+        with contextlib.suppress(ValueError):  # it was destroyed with its world
             dist.destroy_process_group(group)
 
 

@@ -74,14 +74,26 @@ class Meeting:
         return bool(self._all_set("ready", "", longer))
 
     def _all_set(self, name: str, own: str, longer: float) -> list[str]:
-        """The keys under which all ranks have set something; none if some did not in time."""
+        """The keys under which all ranks have set something; none if some did not in time.
+
+        Rank 0 decides for all, as one that came late would else wait for those that went on.
+        """
         self.store.set(f"{name} {self._launch.rank}", own)
         keys = [f"{name} {rank}" for rank in range(self._launch.world_size)]
-        try:
-            self.store.wait(keys, self._patience + timedelta(seconds=longer))
-        except RuntimeError:
+        decided, patience = f"{name} of all", self._patience + timedelta(seconds=longer)
+        if self._launch.rank == 0:
+            self.store.set(decided, "yes" if self._wait(keys, patience) else "no")
+        elif not self._wait([decided], 2 * patience):
             return []
-        return keys
+        return keys if self.store.get(decided) == b"yes" else []
+
+    def _wait(self, keys: list[str], patience: timedelta) -> bool:
+        """Whether all of them were set in time."""
+        try:
+            self.store.wait(keys, patience)
+        except RuntimeError:
+            return False
+        return True
 
     def tell(self, findings: Sequence[Finding]) -> None:
         told = json.dumps([dataclasses.asdict(one) for one in findings])
@@ -94,10 +106,9 @@ class Meeting:
         end = time.monotonic() + self._patience.total_seconds() + longer
         for rank in range(self._launch.world_size):
             key, left = f"found by {rank}", max(0.01, end - time.monotonic())
-            try:
-                self.store.wait([key], timedelta(seconds=left))
+            if self._wait([key], timedelta(seconds=left)):
                 by_rank[rank] = [Finding(**one) for one in json.loads(self.store.get(key))]
-            except RuntimeError:
+            else:
                 silent.append(rank)
         return by_rank, silent
 
@@ -105,9 +116,7 @@ class Meeting:
         """Rank 0 says that it has printed, and the status with which all ranks end."""
         self.store.set("status", str(status))
         for rank in range(1, self._launch.world_size):  # the store ends with this process
-            try:
-                self.store.wait([f"left by {rank}"], timedelta(seconds=2))
-            except RuntimeError:
+            if not self._wait([f"left by {rank}"], timedelta(seconds=2)):
                 return
 
     def status(self, longer: float) -> int:

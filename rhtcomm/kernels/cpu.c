@@ -12,9 +12,9 @@
 #define JOIN(a, b) JOIN_(a, b)
 #define EXPORT __attribute__((visibility("default")))
 
-/* Encodes a tensor x by its `count` plans, at most two. `payloads` holds one for each shard, `stride`
- * bytes apart. `moments` has room for those of all blocks, or is NULL. Returns 0, or -1 where there is
- * no memory. */
+/* Encodes a tensor x by its `count` plans, at most two. `payloads` holds one payload per shard,
+ * `stride` bytes apart. `moments` has room for the moments of all blocks, or is NULL. Returns 0, or
+ * -1 if out of memory. */
 EXPORT int JOIN(rhtcomm_encode, VARIANT)(const Plan *plans, int count, uint64_t seed, uint32_t step,
                                          uint32_t bucket, uint32_t hop, int64_t offset,
                                          int64_t rank, int64_t world_size, const void *x, int dtype,
@@ -26,8 +26,9 @@ EXPORT int JOIN(rhtcomm_encode, VARIANT)(const Plan *plans, int count, uint64_t 
     return for_each_unit(plans, count, encode_units, &call, 1, SIDE_BY_SIDE, threads);
 }
 
-/* Decodes the mean of payloads of `ranks` adjacent ranks, from `rank` on, to the tensor `out`. Payloads
- * of two ranks, or two shards, lie so many bytes apart. Returns 0, or -1 where there is no memory. */
+/* Decodes the mean of the payloads of `ranks` adjacent ranks, starting with `rank`, to the tensor
+ * `out`. The strides between ranks and between shards are in bytes. Returns 0, or -1 if out of
+ * memory. */
 EXPORT int JOIN(rhtcomm_decode, VARIANT)(const Plan *plans, int count, uint64_t seed, uint32_t step,
                                          uint32_t bucket, uint32_t hop, int64_t offset,
                                          int64_t rank, int64_t world_size, int64_t ranks,
@@ -46,12 +47,12 @@ EXPORT int JOIN(rhtcomm_decode, VARIANT)(const Plan *plans, int count, uint64_t 
 enum { ABI = 8 };
 EXPORT int rhtcomm_abi(void) { return (ABI << 16) + (int)sizeof(Plan); }
 
-/* Of the calling thread; see floating_point.py. */
+/* The mode of the calling thread; see floating_point.py. */
 EXPORT uint64_t rhtcomm_set_default_mode(void) { return set_default_mode(); }
 
 EXPORT void rhtcomm_set_mode(uint64_t mode) { set_mode(mode); }
 
-/* Whether this processor can run a variant: has what CMakeLists.txt compiles it for. */
+/* Whether this processor has the instructions for which CMakeLists.txt compiles a variant. */
 EXPORT int rhtcomm_supports(const char *variant) {
 #if defined(__x86_64__)
     __builtin_cpu_init();

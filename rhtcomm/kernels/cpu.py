@@ -225,7 +225,9 @@ def mode_functions(path: Path) -> tuple[Callable[[], int], Callable[[int], objec
         OSError: the library cannot be loaded.
         RuntimeError: the library belongs to another version.
     """
-    library = ctypes.PyDLL(str(path))  # for such short calls releasing the GIL costs more
+    library = ctypes.PyDLL(
+        str(path)
+    )  # for such short calls, releasing the GIL costs more than it saves
     _check_abi(library, path)
     set_default, give_back = library.rhtcomm_set_default_mode, library.rhtcomm_set_mode
     set_default.argtypes, set_default.restype = (), ctypes.c_uint64

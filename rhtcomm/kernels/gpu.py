@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 QUANTIZERS = (QuicFL, Eden, VectorQuantizer)
-MAX_BLOCK = 1 << 14  # what the registers of one program hold; larger blocks take the reference
+MAX_BLOCK = 1 << 14  # fits the registers of a program; larger blocks use the reference
 
 
 def interpreted() -> bool:
@@ -62,7 +62,7 @@ def interpreted() -> bool:
     return not isinstance(encode_block, triton.JITFunction)
 
 
-@default_mode()  # of what the host computes
+@default_mode()  # for tables that the host computes
 def encode(
     task: Task,
     key: Key,
@@ -213,7 +213,7 @@ def warps_for(size: int) -> int:
 
 
 tuner = Tuner()
-_one_at_a_time = Lock() if interpreted() else nullcontext()  # the interpreter knows no threads
+_one_at_a_time = Lock() if interpreted() else nullcontext()  # the interpreter has no threads
 
 
 def launch(

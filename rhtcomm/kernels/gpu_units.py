@@ -78,7 +78,7 @@ def units_of(task: Task, quantizer: ECDQ) -> Iterator[Units]:
             yield Units(section, rows, part, shard, each, nbytes)
 
 
-@default_mode()  # of what the host computes
+@default_mode()  # for tables that the host computes
 def encode(
     task: Task,
     key: Key,

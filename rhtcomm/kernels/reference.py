@@ -106,7 +106,7 @@ def _batches(task: Task, offset: int, device: torch.device) -> Iterator[_Batch]:
         size = section.blocks.size
         unit = task.quantizer.unit(size)
         step = max(1, _BATCH.get(device.type, _LARGE_BATCH) // size)
-        if unit > 1:  # the steps of a unit come one after the other, so many go side by side
+        if unit > 1:  # the steps of a unit are sequential, so process many units at once
             step = _UNITS * unit
         for shard in range(task.shards):
             end = (shard + 1) * task.numel

@@ -19,7 +19,7 @@ class Tuner:
     measures. Others do not wait for it, since it waits for a device whose work may depend on them.
     """
 
-    least = 64  # programs: with fewer, as for the one block of a tail, a launch takes no time
+    least = 64  # programs: a launch with fewer, such as a tail's, takes no time
 
     def __init__(self) -> None:
         self.fastest: dict[tuple[object, ...], int] = {}

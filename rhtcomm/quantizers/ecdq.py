@@ -149,7 +149,7 @@ class ECDQ:
         """y (U, m, d), v (U, m d), scale (U, m) -> octets (U, n), scale (U m,)."""
         units, nbytes = y.shape[0], self.unit_bytes(v.shape[1])
         octets = torch.zeros(units, nbytes, dtype=torch.uint8, device=y.device)
-        taken = torch.zeros_like(scale)  # stays zero where none of the factors suffices
+        taken = torch.zeros_like(scale)  # stays zero if no factor suffices
         left = torch.arange(units, device=y.device)
         for factor in FACTORS:
             coarser = scale[left] * factor
@@ -304,7 +304,7 @@ def _registers(frequencies: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16] | N
     for i in range(depth - 1):
         part = 1 << (depth - i)
         thresholds[i, : classes << i] = (starts[:, part // 2 : -1 : part] - 1).flatten()
-    pairs = np.zeros((3, 64), np.uint16)  # what is left are two symbols
+    pairs = np.zeros((3, 64), np.uint16)  # two symbols remain
     for row, of in enumerate((starts[:, :-1:2], starts[:, 1::2], starts[:, 2::2])):
         pairs[row, : of.size] = of.flatten()
     encoded = np.zeros((2, 128), np.uint16)

@@ -9,7 +9,7 @@ from rhtcomm.communicators import Topology
 
 __all__ = ["FACTS_BYTES", "DisagreementError", "check_agreement"]
 
-FACTS_BYTES = 4096  # of what a rank says of its configuration, in every version
+FACTS_BYTES = 4096  # of a rank's configuration message, in every version
 _NAME = "name of the rank"
 
 

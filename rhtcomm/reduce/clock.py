@@ -34,7 +34,7 @@ class Clock:
 
     def restart(self) -> None:
         """Reset the seconds to zero."""
-        if self.part is not None:  # an error came in between
+        if self.part is not None:  # after an error
             self.to(None)
         self.seconds = {"encode": 0.0, "exchange": 0.0, "decode": 0.0}
 

@@ -57,7 +57,7 @@ def keep_residual_(
     """
     assert job.left is not None
     assign_(flat, job.flat)
-    job.left += job.flat - flat.float()  # the rounding to the tensor's dtype
+    job.left += job.flat - flat.float()  # error of rounding to the tensor's dtype
     segments.restore_(job.left, used, residual)
     usable = flat.isfinite().all()
     residual.copy_(torch.where(usable, job.left, residual))

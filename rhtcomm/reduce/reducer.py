@@ -25,7 +25,7 @@ from rhtcomm.wire import PayloadError
 
 __all__ = ["Reducer", "Report", "Route", "Treatment"]
 
-_MOST_ROUTES = 1024  # kept, before all are forgotten
+_MOST_ROUTES = 1024  # cached; with more, the cache is cleared
 
 
 @dataclass(slots=True)

@@ -78,7 +78,7 @@ class TwoLevels:
         assign_(share[prefix:].view(job.flat.dtype), mine)
         try:
             gathered = self._within.start_all_gather(share)()
-        except RuntimeError as lost:  # who heard of the failure may have left by now
+        except RuntimeError as lost:  # ranks that learned of the failure may have left
             raise failure or lost from None
         # Ranks without a shard have exchanged nothing with other nodes.
         merge_(used, gathered[:, _SHARE_BYTES:prefix])

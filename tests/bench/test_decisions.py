@@ -141,10 +141,11 @@ def test_advice_of_steps() -> None:
         return expected_error(str(one.quantizer), one.bits, str(one.algorithm))
 
     steps = [step("none", 0.1), step("float32", 0.16, 0.06), step("bf16", 0.13, 0.03)]
-    steps += [step("4 quic_fl two_shot", 0.11, 0.01), step("1 quic_fl two_shot", 0.1)]
+    steps += [step("4 quic_fl two_shot", 0.108), step("4 ecdq two_shot", 0.11, 0.01)]
+    steps.append(step("1 quic_fl two_shot", 0.1))
     assert of_steps(steps, error) == (
-        "Take 4 bits, two_shot: a step takes 110 ms, 1.2 times as fast as with bf16 (130 ms, 30 ms "
-        "of it exposed communication)."
+        "Take 4 bits, ecdq, two_shot: a step takes 110 ms, 1.2 times as fast as with bf16 (130 ms, "
+        "30 ms of it exposed communication)."
     )
     steps[2] = step("bf16", 0.12, 0.02)
     assert of_steps(steps, error).startswith(
@@ -189,7 +190,7 @@ def test_order_of_interest() -> None:
 
 
 def test_what_advice_needs_comes_first() -> None:
-    field = torchs("gloo", 2, ("float32", "bf16")) + [power_sgd("gloo", 2, 1)]
+    field = [*torchs("gloo", 2, ("float32", "bf16")), power_sgd("gloo", 2, 1)]
     field += compressed_by("gloo", (4, 2), ("quic_fl",), ("all_gather",))
     problems = [cast(Problem, SimpleNamespace(numel=numel)) for numel in (MIB, 25 * MIB)]
     ordered = in_order([Entry(one, problem) for one in field for problem in problems])
@@ -254,6 +255,7 @@ def result() -> Result:
     facts = {"rhtcomm": "1", "torch": "2", "backend": "gloo", "device": "cpu", "world_size": 2}
     facts |= {"nodes": 1, "threads": 1, "cores": 2, "kernels": "x", "processor": "P"}
     rows = [row("float32", 0.2), row("1 quic_fl all_gather", 0.1, encode=0.01)]
+    rows.append(row("1 quic_fl gather", 0.3))
     dropped = [{"contestant": "rht4", "carrier": "gloo", "numel": MIB}] * 4
     failed = [{"contestant": "rht2", "carrier": "gloo", "numel": MIB, "reason": "wrong"}]
     return Result(facts, rows, [], failed, dropped, {"exchanges": 1.0}, "Take 1 bit.")
@@ -268,7 +270,7 @@ def test_files(result: Result, tmp_path: Path) -> None:
     write_csv(result, tmp_path / "a.csv")
     with (tmp_path / "a.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
-    assert [float(one["median"]) for one in found] == [0.2, 0.1]
+    assert [float(one["median"]) for one in found] == [0.2, 0.1, 0.3]
 
 
 def test_text(result: Result) -> None:
@@ -278,11 +280,14 @@ def test_text(result: Result) -> None:
     tables = [line for line in lines if line.startswith("|")]
     assert len({len(line) for line in tables}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables]
-    assert [line[1] for line in cells[2:]] == ["quic_fl", "float32"]  # the fastest first
+    assert [line[1] for line in cells[2:]] == [
+        "quic_fl",
+        "float32",
+    ]  # the fastest first, and no gather
     assert cells[2][2:8] == ["1", "all_gather", "gloo", "100", "98.0 .. 102", "2.00"]
     assert "Failed, and so not timed: rht2 over gloo, 1 MiB: wrong." in lines
     assert any(
-        line.startswith("Left out, since 60 seconds do not hold all: 4 of 6") for line in lines
+        line.startswith("Left out, since 60 seconds do not hold all: 4 of 7") for line in lines
     )
 
 

@@ -10,7 +10,8 @@ import pytest
 from libraries import needs_library
 
 from rhtcomm import codebooks
-from rhtcomm.doctor import installation, kernels, network
+from rhtcomm.doctor import codec, installation, kernels, network
+from rhtcomm.doctor.answers import ANSWERS
 from rhtcomm.doctor.finding import Finding, guarded, merged
 from rhtcomm.doctor.launcher import Launch, launch_of
 from rhtcomm.doctor.network import Interface
@@ -73,6 +74,17 @@ def test_what_the_processor_lacks_is_named(tmp_path: Path) -> None:
     cpuinfo.write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n")
     assert kernels.missing_instructions("avx512vbmi", cpuinfo) == ["avx512vbmi", "avx512_vbmi2"]
     assert kernels.missing_instructions("avx512", cpuinfo) == []
+
+
+@needs_library
+def test_wrong_answers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RHTCOMM_KERNELS", "RHTCOMM_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    assert codec.known_answers()[0].grade == "ok"
+    monkeypatch.setitem(ANSWERS, "ECDQ 4, 1 rotations", "0")
+    found = codec.known_answers()[0]
+    assert found.grade == "problem"
+    assert f"1 of {len(ANSWERS)} are wrong on cpu, such as ECDQ 4, 1 rotations" in found.fact
 
 
 # Installation ------------------------------------------------------------------------------------

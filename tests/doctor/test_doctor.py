@@ -129,6 +129,14 @@ if os.environ["RANK"] == "1":
     import rhtcomm.versions
     rhtcomm.versions.VERSIONS["package version"] = "9.9"
 """
+    other_bits = """
+import os, rhtcomm
+exact = rhtcomm.all_reduce
+def all_reduce(x, *arguments, **options):
+    exact(x, *arguments, **options)
+    x[7] += int(os.environ["RANK"])
+rhtcomm.all_reduce = all_reduce
+"""
     no_interface = """
 import os
 if os.environ["RANK"] == "1":
@@ -140,6 +148,7 @@ if os.environ["RANK"] == "1":
         first = start(waiting, **variables, RANK="0", MASTER_PORT=str(port))
         second = start(waiting, **variables, RANK="1", MASTER_PORT=str(nobody))
         differing = run_program(program(before=another_version), 2)
+        odd = run_program(program(before=other_bits), 2)
         parted = run_program(program("--seconds", "3", before=no_interface), 2)
         done, reached_nobody = (one.wait(limit(120)) for one in (first, second))
 
@@ -158,6 +167,10 @@ if os.environ["RANK"] == "1":
     assert exchange["grade"] == "problem"
     assert "package version (0.1.0 on rank 0; 9.9 on rank 1)" in exchange["fact"]
     assert [one.returncode for one in differing] == [1, 1]
+
+    (exchange,) = of_topic(json.loads(odd[0].stdout), "exchange")
+    assert exchange["grade"] == "problem"
+    assert "has other bits on ranks 1 than on rank 0" in exchange["fact"]
 
     report = json.loads(parted[0].stdout)
     assert {tuple(one["ranks"]) for one in of_topic(report, "Gloo")} == {(0,), (1,)}

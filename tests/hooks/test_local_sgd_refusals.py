@@ -33,7 +33,7 @@ def frozen() -> nn.Module:
         ({"bits": 9}, ValueError, "9"),
         ({"model": frozen()}, ValueError, "no parameter of the model requires a gradient"),
         ({"model": "model"}, TypeError, r"must be a torch\.nn\.Module"),
-        ({"model": nn.Linear(2, 2, device="meta")}, TypeError, "weight lies on the meta device"),
+        ({"model": nn.Linear(2, 2, device="meta")}, TypeError, "weight is on the meta device"),
         (
             {"optimizer": torch.optim.SGD(normed().parameters(), 1.0)},
             TypeError,
@@ -97,7 +97,7 @@ def test_ranks_that_disagree_find_out(ranks: Ranks) -> None:
         "parameters": r"DisagreementError.* 4 of 8 .*such as 0\.weight, differ between ranks",
         "buffers": r"DisagreementError.* 1 of 8 .*such as 1\.running_var, differ between ranks",
         "loaded": "DisagreementError.* anchors that were loaded",
-        "closed": "RuntimeError.* it was closed",
+        "closed": "RuntimeError.* the averager was closed",
     }
     for messages in ranks.run(disagree, 2):
         for name, pattern in expected.items():

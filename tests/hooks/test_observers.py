@@ -250,6 +250,17 @@ def test_a_device_tells_later_how_long_its_stream_waited(enqueues: bool, ranks: 
     ranks.run(measure_on_streams, 2, enqueues)
 
 
+def test_the_end_of_a_turn_is_measured() -> None:
+    """Where a communicator is not the hook's own, the backward pass waits before DDP does."""
+    seen = Seen()
+    with RHTState(communicator=Alone(), observer=seen) as state:
+        submit(state, torch.zeros(10)).wait()
+        with exchanges_begin_when_training_waits():
+            in_backward(lambda: submit(state, torch.zeros(10)))
+    assert [report.exposed_seconds is None for report in seen] == [True, False]
+    assert seen[1].exposed_seconds > 0  # type: ignore[operator]
+
+
 def begin_a_static_graph(rank: int, world_size: int) -> None:
     """In the first step DDP hands over buckets in a callback of its own, and waits there."""
     seen = Seen()

@@ -81,7 +81,7 @@ def share_what_cannot_be_shared(rank: int, world_size: int) -> list[str]:
     first(x).square().mean().backward()
     second(x).square().mean().backward()  # by turns they may
     with pytest.raises(
-        RuntimeError, match="give each a communicator over a group of its own"
+        RuntimeError, match="give each a communicator over its own group"
     ) as at_once:
         second(first(x)).square().mean().backward()
     return [str(at_once.value)]

@@ -6,7 +6,7 @@
 
 typedef struct {
     int64_t offset;        /* from the beginning of the tensor, in coordinates */
-    int64_t numel;         /* coordinates that are no padding */
+    int64_t numel;         /* coordinates without padding */
     int64_t shard;
     int64_t scale, packed; /* bytes from the beginning of the shard's payload; packed: of its unit */
     int64_t number;        /* among all blocks of the tensor */
@@ -16,8 +16,8 @@ typedef struct {
 typedef struct {
     int64_t first, count; /* among those of a shard */
     int64_t shard;
-    int64_t packed, bytes; /* where its codes begin in the shard's payload, and their length */
-    int64_t number;        /* of its first block among all blocks of the tensor */
+    int64_t packed, bytes; /* offset of its codes in the shard's payload, and their length */
+    int64_t number;        /* index of its first block among all blocks of the tensor */
 } Unit;
 
 /* Encodes or decodes some units of a call, with equal numbers of blocks. */

@@ -1,4 +1,4 @@
-/* Decoding of one block: the mean of what K ranks sent of it. */
+/* Decoding of one block: the mean over K ranks. */
 #pragma once
 #include "blocks.h"
 #include "ecdq.h"
@@ -121,10 +121,10 @@ static void add_unrotated(const Decoding *d, const Plan *plan, Scratch s, int64_
     }
 }
 
-/* `dither` and `symbols`: of ECDQ, what add_ecdq() needs. */
+/* `dither` and `symbols`: ECDQ's, for add_ecdq(). */
 static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scratch, Block block,
                          const uint8_t *dither, uint8_t *symbols) {
-    const Scratch s = *scratch; /* a copy, which no vector that is stored may alias */
+    const Scratch s = *scratch; /* a local copy, which stores of vectors cannot alias */
     const int64_t size = plan->size, offset = d->origin.offset + block.offset;
     const float normalization = (float)(plan->normalization / (double)d->ranks);
     const uint8_t *payload = d->payloads + block.shard * d->shard_stride;
@@ -148,7 +148,7 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
         for (int64_t j = 0; j < size; j += LANES)
             store(to + j, load(s.sum + j) * normalization * up);
     }
-    if (!finite) /* processors differ in the NaN that they make */
+    if (!finite) /* processors produce different NaNs */
         for (int64_t j = 0; j < size; j++)
             if (to[j] != to[j]) to[j] = NAN;
     if (to == s.y) write_block(to, d->dtype, block.numel, out);

@@ -12,7 +12,7 @@ INLINE void ecdq_symbols(const Plan *plan, const float *y, float per_unit, const
     const int to_class = 16 - plan->class_bits;
     const int32_t columns = 2 * plan->largest + 1;
 #if defined(__AVX512F__)
-    uint8_t from __attribute__((vector_size(64))); /* the upper halves of what dither_words gives */
+    uint8_t from __attribute__((vector_size(64))); /* the upper halves of the result of dither_words */
     for (int i = 0; i < 64; i++) from[i] = (uint8_t)(i / 8 % 2 * 4 + (i / 2 + 3 + i % 2) % 4);
     const __m512i twice = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
     __m512i v = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)dither));
@@ -42,7 +42,7 @@ INLINE void ecdq_symbols(const Plan *plan, const float *y, float per_unit, const
  * scale, which `factor` multiplies. */
 static float ecdq_quantize(const Plan *plan, const float *y, float rms, uint32_t peak, float factor,
                            const uint8_t *dither, uint32_t stratum, uint8_t *symbols) {
-    const Plan p = *plan; /* a copy, which no byte that is stored may alias */
+    const Plan p = *plan; /* a local copy, which stores of bytes cannot alias */
     const float fitting = from_bits(peak) * p.inverse_bound;
     const float scale = (rms > fitting ? rms : fitting) * factor;
     const float per_unit = scale > 0 ? (1.0f / scale) * p.per_step : 0.0f;

@@ -61,7 +61,7 @@ static float rotate(const Encoding *e, const Plan *plan, Scratch s, int64_t offs
  * multiplies the scale. */
 static void encode_block(const Encoding *e, const Plan *plan, const Scratch *scratch, Block block,
                          Block following, float factor, uint8_t *symbols) {
-    const Scratch s = *scratch; /* a copy, which no vector that is stored may alias */
+    const Scratch s = *scratch; /* a local copy, which stores of vectors cannot alias */
     const int64_t size = plan->size, offset = e->origin.offset + block.offset;
     const char *x = e->x + block.offset * bytes_of(e->dtype);
     uint8_t *payload = e->payloads + block.shard * e->stride, *packed = payload + block.packed;

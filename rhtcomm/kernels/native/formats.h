@@ -41,7 +41,7 @@ static void write_block(const float *y, int dtype, int64_t count, void *x) {
     } else if (dtype == BFLOAT16) {
         uint16_t *to = x;
         const u32 *bits = (const u32 *)y;
-        for (int64_t j = 0; j < count; j++) { /* to nearest, ties to even; a NaN stays one */
+        for (int64_t j = 0; j < count; j++) { /* to nearest, ties to even; NaN stays NaN */
             uint32_t rounded = (bits[j] + 0x7fff + ((bits[j] >> 16) & 1)) >> 16;
             to[j] = (bits[j] & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
         }

@@ -80,7 +80,7 @@ INLINE void register_stages(vf *r, const int radix) {
             }
 }
 
-/* What the last pass of a transform finds about its results. */
+/* What the last pass of a transform measures of its results. */
 typedef struct {
     float *squares; /* sums of a halving tree, as far as the pass has the terms at hand: h of them */
     vi peak;        /* the largest magnitude, by lanes */

@@ -28,7 +28,7 @@ INLINE uint64_t get_mode(void) { return (uint64_t)fegetround(); }
 INLINE void set_mode(uint64_t mode) { fesetround((int)mode); }
 #endif
 
-/* Sets the default mode; returns the one before. */
+/* Sets the default mode; returns the previous one. */
 INLINE uint64_t set_default_mode(void) {
     uint64_t before = get_mode();
     set_mode(DEFAULT_MODE);

@@ -1,4 +1,4 @@
-/* What the Python code tells the kernels. */
+/* The arguments that the Python code passes to the kernels. */
 #pragma once
 #include <stdint.h>
 
@@ -42,7 +42,7 @@ typedef struct {
     const uint16_t *registers; /* ECDQ: see rans_registers.h; NULL where it has too many symbols */
 } Plan;
 
-/* What the random numbers of a call depend on. */
+/* The inputs of a call's random numbers. */
 typedef struct {
     uint32_t seed[2];     /* Philox key */
     uint32_t bucket, step, hop;

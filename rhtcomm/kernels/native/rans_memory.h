@@ -191,7 +191,7 @@ INLINE uint8_t *encode_group(const uint64_t *table, int precision, const uint8_t
     const uint32_t entry = (uint32_t)symbol, inverse = symbol >> 32, f = entry & FIELD;
     const uint16_t word = (uint16_t)*x;
     const uint32_t emits = *x >= f << (32 - precision); /* which no branch could predict */
-    memcpy(next - 2, &word, 2);                         /* overwritten where it is not emitted */
+    memcpy(next - 2, &word, 2);                         /* overwritten if it is not emitted */
     const uint32_t rest = *x >> 16 * emits;
     const uint32_t quotient = (uint32_t)((uint64_t)rest * inverse >> (31 + (entry >> 26)));
     *x = rest + (entry >> 13 & FIELD) + quotient * ((1u << precision) - f);

@@ -23,7 +23,7 @@ static size_t scratch_bytes(int64_t size, int64_t ranks) {
     return bytes + ((size_t)ranks * sizeof(Lanes) + 63) / 64 * 64;
 }
 
-/* All NULL where there is no memory. Its owner frees y. */
+/* All NULL if out of memory. The owner frees y. */
 static Scratch allocate_scratch(int64_t size, int64_t ranks) {
     Scratch s = {0};
     char *memory = aligned_alloc(64, scratch_bytes(size, ranks));

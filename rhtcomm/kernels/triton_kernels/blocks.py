@@ -30,16 +30,16 @@ def jit(kernel):
 
 @triton.jit
 def load_block(x, block, numel, moments, SIZE: tl.constexpr, WHOLE: tl.constexpr):
-    """A block scaled to magnitudes of about 1, the unit that undoes it, and whether it is finite.
+    """A block scaled to magnitudes of about 1, the inverse scale, and whether the block is finite.
 
-    A block that is not finite becomes zeros. Stores its moments, see `block_moments`, unless None.
+    A non-finite block becomes zeros. Stores the block's moments, see `block_moments`, unless None.
     """
     index = block * SIZE + tl.arange(0, SIZE)
     at = x + index
     x = to_float32(load(at, index < numel, WHOLE))
     down, up, finite = powers_of_two(largest_magnitude(x))
     x *= down
-    # A load that reads nothing gives the zeros. For constants the compiler would select for each
+    # A fully masked load gives the zeros: with constants the compiler would add a selection per
     # coordinate; a load stays in a branch.
     if not finite:
         x = to_float32(load(at, index < 0, False))
@@ -75,10 +75,11 @@ def store_mean(
     THREADS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Stores total (SIZE,), in thread order, times the rest; NAN says whether it may hold NaN."""
+    """Stores total (SIZE,), in thread order, times the remaining factors; NAN: whether it may hold
+    NaN."""
     dtype: tl.constexpr = out.dtype.element_ty
-    # `where` changes no result, since what is not finite is not stored. It makes a scalar that
-    # stays in a register; an argument would be loaded for each use.
+    # `where` does not change any result, since non-finite values are not stored. It makes a scalar
+    # that stays in a register; an argument would be loaded at each use.
     mean = to_memory(total * tl.where(finite, normalization, 0.0) * up, SIZE, NEAR, THREADS)
     index = block * SIZE + tl.arange(0, SIZE)
     if finite:
@@ -144,7 +145,7 @@ def encode_block(
 
 @triton.jit
 def largest_scale(scales, ranks, scale_stride):
-    """The bits of the largest magnitude among those that the ranks sent of a block."""
+    """The bits of the largest scale of a block over the ranks."""
     largest = tl.full([], 0, tl.int32)
     for _ in range(ranks):
         largest = tl.maximum(largest, tl.load(scales).to(tl.int32, bitcast=True) & 0x7FFFFFFF)

@@ -65,7 +65,8 @@ def quantize_block(
     WHOLE: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """The columns of a block by its scale times `factor`, unless its unit has been encoded.
+    """Computes the columns of a block with its scale times `factor`, unless its unit is already
+    encoded.
 
     Args:
         columns: (blocks SIZE,) uint8, of the table of frequencies.
@@ -105,10 +106,11 @@ def encode_unit(
     room,
     PRECISION: tl.constexpr,
 ):
-    """Encodes a unit unless it has been; see `rhtcomm.rans` and, for entries, `ecdq.Table`.
+    """Encodes a unit unless it is already encoded; see `rhtcomm.rans` and, for entries,
+    `ecdq.Table`.
 
-    Stores the states of the lanes in the payload, the words at the end of the unit's part of
-    `buffer` (units, room) uint16, and how many these are, or -1 if they have no room.
+    Stores the lanes' states in the payload, the words at the end of the unit's part of `buffer`
+    (units, room) uint16, and the number of words, or -1 if they do not fit.
     """
     unit = tl.program_id(0).to(tl.int64)
     if tl.load(words + unit) < 0:
@@ -139,7 +141,7 @@ def encode_unit(
 
 @jit
 def finish_unit(packed, buffer, words, unit_bytes, room):
-    """Moves the words of a unit behind the states; a unit without words becomes zeros."""
+    """Moves the words of a unit after the states; a unit without words becomes zeros."""
     unit = tl.program_id(0).to(tl.int64)
     count = tl.load(words + unit)
     lane = tl.arange(0, _LANES)
@@ -250,7 +252,7 @@ def mean_block(
     WHOLE: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """The mean of what ranks sent of a block, from the columns of its symbols."""
+    """The mean of a block over ranks, from the columns of its symbols."""
     NEAR: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth  # 16 bytes
     THREADS: tl.constexpr = min(32 * WARPS, SIZE // NEAR)
     block = tl.program_id(0).to(tl.int64)
@@ -261,7 +263,7 @@ def mean_block(
     index = block * SIZE + tl.arange(0, SIZE)
     dither = tl.load(dithers + index).to(tl.uint32)
     columns += index
-    # Adding to -0 changes no value, not even -0.
+    # Adding to -0 does not change any value, not even -0.
     total = tl.full([SIZE], -(1 << 31), tl.int32).to(tl.float32, bitcast=True)
     for _ in range(ranks):
         column = tl.load(columns).to(tl.int32)

@@ -1,4 +1,4 @@
-"""Transforms and sums; see `order` for the orders of coordinates."""
+"""Hadamard transforms and sums; see `order` for the orders of coordinates."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ from rhtcomm.kernels.triton_kernels.streams import change_signs
 
 @triton.jit
 def wrap(x):
-    """x modulo 2^32: the interpreter adds up int32 in 64 bits, elsewhere nothing changes."""
+    """x modulo 2^32: the interpreter sums int32 in 64 bits; on a GPU nothing changes."""
     return x.to(tl.int64).to(tl.int32)
 
 
@@ -17,10 +17,9 @@ def wrap(x):
 def butterflies(x, SIZE: tl.constexpr, STRIDE: tl.constexpr):
     """(a, b) -> (a + b, a - b) at one stride, x (SIZE,) float32.
 
-    A coordinate gets its partner as the sum of both, as integers, less itself: the compiler sees
-    through that, so strides inside a thread cost nothing, others one shuffle, and data never
-    change their layout. The sign is put on by multiplying with +-1, which is exact: fused or not,
-    there is one rounding.
+    The partner of a coordinate is the integer sum of both minus the coordinate. The compiler
+    simplifies this: strides inside a thread cost nothing, others one shuffle, and the layout does
+    not change. Multiplying by +-1 is exact, so there is one rounding, fused or not.
     """
     pairs = tl.reshape(x, [SIZE // (2 * STRIDE), 2, STRIDE])
     bits = pairs.to(tl.int32, bitcast=True)
@@ -33,10 +32,9 @@ def butterflies(x, SIZE: tl.constexpr, STRIDE: tl.constexpr):
 def transform_rows(x, ROWS: tl.constexpr, LENGTH: tl.constexpr):
     """The transforms of the rows of x (ROWS, LENGTH), as (LENGTH, ROWS).
 
-    The halves of a tensor that is split become tensors of their own, so each thread must hold
-    whole rows. If it does not yet, they are moved there once, through shared memory, and back where
-    the result is needed: 4 accesses of 16 bytes for 4 coordinates. Shuffles would take one access
-    for each coordinate and stride.
+    Splitting requires that each thread holds whole rows. If it does not yet, rows are moved once
+    through shared memory, and later back: 4 accesses of 16 bytes for 4 coordinates. Shuffles would
+    take one access per coordinate and stride.
     """
     if LENGTH == 1:
         return tl.reshape(x, [1, ROWS])
@@ -101,9 +99,10 @@ def unrotate(
 
 @triton.jit
 def tree_sum(x, SIZE: tl.constexpr, LOG: tl.constexpr, NEAR: tl.constexpr, THREADS: tl.constexpr):
-    """The upper half of memory is added to the lower until one is left, x (SIZE,) in thread order.
+    """Sum of x (SIZE,) in thread order: the upper half of memory is added to the lower until one
+    value is left.
 
-    Sums of two have but one order.
+    A sum of two has only one order.
     """
     for log in tl.static_range(LOG):
         if SIZE >> log == NEAR * THREADS:  # until here both orders have the same halves
@@ -126,7 +125,8 @@ def largest_magnitude(x):
 
 @triton.jit
 def powers_of_two(peak):
-    """2^(127 - e), 2^(e - 127) and whether all is finite, from the bits of what is largest."""
+    """2^(127 - e), 2^(e - 127) and whether all values are finite, from the bits of the largest
+    magnitude."""
     exponent = tl.minimum(tl.maximum(peak >> 23, 1), 253)
     down = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     up = (exponent << 23).to(tl.float32, bitcast=True)

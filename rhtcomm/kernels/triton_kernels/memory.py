@@ -1,6 +1,6 @@
 """Memory and precisions.
 
-Triton's interpreter does not round to the nearest bfloat16, so there it is done by bits.
+Triton's interpreter does not round to the nearest bfloat16, so there rounding works on the bits.
 """
 
 import triton
@@ -39,7 +39,7 @@ def look_up(
     """table[index], index (SIZE,) in thread order and below ENTRIES.
 
     The table is padded to the next power of two. If that is at most half the block, it is copied to
-    shared memory, where 32 threads that read 32 entries wait for each other less.
+    shared memory, where random reads of 32 threads conflict less.
     """
     LENGTH: tl.constexpr = triton.next_power_of_2(ENTRIES)
     if 2 * LENGTH <= SIZE and THREADS > 32:  # within one warp Triton gathers by shuffles
@@ -75,7 +75,7 @@ def round_to(x, DTYPE: tl.constexpr, NAN: tl.constexpr):
 
 @triton.jit
 def nan_of(DTYPE: tl.constexpr):
-    """The NaN that all kernels give."""
+    """The canonical NaN of all kernels."""
     if tl.bfloat16 == DTYPE:
         return tl.full([], 0x7FC0, tl.uint16).to(tl.bfloat16, bitcast=True)
     elif tl.float16 == DTYPE:

@@ -74,9 +74,10 @@ def nearest_decode(
     NEAR: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """The sum of what `ranks` ranks sent, times `down`, each unrotated: (SIZE,) in thread order."""
+    """The sum over ranks of decoded values times `down`, each unrotated: (SIZE,) in thread
+    order."""
     COUNT: tl.constexpr = SIZE // GROUP
-    # Adding to -0 changes no value, not even -0.
+    # Adding to -0 does not change any value, not even -0.
     total = tl.full([SIZE], -(1 << 31), tl.int32).to(tl.float32, bitcast=True)
     for _ in range(ranks):
         factor = tl.load(scales) * down
@@ -149,7 +150,7 @@ def look_up_groups(
     NEAR: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """What codes (COUNT,) of BITS bits, in memory order, stand for: GROUP entries each.
+    """The values of codes (COUNT,) of BITS bits, in memory order: GROUP entries each.
 
     Returns:
         (COUNT GROUP,) float32 in thread order.

@@ -1,9 +1,9 @@
 """Which thread holds which coordinates.
 
-A block of SIZE coordinates lies in memory as (FAR, THREADS, NEAR): a thread loads NEAR neighbours
-at once, 16 bytes, the next thread the next NEAR, and so on FAR times. Triton hands the elements of
-a tensor to threads one by one. So a tensor in *thread order*, (FAR, NEAR, THREADS), stays where
-loads put it. Changing the order moves no data: the compiler only renames registers.
+In memory, a block of SIZE coordinates has the shape (FAR, THREADS, NEAR): a thread loads NEAR
+neighbours at once (16 bytes), the next thread the next NEAR, and so on, FAR times. Triton assigns
+the elements of a tensor to threads one by one. So a tensor in *thread order*, (FAR, NEAR, THREADS),
+stays where the loads put it. Changing the order moves no data: the compiler only renames registers.
 """
 
 import triton

@@ -2,8 +2,7 @@
 
 The field of width w follows the wider ones, of BITS & -2 w bits in all, in a code and in the bytes
 of a block. A byte holds fields of coordinates that are COUNT w / 8 apart, and is one of 4 in a
-word. The codes of a block begin at a multiple of 4 bytes and no more, so words are written and
-read.
+word. The codes of a block are aligned only to 4 bytes, so words are written and read.
 """
 
 import triton
@@ -27,7 +26,7 @@ def columns_of(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def join_runs(runs, RUNS: tl.constexpr, WORDS: tl.constexpr):
-    """A tuple of RUNS tensors (WORDS,), one behind the other: (RUNS WORDS,)."""
+    """A tuple of RUNS tensors (WORDS,), concatenated: (RUNS WORDS,)."""
     if RUNS == 1:
         return runs[0]
     elif RUNS == 2:
@@ -71,8 +70,9 @@ def store_field(
 def store_codes(codes, to, COUNT: tl.constexpr, BITS: tl.constexpr, NEAR: tl.constexpr):
     """The upper BITS bits of codes (COUNT,) uint32, in memory order -> COUNT BITS / 8 bytes.
 
-    Codes are cut into as many parts as the narrowest field has in a byte, the same for all fields:
-    otherwise the compiler would arrange registers for each field, and compute all codes for each.
+    Codes are split into as many parts as a byte holds fields of the narrowest width, for all fields
+    alike: otherwise the compiler would rearrange registers, and recompute all codes, for each
+    field.
     """
     to = to.to(tl.pointer_type(tl.uint32))
     PARTS: tl.constexpr = 8 // (BITS & -BITS)

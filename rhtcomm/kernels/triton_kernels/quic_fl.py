@@ -74,7 +74,7 @@ def quic_fl_decode(
     NEAR: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """The sum of what `ranks` ranks sent, times `down` and unrotated: (SIZE,) in thread order."""
+    """The sum over ranks of decoded values times `down`, unrotated: (SIZE,) in thread order."""
     dither = draw_dither(key, hop, sixteenth, tl.full([], 0, tl.int32), SIZE, NEAR, THREADS)
     total = quic_fl_values(
         packed, dither, table, rank, world_size, BITS, CAPACITY, SHARED_BITS, SIZE, NEAR, THREADS
@@ -115,7 +115,7 @@ def quic_fl_scale(
     """Of y (SIZE,) in thread order."""
     coded = largest_magnitude(y)
     if CAPACITY > 0:  # the largest but CAPACITY, from the top, equals counted one by one
-        # Products of magnitudes have the order of the magnitudes, and these that of their bits.
+        # Products have the same order as the magnitudes, and magnitudes that of their bits.
         magnitudes = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         while tl.sum((magnitudes >= coded).to(tl.int32), axis=0) <= CAPACITY:
             coded = tl.max(tl.where(magnitudes < coded, magnitudes, 0), axis=0)
@@ -137,8 +137,8 @@ def quic_fl_codes(
     """The codes of y (SIZE,), see `QuicFL.encode`: the upper BITS bits of (SIZE,) uint32.
 
     A code is (position + v) // 2^16. The table has positions times 2^(16 - BITS), so that codes end
-    at the top. v is shifted there too; the bits of u that follow it lie below those of the
-    positions and change no code.
+    at the top. v is shifted there too; the bits of u that follow it are below those of the
+    positions and do not change any code.
 
     Args:
         y: (SIZE,) in units of 2^-16 of the distance between two nodes of the table.
@@ -163,10 +163,10 @@ def quic_fl_values(
     NEAR: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """What the codes of a rank stand for, (SIZE,) in thread order, in units of its scale.
+    """The values of a rank's codes, (SIZE,) in thread order, in units of its scale.
 
     Args:
-        dither: (SIZE,) without a stratum; receivers need the upper byte alone.
+        dither: (SIZE,) without a stratum; receivers need only the upper byte.
     """
     stratum = (256 * rank).to(tl.uint32, bitcast=True) // world_size.to(tl.uint32)
     shared = ((dither + (stratum << 24)) >> (32 - SHARED_BITS)).to(tl.int32, bitcast=True)
@@ -214,7 +214,7 @@ def store_exact(
 
 @triton.jit
 def put_exact(values, section, CAPACITY: tl.constexpr, SIZE: tl.constexpr):
-    """values (SIZE,) with the exact coordinates put in, see `QuicFL.decode_exact`."""
+    """values (SIZE,) with the exact coordinates inserted, see `QuicFL.decode_exact`."""
     indices = section.to(tl.pointer_type(tl.int16))
     own = tl.arange(0, SIZE)
     before = tl.full([], -1, tl.int32)

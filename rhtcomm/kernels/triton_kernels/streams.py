@@ -1,8 +1,8 @@
 """Random streams.
 
-A key comes as (seed low, seed high, bucket, step) and purpose = stream + 16 hop + 256 rank, all
-words of 32 bits in int32, which is Triton's only integer argument whose type depends on no value.
-Offsets in the bucket count sixteens of coordinates, so that they fit in 32 bits too.
+A key is passed as (seed low, seed high, bucket, step) and purpose = stream + 16 hop + 256 rank, all
+32-bit words in int32, Triton's only integer argument whose type does not depend on the value.
+Offsets in the bucket are in units of 16 coordinates, so that they fit in 32 bits too.
 """
 
 import triton
@@ -16,7 +16,7 @@ _DITHER = tl.constexpr(int(Stream.DITHER))
 
 @triton.jit
 def sixteenth_of(offset, block, SIZE: tl.constexpr):
-    """Where a block begins in the bucket, in sixteens of coordinates; `offset` is block 0's."""
+    """The offset of a block in the bucket, in units of 16 coordinates; `offset` is block 0's."""
     return offset.to(tl.uint32, bitcast=True) + block.to(tl.uint32) * (SIZE // 16)
 
 
@@ -24,7 +24,7 @@ def sixteenth_of(offset, block, SIZE: tl.constexpr):
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10 of counters and a key, all uint32: four words, see `rhtcomm.randomness`.
 
-    `tl.philox` takes two multiplications for the halves of each product, where one gives both.
+    `tl.philox` uses two multiplications for the halves of each product; here one gives both.
     """
     for _ in tl.static_range(10):
         product0 = c0.to(tl.uint64) * 0xD2511F53
@@ -54,7 +54,7 @@ def draw_words(key, purposes, calls, CALLS: tl.constexpr):
 
 @triton.jit
 def draw_signs(key, purpose, sixteenth, ROTATIONS: tl.constexpr, SIZE: tl.constexpr):
-    """A tuple of ROTATIONS tensors of words (SIZE / 32,) uint32, which hold a sign in each bit.
+    """A tuple of ROTATIONS tensors of words (SIZE / 32,) uint32, with one sign per bit.
 
     All are drawn at once, since one stream alone has fewer calls than there are threads.
     """
@@ -103,10 +103,10 @@ def draw_dither(
 ):
     """(SIZE,) uint32: v in the upper and u in the lower half, see `rhtcomm.randomness.dither`.
 
-    In thread order. `stratum`, 0 .. 255 in 1/256, moves both modulo one, which changes nothing but
-    their upper bytes. In a word of four coordinates these are two bytes of the word as it is drawn,
-    for coordinates 0 and 2 the even ones, for 1 and 3 the odd ones. So all four bytes are moved at
-    once and each coordinate takes two from there.
+    In thread order. `stratum`, 0 .. 255 in units of 1/256, is added to both modulo one, which
+    changes only their upper bytes. In a word of four coordinates these are two bytes of the drawn
+    word: the even ones for coordinates 0 and 2, the odd ones for 1 and 3. So it is added to all
+    four bytes at once, and each coordinate uses two of them.
     """
     calls = sixteenth + tl.arange(0, SIZE // 16).to(tl.uint32)
     purposes = tl.full([SIZE // 16], 0, tl.uint32) + (hop + _DITHER).to(tl.uint32, bitcast=True)
