@@ -66,11 +66,11 @@ REFUSED: dict[str, tuple[Callable[[Any, int], None], str]] = {
     ),
     "scatter, strided output": (
         lambda c, rank: scatter(c, torch.zeros(2000)[::2], data(rank, 2000)),
-        r"output is strided; give output.contiguous\(\)",
+        r"output is strided; pass output.contiguous\(\)",
     ),
     "scatter, negated tensor": (
         lambda c, rank: scatter(c, torch.zeros(1000), torch._neg_view(data(rank, 2000))),
-        r"tensor is negated; give tensor.resolve_neg\(\)",
+        r"tensor is negated; pass tensor.resolve_neg\(\)",
     ),
     "scatter, float64 output": (
         lambda c, rank: scatter(c, torch.zeros(1000).double(), data(rank, 2000)),

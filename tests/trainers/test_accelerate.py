@@ -104,7 +104,7 @@ def accumulate(rank: int) -> list[bool]:
             optimizer.zero_grad()
         logged.append(bool(handle.figures()))
     end(acc)
-    with pytest.raises(TypeError, match="Net which is neither in DistributedDataParallel nor"):
+    with pytest.raises(TypeError, match="Net that is neither in DistributedDataParallel nor"):
         register(acc, net, **OPTIONS)
     return logged
 
