@@ -1,6 +1,7 @@
 """What is said when a rank is lost: one sentence, by one of the ranks that are left."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -8,10 +9,16 @@ from types import FrameType
 
 from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr-defined]
 
-__all__ = ["Told", "Watch"]
+__all__ = ["Told", "Watch", "in_words", "sentence_of"]
 
 _OWN = "rhtcomm bench: "  # how messages of the benchmark begin
 _PATIENCE = 3.0  # seconds that the others get to say what they know
+# Torch raises RuntimeError for lost connections, with many texts, and for most errors of models.
+_LOST = re.compile(
+    r"gloo|nccl|xccl|\bucc\b|\bmpi|connect|\bpeer\b|socket|broken pipe|tim(ed|es?) ?out|"
+    r"process ?group|transport|rht_hook",
+    re.IGNORECASE,
+)
 
 
 class Told(BaseException):
@@ -48,7 +55,7 @@ class Watch:
         os._exit(1)  # connections to ranks that are gone may never close
 
     def _say(self, error: BaseException) -> None:
-        own, who = _in_words(error), f"rank {self.rank} of {self.world_size}"
+        own, who = in_words(error), f"rank {self.rank} of {self.world_size}"
         if self._store is None:
             _print(f"{who} ended while {self.doing}: {own.lstrip('?')}")
             return
@@ -81,15 +88,14 @@ def _print(sentence: str) -> None:
     print(f"{_OWN}{sentence}", file=sys.stderr, flush=True)
 
 
-def _in_words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
     """A reason, or "" for what may only be the consequence of another rank's."""
     if isinstance(error, Told):
         return ""
     if isinstance(error, KeyboardInterrupt):
         return "it was interrupted"
     text = (str(error).splitlines() or [""])[0]
-    # Torch raises RuntimeError for lost connections, with many texts.
-    if type(error) is RuntimeError or isinstance(error, DistError):
+    if isinstance(error, DistError) or (type(error) is RuntimeError and _LOST.search(text)):
         return f"?{text}"
     if text.startswith(_OWN):
         return text.removeprefix(_OWN)

@@ -21,7 +21,7 @@ from rhtcomm.bench.contestants import (
     torchs,
 )
 from rhtcomm.bench.exchanges import expected_of, in_order
-from rhtcomm.bench.failures import sentence_of
+from rhtcomm.bench.failures import in_words, sentence_of
 from rhtcomm.bench.report import printed
 from rhtcomm.bench.results import Result, Row, Step, write_csv, write_json
 from rhtcomm.bench.rounds import Entry
@@ -218,6 +218,25 @@ def test_what_advice_needs_comes_first() -> None:
 )
 def test_sentence_about_a_lost_rank(known: dict[int, str], expected: str) -> None:
     assert sentence_of(known, 2, "X").startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("mat1 and mat2 shapes cannot be multiplied (4x299 and 300x300)", True),
+        ("torch.compile failed with success", True),
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed", False),
+        ("Application timeout caused pair closure", False),
+        ("rht_hook: rank 0 of 2 could not exchange bucket 0 of step 3: another rank died", False),
+        ("NCCL error in: ProcessGroupNCCL.cpp:94", False),
+    ],
+)
+def test_an_error_of_the_model_is_a_reason_and_a_lost_connection_a_symptom(
+    text: str, reason: bool
+) -> None:
+    """The others of a rank that fails alone wait, and say nothing: they are not gone."""
+    said = in_words(RuntimeError(text))
+    assert said == (f"it raised RuntimeError: {text}" if reason else f"?{text}")
 
 
 def test_ranks_are_not_started_twice() -> None:
