@@ -12,6 +12,7 @@ has a method `close`, the handle's `close` calls it.
 """
 
 import importlib.util
+import itertools
 import logging
 import os
 import weakref
@@ -57,7 +58,7 @@ def csv(path: str | os.PathLike[str], *, all_ranks: bool = False) -> Observer:
 
     A run that resumes from a checkpoint goes on in its file: rows of steps that are done again are
     dropped first. A run that begins with step 0 begins a new file; what was there is renamed to
-    ``run.csv.previous``.
+    ``run.csv.previous``, or ``run.csv.previous.2`` and so on where that exists.
 
     Args:
         path: of the file; its folder is made if it is missing.
@@ -175,8 +176,10 @@ def _begin_at(path: Path, step: int) -> None:
     """Leave what a CSV file has of the steps before this one.
 
     Raises:
-        ValueError: it is a file of something else.
+        ValueError: it is a file of something else, or no file, such as /dev/null.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{_CALL}.csv: {path} is no regular file; name another one")
     header = ",".join(COLUMNS)
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     if lines and lines[0].strip() != header:
@@ -185,13 +188,19 @@ def _begin_at(path: Path, step: int) -> None:
             "name another file"
         )
     if step == 0 and lines:
-        path.replace(path.with_name(f"{path.name}.previous"))
+        path.replace(_unused(path))
         lines = []
     # Of a line that a killed run was writing nothing is left either.
     kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) < step]
     new = path.with_name(f"{path.name}.new")
     new.write_text("".join([f"{header}\n", *kept]))
     new.replace(path)
+
+
+def _unused(path: Path) -> Path:
+    """A name for an earlier run, of no file yet: ``run.csv.previous``, ``run.csv.previous.2``."""
+    names = (f"{path.name}.previous{'' if n == 1 else f'.{n}'}" for n in itertools.count(1))
+    return next(one for one in map(path.with_name, names) if not one.exists())
 
 
 class _Means:

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import logging
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ def test_a_csv_file_goes_on_where_a_run_resumes_and_begins_anew_with_step_0(tmp_
     anew.close()  # type: ignore[attr-defined]
     assert (steps_in(path), steps_in(previous)) == (twice(range(2)), twice(range(9)))
     assert len([*path.parent.iterdir()]) == 2
+    again = telemetry.csv(path)
+    feed(again, range(1))
+    again.close()  # type: ignore[attr-defined]
+    assert steps_in(previous) == twice(range(9))  # the long run is not lost to a short one
+    assert steps_in(previous.with_name("run.csv.previous.2")) == twice(range(2))
 
 
 def test_a_csv_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -93,6 +99,15 @@ def test_a_csv_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run\.csv has other columns, 'step,loss'; move it away"):
         feed(telemetry.csv(path), range(1))
     assert path.read_text() == "step,loss\n0,1.5\n"
+
+
+def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
+    """As root, a rename would replace /dev/null on the whole machine."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="pipe is no regular file"):
+        feed(telemetry.csv(path), range(1))
+    assert path.is_fifo()
 
 
 def test_rows_have_what_was_measured(tmp_path: Path) -> None:
