@@ -29,12 +29,15 @@ def run(args: argparse.Namespace) -> int:
     """Write the page; the exit status.
 
     Raises:
-        ValueError: a file is missing or has other columns, --out ends in something else, or
-            matplotlib is not installed.
+        ValueError: a file is missing or has other columns, --out ends in something else or is in
+            no folder, or matplotlib is not installed.
     """
-    out: Path = args.out or args.files[0].with_suffix(".html")
+    first: Path = args.files[0]
+    out: Path = args.out or first.parent / f"{first.stem or 'run'}.html"
     if out.suffix not in (".html", ".png"):
         raise ValueError(f"rhtcomm report: --out {out} must end in .html or .png")
+    if not out.parent.is_dir():
+        raise ValueError(f"rhtcomm report: --out {out}: there is no folder {out.parent}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
             "rhtcomm report: matplotlib, which draws the plots, is not installed; "

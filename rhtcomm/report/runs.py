@@ -171,12 +171,13 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     Raises:
         ValueError: a file is missing, empty, or none that the observer wrote.
     """
+    rows = [_read(path) for path in paths]
     for depth in range(1, 1 + max(len(path.parts) for path in paths)):
         names = ["/".join(path.with_suffix("").parts[-depth:]) for path in paths]
         if len({*names}) == len(names):
             break
     short = [name if len(name) <= _MOST_LETTERS else f"…{name[-_MOST_LETTERS:]}" for name in names]
-    return [Run.of(name, _read(path)) for name, path in zip(short, paths, strict=True)]
+    return [Run.of(name, one) for name, one in zip(short, rows, strict=True)]
 
 
 def _read(path: Path) -> dict[str, Array]:
@@ -210,6 +211,9 @@ def _read(path: Path) -> dict[str, Array]:
 def _numbers(texts: Iterable[str], path: Path) -> Array:
     number: Callable[[str], float] = lambda text: float(text) if text else math.nan  # noqa: E731
     try:
-        return np.array([number(text) for text in texts])
+        numbers = np.array([number(text) for text in texts])
     except ValueError as error:
         raise ValueError(f"rhtcomm report: {path} is damaged: {error}") from error
+    if np.isinf(numbers).any():
+        raise ValueError(f"rhtcomm report: {path} is damaged: a number is infinite")
+    return numbers

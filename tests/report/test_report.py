@@ -187,6 +187,7 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
         (f"{','.join(telemetry.COLUMNS)}\n", "has no rows; the run finished no step"),
         (f"{','.join(telemetry.COLUMNS)}\n{'x,' * 12}x\n", "is damaged: could not convert"),
         (f"{','.join(telemetry.COLUMNS)}\n1,2\n3,4\n", "is damaged: a row has 2 of 13 columns"),
+        (f"{','.join(telemetry.COLUMNS)}\n{'1,' * 12}inf\n", "is damaged: a number is infinite"),
         (None, "cannot be read"),
     ],
 )
@@ -202,6 +203,10 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = write(tmp_path / "run.csv", steps=1)
     with pytest.raises(ValueError, match=r"--out run.pdf must end in .html or .png"):
         run(path, out=Path("run.pdf"))
+    with pytest.raises(ValueError, match=r"nowhere.run\.png: there is no folder"):
+        run(path, out=tmp_path / "nowhere" / "run.png")
+    with pytest.raises(ValueError, match=r"\. cannot be read"):
+        run(Path())
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"pip install 'rhtcomm\[plot\]'"):
         run(path)
