@@ -76,7 +76,10 @@ def run(args: argparse.Namespace) -> None:
     if "numel" in given:
         sizes = [given["numel"]]
     else:
-        sizes = [int(mebibytes * 2**18) for mebibytes in given.get("mebibytes", [25.0])]
+        mebibytes = given.get("mebibytes", [25.0])
+        if not all(0 < size < math.inf for size in mebibytes):
+            raise ValueError(f"rhtcomm.plan: mebibytes={mebibytes} must be positive")
+        sizes = [int(size * 2**18) for size in mebibytes]
     plans = [plan(numel, **options) for numel in sizes]
     print(_facts(options, given, file))
     for numel, planned in zip(sizes, plans, strict=True):

@@ -98,7 +98,8 @@ def plan(
     link = dataclasses.replace(
         link, gbps=gbps, latency=link.latency if latency is None else latency
     )
-    if numel < 1 or world_size < 2 or not gbps > 0 or not link.latency >= 0 or not slowdown > 0:
+    finite = 0 <= link.latency < math.inf and 0 < slowdown < math.inf
+    if numel < 1 or world_size < 2 or not gbps > 0 or not finite:
         raise ValueError(
             f"rhtcomm.plan: numel={numel}, link_gbps={gbps} and slowdown={slowdown} must be "
             f"positive, world_size={world_size} at least 2, latency={link.latency} not negative"

@@ -230,6 +230,7 @@ def test_it_says_when_compression_will_not_pay() -> None:
         ({"link_gbps": None}, "give link_gbps"),
         ({"numel": 0}, "numel=0"),
         ({"latency": -1.0}, "latency=-1.0"),
+        ({"slowdown": float("inf")}, "slowdown=inf"),
         ({"cores": 0.0}, "cores=0.0"),
         ({"threads": 0}, "threads=0"),
         ({"bits": [4, 9]}, r"bits=\(4, 9\) must be some of 1 to 8"),
@@ -304,6 +305,7 @@ def test_the_command_prints_a_verdict_last(
         ("--world-size 1 --link-gbps 1", "world_size=1 at least 2"),
         ("--world-size 2", "--link-gbps must be given, or --from"),
         ("--numel 100", "--world-size and --link-gbps must be given, or --from"),
+        ("--world-size 2 --link-gbps 1 --mebibytes inf", r"mebibytes=\[inf\] must be positive"),
         ("--world-size 2 --link-gbps 1 --bits 9", r"bits=\(9.0,\) must be some of 1 to 8"),
     ],
 )
