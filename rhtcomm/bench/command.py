@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,8 +119,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: an argument is out of its range, or nothing started this as several ranks.
     """
-    _check(arguments)
     launch = own_launch()
+    _check(arguments, writes=launch.rank == 0)
     if launch.world_size < 2:
         if arguments.ranks is None:
             raise ValueError(
@@ -136,17 +137,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace, writes: bool) -> None:
+    """Raise ValueError for what is out of range; `writes`: whether this rank writes the files."""
     if arguments.ranks is not None and arguments.ranks < 2:
         raise ValueError(f"rhtcomm bench: --ranks {arguments.ranks} must be at least 2")
-    if not arguments.seconds > 0:
+    if not 0 < arguments.seconds < math.inf:
         raise ValueError(f"rhtcomm bench: --seconds {arguments.seconds:g} must be positive")
-    if not all(size > 0 for size in arguments.mebibytes):
+    if arguments.ranks_per_node is not None and arguments.ranks_per_node < 1:
+        raise ValueError(
+            f"rhtcomm bench: --ranks-per-node {arguments.ranks_per_node} must be at least 1"
+        )
+    if not all(0 < size < math.inf for size in arguments.mebibytes):
         raise ValueError("rhtcomm bench: --mebibytes must be positive")
     if not all(1 <= bits <= 8 for bits in arguments.bits):
         raise ValueError("rhtcomm bench: --bits must be from 1 to 8")
     if arguments.model and arguments.step:
         raise ValueError("rhtcomm bench: give --model or --step, not both")
+    if not writes:  # other machines need have neither the folders nor matplotlib
+        return
     if arguments.plot is not None:
         check_matplotlib()
     for path in (arguments.json, arguments.csv, arguments.plot):
@@ -227,10 +235,12 @@ def _finish(arguments: argparse.Namespace, result: Result, budget: Budget) -> No
         result.advice = of_steps(result.steps, error, arguments.max_nmse)
     else:
         result.advice = advise(result.rows, error, arguments.max_nmse)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
-    if arguments.csv is not None:
-        write_csv(result, arguments.csv)
-    if arguments.plot is not None:
-        plot(result, arguments.plot)
-    print(printed(result, budget.seconds), flush=True)
+    try:
+        if arguments.json is not None:
+            write_json(result, arguments.json)
+        if arguments.csv is not None:
+            write_csv(result, arguments.csv)
+        if arguments.plot is not None:
+            plot(result, arguments.plot)
+    finally:  # a full disk does not cost the measurements
+        print(printed(result, budget.seconds), flush=True)

@@ -1,9 +1,12 @@
 """The ranks of a benchmark: their places, what they tell each other, and starting some here."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,7 +17,7 @@ from torch.distributed import Store, TCPStore, rendezvous  # type: ignore[attr-d
 
 from rhtcomm.doctor.launcher import Launch
 
-__all__ = ["TIMEOUT", "Ranks", "join", "spawn"]
+__all__ = ["TIMEOUT", "Ranks", "first_failure", "join", "spawn"]
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=2)  # that a rank waits for the others before the run ends
@@ -153,10 +156,20 @@ def spawn(count: int, arguments: Sequence[str]) -> int:
         subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(count)
     ]
-    return _first_failure(processes)
+    return first_failure(processes)
 
 
-def _first_failure(processes: list["subprocess.Popen[bytes]"]) -> int:
+def _wait(processes: list["subprocess.Popen[bytes]"]) -> None:
+    """Until all have ended, or for five seconds."""
+    end = time.monotonic() + 5
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        for process in processes:
+            process.wait(max(0.0, end - time.monotonic()))
+
+
+def first_failure(processes: list["subprocess.Popen[bytes]"]) -> int:
+    """See `spawn`. No process is left, whether this one is interrupted (130) or told to end."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     left, status = list(processes), 0
     try:
         while left and not status:
@@ -168,10 +181,10 @@ def _first_failure(processes: list["subprocess.Popen[bytes]"]) -> int:
                 left.remove(process)
                 if status:
                     break
-        for process in left:
-            process.wait(5)
-    except subprocess.TimeoutExpired:
-        pass
+        _wait(left)
+    except KeyboardInterrupt:  # which the ranks of a terminal get too
+        status = status or 130
+        _wait(left)
     finally:
         for process in processes:
             process.kill()

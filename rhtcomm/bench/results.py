@@ -61,7 +61,7 @@ class Result:
 
 
 def write_json(result: Result, path: Path) -> None:
-    """Format 1: what `plan --from` reads. What is unknown is null."""
+    """Format 1: what `plan --from` reads. What is unknown or infinite is null."""
     content = {"format": 1, **result.facts}
     for name in ("rows", "steps"):
         content[name] = [_plain(asdict(row)) for row in getattr(result, name)]
@@ -72,7 +72,7 @@ def write_json(result: Result, path: Path) -> None:
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: None if isinstance(value, float) and math.isnan(value) else value
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.items()
     }
 

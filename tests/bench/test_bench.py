@@ -128,6 +128,9 @@ def test_mpiexec_starts_it(tmp_path: Path) -> None:
         (("--seconds", "0"), "--seconds 0 must be positive"),
         (("--bits", "9"), "--bits must be from 1 to 8"),
         (("--json", "nowhere/a.json"), "there is no folder nowhere"),
+        (("--seconds", "inf"), "--seconds inf must be positive"),
+        (("--mebibytes", "inf"), "--mebibytes must be positive"),
+        (("--ranks-per-node", "-2"), "--ranks-per-node -2 must be at least 1"),
         (("--model", "a:b", "--step", "c"), "give --model or --step, not both"),
     ],
 )

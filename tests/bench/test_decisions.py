@@ -3,6 +3,12 @@
 import csv
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -22,6 +28,7 @@ from rhtcomm.bench.contestants import (
 )
 from rhtcomm.bench.exchanges import expected_of, in_order
 from rhtcomm.bench.failures import in_words, sentence_of
+from rhtcomm.bench.ranks import first_failure
 from rhtcomm.bench.report import printed
 from rhtcomm.bench.results import Result, Row, Step, write_csv, write_json
 from rhtcomm.bench.rounds import Entry
@@ -244,6 +251,33 @@ def test_ranks_are_not_started_twice() -> None:
     assert without_ranks(words) == ["--seconds", "3", "--ranks-per-node", "2"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_no_rank_is_left_where_the_run_is_ended(number: signal.Signals) -> None:
+    code = "import time; time.sleep(60)"
+    rank = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+
+    def end() -> None:
+        if number == signal.SIGINT:  # of a terminal, which all processes get
+            rank.send_signal(number)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(signal.SIGTERM)
+    timer = threading.Timer(0.5, end)
+    timer.start()
+    try:
+        if number == signal.SIGTERM:
+            with pytest.raises(SystemExit) as told:
+                first_failure([rank])
+            assert told.value.code == 143
+        else:
+            assert first_failure([rank]) == 130
+        assert rank.poll() is not None
+    finally:
+        timer.join()
+        rank.kill()
+        signal.signal(signal.SIGTERM, before)
+
+
 # ---- Output -------------------------------------------------------------------------------------
 
 
@@ -259,10 +293,12 @@ def result() -> Result:
 
 
 def test_files(result: Result, tmp_path: Path) -> None:
+    result.rows[2] = replace(result.rows[2], nmse=math.inf)
     write_json(result, tmp_path / "a.json")
     content = json.loads((tmp_path / "a.json").read_text())
     assert content["format"] == 1
     assert content["rows"][0]["encode"] is None  # and not NaN, which is no JSON
+    assert content["rows"][2]["nmse"] is None  # infinite
     assert Row(**content["rows"][1] | {"exchange": math.nan}).encode == 0.01
     write_csv(result, tmp_path / "a.csv")
     with (tmp_path / "a.csv").open(newline="") as file:
