@@ -6,7 +6,6 @@ import platform
 import subprocess
 import sys
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 from rhtcomm.doctor.finding import Finding
@@ -123,8 +122,8 @@ def gpu() -> list[Finding]:
     number = torch.cuda.device_count()
     fact = f"{number} CUDA device(s), {device}"
     try:
-        found = metadata.version("triton")
-    except metadata.PackageNotFoundError:
+        from triton import __version__ as found  # its package has other names beside "triton"
+    except ImportError:
         found = ""
     if not found or tuple(map(int, found.split(".")[:2])) < (3, 6):
         fact += f", but {f'Triton {found} is too old' if found else 'Triton is not installed'}: "

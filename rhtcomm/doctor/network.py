@@ -57,11 +57,11 @@ def _ipv4(name: str) -> list[str]:
         import fcntl
     except ImportError:
         return []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-        except OSError:  # it has none
-            return []
+    except OSError:  # it has none, or the machine has IPv6 only
+        return []
     return [socket.inet_ntoa(answer[20:24])]
 
 

@@ -2,11 +2,14 @@
 
 import re
 import shutil
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from libraries import needs_library
 
 from rhtcomm import codebooks
@@ -66,6 +69,20 @@ def test_a_forced_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.grade == grade
         assert fact in found.fact
         assert found.remedy == f"unset {name}"
+
+
+def test_triton_counts_by_what_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its package is also called pytorch-triton, or pytorch-triton-rocm."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.6.0+git1"))
+    (found,) = kernels.gpu()
+    assert (found.grade, found.fact) == ("ok", "2 CUDA device(s), X, Triton 3.6.0+git1")
+    monkeypatch.setitem(sys.modules, "triton", None)  # which Python cannot import
+    (found,) = kernels.gpu()
+    assert found.grade == "problem"
+    assert "Triton is not installed" in found.fact
 
 
 def test_what_the_processor_lacks_is_named(tmp_path: Path) -> None:
@@ -281,6 +298,14 @@ def test_the_interface_of_gloo(
     assert found.grade == grade
     assert re.search(fact, found.fact)
     assert ("eth0" in found.remedy) == (grade == "problem")
+
+
+def test_a_machine_with_ipv6_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(97, "Address family not supported by protocol")
+
+    monkeypatch.setattr(network.socket, "socket", refused)
+    assert all(":" in address for one in network.interfaces() for address in one.addresses)
 
 
 def test_interfaces_of_this_machine_have_the_loopback() -> None:
