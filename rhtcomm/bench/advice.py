@@ -35,20 +35,25 @@ def best_plain(rows: Sequence[Row], numel: int) -> Row | None:
 def best_compressed(
     rows: Sequence[Row], numel: int, error: Callable[[Row], float], max_nmse: float
 ) -> Row | None:
-    """The fastest of this package's within the error allowed; among equals the most exact one."""
+    """Of this package's within the error allowed: the most exact of the fastest ones that pay.
+
+    Where none pays, the fastest one.
+    """
     within = [
         row
         for row in rows
         if row.numel == numel and row.quantizer is not None and error(row) <= max_nmse
     ]
-    return _fastest(within, error)
+    return _best(within, best_plain(rows, numel), error)
 
 
-def _fastest(within: Sequence[One], error: Callable[[One], float]) -> One | None:
-    """Among those that are as fast, the most exact one."""
-    fastest = min((one.median for one in within), default=math.inf)
-    equals = [one for one in within if one.median <= _AS_FAST * fastest]
-    return min(equals, key=error, default=None)
+def _best(within: Sequence[One], plain: One | None, error: Callable[[One], float]) -> One | None:
+    """See `best_compressed`."""
+    fastest = min(within, key=lambda one: one.median, default=None)
+    if fastest is None or plain is None or not pays(fastest, plain):
+        return fastest
+    equals = [one for one in within if one.median <= _AS_FAST * fastest.median]
+    return min((one for one in equals if pays(one, plain)), key=error)
 
 
 def pays(best: Row | Step, plain: Row | Step) -> bool:
@@ -137,7 +142,7 @@ def of_steps(steps: Sequence[Step], error: Callable[[Step], float], max_nmse: fl
         (s for s in steps if s.contestant in PLAIN), key=lambda step: step.median, default=None
     )
     within = [s for s in steps if s.quantizer is not None and error(s) <= max_nmse]
-    best = _fastest(within, error)
+    best = _best(within, plain, error)
     if plain is None or best is None:
         return "No advice: not enough training steps were measured."
     base = f"a step with {plain.contestant} takes {_milliseconds(plain.median)}"

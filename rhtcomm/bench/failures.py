@@ -19,6 +19,7 @@ _LOST = re.compile(
     r"process ?group|transport|rht_hook",
     re.IGNORECASE,
 )
+_LATE = re.compile(r"tim(ed|es?) ?out", re.IGNORECASE)
 
 
 class Told(BaseException):
@@ -112,6 +113,9 @@ def sentence_of(known: dict[int, str], world_size: int, doing: str) -> str:
         rank, text = min(reasons.items())
         return f"rank {rank} of {world_size} ended the run while {doing}: {text}"
     gone = [rank for rank in range(world_size) if rank not in known]
+    if gone and any(_LATE.search(text) for text in known.values()):
+        which = f"rank {gone[0]} of {world_size}" if len(gone) == 1 else f"ranks {gone}"
+        return f"{which} did not come in time (it hangs, or is much slower) while {doing}"
     if gone:
         which = f"rank {gone[0]} of {world_size} is" if len(gone) == 1 else f"ranks {gone} are"
         return f"{which} gone (killed, or it crashed) while {doing}"

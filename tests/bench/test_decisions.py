@@ -93,6 +93,24 @@ def test_advice_prefers_the_smaller_error_among_equals() -> None:
     assert advise(rows, expected_of).startswith("Take 4 bits, all_gather: 3.0 times as fast")
 
 
+def test_an_equal_that_does_not_pay_is_not_preferred() -> None:
+    rows = [row("float32", 1.0), row("4 quic_fl all_gather", 0.88), row("8 ecdq all_gather", 0.92)]
+    steps = [
+        Step(one.contestant, one.quantizer, one.algorithm, one.bits, 9, one.median, 0.8, 1, 0.1)
+        for one in rows
+    ]
+    for text in (advise(rows, error_of), of_steps(steps, error_of)):
+        assert text.startswith("Take 4 bits, all_gather")
+    rows[0] = replace(rows[0], median=0.9)  # neither pays, and the sentence names the fastest
+    assert "compression within the error allowed (4 bits, all_gather) 880 ms" in advise(
+        rows, error_of
+    )
+
+
+def error_of(one: Row | Step) -> float:
+    return 2.0**-one.bits / 4
+
+
 def test_advice_against_compression() -> None:
     rows = [row("float32", 0.0229), row("bf16", 0.0204), row("4 quic_fl all_gather", 0.019)]
     text = advise(rows, expected_of)
@@ -153,9 +171,10 @@ def test_advice_of_steps() -> None:
         "Take 4 bits, ecdq, two_shot: a step takes 110 ms, 1.2 times as fast as with bf16 (130 ms, "
         "30 ms of it exposed communication)."
     )
-    steps[2] = step("bf16", 0.12, 0.02)
-    assert of_steps(steps, error).startswith(
-        "Do not compress: a step with bf16 takes 120 ms, 20 ms of it exposed communication, and"
+    steps[2] = step("bf16", 0.118, 0.018)  # not 1.1 times 108 ms
+    assert of_steps(steps, error) == (
+        "Do not compress: a step with bf16 takes 118 ms, 18 ms of it exposed communication, and "
+        "the fastest within the error allowed (4 bits, two_shot) 108 ms."
     )
 
 
@@ -215,6 +234,7 @@ def test_what_advice_needs_comes_first() -> None:
     ("known", "expected"),
     [
         ({0: "?closed"}, "rank 1 of 2 is gone (killed, or it crashed) while X"),
+        ({0: "?Timed out waiting 120000ms"}, "rank 1 of 2 did not come in time (it hangs, or is"),
         (
             {0: "?closed", 1: "it raised ValueError: no"},
             "rank 1 of 2 ended the run while X: it rai",
