@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import itertools
 import math
 from typing import Any
 
@@ -252,6 +253,19 @@ def test_the_codec_is_measured() -> None:
     assert speed.encode > 0
     assert speed.decode_more >= 0
     assert 0 < speed.decode < 1e-5
+
+
+def test_waiting_for_cores_does_not_count_as_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP's threads wait actively, which is processor time, where a core is missing."""
+    now, ticks = 0.0, itertools.count()
+
+    def clock() -> float:
+        nonlocal now
+        now += 1e-4 if next(ticks) % 8 < 2 else 1.0
+        return now
+
+    monkeypatch.setattr("rhtcomm.probe.time.thread_time", clock)
+    assert measure_codec(4, numel=1 << 12, repeats=4).call == pytest.approx(1e-4)
 
 
 def probe(rank: int, world_size: int) -> tuple[Link, bool]:
