@@ -210,8 +210,9 @@ def torchs(carrier: str, world_size: int, names: Sequence[str]) -> list[Contesta
     ring = 2 * (world_size - 1) / world_size
     hooks: dict[str, tuple[Hook, int, float]] = {
         "float32": (default_hooks.allreduce_hook, 4, 1e-10),
-        "fp16": (default_hooks.fp16_compress_hook, 2, 1e-6),
-        "bf16": (default_hooks.bf16_compress_hook, 2, 1e-4),
+        # A ring rounds the sum at every rank.
+        "fp16": (default_hooks.fp16_compress_hook, 2, max(1e-6, 3e-8 * world_size)),
+        "bf16": (default_hooks.bf16_compress_hook, 2, max(1e-4, 2e-6 * world_size)),
     }
     found = []
     for name in names:

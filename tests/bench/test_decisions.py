@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+import torch
 
 from rhtcomm.bench.advice import advise, crossover, of_steps
 from rhtcomm.bench.budget import LEAST, MOST, TURN, admitted, allocate, schedule
@@ -109,6 +110,21 @@ def test_an_equal_that_does_not_pay_is_not_preferred() -> None:
 
 def error_of(one: Row | Step) -> float:
     return 2.0**-one.bits / 4
+
+
+@pytest.mark.parametrize("world_size", [8, 128, 1024])
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_rounding_of_uncompressed_sums_is_within_their_error(
+    name: str, dtype: torch.dtype, world_size: int
+) -> None:
+    x = torch.randn(world_size, 2048, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(2048, dtype=dtype)
+    for row in x:  # as a ring adds
+        total += row.to(dtype) / world_size
+    mean = x.double().mean(dim=0)
+    nmse = (total - mean).square().sum() / mean.square().sum()
+    (one,) = torchs("gloo", world_size, [name])
+    assert nmse < 1.1 * one.error < one.slack * one.error
 
 
 def test_advice_against_compression() -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import itertools
 import math
 from typing import Any
 
