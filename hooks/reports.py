@@ -100,9 +100,12 @@ class Reports:
         self._followed.append(_Followed(key.step, bucket.reports, future, device, cuda, wait))
 
     def land(self, count: int | None = None) -> None:
-        """Wait for the first `count` of the buckets, or all, in the place of training."""
-        landed = []
-        for _ in range(len(self._followed) if count is None else count):
+        """Wait for the first `count` of the buckets, or all, in the place of training.
+
+        There are fewer where `close` was called meanwhile.
+        """
+        landed, there = [], len(self._followed)
+        for _ in range(there if count is None else min(count, there)):
             followed = self._followed.popleft()
             if followed.future is not None:
                 followed.land()

@@ -435,6 +435,15 @@ def observe_outer_steps(rank: int, world_size: int) -> None:
     assert all(report.exposed_seconds is not None and report.last for report in seen)
     assert len(seen) == outer.stats().steps == 5
     assert seen.closed == 1
+    with (
+        averager(model, period=2, delay=1, observer=[]) as outer,
+        averager(model, period=2, delay=1, observer=seen) as observed,
+    ):
+        for averaged in (outer, observed):
+            averaged.step()
+            averaged.step()
+    for closed in (outer, observed):  # with an exchange that was in flight
+        assert len(closed.state_dict()["in_flight"]) == 1
 
 
 def test_shards_and_outer_steps_report_too(ranks: Ranks) -> None:
