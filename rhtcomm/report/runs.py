@@ -205,7 +205,17 @@ def _read(path: Path) -> dict[str, Array]:
             f"rhtcomm report: {path} is damaged: a row has {len(short)} of {len(header)} columns"
         )
     columns = dict(zip(header, zip(*rows, strict=True), strict=True))
-    return {name: _numbers(columns[name], path) for name in _NEEDED}
+    numbers = {name: _numbers(columns[name], path) for name in _NEEDED}
+    valid = _not_done_again(numbers["step"])
+    return {name: column[valid] for name, column in numbers.items()}
+
+
+def _not_done_again(steps: Array) -> npt.NDArray[np.bool_]:
+    """Which rows count, where a running program loaded a checkpoint and went back some steps."""
+    back = np.full(len(steps) + 1, math.inf)
+    back[1:-1] = np.where(steps[1:] < steps[:-1], steps[1:], math.inf)
+    earliest = np.minimum.accumulate(back[::-1])[::-1]  # that is gone back to behind a row
+    return ~(steps >= earliest[1:])
 
 
 def _numbers(texts: Iterable[str], path: Path) -> Array:

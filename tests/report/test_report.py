@@ -179,6 +179,19 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     run(path)
 
 
+def test_steps_that_are_done_again_count_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.csv", steps=4)
+    header, *rows = path.read_text().splitlines()
+    each = len(rows) // 4
+    again = [*rows, *rows[each:], *rows[2 * each :]]  # back to step 1, then to step 2
+    path.write_text("\n".join([header, *again, ""]))
+    (run_again,) = read_runs([path])
+    (once,) = read_runs([write(tmp_path / "once.csv", steps=4)])
+    assert all(
+        np.array_equal(run_again.rows[name], once.rows[name], equal_nan=True) for name in once.rows
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
