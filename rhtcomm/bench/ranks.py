@@ -21,6 +21,7 @@ __all__ = ["TIMEOUT", "Ranks", "first_failure", "join", "spawn"]
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=2)  # that a rank waits for the others before the run ends
+LEAVE = 5.0  # seconds that ranks get to say what they know, when one has ended
 _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 
@@ -160,8 +161,8 @@ def spawn(count: int, arguments: Sequence[str]) -> int:
 
 
 def _wait(processes: list["subprocess.Popen[bytes]"]) -> None:
-    """Until all have ended, or for five seconds."""
-    end = time.monotonic() + 5
+    """Until all have ended, or for `LEAVE`."""
+    end = time.monotonic() + LEAVE
     with contextlib.suppress(subprocess.TimeoutExpired):
         for process in processes:
             process.wait(max(0.0, end - time.monotonic()))
@@ -182,6 +183,12 @@ def first_failure(processes: list["subprocess.Popen[bytes]"]) -> int:
                 if status:
                     break
         _wait(left)
+        if status < 0 and any(process.poll() is None for process in left):  # nobody noticed
+            rank = processes.index(process)
+            print(
+                f"rhtcomm bench: rank {rank} of {len(processes)} was killed by signal {-status}",
+                file=sys.stderr,
+            )
     except KeyboardInterrupt:  # which the ranks of a terminal get too
         status = status or 130
         _wait(left)

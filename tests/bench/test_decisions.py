@@ -314,6 +314,22 @@ def test_no_rank_is_left_where_the_run_is_ended(number: signal.Signals) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def test_a_rank_that_is_killed_before_the_others_can_tell(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rhtcomm.bench.ranks.LEAVE", 0.2)
+    before = signal.getsignal(signal.SIGTERM)
+    code = "import time; time.sleep(60)"
+    both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    both[1].kill()
+    try:
+        assert first_failure(both) == 128 + 9
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "rhtcomm bench: rank 1 of 2 was killed by signal 9\n"
+    assert None not in [one.poll() for one in both]
+
+
 # ---- Output -------------------------------------------------------------------------------------
 
 
