@@ -190,6 +190,7 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         run.log({"loss": 1.5})  # the figures go into its row
         feed(observer, range(2, 3))
         observer.close()  # type: ignore[attr-defined]
+    wandb.teardown()  # its process, which may still be writing
     rows = rows_of(next(tmp_path.rglob("*.wandb")))
     assert [row.pop("_step") for row in rows] == [0, 1]
     expected = [{**means(range(2)), "loss": 1.5}, means(range(2, 3))]
