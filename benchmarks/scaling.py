@@ -19,8 +19,8 @@ from lib.machine import machine
 from lib.processes import execute, on_links
 from lib.progress import progress
 from lib.report import RESULTS, table
-from rhtcomm.measured import Measured
-from rhtcomm.planning import Plan, plan
+from rhtcomm.planning.measured import Measured
+from rhtcomm.planning.plan import Plan, plan
 
 HERE = Path(__file__).parent
 FILES = RESULTS / "scaling"
@@ -147,7 +147,7 @@ def report(remark: str) -> str:
     text = f"""# The cost model, checked and extended
 
 Written by `python benchmarks/scaling.py` on {machine()}.
-The formula is at the top of `rhtcomm/cost.py`; `python -m rhtcomm plan --from` applies it.
+The formula is at the top of `rhtcomm/planning/cost.py`; `python -m rhtcomm plan --from` applies it.
 {remark}
 
 Measured with 2 ranks on loopback: {1e6 * link.posting:.0f} us of a core per message, \

@@ -80,7 +80,7 @@ def _add_hook(ddp: DistributedDataParallel, state: RHTState) -> None:
             raise
         raise RuntimeError(
             "rhtcomm.hooks.register: the model has a communication hook already, and torch takes "
-            "one; make the DistributedDataParallel anew"
+            "one; wrap the model in a new DistributedDataParallel"
         ) from error
 
 

@@ -90,7 +90,7 @@ class Session:
         if before not in (None, ranks):
             raise ValueError(
                 f"RHTState: it was registered on a model that averages over {before}, and now "
-                f"on one that averages over {ranks}; give each model a state of its own"
+                f"on one that averages over {ranks}; give each model its own state"
             )
         self._averages_over = ranks  # not the group, which would not end before the state
         check_ranks(ranks, self._process_group, self.given)

@@ -12,7 +12,7 @@ from rhtcomm.codec import Codec
 from rhtcomm.communicators import HierarchicalCommunicator, MPICommunicator, TorchCommunicator
 from rhtcomm.lattice import Lattice
 from rhtcomm.moments import choose_rotations
-from rhtcomm.planning import plan
+from rhtcomm.planning.plan import plan
 from rhtcomm.quantizers import ECDQ, Eden, QuicFL, VectorQuantizer
 from rhtcomm.randomness import Key
 from rhtcomm.reduce import (

@@ -8,7 +8,7 @@ import sys
 # status (None: 0). Only the module of the command that was asked for is imported.
 COMMANDS = {
     "bench": ("rhtcomm.bench.command", "measure exchanges on these ranks, and say what to do"),
-    "plan": ("rhtcomm.plan_command", "predict exchanges, and say whether compression pays"),
+    "plan": ("rhtcomm.planning.command", "predict exchanges, and say whether compression pays"),
     "doctor": ("rhtcomm.doctor", "find what is wrong on this machine, or among a launcher's ranks"),
     "report": ("rhtcomm.report", "draw the plots of a run, from its telemetry file"),
 }

@@ -23,8 +23,8 @@ from rhtcomm.kernels import gpu
 from rhtcomm.kernels.triton_kernels.hadamard import hadamard
 from rhtcomm.kernels.triton_kernels.memory import round_to, to_float32
 from rhtcomm.kernels.triton_kernels.order import to_memory, to_threads
-from rhtcomm.planning import plan
-from rhtcomm.probe import CodecSpeed
+from rhtcomm.planning.plan import plan
+from rhtcomm.planning.probe import CodecSpeed
 from rhtcomm.rotation import hadamard as reference_hadamard
 from rhtcomm.wire import HEADER_BYTES
 
@@ -323,7 +323,7 @@ def call_rows(device: Device, results: Results) -> None:
 
 
 def cost_table(device: Device, results: Results) -> None:
-    """The cost model of rhtcomm/cost.py with the codec's times for chunks."""
+    """The cost model of rhtcomm/planning/cost.py with the codec's times for chunks."""
     speeds = {}
     for bits in (4, 2) if not device.dry else (4,):
         case = Case(rhtcomm.QuicFL(bits), 2, torch.float32, "chunk")

@@ -15,9 +15,10 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 def heading() -> str:
     """The command, the machine and the versions of a run."""
-    command = shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    script = f"benchmarks/{Path(sys.argv[0]).name}"
+    arguments = f"Arguments: `{shlex.join(sys.argv[1:])}`. " if sys.argv[1:] else ""
     versions = f"NumPy {version('numpy')}, Matplotlib {version('matplotlib')}"
-    return f"# {command}\n\n{machine()}; {versions}, {platform.system()}\n"
+    return f"# {script}\n\n{arguments}{machine()}; {versions}, {platform.system()}\n"
 
 
 def table_lines(

@@ -33,7 +33,7 @@ from rhtcomm.communicators import (
     Topology,
     TorchCommunicator,
 )
-from rhtcomm.probe import measure_codec, measure_link
+from rhtcomm.planning.probe import measure_codec, measure_link
 
 __all__ = ["field", "in_order", "measure_exchanges", "row_of"]
 

@@ -42,7 +42,7 @@ from rhtcomm.bench.rounds import Budget, bar, quantiles
 
 __all__ = ["load", "measure_steps"]
 
-_WARMUP = 3  # steps; DistributedDataParallel makes its buckets anew after the first
+_WARMUP = 3  # steps; DistributedDataParallel rebuilds its buckets after the first
 _NOTHING = "no communication"
 _USUAL = ("quic_fl", "ecdq")  # quantizers
 _MIN_NUMEL = 1 << 14  # as `register` has it

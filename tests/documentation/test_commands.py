@@ -129,6 +129,12 @@ def _of_script(file: str, words: list[str]) -> Iterator[str]:
     if not path.exists():
         yield f"there is no {file}"
         return
+    if path.suffix == ".sh":  # a launcher, behind whose arguments the command follows
+        for start in ("python", "-m"):
+            if start in words:
+                i = words.index(start)
+                yield from problems(words[i:] if start == "python" else ["python", *words[i:]])
+                words = words[:i]
     # The parser of a script may be in a module beside it.
     shared = [*path.parent.glob("*.py"), *path.parent.glob("lib/*.py")]
     source = "".join(other.read_text() for other in (path, *shared))

@@ -103,7 +103,7 @@ def register_again_elsewhere(rank: int, world_size: int, inside: bool) -> str:
     first = register(DistributedDataParallel(net()))
     backward(first, rank)
     second = register(DistributedDataParallel(net(), process_group=pair))
-    with pytest.raises(ValueError, match="give each model a state of its own") as caught:
+    with pytest.raises(ValueError, match="give each model its own state") as caught:
         backward(second, rank)
     del first
     return str(caught.value)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from email.parser import BytesParser
+from email import message_from_string
 from pathlib import Path
 
 import pytest
@@ -64,7 +64,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 def test_the_version_stands_in_one_place(wheel: Path) -> None:
     """In rhtcomm/versions.py; the changelog begins with its entry."""
     archive, folder = zipfile.ZipFile(wheel), f"rhtcomm-{rhtcomm.__version__}.dist-info"
-    facts = BytesParser().parsebytes(archive.read(f"{folder}/METADATA"))
+    facts = message_from_string(archive.read(f"{folder}/METADATA").decode())
     assert facts["Version"] == rhtcomm.__version__ == PACKAGE
     assert facts["Description-Content-Type"] == "text/markdown"
     assert facts.get_payload() == (ROOT / "README.md").read_text()

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from rhtcomm.__main__ import main
-from rhtcomm.measured import Measured
-from rhtcomm.planning import plan
-from rhtcomm.probe import CodecSpeed, Link
+from rhtcomm.planning.measured import Measured
+from rhtcomm.planning.plan import plan
+from rhtcomm.planning.probe import CodecSpeed, Link
 from rhtcomm.versions import PACKAGE
 
 LINK = Link(

@@ -12,9 +12,9 @@ from harness import Ranks
 import rhtcomm
 from rhtcomm import ECDQ, Codec, Key, QuicFL, TorchCommunicator
 from rhtcomm.__main__ import main
-from rhtcomm.cost import GLOO, Prediction
-from rhtcomm.planning import Plan, plan
-from rhtcomm.probe import CodecSpeed, Link, measure_codec, measure_link
+from rhtcomm.planning.cost import GLOO, Prediction
+from rhtcomm.planning.plan import Plan, plan
+from rhtcomm.planning.probe import CodecSpeed, Link, measure_codec, measure_link
 from rhtcomm.reduce.split import split_into_chunks
 
 SPEED = CodecSpeed(encode=2e-9, decode=3e-9, decode_more=5e-10, cast=1e-9, divide=4e-10, call=6e-5)
@@ -263,7 +263,7 @@ def test_waiting_for_cores_does_not_count_as_calls(monkeypatch: pytest.MonkeyPat
         now += 1e-4 if next(ticks) % 8 < 2 else 1.0
         return now
 
-    monkeypatch.setattr("rhtcomm.probe.time.thread_time", clock)
+    monkeypatch.setattr("rhtcomm.planning.probe.time.thread_time", clock)
     assert measure_codec(4, numel=1 << 12, repeats=4).call == pytest.approx(1e-4)
 
 

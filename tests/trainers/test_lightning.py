@@ -43,6 +43,7 @@ def quiet() -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
         "The 'train_dataloader' does not have many workers",
         "Checkpoint directory .* exists and is not empty",
+        "The `srun` command is available on your system",
     ):
         warnings.filterwarnings("ignore", message)
 

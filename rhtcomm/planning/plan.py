@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rhtcomm.cost import GLOO, Model, Prediction
-from rhtcomm.probe import CodecSpeed, Link, PlanQuantizer, codec_of, measure_codec
+from rhtcomm.planning.cost import GLOO, Model, Prediction
+from rhtcomm.planning.probe import CodecSpeed, Link, PlanQuantizer, codec_of, measure_codec
 from rhtcomm.quantizers.ecdq import BITS as ECDQ_BITS
 
 __all__ = ["BITS", "Plan", "markdown", "plan"]
@@ -68,7 +68,7 @@ def plan(
 ) -> Plan:
     """Predict the exchange of a bucket by each configuration, and recommend one.
 
-    The formula is at the top of `rhtcomm/cost.py`.
+    The formula is at the top of `rhtcomm/planning/cost.py`.
 
     Args:
         numel: N, coordinates of the bucket, float32.

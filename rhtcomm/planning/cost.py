@@ -58,7 +58,7 @@ from dataclasses import dataclass
 from rhtcomm.codebooks import EXPECTED_VNMSE
 from rhtcomm.codec import Codec
 from rhtcomm.communicators import ring_bytes
-from rhtcomm.probe import FRAMING, CodecSpeed, Link
+from rhtcomm.planning.probe import FRAMING, CodecSpeed, Link
 from rhtcomm.quantizers import ECDQ, QuicFL
 from rhtcomm.reduce.split import split_into_chunks, split_into_shards
 

@@ -1,6 +1,6 @@
 """What the cost model needs to know, measured: the link and its transport, and the codec.
 
-`rhtcomm/cost.py` predicts exchanges from these figures; its docstring has the equations.
+`rhtcomm/planning/cost.py` predicts exchanges from these figures; its docstring has the equations.
 """
 
 import statistics

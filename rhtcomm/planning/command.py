@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from rhtcomm.cost import GLOO
 from rhtcomm.kernels import kernel_for
-from rhtcomm.measured import Measured
-from rhtcomm.planning import BITS, markdown, plan
-from rhtcomm.probe import codec_of, measure_codec
+from rhtcomm.planning.cost import GLOO
+from rhtcomm.planning.measured import Measured
+from rhtcomm.planning.plan import BITS, markdown, plan
+from rhtcomm.planning.probe import codec_of, measure_codec
 
 __all__ = ["add_arguments", "run"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rhtcomm.probe import CodecSpeed, Link
+from rhtcomm.planning.probe import CodecSpeed, Link
 from rhtcomm.versions import PACKAGE
 
 __all__ = ["Measured"]

@@ -1,0 +1,1 @@
+"""What an exchange will take, predicted from what was measured; `python -m rhtcomm plan`."""
