@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
+        default=argparse.SUPPRESS,
         help="page.html, which needs no other file, or page.png (default: the first file's name, "
         "ending in .html)",
     )
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a file is missing or has other columns, --out ends in something else, or
             matplotlib is not installed.
     """
-    out: Path = args.out or args.files[0].with_suffix(".html")
+    out: Path = getattr(args, "out", None) or args.files[0].with_suffix(".html")
     if out.suffix not in (".html", ".png"):
         raise ValueError(f"rhtcomm report: --out {out} must end in .html or .png")
     if importlib.util.find_spec("matplotlib") is None:
