@@ -129,6 +129,10 @@ def _of_script(file: str, words: list[str]) -> Iterator[str]:
     if not path.exists():
         yield f"there is no {file}"
         return
+    if "--" in words:  # then follows a command that the script starts
+        end = words.index("--")
+        yield from problems(words[end + 1 :])
+        words = words[:end]
     # The parser of a script may be in a module beside it.
     shared = [*path.parent.glob("*.py"), *path.parent.glob("lib/*.py")]
     source = "".join(other.read_text() for other in (path, *shared))
