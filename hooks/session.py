@@ -169,13 +169,14 @@ class Session:
                 self.engine.close()
 
     def close(self, wait: bool = True) -> None:
-        """End the engine, once; warn where no bucket came, but should have."""
+        """End the engine, once; warn where no bucket came, but should have, and nothing failed."""
         if self.closed:
             return
         self.closed = True
         if self.engine is not None:
             self.engine.close(wait)
-        if not self.called and _world_size() > 1:
+        failed = self.failure or (self.engine and self.engine.failure)
+        if not self.called and not failed and _world_size() > 1:
             warnings.warn(
                 "the hook was never called: no gradient reached it, so gradients were averaged "
                 "uncompressed, or not at all; register it on the model that trains "

@@ -1,6 +1,7 @@
 """The communication hooks that a benchmark compares, and the bucket that it gives them."""
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ class Contestant:
     error: float  # expected |mean' - mean|^2 / |mean|^2
     quantizer: str | None = None  # None: not this package's
     algorithm: str | None = None
-    bits: float = 32.0
+    bits: float = 32.0  # nan: it sends no number per coordinate
     bytes_sent: Callable[[int], float] | None = None  # by a rank, of numel; None: its state counts
     low_rank: bool = False  # it approximates, and is checked on what it can represent
     slack: float = field(default=1.3, repr=False)  # of the error, in one measurement
@@ -245,6 +246,7 @@ def power_sgd(carrier: str, world_size: int, rank: int) -> Contestant:
         ),
         error=1e-3,
         bytes_sent=sent,
+        bits=math.nan,
         low_rank=True,
     )
 

@@ -133,7 +133,7 @@ def _left_out(result: Result, seconds: float) -> str:
     all_of_them = len(names) + len(result.rows) + len(result.steps)
     shown = "; ".join(names[:3]) + ("; ..." if len(names) > 3 else "")
     return (
-        f"Left out, since {seconds:g} seconds do not hold all: {len(names)} of {all_of_them} "
+        f"Left out, since --seconds {seconds:g} does not hold all: {len(names)} of {all_of_them} "
         f"({shown}). --seconds gives more; --quantizers, --bits and --algorithms choose."
     )
 

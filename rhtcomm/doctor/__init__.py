@@ -55,6 +55,9 @@ def diagnose(launch: Launch, seconds: float, as_json: bool) -> int:
         last += guarded("ranks", partial(_meet, launch, seconds, meeting), seconds + 30)
     if meeting:
         launch = replace(launch, machines=meeting[0].machines())
+    if launch.machines is not None:  # all ranks came
+        own = _named("processor", "Machine")().affinity
+        launch = replace(launch, local_cores=meeting[0].local_cores(own))
     findings = alone(launch, seconds) + last
     if not meeting:
         return printed({launch.rank: findings}, launch, as_json)

@@ -111,6 +111,9 @@ def _clock_on(device: str) -> Finding:
     if ratio > MOST or speed < LEAST:
         fact += f"; usual are {LEAST:g} GB/s or more, and {MOST} copies or fewer"
         remedy = "see the lines on kernels, threads and cores; is the machine busy or throttled?"
+        if ratio <= MOST:
+            fact += "; a plain copy was slow, too"
+            remedy = "end other programs; see the line on cores; is the processor throttled?"
         return Finding("remark", "codec", fact, remedy, key="slow")
     return Finding("ok", "codec", fact, key="fast")
 

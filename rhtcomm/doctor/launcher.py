@@ -21,6 +21,7 @@ class Launch:
             torchrun, "none" without a launcher.
         local_size: ranks on this machine, at least 1.
         machines: how many the ranks are on, where the ranks have found out.
+        local_cores: those that any rank of this machine may run on, where they have found out.
         address, port: where the ranks can meet, if the environment tells.
         agent: whether torchrun holds the store at that port.
         has_mpi: whether MPI should have all these ranks in its world.
@@ -35,6 +36,7 @@ class Launch:
     agent: bool = False
     has_mpi: bool = False
     machines: int | None = None
+    local_cores: int | None = None
 
     @property
     def on_one_machine(self) -> bool:

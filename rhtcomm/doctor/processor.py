@@ -98,7 +98,13 @@ def cores(launch: Launch, machine: Machine) -> list[Finding]:
     share = max(1, there // ranks)
     fact = f"each rank may run on {have} of {there} cores"
     remedy = UNBIND.get(launch.name, "start it without taskset, numactl or the like")
-    if have < share:
+    together = launch.local_cores
+    if together is not None and together < min(ranks, there):
+        fact = f"the {ranks} ranks on this machine are all bound to "
+        fact += "one core" if together == 1 else f"the same {together} cores"
+        fact += f", of {there}"
+        found = [Finding("problem", "cores", fact, f"do not bind: {remedy}")]
+    elif have < share:
         fact += f", though {share} are its share"
         found = [Finding("problem", "cores", fact, f"do not bind: {remedy}")]
     elif have == 1 < there:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from datetime import timedelta
 from hashlib import blake2b
 from pathlib import Path
@@ -43,6 +43,7 @@ class Meeting:
         assert launch.address is not None
         assert launch.port is not None
         self._launch, self._patience = launch, timedelta(seconds=seconds)
+        self._neighbors: list[int] = []  # ranks on this machine
         where = f"{launch.address}:{launch.port}"
         try:
             store = TCPStore(
@@ -67,7 +68,18 @@ class Meeting:
         boot = Path("/proc/sys/kernel/random/boot_id")
         own = f"{socket.gethostname()} {boot.read_text() if boot.exists() else ''}"
         keys = self._all_set("machine", own, 0)
-        return len({self.store.get(key) for key in keys}) if keys else None
+        machines = [self.store.get(key) for key in keys]
+        self._neighbors = [rank for rank, one in enumerate(machines) if one == own.encode()]
+        return len(set(machines)) if keys else None
+
+    def local_cores(self, own: Set[int]) -> int | None:
+        """How many cores the ranks on this rank's machine may run on, taken together.
+
+        Call it after `machines`. None if ranks did not tell in time.
+        """
+        keys = self._all_set("cores", " ".join(map(str, sorted(own))), 0)
+        told = [self.store.get(keys[rank]).split() for rank in self._neighbors] if keys else []
+        return len({core for cores in told for core in cores}) or None
 
     def ready(self, longer: float) -> bool:
         """Whether all ranks have called it, within so many seconds more than usual."""

@@ -121,7 +121,7 @@ def _from(file: Measured, given: dict[str, Any]) -> dict[str, Any]:
         lacking = ", ".join(f"{bits:g}" for bits in sorted(missing))
         raise ValueError(
             f"rhtcomm.plan: {file.path} lacks the codec's speed for {quantizer} at {lacking} bits; "
-            f"it has {', '.join(f'{bits:g}' for bits in speeds) or 'none'}"
+            f"it has {', '.join(f'{bits:g}' for bits in sorted(speeds)) or 'none'}"
         )
     if not speeds:
         others = ", ".join(name for name in file.speeds if file.speeds[name]) or "none"

@@ -37,7 +37,8 @@ class Plan:
         if not self.pays:
             return (
                 f"Compression will not pay: {plain.name} takes {1e3 * plain.seconds:.3g} ms, and "
-                f"nothing compressed within the error allowed is {WORTHWHILE} times as fast."
+                "nothing compressed within the error allowed is at least "
+                f"{WORTHWHILE} times as fast."
             )
         factor = plain.seconds / self.recommended.seconds
         return (

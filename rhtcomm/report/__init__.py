@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
+        default=argparse.SUPPRESS,
         help="page.html, which needs no other file, or page.png (default: the first file's name, "
         "ending in .html)",
     )
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
             no folder, or matplotlib is not installed.
     """
     first: Path = args.files[0]
-    out: Path = args.out or first.parent / f"{first.stem or 'run'}.html"
+    out: Path = getattr(args, "out", None) or first.parent / f"{first.stem or 'run'}.html"
     if out.suffix not in (".html", ".png"):
         raise ValueError(f"rhtcomm report: --out {out} must end in .html or .png")
     if not out.parent.is_dir():

@@ -372,7 +372,7 @@ def test_text(result: Result) -> None:
     assert cells[2][2:8] == ["1", "all_gather", "gloo", "100", "98.0 .. 102", "2.00"]
     assert "Failed, and so not timed: 2 bits, over gloo, 1 MiB: wrong." in lines
     assert any(
-        line.startswith("Left out, since 60 seconds do not hold all: 4 of 7") for line in lines
+        line.startswith("Left out, since --seconds 60 does not hold all: 4 of 7") for line in lines
     )
 
 

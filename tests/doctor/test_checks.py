@@ -210,6 +210,10 @@ def test_ranks_bound_to_a_core_are_found(tmp_path: Path) -> None:
     assert "bound to one core" in found.fact
     assert "--cpu-bind=none" in found.remedy
     assert grades(cores(launch, machine(tmp_path / "c", set(range(8))))) == ["ok"]
+    crowded = Launch("torchrun", world_size=8, local_size=8, local_cores=1)
+    (found,) = cores(crowded, machine(tmp_path / "d", {3}))
+    assert found.grade == "problem"
+    assert found.fact == "the 8 ranks on this machine are all bound to one core, of 8"
 
 
 def test_threads_against_cores(tmp_path: Path) -> None:
