@@ -236,9 +236,12 @@ def _finish(arguments: argparse.Namespace, result: Result, budget: Budget) -> No
     else:
         result.advice = advise(result.rows, error, arguments.max_nmse)
     if result.facts["nodes"] == 1 and result.advice.startswith("Do not compress"):
-        command = f"plan --from {arguments.json or 'bench.json'} --link-gbps 1"
-        written = "" if arguments.json else ", with the file of --json"
-        result.advice += f" This is one machine; for other links: `{command}`{written}."
+        file = arguments.json or "bench.json"
+        written = "" if arguments.json else "`--json bench.json` and then "
+        result.advice += (
+            f" This is one machine: for other links, use {written}"
+            f"`python -m rhtcomm plan --from {file} --link-gbps 1`."
+        )
     try:
         if arguments.json is not None:
             write_json(result, arguments.json)
