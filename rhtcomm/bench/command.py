@@ -235,13 +235,6 @@ def _finish(arguments: argparse.Namespace, result: Result, budget: Budget) -> No
         result.advice = of_steps(result.steps, error, arguments.max_nmse)
     else:
         result.advice = advise(result.rows, error, arguments.max_nmse)
-    if result.facts["nodes"] == 1 and result.advice.startswith("Do not compress"):
-        file = arguments.json or "bench.json"
-        written = "" if arguments.json else "`--json bench.json` and then "
-        result.advice += (
-            f" This is one machine: for other links, use {written}"
-            f"`python -m rhtcomm plan --from {file} --link-gbps 1`."
-        )
     try:
         if arguments.json is not None:
             write_json(result, arguments.json)
@@ -250,4 +243,4 @@ def _finish(arguments: argparse.Namespace, result: Result, budget: Budget) -> No
         if arguments.plot is not None:
             plot(result, arguments.plot)
     finally:  # a full disk does not cost the measurements
-        print(printed(result, budget.seconds), flush=True)
+        print(printed(result, budget.seconds, arguments.json), flush=True)

@@ -4,10 +4,12 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rhtcomm.bench.advice import best_plain
-from rhtcomm.bench.results import Result, Row, Step, mebibytes, table
+from rhtcomm.bench.results import Result, Row, Step, mebibytes
+from rhtcomm.markdown import table
 
 __all__ = ["printed"]
 
@@ -17,16 +19,26 @@ _HEADER = (
 )
 
 
-def printed(result: Result, seconds: float) -> str:
-    """All of it; the advice is the last line."""
+def printed(result: Result, seconds: float, file: Path | None = None) -> str:
+    """All of it; the advice is the last line. `file`: where --json wrote."""
     parts = [_heading(result.facts), _EXPLANATION, _exchanges(result.rows)]
     if result.steps:
         parts.append(_of_steps(result.steps))
     parts += [f"Failed, and so not timed: {_who(one)}: {one['reason']}." for one in result.failed]
     if result.dropped:
         parts.append(_left_out(result, seconds))
-    parts += [_times(result.parts, seconds), result.advice]
-    return "\n\n".join(parts)
+    parts.append(_times(result.parts, seconds))
+    if result.facts["nodes"] == 1 and result.advice.startswith("Do not compress"):
+        parts.append(_other_links(file))
+    return "\n\n".join([*parts, result.advice])
+
+
+def _other_links(file: Path | None) -> str:
+    written = "" if file else "`--json bench.json` and then "
+    return (
+        f"This is one machine: for other links, use {written}"
+        f"`python -m rhtcomm plan --from {file or 'bench.json'} --link-gbps 1`."
+    )
 
 
 _EXPLANATION = (

@@ -3,12 +3,11 @@
 import csv
 import json
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Result", "Row", "Step", "in_words", "mebibytes", "table", "write_csv", "write_json"]
+__all__ = ["Result", "Row", "Step", "in_words", "mebibytes", "write_csv", "write_json"]
 
 
 @dataclass(frozen=True)
@@ -100,22 +99,3 @@ def in_words(row: Row | Step) -> str:
     if "two levels" in getattr(row, "carrier", ""):
         words.append("two levels")
     return ", ".join(words)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
-    """Markdown, in columns of even width; the first `left` columns go to the left."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
-
-    def written(cells: Sequence[str]) -> str:
-        padded = (
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return f"| {' | '.join(padded)} |"
-
-    rule = [
-        "-" * (width + 2) if column < left else "-" * (width + 1) + ":"
-        for column, width in enumerate(widths)
-    ]
-    return "\n".join([written(lines[0]), f"|{'|'.join(rule)}|", *map(written, lines[1:])])

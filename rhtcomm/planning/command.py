@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from rhtcomm.kernels import kernel_for
+from rhtcomm.markdown import table
 from rhtcomm.planning.cost import GLOO
 from rhtcomm.planning.measured import Measured
-from rhtcomm.planning.plan import BITS, markdown, plan
+from rhtcomm.planning.plan import BITS, plan
 from rhtcomm.planning.probe import codec_of, measure_codec
 
 __all__ = ["add_arguments", "run"]
@@ -173,7 +174,7 @@ def _facts(options: dict[str, Any], given: dict[str, Any], file: Measured | None
     if "slowdown" in given:
         rows.append(["slowdown of the codec", f"{given['slowdown']:g}", "given"])
     origin = "" if file is None else f"{file.path}, measured with {file.world_size} ranks"
-    text = markdown([origin, "", ""], rows)
+    text = table([origin, "", ""], rows)
     if file is not None and file.remark:
         text += f"\n\n{file.remark}"
     return text

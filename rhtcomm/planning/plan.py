@@ -5,11 +5,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rhtcomm.markdown import table
 from rhtcomm.planning.cost import GLOO, Model, Prediction
 from rhtcomm.planning.probe import CodecSpeed, Link, PlanQuantizer, codec_of, measure_codec
 from rhtcomm.quantizers.ecdq import BITS as ECDQ_BITS
 
-__all__ = ["BITS", "Plan", "markdown", "plan"]
+__all__ = ["BITS", "Plan", "plan"]
 
 # What compression must gain to be worth its error and another dependency.
 WORTHWHILE = 1.1
@@ -49,7 +50,7 @@ class Plan:
     def __str__(self) -> str:
         header = ["", "ms", "latency", "link", "codec", "posting", "transport", "MB sent", "NMSE"]
         rows = [_cells(p) for p in self.predictions]
-        return f"{markdown(header, rows)}\n\n{self.verdict}"
+        return f"{table(header, rows)}\n\n{self.verdict}"
 
 
 def plan(
@@ -147,14 +148,3 @@ def _cells(p: Prediction) -> list[str]:
     )
     times = [f"{1e3 * part:.2f}" for part in seconds]
     return [p.name, *times, f"{p.bytes_sent / 1e6:.3f}", f"{p.nmse:.2g}"]
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in columns of even width; all but the first one go to the right."""
-    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
-    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [
-        [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
-        for row in (header, rules, *rows)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -361,6 +361,11 @@ def test_files(result: Result, tmp_path: Path) -> None:
 def test_text(result: Result) -> None:
     lines = printed(result, 60.0).splitlines()
     assert lines[-1] == "Take 1 bit."
+    assert "plan --from" not in printed(result, 60.0)
+    result.advice = "Do not compress: bf16 is faster."
+    *_, hint, _, advice = printed(result, 60.0, Path("/folder/a.json")).splitlines()
+    assert "`python -m rhtcomm plan --from /folder/a.json --link-gbps 1`" in hint
+    assert advice == result.advice  # which files keep, without the folder of this machine
     assert lines[0].startswith("2 ranks on 1 node, gloo, cpu; 1 thread per rank, 2 cores per node;")
     tables = [line for line in lines if line.startswith("|")]
     assert len({len(line) for line in tables}) == 1
