@@ -10,26 +10,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from rhtcomm.hooks.telemetry import COLUMNS
+
 __all__ = ["Bucket", "Run", "read_runs"]
 
 Array = npt.NDArray[np.float64]
 
 _MOST_LETTERS = 40  # of a name, whose end tells more
-_NEEDED = (
-    "step",
-    "bucket",
-    "numel",
-    "bits",
-    "bytes_sent",
-    "bytes_uncompressed",
-    "encode_seconds",
-    "exchange_seconds",
-    "decode_seconds",
-    "exposed_seconds",
-    "rotations",
-    "nmse",
-    "squared_norm",
-)
 
 
 class Bucket(NamedTuple):
@@ -190,7 +177,7 @@ def _read(path: Path) -> dict[str, Array]:
         lines.pop()  # what a killed run was writing
     reader = csv.reader(lines)
     header = next(reader, [])
-    missing = [name for name in _NEEDED if name not in header]
+    missing = [name for name in COLUMNS if name not in header]
     if missing:
         raise ValueError(
             f"rhtcomm report: {path} has no column {missing[0]}; give a file that "
@@ -205,7 +192,7 @@ def _read(path: Path) -> dict[str, Array]:
             f"rhtcomm report: {path} is damaged: a row has {len(short)} of {len(header)} columns"
         )
     columns = dict(zip(header, zip(*rows, strict=True), strict=True))
-    numbers = {name: _numbers(columns[name], path) for name in _NEEDED}
+    numbers = {name: _numbers(columns[name], path) for name in COLUMNS}
     valid = _not_done_again(numbers["step"])
     return {name: column[valid] for name, column in numbers.items()}
 

@@ -13,7 +13,7 @@ SOURCES = [*PACKAGE, *sorted((ROOT / "rhtcomm/kernels").rglob("*.[ch]"))]
 USERS = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 # What each layer may import, in addition to itself and what serves all.
 SERVES_ALL = {"arguments", "memory", "floating_point", "once", "versions"}
-ABOVE_HOOKS = {"bench"}  # tools, which measure what users register
+ABOVE_HOOKS = {"bench", "report"}  # tools, which measure what users register
 LAYERS = {
     "randomness": set[str](),
     "bitpack": set[str](),
