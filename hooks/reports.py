@@ -1,4 +1,4 @@
-"""Reports of buckets on their way to observers, and how long training waited for each."""
+"""Delivers the reports of buckets to observers, and measures how long training waited for each."""
 
 import logging
 import time
@@ -21,14 +21,14 @@ _log = logging.getLogger("rhtcomm")
 Observer = Callable[[BucketReport], object]
 
 Moments = tuple[Any, Any, Cuda]
-"""Of a device: before training waits for a bucket, and when it goes on."""
+"""On a device: events before and after training waits for a bucket."""
 Wait = float | Moments | None
-"""Seconds; None: nobody knows."""
+"""Seconds; None if unknown."""
 
 
 @dataclass(slots=True)
 class _Followed:
-    """A bucket whose mean training has not waited for."""
+    """A bucket whose mean training has not waited for yet."""
 
     step: int
     reports: list[BucketReport]
@@ -38,9 +38,10 @@ class _Followed:
     wait: Wait = None
 
     def land(self) -> None:
-        """Wait for the mean as training does, and measure it. Errors are for those who train.
+        """Wait for the mean as training would, and measure the wait.
 
-        On a device the moments are those of the current stream: it waits, and the host need not.
+        Errors are not raised here: training gets them from the future. On a device the current
+        stream waits, and the host does not.
         """
         future = self.future
         assert future is not None
@@ -62,15 +63,15 @@ def wait_for(future: Future) -> None:
 
 
 class Reports:
-    """Those of one state. It refers to no state, which could not be collected then.
+    """The reports of one state. It holds no reference to the state, which must stay collectable.
 
-    Reports reach the observers on the thread that trains, when a step's means have been waited for.
-    Of devices, whose host runs ahead, they come when the device has got there: a step later, or
-    with `close`.
+    Observers are called on the training thread, after training has waited for the means of a step.
+    On a device the host runs ahead, so they are called when the device has caught up: a step later,
+    or in `close`.
 
     Args:
         observers: an observer that raises is dropped with a warning.
-        totals: where waits are added.
+        totals: the waits are added to these.
     """
 
     def __init__(self, observers: Sequence[Observer], totals: Totals) -> None:
@@ -79,11 +80,12 @@ class Reports:
         self._landed: deque[list[_Followed]] = deque()
 
     def follow(self, bucket: Bucket, future: Future, cuda: Cuda) -> None:
-        """Of a bucket that DDP has handed over. DDP waits for it at the end of the backward pass.
+        """Follow a bucket that DDP passed to the hook, and will wait for after the backward pass.
 
-        A callback that is queued with the step's last bucket comes right before DDP's own; a turn
-        (`hooks/turns.py`), which ends by waiting for buckets, calls `land` before that. Without a
-        node, DDP hands over in its own callback (static_graph, first step), and waits there.
+        The callback queued with the step's last bucket runs right before DDP's own. A turn
+        (`hooks/turns.py`) ends by waiting for its buckets, and calls `land` before that. Without an
+        autograd node, DDP calls the hook from its own callback (static_graph, first step), and
+        waits there.
         """
         if self._followed and self._followed[-1].step != bucket.key.step:
             self._give_up_finished()
@@ -94,15 +96,15 @@ class Reports:
     def add(
         self, bucket: Bucket, future: Future | None, cuda: Cuda, wait: float | None = None
     ) -> None:
-        """Of a bucket that was handed over; without a future, training has its mean already."""
+        """Follow a bucket; without a future, training has its mean already."""
         assert bucket.reports is not None
         key, device = bucket.key, bucket.buffer.device
         self._followed.append(_Followed(key.step, bucket.reports, future, device, cuda, wait))
 
     def land(self, count: int | None = None) -> None:
-        """Wait for the first `count` of the buckets, or all, in the place of training.
+        """Wait for the first `count` buckets, or all, on behalf of training.
 
-        There are fewer where `close` was called meanwhile.
+        There are fewer if `close` was called in the meantime.
         """
         landed, there = [], len(self._followed)
         for _ in range(there if count is None else min(count, there)):
@@ -115,7 +117,7 @@ class Reports:
         self._deliver()
 
     def _give_up_finished(self) -> None:
-        """Of buckets whose waiting was not seen: the last ones of a step that DDP left out."""
+        """Deliver finished buckets whose wait was not seen: DDP left out the step's last ones."""
         landed = []
         while self._followed and (future := self._followed[0].future) and future.done():
             landed.append(self._followed.popleft())
@@ -123,7 +125,7 @@ class Reports:
         self._deliver()
 
     def _deliver(self, wait: bool = False) -> None:
-        """What has been waited for; on a device only if that is over, or after it, with `wait`."""
+        """Deliver what was waited for; on a device only what is over, or all of it with `wait`."""
         while self._landed:
             landed = self._landed[0]
             for followed in landed:
@@ -135,7 +137,7 @@ class Reports:
             self._observe(self._landed.popleft())
 
     def _observe(self, landed: list[_Followed]) -> None:
-        """Buckets that failed have no reports."""
+        """Call the observers. Buckets that failed have no reports."""
         before = None
         for followed in landed:
             wait: Any = followed.wait
@@ -160,7 +162,7 @@ class Reports:
                 self._drop(observer, error)
 
     def _drop(self, observer: Observer, error: Exception) -> None:
-        """An error here must end neither this rank nor, by its end, the others."""
+        """Stop calling an observer: its error must not end this rank, and so the others."""
         self._observers = [other for other in self._observers if other is not observer]
         with suppress(Exception):  # of a handler of the log
             _log.warning(
@@ -171,7 +173,7 @@ class Reports:
             )
 
     def close(self) -> None:
-        """Deliver what is left, and close observers that have a `close`; they are forgotten."""
+        """Deliver what is left, close the observers that have a `close`, and forget all of them."""
         for followed in self._followed:  # whose waiting was not seen
             followed.future = None
         self._landed.append([*self._followed])
@@ -190,10 +192,14 @@ def _nothing() -> None:
 
 
 def reports_to(observer: Any, totals: Totals, owner: str) -> Reports | None:
-    """Those of a state whose user gave one observer, several, or None.
+    """The reports of a state; None without observers.
+
+    Args:
+        observer: as the user passed it: one observer, several, or None.
+        owner: named in errors.
 
     Raises:
-        TypeError: one is no function.
+        TypeError: an observer is not a function.
     """
     if observer is None:
         return None

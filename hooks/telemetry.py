@@ -47,22 +47,22 @@ COLUMNS = (
     "nmse",
     "squared_norm",
 )
-"""Of a CSV file; see `BucketReport`. What was not measured is left empty."""
+"""Columns of the CSV file, see `BucketReport`; empty cells were not measured."""
 
 
 def csv(path: str | os.PathLike[str], *, all_ranks: bool = False) -> Observer:
     """Append a row for each bucket and step to a CSV file.
 
-    The file is complete after each step; where steps take less than 0.1 s, up to the last 0.1 s. So
-    a run that is killed has its rows.
+    Rows are written after each step, but at most every 0.1 s. So a run that is killed loses at most
+    the last 0.1 s.
 
-    A run that resumes from a checkpoint goes on in its file: rows of steps that are done again are
-    dropped first. A run that begins with step 0 begins a new file; what was there is renamed to
-    ``run.csv.previous``, or ``run.csv.previous.2`` and so on where that exists.
+    A run that resumes from a checkpoint continues its file, and first drops the rows of steps that
+    it repeats. A run that starts at step 0 starts a new file, and renames the old one to
+    ``run.csv.previous``, or ``run.csv.previous.2`` and so on if that exists.
 
     Args:
-        path: of the file; its folder is made if it is missing.
-        all_ranks: each rank writes a file of its own, ``run_rank0.csv`` and so on.
+        path: of the file; its folder is created if necessary.
+        all_ranks: each rank writes its own file, ``run_rank0.csv`` and so on.
     """
     return _Csv(Path(path), all_ranks)
 
@@ -86,7 +86,7 @@ def wandb(run: Any = None, *, every: int = 100, commit: bool = False) -> Observe
     """Log means over every so many steps to Weights & Biases, named ``rhtcomm/...``.
 
     Args:
-        run: by default the one that `wandb.init` began last.
+        run: by default the one that `wandb.init` started last.
         every: steps in one mean.
         commit: False: they go into the row of your next `wandb.log`. True: into a row of their own,
             for programs that log nothing else.
@@ -122,12 +122,12 @@ def _need(package: str) -> None:
 
 
 def _rank(report: BucketReport) -> int:
-    """This process's in the world; without torch.distributed, among those that average."""
+    """The rank in the world; without torch.distributed, among the ranks that average."""
     return dist.get_rank() if dist.is_initialized() else report.rank
 
 
 class _Csv:
-    """See `csv`. The file is opened by the first report, which says where the run begins."""
+    """See `csv`. The first report opens the file, since it has the first step of the run."""
 
     def __init__(self, path: Path, all_ranks: bool) -> None:
         self._path, self._all_ranks = path, all_ranks
