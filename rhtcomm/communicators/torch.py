@@ -1,6 +1,7 @@
 """Exchanges over a process group of torch.distributed."""
 
 import contextlib
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -11,6 +12,9 @@ from torch.distributed import default_pg_timeout
 
 from rhtcomm.communicators import gloo
 from rhtcomm.communicators.base import Communicator, name_of
+from rhtcomm.communicators.connecting import check_transport, open_sockets
+from rhtcomm.communicators.meeting import Meeting
+from rhtcomm.communicators.sockets import Connection, SocketCommunicator
 
 __all__ = ["TorchCommunicator", "backend_of"]
 
@@ -69,8 +73,11 @@ class TorchCommunicator(Communicator):
     @classmethod
     def of_its_own(
         cls, parent: dist.ProcessGroup, device: str, timeout: timedelta | None = None
-    ) -> "TorchCommunicator":
+    ) -> Communicator:
         """The ranks of `parent` over private connections; all of them must call it.
+
+        In place of Gloo, tensors in host memory go over sockets that the calling thread drives, if
+        all ranks can be reached so (see `connecting.py`).
 
         Args:
             parent: a process group, whose backend for the device is used.
@@ -79,14 +86,11 @@ class TorchCommunicator(Communicator):
 
         Raises:
             RuntimeError: another rank did not call it in time, or died.
+            ValueError: RHTCOMM_TRANSPORT is neither "sockets" nor "gloo".
         """
         ranks = dist.get_process_group_ranks(parent)
         if backend_of(parent, device) == "gloo":
-            timeout = timeout or default_pg_timeout
-            made = cls.__new__(cls)
-            made.private, made.timeout = True, timeout
-            made._set_up(gloo.connect(parent, timeout), ranks)
-            return made
+            return cls._instead_of_gloo(parent, ranks, device, timeout or default_pg_timeout)
         group = dist.new_group(
             ranks,
             timeout=timeout,
@@ -97,6 +101,27 @@ class TorchCommunicator(Communicator):
         assert group is not None
         made = cls(group)
         made.private = True
+        return made
+
+    @classmethod
+    def _instead_of_gloo(
+        cls, parent: dist.ProcessGroup, ranks: list[int], device: str, timeout: timedelta
+    ) -> Communicator:
+        check_transport()
+        meeting, rank = Meeting(parent, timeout), parent.rank()
+        found = open_sockets(parent, meeting) if device == "cpu" else None
+        if found is not None:
+            names = [name_of(other, ranks) for other in range(len(ranks))]
+            connections = {other: Connection(one, names[other]) for other, one in found.items()}
+            sockets = SocketCommunicator(rank, ranks, connections, timeout)
+            sockets.greet()
+            meeting.end()
+            return sockets
+        name = meeting.tell(uuid.uuid4().bytes)[0].hex()
+        made = cls.__new__(cls)
+        made.private, made.timeout = True, timeout
+        made._set_up(gloo.connect(name, rank, len(ranks), timeout), ranks)
+        meeting.end()
         return made
 
     def apart(self, device: str) -> "Communicator":
