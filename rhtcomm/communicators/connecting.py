@@ -19,6 +19,7 @@ __all__ = ["TRANSPORT", "check_transport", "open_sockets"]
 TRANSPORT = "RHTCOMM_TRANSPORT"
 """Environment variable: "sockets" (the default), or "gloo" for private connections by Gloo."""
 _SECONDS = 10.0  # to connect, and to hear from a rank that has connected
+_STRANGERS = 64  # that may call before the other ranks do
 _TOKEN_BYTES, _RANK_BYTES = 16, 4
 _DONE, _FAILED, _REFUSED = b"+", b"!", b"-"  # how what a rank tells of a step begins
 
@@ -121,7 +122,7 @@ def _listener(world_size: int) -> socket.socket:
     listener = socket.socket(family_of(address))
     try:
         listener.bind((address, 0))
-        listener.listen(world_size)
+        listener.listen(world_size + _STRANGERS)
     except OSError:
         listener.close()
         raise

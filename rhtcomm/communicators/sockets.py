@@ -6,11 +6,13 @@ travels on. Each message follows its length, so ranks that make different calls 
 """
 
 import contextlib
+import os
 import select
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from itertools import islice
 from typing import Literal, TypeVar
 
 import torch
@@ -38,6 +40,7 @@ class Connection:
     __slots__ = (
         "_arriving",
         "_length",
+        "_process",
         "_read",
         "_socket",
         "arrived",
@@ -49,8 +52,8 @@ class Connection:
     def __init__(self, connected: socket.socket, peer: str) -> None:
         connected.setblocking(False)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket, self.peer = connected, peer
-        self.leaving = deque[memoryview]()
+        self._socket, self.peer, self._process = connected, peer, os.getpid()
+        self.leaving = deque[bytes | memoryview]()
         """What the kernel has not taken yet."""
         self._arriving = deque[memoryview]()
         self._length, self._read = memoryview(bytearray(_LENGTH_BYTES)), 0  # of the next message
@@ -67,8 +70,7 @@ class Connection:
 
     def send(self, message: memoryview) -> None:
         """Send bytes, now or by a later `push`; they must not change until then."""
-        self.leaving.append(memoryview(len(message).to_bytes(_LENGTH_BYTES, "little")))
-        self.leaving.append(message)
+        self.leaving += (len(message).to_bytes(_LENGTH_BYTES, "little"), message)
         self.push()
 
     def expect(self, message: memoryview) -> int:
@@ -86,7 +88,7 @@ class Connection:
         leaving = self.leaving
         while leaving:
             try:
-                sent = self._socket.sendmsg([leaving[i] for i in range(min(_PARTS, len(leaving)))])
+                sent = self._socket.sendmsg(islice(leaving, _PARTS))
             except BlockingIOError:
                 return
             except OSError as error:
@@ -135,11 +137,16 @@ class Connection:
         return RuntimeError(f"SocketCommunicator: {self.peer}: {why}")
 
     def close(self) -> None:
-        """Close it for both sides, also if a forked process has it too."""
+        """Close it for both sides; in a forked process, only the process's copy."""
         self.leaving.clear()
         self._arriving.clear()
-        with contextlib.suppress(OSError):  # the other rank was first
-            self._socket.shutdown(socket.SHUT_RDWR)
+        if os.getpid() == self._process:
+            # A forked process that has a copy would keep it open.
+            with contextlib.suppress(OSError):  # the other rank was first
+                self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def __del__(self) -> None:
         self._socket.close()
 
 
@@ -293,7 +300,14 @@ class SocketCommunicator(Communicator):
         """A function that waits for the messages."""
 
         def finish() -> Result:
-            self._work_until(lambda: all(one.arrived >= number for one, number in arriving))
+            for connection in self._connections.values():
+                if connection.leaving:
+                    connection.push()
+            for connection, number in arriving:
+                if connection.arrived < number:
+                    connection.pull()
+                while connection.arrived < number:
+                    self._wait()
             return result
 
         return finish
@@ -303,34 +317,32 @@ class SocketCommunicator(Communicator):
 
         It delivers that even if this rank closes its connections or ends.
         """
-        self._work_until(lambda: not any(one.leaving for one in self._connections.values()))
+        for connection in self._connections.values():
+            while connection.leaving:
+                self._wait()
 
-    def _work_until(self, done: Callable[[], bool]) -> None:
-        """Send and receive until something is true.
+    def _wait(self) -> None:
+        """Wait until something can be sent or received, and do so.
 
         Raises:
             RuntimeError: another rank closed its connection, or made a different call, or nothing
-                arrived or left for the timeout.
+                came or left for the timeout.
         """
-        busy = [one for one in self._connections.values() if one.wants]
-        for one in busy:
-            one.push()
-            one.pull()
-        while not done():
-            poll = select.poll()
-            waiting = {one.fileno(): one for one in busy if one.wants}
-            for number, one in waiting.items():
-                poll.register(number, one.wants)
-            ready = poll.poll(1000 * self.timeout.total_seconds())
-            if not ready:
-                silent = ", ".join(one.peer for one in waiting.values())
-                raise RuntimeError(
-                    "SocketCommunicator: Timed out: nothing came or left for "
-                    f"{self.timeout.total_seconds():g} s while waiting for {silent}"
-                )
-            for number, _ in ready:
-                waiting[number].push()
-                waiting[number].pull()
+        poll, waiting = select.poll(), {}
+        for connection in self._connections.values():
+            if wanted := connection.wants:
+                waiting[connection.fileno()] = connection
+                poll.register(connection, wanted)
+        ready = poll.poll(1000 * self.timeout.total_seconds())
+        if not ready:
+            raise RuntimeError(
+                "SocketCommunicator: Timed out: nothing came or left for "
+                f"{self.timeout.total_seconds():g} s while waiting for "
+                + ", ".join(connection.peer for connection in waiting.values())
+            )
+        for number, _ in ready:
+            waiting[number].push()
+            waiting[number].pull()
 
     def abort(self) -> None:
         """Close the connections; the other ranks then raise."""
