@@ -173,6 +173,13 @@ class Communicator(Topology, Protocol):
         """Replace contiguous x (m,) uint8 by that of rank 0, in place."""
         ...
 
+    def start_all_reduce(
+        self, x: torch.Tensor, op: Literal["sum", "max"] = "sum"
+    ) -> Callable[[], torch.Tensor]:
+        """`all_reduce_` of x; by default it is made at once."""
+        self.all_reduce_(x, op)
+        return lambda: x
+
     def settle(self, wait: bool = True) -> None:
         return None
 
