@@ -10,7 +10,6 @@ from functools import partial
 import torch
 
 from rhtcomm.communicators import Communicator
-from rhtcomm.deferred import deferred_on
 from rhtcomm.kernels import LatticeTask, lattice_kernel_for
 from rhtcomm.lattice import Lattice
 from rhtcomm.reduce.job import Job
@@ -77,7 +76,12 @@ class _Chunk:
         marks.copy_(self._marks(key))
         flags.copy_(unpack(used))
         yield self._largest, message
-        self._check(marks, key)
+        largest, smallest = marks.split(_MARKS)
+        if not torch.equal(largest, -smallest):  # on a device, the host waits here
+            raise PayloadError(
+                "rhtcomm.all_reduce: another rank has codes that cannot be added to those for "
+                f"{key}: the ranks are out of step or configured differently"
+            )
         used.copy_(pack(flags != 0))
         job.clock.to("encode")
         words = x.new_empty(task.words, dtype=torch.int32)
@@ -94,17 +98,3 @@ class _Chunk:
         digest = hashlib.blake2b(common, digest_size=4 * _MARKS).digest()
         marks = torch.frombuffer(bytearray(digest), dtype=torch.int32) & 0x7FFFFFFF
         return torch.cat([marks, -marks])
-
-    def _check(self, marks: torch.Tensor, key: object) -> None:
-        """Raise PayloadError unless all ranks have the same; on CUDA, perhaps later."""
-
-        def check(arrived: torch.Tensor) -> None:
-            largest, smallest = arrived.split(_MARKS)
-            if not torch.equal(largest, -smallest):
-                raise PayloadError(
-                    "rhtcomm.all_reduce: another rank has codes that cannot be added to those for "
-                    f"{key}: the ranks are out of step or configured differently"
-                )
-
-        later = deferred_on(marks.device)
-        later.add(marks.clone(), check) if later else check(marks)
