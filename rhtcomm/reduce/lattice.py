@@ -43,7 +43,7 @@ class LatticeSum:
         ]
 
     def __call__(self, job: Job, used: torch.Tensor) -> None:
-        pipeline(self._chunks, job, used)
+        pipeline(self._chunks, job, used, ahead=1)
 
 
 class _Chunk:
