@@ -122,8 +122,9 @@ class Communicator(Topology, Protocol):
     """Exchanges among `world_size` ranks; all ranks make the same calls in the same order.
 
     A `start_...` returns at once, with a function that waits for the result and returns it. Several
-    exchanges may be in flight; finish them in the order in which they were started (all-reduces: in
-    any order), then call `settle`. Do not change tensors that are being sent until `settle` has waited.
+    exchanges may be in flight; finish them in the order in which they were started (all-reduces in
+    any order), then call `settle`. Do not change tensors that are being sent until `settle` has
+    waited.
     """
 
     bytes_sent: int = 0

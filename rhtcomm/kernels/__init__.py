@@ -106,13 +106,19 @@ def kernel_for(device: torch.device, quantizer: Quantizer) -> Kernel:
 
 
 def lattice_kernel_for(device: torch.device) -> LatticeKernel:
-    """The lattice's kernel for tensors on this device: in C where codecs run in C.
+    """The lattice's kernel for tensors on this device: of the kind that codecs use there.
 
     Raises:
         ValueError, RuntimeError: as `kernel_for` does.
     """
     kernel = _forced or _chosen(device.type, QuicFL)
-    return lattice_cpu.of(kernel) if isinstance(kernel, cpu.Library) else lattice
+    if isinstance(kernel, cpu.Library):
+        return lattice_cpu.of(kernel)
+    if kernel is sys.modules.get("rhtcomm.kernels.gpu"):
+        from rhtcomm.kernels import lattice_gpu
+
+        return lattice_gpu
+    return lattice
 
 
 @contextmanager

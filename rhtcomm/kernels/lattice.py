@@ -19,7 +19,20 @@ from rhtcomm.lattice import Lattice
 from rhtcomm.randomness import Key, dither
 from rhtcomm.rotation import Blocks
 
-__all__ = ["NOT_FINITE", "ZERO", "LatticeKernel", "LatticeTask", "decode", "encode", "rotate"]
+__all__ = [
+    "NOT_FINITE",
+    "ZERO",
+    "Batch",
+    "LatticeKernel",
+    "LatticeTask",
+    "batches",
+    "decode",
+    "encode",
+    "in_codes",
+    "pack",
+    "rotate",
+    "unpack",
+]
 
 ZERO, NOT_FINITE = -(1 << 31), (1 << 31) - 1
 """Bounds of blocks of zeros, and of blocks that hold inf or NaN."""
@@ -126,7 +139,7 @@ def rotate(
     exponents: torch.Tensor,
     bounds: torch.Tensor,
 ) -> None:
-    for blocks, rows, _ in _batches(task, x.device):
+    for blocks, rows, _ in batches(task, _limit(x)):
         values = blocks.rows(x[blocks.offset : blocks.stop].float())
         down, up, finite = powers_of_two(values)
         values = torch.where(finite[:, None], values * down[:, None], 0.0)
@@ -151,7 +164,7 @@ def encode(
 ) -> None:
     lattice, stratum = task.lattice, 65536 * rank // task.world_size
     middle = (2**lattice.bits - 1) * 32768
-    for blocks, rows, where in _batches(task, y.device):
+    for blocks, rows, where in batches(task, _limit(y)):
         mantissa, exponent, usable = _split(bounds[rows])
         unit = _power_of_two((exponents[rows] - exponent).clamp(-126, 127))
         per_unit = torch.where(usable, torch.div(1.0, mantissa) * lattice.per_step * unit, 0.0)
@@ -171,11 +184,8 @@ def decode(
     out: torch.Tensor,
 ) -> None:
     lattice, n = task.lattice, task.world_size
-    half, odd = divmod(n * (2**lattice.bits - 1), 2)
-    # n v mod 2^16 is one of the multiples of gcd(n, 2^16), each with the same probability.
-    rest = (0 if odd else 32768) - min(n & -n, 65536) / 2
-    unit = float(np.float32(1) / (np.float32(n) * np.float32(lattice.per_step)))
-    for blocks, rows, where in _batches(task, out.device):
+    half, rest, unit = in_codes(task)
+    for blocks, rows, where in batches(task, _limit(out)):
         sums = unpack(words[where].view(blocks.count, -1), blocks.size, lattice, n) - half
         fraction = (n * _dither(key, offset, blocks, out.device).long()) & 0xFFFF
         values = (sums.int().float() * 65536 + (rest - fraction.float())) * unit
@@ -188,6 +198,18 @@ def decode(
         mean = torch.where((bounds[rows] == NOT_FINITE)[:, None], torch.nan, mean)
         target = out[blocks.offset : blocks.stop]
         assign_(target, mean.flatten()[: target.numel()])
+
+
+def in_codes(task: LatticeTask) -> tuple[int, float, float]:
+    """What a sum of codes is 0 at, whole and the rest in 2^-16; and 2^-16 of a step in units of M.
+
+    The sum of the ranks' v_i is n v mod 2^16 and a constant. n v mod 2^16 is one of the multiples of
+    gcd(n, 2^16), each with the same probability.
+    """
+    n, every = task.world_size, 2**task.lattice.bits - 1
+    half, odd = divmod(n * every, 2)
+    rest = (0 if odd else 32768) - min(n & -n, 65536) / 2
+    return half, rest, float(np.float32(1) / (np.float32(n) * np.float32(task.lattice.per_step)))
 
 
 def pack(codes: torch.Tensor, lattice: Lattice, world_size: int) -> torch.Tensor:
@@ -207,22 +229,32 @@ def unpack(words: torch.Tensor, size: int, lattice: Lattice, world_size: int) ->
     return planes.flatten(1)[:, :size]
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
+    """Adjacent blocks of one size."""
+
     blocks: Blocks
-    rows: slice  # of all blocks
+    """By their offset in the tensor."""
+    rows: slice
+    """Their numbers, among all blocks."""
     words: slice
+    """Where their words are."""
 
 
-def _batches(task: LatticeTask, device: torch.device) -> Iterator[_Batch]:
+def batches(task: LatticeTask, limit: int) -> Iterator[Batch]:
+    """All blocks, at most about `limit` coordinates at a time."""
     done = begin = 0
     for section in task.sections:
         size, m = section.size, task.lattice.words(section.size, task.world_size)
-        step = max(1, _BATCH.get(device.type, _LARGE_BATCH) // size)
+        step = max(1, limit // size)
         for row in range(0, section.count, step):
             count = min(step, section.count - row)
             blocks = Blocks(section.offset + row * size, count, size)
-            yield _Batch(blocks, slice(done, done + count), slice(begin, begin + count * m))
+            yield Batch(blocks, slice(done, done + count), slice(begin, begin + count * m))
             done, begin = done + count, begin + count * m
+
+
+def _limit(x: torch.Tensor) -> int:
+    return _BATCH.get(x.device.type, _LARGE_BATCH)
 
 
 def _split(bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from rhtcomm import Key, Lattice
-from rhtcomm.kernels import LatticeKernel, LatticeTask, lattice
+from rhtcomm.kernels import LatticeKernel, LatticeTask, lattice, lattice_kernel_for
 
-__all__ = ["Sum", "magnitudes", "sum_of"]
+__all__ = ["Sum", "everything_here", "magnitudes", "sum_of"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,14 @@ def sum_of(
     mean = torch.empty_like(xs[0])
     kernel.decode(task, key, offset, total, bounds, mean)
     return Sum(ys, exponents, bounds, words, total, mean)
+
+
+def everything_here(
+    lattice_: Lattice, xs: list[torch.Tensor], key: Key, offset: int
+) -> list[torch.Tensor]:
+    """All of `sum_of`, by the kernel that this process uses on CPU tensors."""
+    kernel = lattice_kernel_for(torch.device("cpu"))
+    return sum_of(lattice_, xs, key, offset, kernel).everything()
 
 
 def magnitudes(bounds: torch.Tensor) -> torch.Tensor:
