@@ -201,10 +201,10 @@ def decode(
 
 
 def in_codes(task: LatticeTask) -> tuple[int, float, float]:
-    """What a sum of codes is 0 at, whole and the rest in 2^-16; and 2^-16 of a step in units of M.
+    """half, rest and unit: unit (2^16 (sum of codes - half) + rest - n v mod 2^16) is the mean / M.
 
-    The sum of the ranks' v_i is n v mod 2^16 and a constant. n v mod 2^16 is one of the multiples of
-    gcd(n, 2^16), each with the same probability.
+    The sum of the ranks' v_i is n v mod 2^16 plus a constant. n v mod 2^16 is one of the multiples
+    of gcd(n, 2^16), each with the same probability.
     """
     n, every = task.world_size, 2**task.lattice.bits - 1
     half, odd = divmod(n * every, 2)

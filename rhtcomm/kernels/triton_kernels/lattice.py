@@ -22,7 +22,7 @@ def power_of_two(exponent):
 
 @triton.jit
 def split_bound(bound):
-    """The mantissa and the exponent of a bound, and whether it is that of an M > 0; else 1 and 0."""
+    """Mantissa and exponent of a bound (else 1 and 0), and whether it is that of an M > 0."""
     usable = (bound != _ZERO) & (bound != _NOT_FINITE)
     bound = tl.where(usable, bound, 0)
     mantissa = ((bound & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
