@@ -163,6 +163,15 @@ def test_codes_of_the_largest_magnitude_stay_in_their_lanes(bits: int) -> None:
         assert torch.equal(pack(codes, lattice_, 1).flatten(), words), name
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_no_rounding_takes_the_largest_magnitude_beyond_its_cell(bits: int) -> None:
+    """For all mantissas of M, as the kernels compute it: else one code in 2^16 would carry."""
+    largest = (torch.arange(1 << 23, dtype=torch.int32) | 0x3F800000).view(torch.float32)
+    z = largest * (torch.div(1.0, largest) * Lattice(bits).per_step)
+    middle = (2**bits - 1) * 32768
+    assert middle - 16 < float(z.min()) <= float(z.max()) <= middle
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 64, 1000, 2**20])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_no_lane_carries_into_the_next(bits: int, n: int) -> None:
