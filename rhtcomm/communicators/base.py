@@ -177,7 +177,7 @@ class Communicator(Topology, Protocol):
     def start_all_reduce(
         self, x: torch.Tensor, op: Literal["sum", "max"] = "sum"
     ) -> Callable[[], torch.Tensor]:
-        """`all_reduce_` of x; by default it is made at once."""
+        """`all_reduce_` of `x` by `op`; by default it is made at once."""
         self.all_reduce_(x, op)
         return lambda: x
 
