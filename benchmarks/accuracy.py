@@ -36,6 +36,7 @@ from rhtcomm import (
     codebooks,
 )
 from rhtcomm.codebooks import quic_fl
+from rhtcomm.kernels import LatticeTask, lattice_kernel_for
 from rhtcomm.quantizers import Quantizer
 
 BLOCK = 4096
@@ -71,17 +72,18 @@ def by_codec(quantizer: Quantizer) -> Method:
 
 def by_lattice(bits: int) -> Method:
     """One rank's codes, in lanes that are as wide as a sum over 2 ranks needs."""
-    lattice = Lattice(bits)
+    lattice, kernel = Lattice(bits), lattice_kernel_for(torch.device("cpu"))
 
     def method(x: torch.Tensor, seed: int) -> tuple[torch.Tensor, float]:
-        key, estimate, length = Key(seed=seed), [], 0
-        for blocks in lattice.blocks(x.numel()):
-            y = lattice.rotate(x[blocks.offset : blocks.stop], key, blocks)
-            bound = y.abs().amax(dim=1)
-            codes = lattice.codes(y, bound, key, blocks.offset, 0, 1)
-            estimate.append(lattice.mean(codes, bound, key, blocks, 1).flatten())
-            length += 32 * lattice.pack(codes.flatten(), 2).numel() + 32 * blocks.count
-        return torch.cat(estimate)[: x.numel()], length
+        key, task = Key(seed=seed), LatticeTask(lattice, x.numel(), 1)
+        y, estimate = torch.empty(task.padded), torch.empty(task.numel)
+        exponents, bounds = torch.empty(2, task.blocks, dtype=torch.int32)
+        words = torch.empty(task.words, dtype=torch.int32)
+        kernel.rotate(task, key, 0, x, y, exponents, bounds)
+        kernel.encode(task, key, 0, 0, y, exponents, bounds, words)
+        kernel.decode(task, key, 0, words, bounds, estimate)
+        sent = LatticeTask(lattice, x.numel(), 2)
+        return estimate, 32 * (sent.words + sent.blocks)
 
     return method
 

@@ -27,6 +27,7 @@ from lib.processes import execute, mpirun, torchrun
 from lib.progress import progress
 from lib.report import table
 from rhtcomm.communicators import Communicator
+from rhtcomm.kernels import LatticeTask
 from rhtcomm.reduce import Algorithm
 
 NUMEL, BITS, KEY = 1 << 20, 4, rhtcomm.Key(seed=3)
@@ -87,10 +88,10 @@ def expected_error(name: str, n: int) -> float:
     inputs = torch.stack([tensor_of(rank) for rank in range(n)]).double()
     if name == "Lattice":
         lattice = rhtcomm.Lattice(BITS)
-        (blocks,) = lattice.blocks(NUMEL)
-        bounds = [lattice.rotate(x.float(), KEY, blocks).abs().amax(dim=1) for x in inputs]
-        step = 2 * torch.stack(bounds).amax(dim=0) / (2**BITS - 1)
-        return float((step**2 / 12 / n).sum()) * blocks.size
+        rotated = torch.stack([lattice.rotation.forward(x.float(), KEY) for x in inputs])
+        bounds = rotated.abs().view(n, -1, lattice.block).amax(dim=(0, 2)).double()
+        step = 2 * bounds / (2**BITS - 1)
+        return float((step**2 / 12 / n).sum()) * lattice.block
     if name.endswith("2 nodes x 2"):
         inputs = inputs.view(2, 2, -1).mean(dim=1)
         error, algorithm = CASES[0][3], "all_gather"
@@ -106,8 +107,8 @@ def expected_bytes(name: str, n: int) -> float:
     """By all ranks together."""
     payload = CASES[0][1].nbytes(NUMEL)  # type: ignore[union-attr]
     if name == "Lattice":
-        lanes = 32 // rhtcomm.Lattice(BITS).lane_bits(n)
-        return 2 * (n - 1) * 4 * (-(-NUMEL // lanes) + NUMEL // 4096 * 2)  # words and bounds
+        task = LatticeTask(rhtcomm.Lattice(BITS), NUMEL, n)
+        return 2 * (n - 1) * 4 * (task.words + task.blocks)
     if name.endswith("2 nodes x 2"):
         return 2 * payload  # one payload each way between the nodes, in shares
     return (n * (n - 1) if name.endswith("all_gather") else 2 * (n - 1)) * payload

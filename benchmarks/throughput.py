@@ -264,7 +264,7 @@ def main() -> None:
         "--contestants",
         nargs="+",
         default=["[!r]*", "rht? [!l]*"],
-        help="names, or patterns; by default all but the lattice, which takes seconds",
+        help="names, or patterns; by default all but the lattice",
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="1gbit, 2 ranks, 1 MiB, b = 4")

@@ -14,16 +14,18 @@ of the codes and one stream of dither are all that is needed:
 
 The sum fits in w = b + ceil(log2 n) bits. floor(32 / w) such lanes make an int32 word, no lane can
 carry into the next, and whatever adds integers (a switch, NVLink, any MPI) can do the reduction.
+
+In numbers: v has 16 bits, y / D is an integer number of 2^-16, and ranks add floor(2^16 i / n) to
+v. Then the sum of the v_i is known exactly, and the mean has no bias for any n. The kernels
+(rhtcomm/kernels/lattice.py) compute all of it.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
+import numpy as np
 
-from rhtcomm.floating_point import default_mode
 from rhtcomm.quantizers.base import check_bits
-from rhtcomm.randomness import Key, dither
 from rhtcomm.rotation import Blocks, RandomizedHadamard, split_into_blocks
 from rhtcomm.versions import VERSIONS
 
@@ -96,74 +98,18 @@ class Lattice:
             )
         return width
 
+    def words(self, size: int, world_size: int) -> int:
+        """m, int32 words of a block of `size` coordinates: floor(32 / w) lanes in each."""
+        return -(-size // (32 // self.lane_bits(world_size)))
+
+    @cached_property
+    def per_step(self) -> float:
+        """M / D in units of 2^-16, a float32.
+
+        D is larger than above by a factor of 1 + 2^-21, so that no rounding of y / D takes a code
+        out of its range.
+        """
+        return float(np.float32((2**self.bits - 1) * 32768 * (1 - 2**-21)))
+
     def blocks(self, numel: int) -> tuple[Blocks, ...]:
         return split_into_blocks(numel, self.block)
-
-    @default_mode(pool=True)
-    def rotate(self, x: torch.Tensor, key: Key, blocks: Blocks) -> torch.Tensor:
-        """Rotated coordinates of blocks: x (at most B d,) -> (B, d) float64; inf if not finite."""
-        rows = blocks.rows(x.float())
-        peak = rows.abs().amax(dim=1, keepdim=True)
-        finite = peak.isfinite()
-        # Powers of two keep the rotated coordinates in the range of float32.
-        _, exponent = torch.frexp(torch.where(finite, peak, 1.0))
-        half = exponent // 2
-        small = torch.ldexp(torch.ldexp(rows, -half), half - exponent)
-        y = self.rotation.rotate(torch.where(finite, small, 0.0), key, blocks.offset).double()
-        y = torch.ldexp(y, exponent.double()) * blocks.size ** (-self.rotations / 2)
-        return torch.where(finite, y, torch.inf)
-
-    @default_mode(pool=True)
-    def codes(
-        self,
-        y: torch.Tensor,
-        bound: torch.Tensor,
-        key: Key,
-        offset: int,
-        rank: int,
-        world_size: int,
-    ) -> torch.Tensor:
-        """x_i: y (B, d) float64, bound (B,) = M of all ranks -> (B, d) int64."""
-        v = torch.frac(self._dither(y.shape, key, offset, y.device) + rank / world_size)
-        step = self._step(bound)
-        position = (y + bound[:, None]) / step[:, None]
-        usable = (bound > 0) & bound.isfinite()
-        position = torch.where(usable[:, None], position, 0.0)
-        return (position + v).floor().long().clamp(0, 2**self.bits - 1)
-
-    @default_mode(pool=True)
-    def mean(
-        self, total: torch.Tensor, bound: torch.Tensor, key: Key, blocks: Blocks, world_size: int
-    ) -> torch.Tensor:
-        """Mean over ranks: total (B, d) int64, the sum of all codes -> (B, d) float32."""
-        v = self._dither(total.shape, key, blocks.offset, total.device)
-        centred = total - torch.frac(world_size * v) + 0.5
-        # In units of M, so that the inverse rotation stays in the range of float32 too.
-        unit = 2 / (2**self.bits - 1) / world_size
-        y = self.rotation.unrotate((centred * unit - 1).float(), key, blocks.offset).double()
-        mean = y * (bound[:, None] * blocks.size ** (-self.rotations / 2))
-        mean = torch.where((bound > 0)[:, None], mean, 0.0)
-        return torch.where(bound.isfinite()[:, None], mean, torch.nan).float()
-
-    def pack(self, codes: torch.Tensor, world_size: int) -> torch.Tensor:
-        """codes (m,) int64 -> words int32, floor(32 / w) lanes each, the first one lowest."""
-        width = self.lane_bits(world_size)
-        lanes = 32 // width
-        padded = torch.nn.functional.pad(codes, (0, -codes.numel() % lanes)).view(-1, lanes)
-        words = (padded << (width * torch.arange(lanes, device=codes.device))).sum(dim=1)
-        return words.to(torch.int32)
-
-    def unpack(self, words: torch.Tensor, numel: int, world_size: int) -> torch.Tensor:
-        """Summed words int32 -> sums of codes (numel,) int64."""
-        width = self.lane_bits(world_size)
-        shifts = width * torch.arange(32 // width, device=words.device)
-        lanes: torch.Tensor = ((words.long() & 0xFFFFFFFF)[:, None] >> shifts) & ((1 << width) - 1)
-        return lanes.flatten()[:numel]
-
-    def _step(self, bound: torch.Tensor) -> torch.Tensor:
-        return torch.mul(bound, 2 / (2**self.bits - 1))
-
-    @staticmethod
-    def _dither(shape: torch.Size, key: Key, offset: int, device: torch.device) -> torch.Tensor:
-        _, v = dither(key, offset, shape.numel(), 0, device)
-        return torch.div(v.double() + 0.5, 65536).view(shape)

@@ -6,7 +6,7 @@ __all__ = ["ARITHMETIC", "PACKAGE", "VERSIONS", "WIRE"]
 
 PACKAGE = "0.1.0"
 WIRE = 1  # of the encoded bytes
-ARITHMETIC = 1  # of the bits decoded from given bytes
+ARITHMETIC = 2  # of the bits decoded from given bytes, and of the lattice's words
 
 VERSIONS: Mapping[str, object] = {
     "package version": PACKAGE,

@@ -122,8 +122,9 @@ class Communicator(Topology, Protocol):
     """Exchanges among `world_size` ranks; all ranks make the same calls in the same order.
 
     A `start_...` returns at once, with a function that waits for the result and returns it. Several
-    exchanges may be in flight; finish them in the order in which they were started, then call
-    `settle`. Do not change tensors that are being sent until `settle` has waited.
+    exchanges may be in flight; finish them in the order in which they were started (all-reduces in
+    any order), then call `settle`. Do not change tensors that are being sent until `settle` has
+    waited.
     """
 
     bytes_sent: int = 0
@@ -172,6 +173,13 @@ class Communicator(Topology, Protocol):
     def start_broadcast(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Replace contiguous x (m,) uint8 by that of rank 0, in place."""
         ...
+
+    def start_all_reduce(
+        self, x: torch.Tensor, op: Literal["sum", "max"] = "sum"
+    ) -> Callable[[], torch.Tensor]:
+        """`all_reduce_` of `x` by `op`; by default it is made at once."""
+        self.all_reduce_(x, op)
+        return lambda: x
 
     def settle(self, wait: bool = True) -> None:
         return None

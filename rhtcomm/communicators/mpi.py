@@ -122,6 +122,11 @@ class MPICommunicator(Communicator):
         return self._finish(self.comm.Ibcast(_host_array(x)), x)
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        self.start_all_reduce(x, op)()
+
+    def start_all_reduce(
+        self, x: torch.Tensor, op: Literal["sum", "max"] = "sum"
+    ) -> Callable[[], torch.Tensor]:
         """As in `Communicator`.
 
         Raises:
@@ -132,9 +137,9 @@ class MPICommunicator(Communicator):
                 f"MPICommunicator.all_reduce_: MPI cannot be trusted to add {x.dtype}; pass "
                 "x.float(), or use rhtcomm.all_reduce, which takes bfloat16 and float16"
             )
-        request = self.comm.Iallreduce(self._in_place, _host_array(x), self._operations[op])
-        self._finish(request, x)()
         self.bytes_sent += self.ring_bytes(x.nbytes)
+        request = self.comm.Iallreduce(self._in_place, _host_array(x), self._operations[op])
+        return self._finish(request, x)
 
     def close(self) -> None:
         """Free the duplicated communicator; all ranks must call it."""

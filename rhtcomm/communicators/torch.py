@@ -244,10 +244,15 @@ class TorchCommunicator(Communicator):
         return self._arrival(self._receive([x], [0]), x)
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        self.start_all_reduce(x, op)()
+
+    def start_all_reduce(
+        self, x: torch.Tensor, op: Literal["sum", "max"] = "sum"
+    ) -> Callable[[], torch.Tensor]:
         options: Any = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
-        self._collective(self.group.allreduce([x], options), None)()
         self.bytes_sent += self.ring_bytes(x.nbytes)
+        return self._collective(self.group.allreduce([x], options), x)
 
     def _collective(self, work: dist.Work | None, result: Result) -> Callable[[], Result]:
         """A function that waits for a collective; until then it keeps the tensors alive."""

@@ -28,13 +28,25 @@ from urllib.parse import urlsplit
 
 import torch
 
-from rhtcomm.kernels import cpu, reference
+from rhtcomm.kernels import cpu, lattice, lattice_cpu, reference
+from rhtcomm.kernels.lattice import LatticeKernel, LatticeTask
 from rhtcomm.kernels.task import Task
 from rhtcomm.once import once
-from rhtcomm.quantizers import ECDQ, Quantizer
+from rhtcomm.quantizers import ECDQ, Quantizer, QuicFL
 from rhtcomm.randomness import Key
 
-__all__ = ["DTYPES", "Kernel", "Task", "build_command", "choose", "kernel_for", "use"]
+__all__ = [
+    "DTYPES",
+    "Kernel",
+    "LatticeKernel",
+    "LatticeTask",
+    "Task",
+    "build_command",
+    "choose",
+    "kernel_for",
+    "lattice_kernel_for",
+    "use",
+]
 
 DTYPES = cpu.DTYPES
 
@@ -91,6 +103,22 @@ def kernel_for(device: torch.device, quantizer: Quantizer) -> Kernel:
         RuntimeError: the requested kernels are missing.
     """
     return _forced or _chosen(device.type, type(quantizer))
+
+
+def lattice_kernel_for(device: torch.device) -> LatticeKernel:
+    """The lattice's kernel for tensors on this device: of the kind that codecs use there.
+
+    Raises:
+        ValueError, RuntimeError: as `kernel_for` does.
+    """
+    kernel = _forced or _chosen(device.type, QuicFL)
+    if isinstance(kernel, cpu.Library):
+        return lattice_cpu.of(kernel)
+    if kernel is sys.modules.get("rhtcomm.kernels.gpu"):
+        from rhtcomm.kernels import lattice_gpu
+
+        return lattice_gpu
+    return lattice
 
 
 @contextmanager

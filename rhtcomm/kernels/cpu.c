@@ -7,6 +7,7 @@
  */
 #include "native/decode.h"
 #include "native/encode.h"
+#include "native/lattice.h"
 
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -41,10 +42,52 @@ EXPORT int JOIN(rhtcomm_decode, VARIANT)(const Plan *plans, int count, uint64_t 
                          (int)(ranks < SIDE_BY_SIDE ? SIDE_BY_SIDE / ranks : 1), threads);
 }
 
+/* The lattice's three steps, on a tensor x by its plans; see native/lattice.h. The arrays have an entry
+ * for each block. */
+
+/* Rotates x to y, and finds the exponents and bounds of its blocks. y may be x, if that is float32 and
+ * has whole blocks. Returns 0, or -1 if out of memory, as the next two do. */
+EXPORT int JOIN(rhtcomm_lattice_rotate, VARIANT)(const Plan *plans, int count, uint64_t seed,
+                                                 uint32_t step, uint32_t bucket, uint32_t hop,
+                                                 int64_t offset, const void *x, int dtype, float *y,
+                                                 int32_t *exponents, int32_t *bounds, int threads) {
+    const Summing call = {.origin = {{(uint32_t)seed, seed >> 32}, bucket, step, hop, offset, 0, 1},
+                          .x = (char *)x, .dtype = dtype, .y = y, .exponents = exponents,
+                          .bounds = bounds};
+    return for_each_unit(plans, count, lattice_rotate_units, &call, 1, SIDE_BY_SIDE, threads);
+}
+
+/* Quantizes y to words, given the bounds of all ranks. */
+EXPORT int JOIN(rhtcomm_lattice_encode, VARIANT)(const Plan *plans, int count, uint64_t seed,
+                                                 uint32_t step, uint32_t bucket, uint32_t hop,
+                                                 int64_t offset, int64_t rank, int64_t world_size,
+                                                 const float *y, const int32_t *exponents,
+                                                 const int32_t *bounds, uint32_t *words,
+                                                 int threads) {
+    const Summing call = {.origin = {{(uint32_t)seed, seed >> 32}, bucket, step, hop, offset, rank,
+                                     world_size},
+                          .y = (float *)y, .exponents = (int32_t *)exponents,
+                          .bounds = (int32_t *)bounds, .words = words};
+    return for_each_unit(plans, count, lattice_encode_units, &call, 1, SIDE_BY_SIDE, threads);
+}
+
+/* Writes the mean to `out`, given the sum of all ranks' words. */
+EXPORT int JOIN(rhtcomm_lattice_decode, VARIANT)(const Plan *plans, int count, uint64_t seed,
+                                                 uint32_t step, uint32_t bucket, uint32_t hop,
+                                                 int64_t offset, int64_t world_size,
+                                                 const uint32_t *words, const int32_t *bounds,
+                                                 void *out, int dtype, int threads) {
+    const Summing call = {.origin = {{(uint32_t)seed, seed >> 32}, bucket, step, hop, offset, 0,
+                                     world_size},
+                          .x = out, .dtype = dtype, .bounds = (int32_t *)bounds,
+                          .words = (uint32_t *)words};
+    return for_each_unit(plans, count, lattice_decode_units, &call, 1, SIDE_BY_SIDE, threads);
+}
+
 #ifdef DISPATCH
 /* Detects a library that was built from another version than the Python code; raise it when a
  * function, Plan or a table that it points to changes. */
-enum { ABI = 8 };
+enum { ABI = 9 };
 EXPORT int rhtcomm_abi(void) { return (ABI << 16) + (int)sizeof(Plan); }
 
 /* The mode of the calling thread; see floating_point.py. */

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,7 @@ from rhtcomm.wire import Section
 __all__ = [
     "ABI",
     "DTYPES",
+    "NO_MEMORY",
     "QUANTIZERS",
     "Library",
     "Plan",
@@ -35,9 +36,9 @@ __all__ = [
 QUANTIZERS = (QuicFL, Eden, VectorQuantizer, ECDQ)  # in the order of native/plan.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of native/plan.h
 _NUMBER_OF = {dtype: number for number, dtype in enumerate(DTYPES)}
-ABI = 8  # of cpu.c
+ABI = 9  # of cpu.c
 _NAME = "rhtcomm_cpu.*"
-_NO_MEMORY = "rhtcomm: out of memory for the working space of the C kernels; use smaller blocks"
+NO_MEMORY = "rhtcomm: out of memory for the working space of the C kernels; use smaller blocks"
 
 
 def library_path() -> Path | None:
@@ -138,20 +139,24 @@ class Library:
         elif not variants[variant]:
             usable = ", ".join(name for name, fine in variants.items() if fine)
             raise RuntimeError(f"RHTCOMM_CPU={variant}, but this machine supports only {usable}")
-        self.variant = variant
+        self.variant, self._library = variant, library
         address, number, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32
         plans = (address, ctypes.c_int)
         origin = (ctypes.c_uint64, word, word, word, number, number, number)
-        self._encode = getattr(library, f"rhtcomm_encode_{variant}")
+        self._encode = self.function("encode")
         self._encode.argtypes = (
             *(*plans, *origin),
             *(address, ctypes.c_int, address, number, address, ctypes.c_int),
         )
-        self._decode = getattr(library, f"rhtcomm_decode_{variant}")
+        self._decode = self.function("decode")
         self._decode.argtypes = (
             *(*plans, *origin),
             *(number, address, number, number, address, ctypes.c_int, ctypes.c_int),
         )
+
+    def function(self, name: str) -> Any:
+        """The library's function of this instruction set."""
+        return getattr(self._library, f"rhtcomm_{name}_{self.variant}")
 
     def encode(
         self,
@@ -183,7 +188,7 @@ class Library:
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError(_NO_MEMORY)
+            raise MemoryError(NO_MEMORY)
 
     def decode(
         self,
@@ -215,7 +220,7 @@ class Library:
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError(_NO_MEMORY)
+            raise MemoryError(NO_MEMORY)
 
 
 def mode_functions(path: Path) -> tuple[Callable[[], int], Callable[[int], object]]:

@@ -21,7 +21,7 @@ from rhtcomm.randomness import Key
 from rhtcomm.rotation import Blocks
 from rhtcomm.wire import Section
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "powers_of_two"]
 
 # Blocks are processed in batches of about this many coordinates: few enough for a core's cache or,
 # on other devices, enough work for a launch.
@@ -46,7 +46,7 @@ def encode(
     done = 0
     for section, shard, rows, coordinates, blocks in _batches(task, offset, x.device):
         values = blocks.rows(x[coordinates].float())
-        down, up, finite = _powers_of_two(values)
+        down, up, finite = powers_of_two(values)
         values = torch.where(finite[:, None], values * down[:, None], 0.0)
         if moments is not None:
             moments[done : done + blocks.count] = block_moments(values, up)
@@ -74,7 +74,7 @@ def decode(
     shared = quantizer.rotation == "shared"
     for section, shard, rows, coordinates, blocks in _batches(task, offset, out.device):
         scales, codes = section.part(payloads[:, shard], rows, quantizer)
-        down, up, finite = _powers_of_two(scales.t())
+        down, up, finite = powers_of_two(scales.t())
         total = None
         for i in range(ranks):
             values = quantizer.expand(codes[i], blocks, key, rank + i, world_size)
@@ -118,7 +118,7 @@ def _batches(task: Task, offset: int, device: torch.device) -> Iterator[_Batch]:
                 yield _Batch(section, shard, slice(row, row + count), coordinates, blocks)
 
 
-def _powers_of_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def powers_of_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """2^(127 - e), 2^(e - 127) and whether all values are finite, for each row of x (B, n) float32.
 
     e is the biased exponent of the row's largest magnitude, clamped so that both are normal.

@@ -1,81 +1,100 @@
-"""The mean by codes that can be summed: one integer all-reduce; see rhtcomm/lattice.py."""
+"""The mean by codes that can be summed, see rhtcomm/lattice.py: two all-reduces of each chunk.
+
+The first, a maximum, is that of the blocks' bounds; the second adds the words of codes. The bits of
+used segments travel with the bounds of the first chunk, one number each.
+"""
 
 import hashlib
+from functools import partial
 
 import torch
 
 from rhtcomm.communicators import Communicator
-from rhtcomm.floating_point import assign_
+from rhtcomm.kernels import LatticeTask, lattice_kernel_for
 from rhtcomm.lattice import Lattice
 from rhtcomm.reduce.job import Job
+from rhtcomm.reduce.payloads import Course, pipeline
+from rhtcomm.reduce.split import split_into_chunks
 from rhtcomm.segments import pack, unpack
 from rhtcomm.wire import PayloadError
 
 __all__ = ["LatticeSum"]
 
+_MARKS = 2
+
 
 class LatticeSum:
-    """Averages tensors as codes: `numel` coordinates, starting at `offset` of their bucket."""
+    """Averages tensors as codes: `numel` coordinates, starting at `offset` of their bucket.
+
+    The tensor's content is lost if an exchange fails.
+    """
 
     def __init__(
-        self, lattice: Lattice, communicator: Communicator, numel: int, offset: int = 0
+        self,
+        lattice: Lattice,
+        communicator: Communicator,
+        numel: int,
+        device: torch.device,
+        offset: int = 0,
     ) -> None:
-        self._lattice, self._communicator = lattice, communicator
-        self._sections = lattice.blocks(numel)
-        self._in_bucket = [section.shifted(offset) for section in self._sections]
-        # Words of codes have no header: a hash of what the ranks must share is sent along as +h and
-        # -h.
-        self._common = (lattice, offset, numel)
+        self._chunks = [
+            _Chunk(lattice, communicator, chunk, device, offset + chunk.start)
+            for chunk in split_into_chunks(numel, lattice.block, communicator.world_size)
+        ]
 
     def __call__(self, job: Job, used: torch.Tensor) -> None:
-        lattice, communicator, flat = self._lattice, self._communicator, job.flat
-        rank, world_size = communicator.rank, communicator.world_size
-        job.clock.to("encode")
-        rotated = [
-            lattice.rotate(flat[section.offset : section.stop], job.key, blocks)
-            for section, blocks in zip(self._sections, self._in_bucket, strict=True)
-        ]
-        bounds, flags = self._common_bounds(job, rotated, used)
-        used.copy_(pack(flags != 0))
-        job.clock.to("encode")
-        codes = [
-            lattice.codes(y, bound, job.key, blocks.offset, rank, world_size).flatten()
-            for y, bound, blocks in zip(rotated, bounds, self._in_bucket, strict=True)
-        ]
-        words = lattice.pack(torch.cat(codes), world_size)
-        job.clock.to("exchange")
-        communicator.all_reduce_(words)
-        job.clock.to("decode")
-        lengths = [section.count * section.size for section in self._sections]
-        totals = lattice.unpack(words, sum(lengths), world_size).split(lengths)
-        for total, bound, section, blocks in zip(
-            totals, bounds, self._sections, self._in_bucket, strict=True
-        ):
-            rows = total.view(section.count, section.size)
-            mean = lattice.mean(rows, bound, job.key, blocks, world_size).flatten()
-            target = flat[section.offset : section.stop]
-            assign_(target, mean[: target.numel()])
+        pipeline(self._chunks, job, used, ahead=1)
 
-    def _common_bounds(
-        self, job: Job, rotated: list[torch.Tensor], used: torch.Tensor
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The blocks' largest magnitudes over all ranks, and which segments any rank uses."""
-        mark = self._mark(job)
-        ends = torch.tensor([mark, -mark], dtype=torch.float64, device=job.flat.device)
-        bound = torch.cat([*(y.abs().amax(dim=1) for y in rotated), ends, unpack(used).double()])
-        job.clock.to("exchange")
-        self._communicator.all_reduce_(bound, "max")
-        counts = [section.count for section in self._sections]
-        *bounds, ends, flags = bound.split([*counts, 2, 8 * used.numel()])
-        if ends[0] != -ends[1]:
+
+class _Chunk:
+    def __init__(
+        self,
+        lattice: Lattice,
+        communicator: Communicator,
+        where: slice,
+        device: torch.device,
+        offset: int,
+    ) -> None:
+        self._task = LatticeTask(lattice, where.stop - where.start, communicator.world_size)
+        self._kernel = lattice_kernel_for(device)
+        self._where, self._offset, self._rank = where, offset, communicator.rank
+        self._largest = partial(communicator.start_all_reduce, op="max")
+        self._sum = communicator.start_all_reduce
+
+    def course(self, job: Job, used: torch.Tensor) -> Course:
+        task, kernel, key, offset = self._task, self._kernel, job.key, self._offset
+        x = job.flat[self._where]
+        # Rotated coordinates take the place of x, unless they need more room.
+        y = x
+        if x.dtype != torch.float32 or task.padded > task.numel:
+            y = x.new_empty(task.padded, dtype=torch.float32)
+        job.clock.to("encode")
+        exponents = x.new_empty(task.blocks, dtype=torch.int32)
+        message = x.new_empty(task.blocks + 2 * _MARKS + 8 * used.numel(), dtype=torch.int32)
+        bounds, marks, flags = message.split([task.blocks, 2 * _MARKS, 8 * used.numel()])
+        kernel.rotate(task, key, offset, x, y, exponents, bounds)
+        marks.copy_(self._marks(key))
+        flags.copy_(unpack(used))
+        yield self._largest, message
+        largest, smallest = marks.split(_MARKS)
+        if not torch.equal(largest, -smallest):  # on a device, the host waits here
             raise PayloadError(
                 "rhtcomm.all_reduce: another rank has codes that cannot be added to those for "
-                f"{job.key}: the ranks are out of step or configured differently"
+                f"{key}: the ranks are out of step or configured differently"
             )
-        return bounds, flags
+        used.copy_(pack(flags != 0))
+        job.clock.to("encode")
+        words = x.new_empty(task.words, dtype=torch.int32)
+        kernel.encode(task, key, offset, self._rank, y, exponents, bounds, words)
+        yield self._sum, words
+        job.clock.to("decode")
+        kernel.decode(task, key, offset, words, bounds, x)
+        return None
 
-    def _mark(self, job: Job) -> int:
-        """Below 2^53, so that float64 holds it."""
-        lattice, offset, numel = self._common
-        common = repr((lattice, job.key, offset, numel)).encode()
-        return int.from_bytes(hashlib.blake2b(common, digest_size=6).digest(), "little")
+    def _marks(self, key: object) -> torch.Tensor:
+        """Hashes of what the ranks must share, and minus these: words of codes have no header."""
+        task = self._task
+        common = repr((task.lattice, key, self._offset, task.numel)).encode()
+        digest = hashlib.blake2b(common, digest_size=4 * _MARKS).digest()
+        marks = torch.frombuffer(bytearray(digest), dtype=torch.int32) & 0x7FFFFFFF
+        return torch.cat([marks, -marks])

@@ -24,6 +24,7 @@ __all__ = ["Course", "Payloads", "most", "pipeline"]
 
 _Finish = Callable[[], Any]
 Course = Generator[tuple[Callable[[torch.Tensor], _Finish], torch.Tensor], Any, int | None]
+_InFlight = tuple[Course, _Finish]
 
 
 class Payloads:
@@ -58,27 +59,30 @@ class _Chunk(Protocol):
     def course(self, job: Job, used: torch.Tensor) -> Course: ...
 
 
-def pipeline(chunks: Sequence[_Chunk], job: Job, used: torch.Tensor) -> int | None:
+def pipeline(
+    chunks: Sequence[_Chunk], job: Job, used: torch.Tensor, ahead: int | None = None
+) -> int | None:
     """Run the chunks' courses, each in turn up to its next exchange.
 
     The order depends only on the number of chunks, so all ranks make the same exchanges in the same
     order.
 
+    Args:
+        chunks: of the tensor.
+        job: with the tensor.
+        used: bits of used segments.
+        ahead: number of chunks whose first exchange is in flight when another begins, for first
+            exchanges too short to keep the link busy; by default all chunks make theirs first.
+
     Raises:
         PayloadError: the first one of a chunk, after all exchanges.
     """
-    clock, in_flight = job.clock, deque[tuple[Course, _Finish]]()
-    for chunk in chunks:
-        course = chunk.course(job, used)
-        start, x = next(course)
-        clock.to("exchange")
-        in_flight.append((course, start(x)))
-        if used.nbytes:
-            used = used[:0]
+    clock, first, in_flight = job.clock, deque[_InFlight](), deque[_InFlight]()
     wanted: int | None = None
     failure = None
-    while in_flight:
-        course, finish = in_flight.popleft()
+
+    def go_on(course: Course, finish: _Finish) -> None:
+        nonlocal wanted, failure
         clock.to("exchange")
         arrived = finish()
         try:
@@ -90,6 +94,19 @@ def pipeline(chunks: Sequence[_Chunk], job: Job, used: torch.Tensor) -> int | No
         else:
             clock.to("exchange")
             in_flight.append((course, start(x)))
+
+    for chunk in chunks:
+        course = chunk.course(job, used)
+        start, x = next(course)
+        clock.to("exchange")
+        first.append((course, start(x)))
+        if used.nbytes:
+            used = used[:0]
+        if ahead is not None and len(first) > ahead:
+            go_on(*first.popleft())
+    in_flight.extendleft(reversed(first))
+    while in_flight:
+        go_on(*in_flight.popleft())
     if failure is not None:
         raise failure
     return wanted

@@ -15,6 +15,7 @@ from rhtcomm.reduce.clock import Clock
 from rhtcomm.reduce.exact import Exact
 from rhtcomm.reduce.feedback import add_residual, keep_residual_
 from rhtcomm.reduce.job import Job
+from rhtcomm.reduce.lattice import LatticeSum
 from rhtcomm.reduce.mixed import Mixed, compressed_numel
 from rhtcomm.reduce.payloads import Payloads
 from rhtcomm.reduce.scatter import ExactScatter, Scatter
@@ -279,7 +280,7 @@ class Reducer:
             route.bits = codec.bits if isinstance(codec, Lattice) else codec.quantizer.bits
             if exact is not None:
                 route.run = Mixed(run, run_exact, segments.given, exact, shards)
-            route.by_torch = not isinstance(route.run, (Payloads, Scatter))
+            route.by_torch = not isinstance(route.run, (Payloads, Scatter, LatticeSum))
             # The ranks of a node exchange full precision.
             if topology.between.world_size > 1:
                 route.rotations = codec.default_rotations

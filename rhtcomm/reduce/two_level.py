@@ -39,7 +39,7 @@ def between_nodes(
 ) -> Payloads | LatticeSum:
     """The exchange among `topology.between` of a tensor at `offset` of its bucket."""
     if isinstance(codec, Lattice):
-        return LatticeSum(codec, topology.between, numel, offset)
+        return LatticeSum(codec, topology.between, numel, device, offset)
     return Payloads(codec, topology.between, algorithm, numel, device, offset)
 
 

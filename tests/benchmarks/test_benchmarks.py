@@ -134,7 +134,7 @@ def test_errors_and_wire_lengths_are_those_of_the_quantizers(accuracies: str) ->
         ("QuicFL, b = 4", 4 + (128 + 16 * 32) / 65536, 0.011587),
         ("uniform, one RHT, b = 3", 3 + 16 * 64 / 65536, 0.183),
         ("QSGD, max norm, b = 5", 5 + 128 * 32 / 65536, 0.00795),
-        ("Lattice, b = 4", 32 / 6 + 16 * 32 / 65536, 0.0216),
+        ("Lattice, b = 4", 683 * 32 / 4096 + 16 * 32 / 65536, 0.0216),
         ("TernGrad, no clipping", (8 * 13108 + 16 * 32) / 65536, 2.1),
     ):
         wire, gaussian_error, *_ = points[name]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from harness import in_fresh_process
 from interpreter import has_triton
+from lattices import sum_of
 
 from rhtcomm import Codec, Eden, Key, Lattice, QuicFL, RandomizedHadamard, VectorQuantizer
-from rhtcomm.kernels import choose, cpu, use
+from rhtcomm.kernels import choose, cpu, lattice_kernel_for, use
 from rhtcomm.memory import address_of, memory_of, overlap
 
 KEY = Key(3)
@@ -311,14 +312,10 @@ def everything(kernel: str) -> str:
             digest.update(payloads.numpy().tobytes() + codec.fingerprint)
             digest.update(codec.decode_mean(payloads, KEY, 40).numpy().tobytes())
     digest.update(RandomizedHadamard(3, 32).forward(x, KEY).numpy().tobytes())
-    lattice = Lattice(4, block=32)
-    (blocks, *_) = lattice.blocks(32)
-    y = lattice.rotate(x[:32], KEY, blocks)
-    bound = y.abs().amax(dim=1)
-    codes = lattice.codes(y, bound, KEY, 0, 0, 1)
-    words = lattice.pack(codes.flatten(), 3)
-    assert torch.equal(lattice.unpack(words, codes.numel(), 3), codes.flatten())
-    digest.update(lattice.mean(codes, bound, KEY, blocks, 1).numpy().tobytes())
+    with use(chosen):
+        kernel_of_lattice = lattice_kernel_for(x.device)
+    found = sum_of(Lattice(4, block=32), [x, -x, x], KEY, kernel=kernel_of_lattice)
+    digest.update(b"".join(part.numpy().tobytes() for part in found.everything()))
     return digest.hexdigest()
 
 

@@ -5,7 +5,7 @@ import weakref
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -274,6 +274,26 @@ def test_all_reduce_sums_alike_on_every_rank(
         assert sent == round(2 * (world_size - 1) / world_size * 4 * numel)
 
 
+def reduce_several_at_once(rank: int, world_size: int) -> list[torch.Tensor]:
+    ranks = TorchCommunicator()
+    xs = [torch.arange(length, dtype=torch.int32) * (rank + 1) for length in (7, 100_003, 1)]
+    ops: list[Literal["max", "sum"]] = ["max", "sum", "max"]
+    in_flight = [ranks.start_all_reduce(x, op) for x, op in zip(xs, ops, strict=True)]
+    found = [finish() for finish in in_flight]
+    assert all(one is other for one, other in zip(found, xs, strict=True))
+    assert ranks.bytes_sent == sum(ranks.ring_bytes(x.nbytes) for x in xs)
+    return xs
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_all_reduces_may_be_in_flight_together(world_size: int, ranks: Ranks) -> None:
+    for largest, total, one in ranks.run(reduce_several_at_once, world_size):
+        assert torch.equal(largest, torch.arange(7, dtype=torch.int32) * world_size)
+        ranks_and_all = world_size * (world_size + 1) // 2
+        assert torch.equal(total, torch.arange(100_003, dtype=torch.int32) * ranks_and_all)
+        assert one.tolist() == [0]
+
+
 def exchange_in_subgroup(rank: int, world_size: int) -> list[list[int]] | str:
     members = [1, 3]
     group = dist.new_group(members)
@@ -366,6 +386,8 @@ def test_a_protocol_has_harmless_defaults() -> None:
 
     alone = Alone()
     assert alone.apart("cpu") is alone
+    x = torch.ones(3)
+    assert alone.start_all_reduce(x)() is x
     assert not alone.private
     assert alone.name_of(0) == "rank 0"
 

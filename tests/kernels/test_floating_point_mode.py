@@ -12,12 +12,14 @@ import forks
 import pytest
 import torch
 from harness import call_in_fresh_process, limit
+from lattices import sum_of
 from libraries import PATH, both_ways, needs_library, variants
 from problems import DTYPES
 
 from rhtcomm import ECDQ, Codec, Eden, Key, Lattice, QuicFL, RandomizedHadamard, VectorQuantizer
 from rhtcomm.floating_point import default_mode
-from rhtcomm.kernels import cpu, reference, use
+from rhtcomm.kernels import cpu, lattice_cpu, reference, use
+from rhtcomm.kernels import lattice as lattice_reference
 from rhtcomm.quantizers import Quantizer
 
 # glibc's FE_DOWNWARD, FE_UPWARD and FE_TOWARDZERO.
@@ -96,15 +98,16 @@ def test_lattice_and_transform_give_the_same_bits_in_every_mode(mode: object) ->
     lattice, key = Lattice(8, block=512), Key(3)
     rotation = RandomizedHadamard(2, 512)
     x = tensors(torch.float32)[0] * 1e-2
-    (blocks,) = lattice.blocks(len(x))
+    xs = [x, x * 0.3]
+    of_lattice = [lattice_cpu.of(library) for library in variants().values()] if PATH else []
 
     def results() -> list[torch.Tensor]:
-        y = lattice.rotate(x, key, blocks)
-        bound = y.abs().amax(dim=1)
-        codes = lattice.codes(y, bound, key, 0, 0, 1)
+        found = [
+            sum_of(lattice, xs, key, kernel=kernel) for kernel in (lattice_reference, *of_lattice)
+        ]
         there = rotation.forward(x, key)
         back = rotation.inverse(there, key, len(x))
-        return [y, codes, lattice.mean(codes, bound, key, blocks, 1), there, back]
+        return [there, back, *(part for each in found for part in each.everything())]
 
     expected = results()
     with in_mode(mode):

@@ -12,10 +12,11 @@ import ptx
 import pytest
 import torch
 from interpreter import needs_triton
+from lattices import sum_of
 from problems import gaussian
 
 import rhtcomm.quantizers.ecdq
-from rhtcomm import ECDQ, Codec, Eden, Key, QuicFL, VectorQuantizer
+from rhtcomm import ECDQ, Codec, Eden, Key, Lattice, QuicFL, VectorQuantizer
 from rhtcomm.kernels import Kernel, reference
 from rhtcomm.wire import layout
 
@@ -115,6 +116,29 @@ def test_same_bits_as_the_reference(case: Case, units_of: Callable[..., None]) -
         found = both_ways(kernel, codec, xs, case.shift)
     assert set(launched) == set(KERNELS[kernel.__name__.rsplit(".", 1)[1]])
     for one, other in zip(found, both_ways(reference, codec, xs, case.shift), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("bits", "size", "dtype", "warps"),
+    [(4, 256, torch.float32, None), (1, 512, torch.bfloat16, 2)],
+)
+def test_the_lattice_has_the_bits_of_the_reference(
+    bits: int, size: int, dtype: torch.dtype, warps: int | None
+) -> None:
+    from emulated import KERNELS, emulated
+
+    from rhtcomm.kernels import lattice_gpu
+
+    lattice, xs = Lattice(bits, 1 + bits % 2, size), inputs(2 * size + 30, 2, dtype)
+    xs[1][size] = torch.nan
+    for x in xs:
+        x[2 * size :] = 0
+    with emulated(warps) as launched:
+        found = sum_of(lattice, xs, KEY, 7 * size, lattice_gpu)
+    assert set(launched) == set(KERNELS["lattice_gpu"])
+    expected = sum_of(lattice, xs, KEY, 7 * size)
+    for one, other in zip(found.everything(), expected.everything(), strict=True):
         assert torch.equal(one, other)
 
 

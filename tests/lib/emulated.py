@@ -18,6 +18,7 @@ KERNELS = {
         *("quantize_block", "encode_unit", "finish_unit"),
         *("dither_block", "decode_unit", "mean_block"),
     ),
+    "lattice_gpu": ("rotate_block", "quantize_block", "pack_block", "mean_block"),
 }
 _compiled: dict[str, tuple[str, int, int]] = {}  # PTX, warps, and bytes of shared memory
 
@@ -26,7 +27,7 @@ _compiled: dict[str, tuple[str, int, int]] = {}  # PTX, warps, and bytes of shar
 def emulated(
     warps: int | None = None, changed: Callable[[str], str] = lambda ptx: ptx
 ) -> Iterator[list[str]]:
-    """Within it `gpu` and `gpu_units` take CPU tensors.
+    """Within it `gpu`, `gpu_units` and `lattice_gpu` take CPU tensors.
 
     Args:
         warps: of kernels of blocks, instead of the guess.
@@ -35,7 +36,7 @@ def emulated(
     Yields:
         The names of the kernels that were launched.
     """
-    from rhtcomm.kernels import gpu, gpu_units
+    from rhtcomm.kernels import gpu, gpu_units, lattice_gpu
 
     launched: list[str] = []
 
@@ -56,7 +57,7 @@ def emulated(
     with mock.patch.object(torch.cuda, "device_of", return_value=nullcontext()):
         patches = [
             mock.patch.object(module, name, Emulated(getattr(module, name)))
-            for module, names in zip((gpu, gpu_units), KERNELS.values(), strict=True)
+            for module, names in zip((gpu, gpu_units, lattice_gpu), KERNELS.values(), strict=True)
             for name in names
         ]
         for patch in patches:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from harness import limit
+from lattices import sum_of
 from mpi4py import MPI
 
 import rhtcomm
@@ -24,6 +25,8 @@ from rhtcomm import (
     MPICommunicator,
     QuicFL,
 )
+from rhtcomm.kernels import lattice_kernel_for
+from rhtcomm.reduce.split import split_into_chunks
 
 WORLD = MPI.COMM_WORLD
 
@@ -85,6 +88,18 @@ def means() -> None:
     rhtcomm.all_reduce(x, Codec(QuicFL(4)), key, levels, min_numel=0)
     assert same_everywhere(x)
     assert ((x - exact).square().sum() / exact.square().sum()).item() < 1.3 * 0.0117
+    # In two chunks, each of which makes two all-reduces.
+    numel = 2 * n * (1 << 18)
+    large = [torch.randn(numel, generator=torch.Generator().manual_seed(r)) for r in range(n)]
+    chunks = split_into_chunks(numel, 4096, n)
+    assert len(chunks) == 2
+    kernel = lattice_kernel_for(torch.device("cpu"))
+    parts = [
+        sum_of(Lattice(4), [x[chunk] for x in large], key, chunk.start, kernel).mean
+        for chunk in chunks
+    ]
+    rhtcomm.all_reduce(large[rank], Lattice(4), key, communicator)
+    assert torch.equal(large[rank], torch.cat(parts))
     small = xs[rank][:100].clone()
     rhtcomm.all_reduce(small, Codec(QuicFL(1)), key, communicator)
     assert torch.allclose(small, exact[:100].float(), atol=1e-6)

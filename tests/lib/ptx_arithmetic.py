@@ -174,17 +174,14 @@ def of_integers(type: str) -> dict[str, Operation]:
     to = DTYPES[wide]
     product = Operation(lambda x, y: x.astype(to) * y.astype(to), wide, (type, type))
     sum_of = Operation(lambda x, y, z: x.astype(to) * y.astype(to) + z, wide, (type, type, wide))
-    found |= {f"mul.wide.{type}": product, f"mad.wide.{type}": sum_of}
+    high = Operation(
+        lambda x, y: (x.astype(to) * y.astype(to) >> to.type(width)).astype(x.dtype),
+        type,
+        (type, type),
+    )
+    found |= {f"mul.wide.{type}": product, f"mad.wide.{type}": sum_of, f"mul.hi.{type}": high}
     if width == 32:
-        high = Operation(
-            lambda x, y: (x.astype(to) * y.astype(to) >> to.type(32)).astype(x.dtype),
-            type,
-            (type, type),
-        )
-        found |= {
-            f"mul.hi.{type}": high,
-            f"bfe.{type}": Operation(field, type, (type, "u32", "u32")),
-        }
+        found[f"bfe.{type}"] = Operation(field, type, (type, "u32", "u32"))
     return found
 
 

@@ -19,7 +19,7 @@ _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _VOLATILE = [  # arguments that differ from call to call: no kernels of their own for 1 and 16 k
     *("numel", "offset", "seed_low", "seed_high", "bucket", "step", "hop", "rank", "stratum"),
     *("ranks", "scale_stride", "code_stride", "world_size"),
-    *("unit_bytes", "steps", "room", "column_stride"),
+    *("unit_bytes", "steps", "room", "column_stride", "half"),
 ]
 
 

@@ -409,29 +409,99 @@ def eden(
 # The lattice -------------------------------------------------------------------------------------
 
 
+def lattice_grid(bits: int) -> np.float32:
+    return np.float32((2**bits - 1) * 2**15 * (1 - 2**-21))
+
+
+def lattice_lanes(bits: int, n: int, size: int) -> tuple[int, int, int]:
+    """Bits of a lane, lanes of a word, words of a block."""
+    width = bits + (n - 1).bit_length()
+    return width, 32 // width, -(-size // (32 // width))
+
+
+def lattice_dither(origin: Origin, offset: int, size: int) -> Array:
+    octets = stream_bytes(origin, 3, 0, offset, size)
+    words = np.repeat(octets.view("<u4").astype(np.int64), 4)
+    turn = np.tile(np.array([8, 16, 24, 32]), size // 4)
+    return (words >> turn | words << (32 - turn)) >> 16 & 0xFFFF
+
+
+def lattice_parts(origin: Origin, bits: int, block: int) -> list[tuple[int, int, int, slice, int]]:
+    """Of each block: its start in the tensor and in the padded one, d, its words, its number."""
+    parts, padded, begin = [], 0, 0
+    for start, count, size in blocks(origin.numel, block):
+        m = lattice_lanes(bits, origin.world_size, size)[2]
+        for i in range(count):
+            where = slice(begin, begin + m)
+            parts.append((start + i * size, padded, size, where, len(parts)))
+            padded, begin = padded + size, begin + m
+    return parts
+
+
+def lattice_rotate(x: Array, rotations: int, bits: int, block: int, origin: Origin) -> Any:
+    """x (numel,) float32 -> rotated coordinates, powers of two and bounds of the blocks."""
+    ys, exponents, bounds = [], [], []
+    for start, _, size, _, _ in lattice_parts(origin, bits, block):
+        values = np.zeros(size, np.float32)
+        part = x[start : start + size]
+        values[: part.size] = part
+        peak = int((values.view(np.uint32) & 0x7FFFFFFF).max())
+        down, up = powers_of_two(peak)
+        y = values * down if peak < 0x7F800000 else np.zeros(size, np.float32)
+        for stream in range(rotations):
+            y = hadamard(y * signs(origin, stream, 0, origin.offset + start, size))
+        largest, e = int(np.abs(y).max().view(np.uint32)), int(up.view(np.uint32)) >> 23
+        bound = largest + (e - 254) * 2**23 if largest else -(2**31)
+        bounds.append(bound if peak < 0x7F800000 else 2**31 - 1)
+        ys.append(y)
+        exponents.append(e - 127)
+    return np.concatenate(ys), exponents, np.array(bounds, np.int32)
+
+
+def lattice_words(
+    y: Array, exponents: list[int], bounds: Array, bits: int, block: int, origin: Origin, rank: int
+) -> Array:
+    n, words = origin.world_size, []
+    for start, padded, size, _, number in lattice_parts(origin, bits, block):
+        bound = int(bounds[number])
+        unit = np.float32(0)
+        if bound not in (-(2**31), 2**31 - 1):
+            mantissa = np.float32(1 + (bound & 0x7FFFFF) / 2**23)
+            power = max(exponents[number] - (bound >> 23), -126)
+            unit = np.float32(1) / mantissa * lattice_grid(bits) * np.float32(2.0**power)
+        z = np.trunc(y[padded : padded + size] * unit).astype(np.int64)
+        v = lattice_dither(origin, origin.offset + start, size) + 65536 * rank // n
+        codes = z + (2**bits - 1) * 2**15 + v % 65536 >> 16
+        width, lanes, m = lattice_lanes(bits, n, size)
+        planes = np.append(codes, np.zeros(lanes * m - size, np.int64)).reshape(lanes, m)
+        words.append((planes << (width * np.arange(lanes))[:, None]).sum(axis=0))
+    return np.concatenate(words).astype(np.uint32).view(np.int32)
+
+
 def lattice_mean(
     words: Array, bounds: Array, bits: int, rotations: int, block: int, origin: Origin
 ) -> Array:
-    """Summed words int32 and the blocks' bounds M, float64 -> bits of the mean, uint32."""
-    n = origin.world_size
-    width = bits + (n - 1).bit_length()
-    lanes = np.arange(32 // width, dtype=np.uint32) * np.uint32(width)
-    sums = (words.view(np.uint32)[:, None] >> lanes & np.uint32((1 << width) - 1)).reshape(-1)
-    result, done, block_number = np.zeros(0, np.float32), 0, 0
-    for start, count, size in blocks(origin.numel, block):
-        for i in range(count):
-            offset = origin.offset + start + i * size
-            x, bound = sums[done : done + size].astype(np.float64), bounds[block_number]
-            words16 = stream_bytes(origin, 3, 0, offset, size).view("<u4").astype(np.int64)
-            turn = np.array([8, 16, 24, 32])
-            turned = (words16[:, None] >> turn | words16[:, None] << (32 - turn)) & M32
-            v = ((turned >> 16).reshape(-1) + 0.5) / 65536
-            centred = x - (n * v - np.floor(n * v)) + 0.5
-            y = (centred * (2 / (2**bits - 1) / n) - 1).astype(np.float32)
-            y = unrotate(y, rotations, origin, 0, offset).astype(np.float64)
-            mean = y * (bound * size ** (-rotations / 2)) if bound > 0 else np.zeros(size)
-            if not np.isfinite(bound):
-                mean = np.full(size, np.nan)
-            result = np.append(result, mean.astype(np.float32))
-            done, block_number = done + size, block_number + 1
+    """Summed words and bounds, int32 -> bits of the mean, uint32."""
+    n, result = origin.world_size, np.zeros(0, np.float32)
+    grid, every = lattice_grid(bits), n * (2**bits - 1)
+    for start, _, size, where, number in lattice_parts(origin, bits, block):
+        width, lanes, _ = lattice_lanes(bits, n, size)
+        shifts = (width * np.arange(lanes))[:, None]
+        planes = words[where].view(np.uint32).astype(np.int64)[None] >> shifts & (1 << width) - 1
+        sums = (planes.reshape(-1)[:size] - every // 2).astype(np.float32)
+        rest = (every + 1) % 2 * 2**15 - math.gcd(n, 2**16) / 2
+        drawn = n * lattice_dither(origin, origin.offset + start, size) % 65536
+        value = sums * np.float32(65536) + (np.float32(rest) - drawn.astype(np.float32))
+        value = value * (np.float32(1) / (np.float32(n) * grid))
+        value = unrotate(value, rotations, origin, 0, origin.offset + start)
+        bound = int(bounds[number])
+        if bound in (-(2**31), 2**31 - 1):
+            mean = np.full(size, 0 if bound < 0 else np.nan, np.float32)
+        else:
+            usual = min(max(bound >> 23, -126), 127)
+            rest_of_power = 2.0 ** ((bound >> 23) - usual)
+            mantissa = np.float32(1 + (bound & 0x7FFFFF) / 2**23)
+            factor = mantissa * np.float32(float(size) ** -rotations * rest_of_power)
+            mean = value * factor * np.float32(2.0**usual)
+        result = np.append(result, mean)
     return narrow(result[: origin.numel], "float32")

@@ -4,6 +4,7 @@
 
 writes vectors.npz in the same folder, by the torch reference. It holds what the code of commit
 dd327d5 gives. Whoever must write it anew has changed the format: see "Versions" in docs/format.md.
+(It also holds that commit's sums of the lattice, which nothing reads: see make_lattice.py.)
 
 NaN is written as the canonical one of its dtype, also where that commit's reference differed
 (bfloat16: 0xffff), or where arithmetic on payloads of any bytes leaves its sign to the processor.
@@ -24,15 +25,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rhtcomm import Codec, Eden, Key, Lattice, QuicFL, VectorQuantizer
+from rhtcomm import Codec, Eden, Key, QuicFL, VectorQuantizer
 from rhtcomm.quantizers import Quantizer
 
 __all__ = [
     "CASES",
-    "LATTICES",
     "PATH",
     "Case",
-    "LatticeCase",
     "canonical",
     "digest",
     "read",
@@ -122,57 +121,6 @@ class Case:
             )
         x = torch.from_numpy(bits.view(np.float32).copy())
         return x.to(DTYPES[self.dtype])  # exactly
-
-
-@dataclass(frozen=True)
-class LatticeCase:
-    name: str
-    lattice: Lattice
-    numel: int
-    key: Key
-    world_size: int
-    offset: int = 0
-
-    def run(self) -> dict[str, Array]:
-        """Sum of all ranks' words, the blocks' bounds and the bits of the mean."""
-        lattice, ranks = self.lattice, range(self.world_size)
-        sections = lattice.blocks(self.numel)
-        inputs = [
-            torch.from_numpy(gaussian(self.numel, rank, lattice.block, "float32").view(np.float32))
-            for rank in ranks
-        ]
-        codes: list[list[torch.Tensor]] = [[] for _ in ranks]
-        bounds = []
-        for blocks in sections:
-            in_bucket = blocks.shifted(self.offset)
-            ys = [
-                lattice.rotate(x[blocks.offset : blocks.stop], self.key, in_bucket) for x in inputs
-            ]
-            bounds.append(torch.stack([y.abs().amax(dim=1) for y in ys]).amax(dim=0))
-            for rank, y in zip(ranks, ys, strict=True):
-                found = lattice.codes(
-                    y, bounds[-1], self.key, in_bucket.offset, rank, self.world_size
-                )
-                codes[rank].append(found.flatten())
-        words = torch.stack([lattice.pack(torch.cat(c), self.world_size) for c in codes])
-        total = words.sum(dim=0).to(torch.int32)
-        sizes = [blocks.count * blocks.size for blocks in sections]
-        totals = lattice.unpack(total, sum(sizes), self.world_size).split(sizes)
-        means = [
-            lattice.mean(
-                sums.view(blocks.count, blocks.size),
-                bound,
-                self.key,
-                blocks.shifted(self.offset),
-                self.world_size,
-            ).flatten()
-            for sums, bound, blocks in zip(totals, bounds, sections, strict=True)
-        ]
-        return {
-            "words": total.numpy(),
-            "bounds": torch.cat(bounds).numpy(),
-            "mean": canonical(torch.cat(means)[: self.numel]),
-        }
 
 
 # Inputs: float32 bits, uint32 (numel,) -----------------------------------------------------------
@@ -377,10 +325,6 @@ CASES = [
     *of_auto(),
     *of_large_blocks(),
 ]
-LATTICES = [
-    LatticeCase(f"Lattice{bits}-n{n}", Lattice(bits, 1 + bits % 3, 256), 600, Key(bits, n), n, 512)
-    for bits, n in ((4, 2), (4, 3), (1, 3), (8, 2), (7, 3), (3, 1))
-]
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -404,20 +348,18 @@ def read(path: Path = PATH) -> dict[str, Array]:
         return dict(arrays)
 
 
-def write(path: Path, cases: Sequence[Case], lattices: Sequence[LatticeCase] = ()) -> None:
+def write(path: Path, cases: Sequence[Case]) -> None:
     """What the reference makes of them."""
     assert os.environ.setdefault("RHTCOMM_KERNELS", "reference") == "reference"
-    arrays: dict[str, Any] = {"versions": np.array([1, 1])}  # wire, arithmetic
+    arrays: dict[str, Any] = {"versions": np.array([1, 1])}  # wire; arithmetic of payloads
     for case in cases:
         payloads = case.encode()
         found = {"payloads": payloads.numpy(), "mean": canonical(case.decode(payloads))}
         for kind, array in found.items():
             assert f"{case.name}/{kind}" not in arrays, case.name
             arrays[f"{case.name}/{kind}"] = digest(array) if case.digested else array
-    for lattice in lattices:
-        arrays |= {f"{lattice.name}/{kind}": array for kind, array in lattice.run().items()}
     np.savez(path, **arrays)
 
 
 if __name__ == "__main__":
-    write(PATH, CASES, LATTICES)
+    write(PATH, CASES)
