@@ -123,8 +123,8 @@ class Communicator(Topology, Protocol):
 
     A `start_...` returns at once, with a function that waits for the result and returns it. Several
     exchanges may be in flight; finish them in the order in which they were started (all-reduces in
-    any order), then call `settle`. Do not change tensors that are being sent until `settle` has
-    waited.
+    any order that is the same on all ranks), then call `settle`. Do not change tensors that are
+    being sent until `settle` has waited.
     """
 
     bytes_sent: int = 0

@@ -242,23 +242,33 @@ class SocketCommunicator(Communicator):
         return lambda: x
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        self.start_all_reduce(x, op)()
+
+    def start_all_reduce(
+        self, x: torch.Tensor, op: Literal["sum", "max"] = "sum"
+    ) -> Callable[[], torch.Tensor]:
         self.bytes_sent += self.ring_bytes(x.nbytes)
         if self.world_size == 1:
-            return
-        pieces = x.detach().view(-1).split(max(1, _PIECE // x.itemsize))
-        # Each rank adds up its shard of a piece and sends it to the others, while shards of the
-        # next piece are on their way.
-        ahead = self._start_shards(pieces[0])
-        finishing = []
-        for following in (*pieces[1:], None):
-            shards, finish = ahead
-            if following is not None:
-                ahead = self._start_shards(following)
-            mine = shards[self._rank]
-            _add_up(finish(), op, out=mine)
-            finishing.append(self._swap([mine] * self.world_size, shards, None))
-        for finish_sum in finishing:
-            finish_sum()
+            return lambda: x
+        first, *others = x.detach().view(-1).split(max(1, _PIECE // x.itemsize))
+        begun = self._start_shards(first)
+
+        def finish() -> torch.Tensor:
+            # Each rank adds up its shard of a piece and sends it to the others, while shards of the
+            # next piece are on their way.
+            ahead, finishing = begun, []
+            for following in (*others, None):
+                shards, finish_shards = ahead
+                if following is not None:
+                    ahead = self._start_shards(following)
+                mine = shards[self._rank]
+                _add_up(finish_shards(), op, out=mine)
+                finishing.append(self._swap([mine] * self.world_size, shards, None))
+            for finish_sum in finishing:
+                finish_sum()
+            return x
+
+        return finish
 
     def _start_shards(self, piece: torch.Tensor) -> tuple[_Rows, Callable[[], _Rows]]:
         """The shards of a piece, and a function that waits for this rank's shard of all ranks."""
