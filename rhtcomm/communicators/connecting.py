@@ -6,8 +6,10 @@ import os
 import secrets
 import select
 import socket
+import struct
 import sys
 from collections.abc import Callable
+from operator import itemgetter
 
 import torch.distributed as dist
 
@@ -20,7 +22,8 @@ TRANSPORT = "RHTCOMM_TRANSPORT"
 """Environment variable: "sockets" (the default), or "gloo" for private connections by Gloo."""
 _SECONDS = 10.0  # to connect, and to hear from a rank that has connected
 _STRANGERS = 64  # that may call before the other ranks do
-_TOKEN_BYTES, _RANK_BYTES = 16, 4
+_TOKEN_BYTES = 16
+_CALLER = struct.Struct("<II")  # its rank, and the number of the connection
 _DONE, _FAILED, _REFUSED = b"+", b"!", b"-"  # how what a rank tells of a step begins
 
 _log = logging.getLogger("rhtcomm")
@@ -37,8 +40,10 @@ def check_transport() -> None:
         raise ValueError(f'{TRANSPORT}={wanted!r} must be "sockets" or "gloo"')
 
 
-def open_sockets(parent: dist.ProcessGroup, meeting: Meeting) -> dict[int, socket.socket] | None:
-    """A connected socket to each other rank of `parent`, by rank; all of them must call it.
+def open_sockets(
+    parent: dist.ProcessGroup, meeting: Meeting, connections: int = 1
+) -> dict[int, list[socket.socket]] | None:
+    """Connected sockets to each other rank of `parent`, by rank; all of them must call it.
 
     Ranks listen where Gloo would. None, on all ranks, if one of them cannot connect or must not;
     the log says why.
@@ -47,12 +52,12 @@ def open_sockets(parent: dist.ProcessGroup, meeting: Meeting) -> dict[int, socke
         RuntimeError: a rank died or left, or did not answer in time.
     """
     rank, world_size = parent.rank(), parent.size()
-    found: dict[int, socket.socket] = {}
+    found: dict[tuple[int, int], socket.socket] = {}  # by rank, and number of the connection
     with contextlib.ExitStack() as opened:
         listening: list[socket.socket] = []
 
         def listen() -> bytes:
-            listening.append(opened.enter_context(_listener(world_size)))
+            listening.append(opened.enter_context(_listener(world_size * connections)))
             host, port, *_ = listening[0].getsockname()
             return secrets.token_bytes(_TOKEN_BYTES) + f"{host} {port}".encode()
 
@@ -64,22 +69,22 @@ def open_sockets(parent: dist.ProcessGroup, meeting: Meeting) -> dict[int, socke
         def call() -> bytes:
             for other in range(rank):
                 host, port = told[other][_TOKEN_BYTES:].decode().split()
-                found[other] = opened.enter_context(
-                    socket.create_connection((host, int(port)), _SECONDS)
-                )
-                found[other].sendall(token + rank.to_bytes(_RANK_BYTES, "little"))
+                for number in range(connections):
+                    made = socket.create_connection((host, int(port)), _SECONDS)
+                    found[other, number] = opened.enter_context(made)
+                    made.sendall(token + _CALLER.pack(rank, number))
             return b""
 
         def accept() -> bytes:
             listening[0].settimeout(_SECONDS)
-            while len(found) < world_size - 1:
+            while len(found) < (world_size - 1) * connections:
                 caller, _ = listening[0].accept()
                 greeting = _read_greeting(caller)
                 if not greeting.startswith(token):
                     caller.close()
                     continue
-                other = int.from_bytes(greeting[_TOKEN_BYTES:], "little")
-                found[other] = opened.enter_context(caller)
+                other, number = _CALLER.unpack(greeting[_TOKEN_BYTES:])
+                found[other, number] = opened.enter_context(caller)
             return b""
 
         # The system completes a call before the listener accepts it, so no rank waits for another.
@@ -87,7 +92,10 @@ def open_sockets(parent: dist.ProcessGroup, meeting: Meeting) -> dict[int, socke
             return None
         opened.pop_all()
         listening[0].close()
-    return found
+    by_rank: dict[int, list[socket.socket]] = {}
+    for (other, _), one in sorted(found.items(), key=itemgetter(0)):
+        by_rank.setdefault(other, []).append(one)
+    return by_rank
 
 
 def _take_step(meeting: Meeting, step: Callable[[], bytes]) -> list[bytes] | None:
@@ -108,7 +116,7 @@ def _take_step(meeting: Meeting, step: Callable[[], bytes]) -> list[bytes] | Non
     return [text[1:] for text in told]
 
 
-def _listener(world_size: int) -> socket.socket:
+def _listener(callers: int) -> socket.socket:
     """A socket that listens at the address that Gloo takes."""
     if os.environ.get(TRANSPORT) == "gloo":
         raise _Refused(f"{TRANSPORT} is gloo")
@@ -122,7 +130,7 @@ def _listener(world_size: int) -> socket.socket:
     listener = socket.socket(family_of(address))
     try:
         listener.bind((address, 0))
-        listener.listen(world_size + _STRANGERS)
+        listener.listen(callers + _STRANGERS)
     except OSError:
         listener.close()
         raise
@@ -134,8 +142,8 @@ def _read_greeting(caller: socket.socket) -> bytes:
     caller.settimeout(_SECONDS)
     greeting = b""
     with contextlib.suppress(OSError):
-        while more := caller.recv(_TOKEN_BYTES + _RANK_BYTES - len(greeting)):
+        while more := caller.recv(_TOKEN_BYTES + _CALLER.size - len(greeting)):
             greeting += more
-            if len(greeting) == _TOKEN_BYTES + _RANK_BYTES:
+            if len(greeting) == _TOKEN_BYTES + _CALLER.size:
                 break
-    return greeting if len(greeting) == _TOKEN_BYTES + _RANK_BYTES else b""
+    return greeting if len(greeting) == _TOKEN_BYTES + _CALLER.size else b""

@@ -10,9 +10,9 @@ import os
 import select
 import socket
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Literal, TypeVar
 
 import torch
@@ -24,6 +24,8 @@ __all__ = ["Connection", "SocketCommunicator"]
 _LENGTH_BYTES = 8
 _PARTS = 32  # of messages in one system call
 _PIECE = 1 << 22  # bytes of a sum on their way at once
+_SHORTEST = 1 << 14  # bytes of a stripe; TCP begins with about as many before it waits
+_LONGEST = (1 << 31) - 1  # milliseconds that the system can wait
 
 Result = TypeVar("Result")
 _Rows = Sequence[torch.Tensor]  # by rank
@@ -156,7 +158,8 @@ class SocketCommunicator(Communicator):
     Args:
         rank: of this process among those that are connected.
         ranks: their world ranks.
-        connections: to the others, by rank; closed by `close`.
+        lanes: connections to each other rank, as many to one as to another, over which long
+            messages are striped; closed by `close`.
         timeout: how long to wait while nothing arrives and nothing leaves.
     """
 
@@ -166,7 +169,7 @@ class SocketCommunicator(Communicator):
         self,
         rank: int,
         ranks: Sequence[int],
-        connections: Mapping[int, Connection],
+        lanes: Mapping[int, Sequence[Connection]],
         timeout: timedelta,
     ) -> None:
         self.timeout, self.bytes_sent = timeout, 0
@@ -175,7 +178,8 @@ class SocketCommunicator(Communicator):
         self._everyone = range(world_size)
         # Each rank begins with its neighbour, so that no rank receives from all others first.
         self._others = [(rank + i) % world_size for i in range(1, world_size)]
-        self._connections = dict(connections)
+        self._lanes = dict(lanes)
+        self._connections = [one for rank in self._others for one in lanes[rank]]
 
     @property
     def rank(self) -> int:
@@ -286,23 +290,31 @@ class SocketCommunicator(Communicator):
     def _send(self, rows: _Rows, ranks: Sequence[int]) -> None:
         """Send rows[i] to rank i."""
         for rank in ranks:
-            self._to(rank).send(_bytes_of(rows[rank]))
+            for connection, stripe in self._stripes(rank, rows[rank]):
+                connection.send(stripe)
 
     def _expect(self, rows: _Rows, ranks: Sequence[int]) -> list[tuple[Connection, int]]:
         """Receive rows[i] from rank i; returns the numbers of the messages."""
-        arriving = []
-        for rank in ranks:
-            connection = self._to(rank)
-            arriving.append((connection, connection.expect(_bytes_of(rows[rank]))))
-        return arriving
+        return [
+            (connection, connection.expect(stripe))
+            for rank in ranks
+            for connection, stripe in self._stripes(rank, rows[rank])
+        ]
 
-    def _to(self, rank: int) -> Connection:
-        if not self._connections:
+    def _stripes(self, rank: int, x: torch.Tensor) -> Iterable[tuple[Connection, memoryview]]:
+        """The parts of a message to or from a rank, and the connections that carry them."""
+        if not self._lanes:
             raise RuntimeError(
                 f"SocketCommunicator: {self.name_of(self.rank)} of {self.world_size} has closed "
                 "its connections; restart the program"
             )
-        return self._connections[rank]
+        lanes = self._lanes[rank]
+        message = x.detach().view(-1).view(torch.uint8).numpy().data
+        count = min(len(lanes), len(message) // _SHORTEST)
+        if count <= 1:
+            return ((lanes[0], message),)
+        cuts = [len(message) * i // count for i in range(count + 1)]
+        return zip(lanes, (message[a:b] for a, b in pairwise(cuts)), strict=False)
 
     def _arrival(
         self, arriving: list[tuple[Connection, int]], result: Result
@@ -310,7 +322,7 @@ class SocketCommunicator(Communicator):
         """A function that waits for the messages."""
 
         def finish() -> Result:
-            for connection in self._connections.values():
+            for connection in self._connections:
                 if connection.leaving:
                     connection.push()
             for connection, number in arriving:
@@ -327,7 +339,7 @@ class SocketCommunicator(Communicator):
 
         It delivers that even if this rank closes its connections or ends.
         """
-        for connection in self._connections.values():
+        for connection in self._connections:
             while connection.leaving:
                 self._wait()
 
@@ -339,11 +351,11 @@ class SocketCommunicator(Communicator):
                 came or left for the timeout.
         """
         poll, waiting = select.poll(), {}
-        for connection in self._connections.values():
+        for connection in self._connections:
             if wanted := connection.wants:
                 waiting[connection.fileno()] = connection
                 poll.register(connection, wanted)
-        ready = poll.poll(1000 * self.timeout.total_seconds())
+        ready = poll.poll(min(_LONGEST, 1000 * self.timeout.total_seconds()))
         if not ready:
             raise RuntimeError(
                 "SocketCommunicator: Timed out: nothing came or left for "
@@ -359,9 +371,9 @@ class SocketCommunicator(Communicator):
         self.close()
 
     def close(self) -> None:
-        for connection in self._connections.values():
+        for connection in self._connections:
             connection.close()
-        self._connections.clear()
+        self._lanes.clear()
 
 
 def _add_up(rows: _Rows, op: Literal["sum", "max"], out: torch.Tensor) -> None:
@@ -371,7 +383,3 @@ def _add_up(rows: _Rows, op: Literal["sum", "max"], out: torch.Tensor) -> None:
     for row in between:
         total = combine(total, row)
     combine(total, last, out=out)
-
-
-def _bytes_of(x: torch.Tensor) -> memoryview:
-    return x.detach().view(-1).view(torch.uint8).numpy().data

@@ -111,9 +111,11 @@ class TorchCommunicator(Communicator):
         meeting, rank = Meeting(parent, timeout), parent.rank()
         found = open_sockets(parent, meeting) if device == "cpu" else None
         if found is not None:
-            names = [name_of(other, ranks) for other in range(len(ranks))]
-            connections = {other: Connection(one, names[other]) for other, one in found.items()}
-            sockets = SocketCommunicator(rank, ranks, connections, timeout)
+            lanes = {
+                other: [Connection(one, name_of(other, ranks)) for one in connected]
+                for other, connected in found.items()
+            }
+            sockets = SocketCommunicator(rank, ranks, lanes, timeout)
             sockets.greet()
             meeting.end()
             return sockets

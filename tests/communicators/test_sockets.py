@@ -194,9 +194,9 @@ def make_with_a_stranger(rank: int, world_size: int) -> int:
     """Rank 0 hears from somebody who is no rank, before the others call it."""
     listener, strangers = connecting._listener, []
 
-    def visited(world_size: int) -> socket.socket:
-        made = listener(world_size)
-        for greeting in (b"", b"\0" * 20, b"GET / HTTP/1.1\r\n\r\n".ljust(40)):
+    def visited(callers: int) -> socket.socket:
+        made = listener(callers)
+        for greeting in (b"", b"\0" * 24, b"GET / HTTP/1.1\r\n\r\n".ljust(40)):
             stranger = socket.create_connection(made.getsockname())
             stranger.sendall(greeting)
             stranger.shutdown(socket.SHUT_WR)
