@@ -30,7 +30,7 @@ INLINE void ecdq_symbols(const Plan *plan, const float *y, float per_unit, const
     vu numbers[VECTORS];
 #pragma GCC unroll 8
     for (int i = 0; i < VECTORS; i++) {
-        vu v = ((dither_words(dither, LANES * i) >> 16) + (stratum << 8)) & 0xffff;
+        vu v = dither_words(dither, LANES * i, stratum) >> 16;
         vi k = (to_integers(load(y + LANES * i) * per_unit) + (vi)v) >> 16;
         numbers[i] = (vu)(k + (vi)(v >> to_class) * columns + plan->largest);
     }
