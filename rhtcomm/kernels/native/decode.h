@@ -56,6 +56,19 @@ static const uint8_t *unrotate(const Decoding *d, const Plan *plan, Scratch s, i
     return signs;
 }
 
+/* to <- d^(k/2) R^T s.y * factors[0] * factors[1]; overwrites s.y and s.dither. Prefetches `out`. */
+static void unrotate_to(const Decoding *d, const Plan *plan, Scratch s, int64_t offset,
+                        const float *factors, const void *out, float *to) {
+    const uint8_t *signs = NULL;
+    for (int i = plan->rotations - 1; i > 0; i--) {
+        hadamard(s.y, s.y, plan->size, signs, 1.0f, NULL, 0);
+        signs = draw_signs(plan, &d->origin, i, 0, offset, s.signs);
+    }
+    const uint8_t *last = draw_signs(plan, &d->origin, 0, 0, offset, s.dither);
+    const Finish finish = {to, last, {factors[0], factors[1]}};
+    hadamard_finished(s.y, plan->size, signs, out, bytes_of(d->dtype), &finish);
+}
+
 /* s.y <- the sum of the ranks' values, whose rotation is the same. Returns whether all exact
  * coordinates are finite, which no encoder breaks, but a payload of any bytes may. */
 static int add_quic_fl(const Decoding *d, const Plan *plan, Scratch s, int64_t offset, Sent sent,
@@ -140,9 +153,8 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
         for (int64_t j = 0; j < size; j++) to[j] = NAN;
     } else if (plan->quantizer == QUIC_FL || plan->quantizer == ECDQ) {
         if (plan->quantizer == QUIC_FL) finite = add_quic_fl(d, plan, s, offset, sent, down);
-        const uint8_t *signs = unrotate(d, plan, s, offset, 0, out);
-        for (int64_t j = 0; j < size; j += LANES)
-            store(to + j, apply_signs(load(s.y + j), signs, j) * normalization * up);
+        const float factors[] = {normalization, up};
+        unrotate_to(d, plan, s, offset, factors, out, to);
     } else {
         add_unrotated(d, plan, s, offset, sent, down, out);
         for (int64_t j = 0; j < size; j += LANES)

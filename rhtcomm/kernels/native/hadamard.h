@@ -91,8 +91,21 @@ typedef struct {
     vi peak;        /* the largest magnitude, by lanes */
 } Measures;
 
+/* What the last pass of a transform does to its results: to <- signs * results * factors[0] * factors[1]. */
+typedef struct {
+    float *to;
+    const uint8_t *signs;
+    float factors[2];
+} Finish;
+
+INLINE void store_finished(const Finish *finish, int64_t j, vf v) {
+    v = apply_signs(v, finish->signs, j) * finish->factors[0] * finish->factors[1];
+    store(finish->to + j, v);
+}
+
 /* Strides h, 2 h, ..., radix h / 2, for h >= LANES. */
-INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix, Measures *measures) {
+INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix, Measures *measures,
+                      const Finish *finish) {
     for (int64_t base = 0; base < size; base += h * radix)
         for (int64_t j = 0; j < h; j += LANES) {
             vf r[16], square[8];
@@ -100,7 +113,11 @@ INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix, Measur
             for (int i = 0; i < radix; i++) r[i] = load(y + base + j + i * h);
             register_stages(r, radix, 0);
 #pragma GCC unroll 16
-            for (int i = 0; i < radix; i++) store(y + base + j + i * h, r[i]);
+            for (int i = 0; i < radix; i++)
+                if (finish)
+                    store_finished(finish, base + j + i * h, r[i]);
+                else
+                    store(y + base + j + i * h, r[i]);
             if (!measures) continue;
 #pragma GCC unroll 8
             for (int i = 0; i < radix / 2; i++) {
@@ -140,10 +157,11 @@ INLINE void first_pass(float *y, const float *from, int64_t size, const uint8_t 
 
 /* y <- d^(1/2) H (factor * signs * from), strides in ascending order; signs may be NULL. Prefetches
  * d coordinates of `width` bytes from `ahead` on a little at a time, since a processor has room for
- * few such requests and then waits. Where `measures` is given, fills it and returns its h, or returns
- * 0 where a block is too small for that. */
+ * few such requests and then waits. Where `measures` or `finish` is given, fills or obeys it, and returns
+ * the h of measures, or returns 0 where a block is too small for that. */
 INLINE int64_t transform(float *y, const float *from, int64_t size, const uint8_t *signs,
-                         float factor, const char *ahead, int64_t width, Measures *measures) {
+                         float factor, const char *ahead, int64_t width, Measures *measures,
+                         const Finish *finish) {
     int64_t h;
     if (!ahead) ahead = (const char *)from;
     if (size >= LANES * RADIX) {
@@ -160,12 +178,12 @@ INLINE int64_t transform(float *y, const float *from, int64_t size, const uint8_
         }
         h = LANES;
     }
-    for (; size / h > RADIX; h *= RADIX) wide_pass(y, size, h, RADIX, NULL);
+    for (; size / h > RADIX; h *= RADIX) wide_pass(y, size, h, RADIX, NULL, NULL);
     switch (size / h) {
-    case 16: wide_pass(y, size, h, 16, measures); break;
-    case 8: wide_pass(y, size, h, 8, measures); break;
-    case 4: wide_pass(y, size, h, 4, measures); break;
-    case 2: wide_pass(y, size, h, 2, measures); break;
+    case 16: wide_pass(y, size, h, 16, measures, finish); break;
+    case 8: wide_pass(y, size, h, 8, measures, finish); break;
+    case 4: wide_pass(y, size, h, 4, measures, finish); break;
+    case 2: wide_pass(y, size, h, 2, measures, finish); break;
     default: return 0;
     }
     return h;
@@ -173,7 +191,7 @@ INLINE int64_t transform(float *y, const float *from, int64_t size, const uint8_
 
 static void hadamard(float *y, const float *from, int64_t size, const uint8_t *signs, float factor,
                      const char *ahead, int64_t width) {
-    transform(y, from, size, signs, factor, ahead, width, NULL);
+    transform(y, from, size, signs, factor, ahead, width, NULL, NULL);
 }
 
 /* The same; returns the halving-tree sum of y[j]^2, and the largest magnitude in `peak`. `room` holds
@@ -182,10 +200,16 @@ static float hadamard_measured(float *y, const float *from, int64_t size, const 
                                float factor, const char *ahead, int64_t width, float *room,
                                uint32_t *peak) {
     Measures measures = {.squares = room};
-    int64_t h = transform(y, from, size, signs, factor, ahead, width, &measures);
-    *peak = h ? 0 : largest_magnitude(y, size);
+    int64_t h = transform(y, from, size, signs, factor, ahead, width, &measures, NULL);
+    *peak = h ? largest_lane(measures.peak) : largest_magnitude(y, size);
     if (!h) return tree_dot(y, y, size, room);
-    for (int i = 0; i < LANES; i++)
-        if ((uint32_t)measures.peak[i] > *peak) *peak = (uint32_t)measures.peak[i];
     return tree_sum(room, h);
+}
+
+/* finish->to <- d^(1/2) H (signs * y), then as `finish` says; y is scratch. */
+static void hadamard_finished(float *y, int64_t size, const uint8_t *signs, const char *ahead,
+                              int64_t width, const Finish *finish) {
+    const Finish f = *finish; /* a local copy, which stores of vectors cannot alias */
+    if (!transform(y, y, size, signs, 1.0f, ahead, width, NULL, &f))
+        for (int64_t j = 0; j < size; j += LANES) store_finished(&f, j, load(y + j));
 }

@@ -71,6 +71,13 @@ INLINE vi larger(vi a, vi b) {
 #endif
 }
 
+/* Of a vector without negative numbers. */
+INLINE uint32_t largest_lane(vi v) {
+    int32_t largest = 0;
+    for (int i = 0; i < LANES; i++) largest = v[i] > largest ? v[i] : largest;
+    return (uint32_t)largest;
+}
+
 INLINE vi to_integers(vf v) {
 #if defined(__AVX512F__)
     return (vi)_mm512_cvttps_epi32((__m512)v);
