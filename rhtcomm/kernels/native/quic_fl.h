@@ -47,33 +47,27 @@ INLINE void store_upper(u32 *to, vu a, vu b) {
 #endif
 }
 
-/* The upper halves of a, the lower ones of b. */
-INLINE vu upper_from(vu a, vu b) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    return (vu)_mm256_blend_epi16((__m256i)b, (__m256i)a, 0xAA);
-#else
-    return (a & 0xffff0000u) | (b & 0xffff);
-#endif
-}
-
-/* v above u of LANES coordinates: the dither word of coordinate j is its word rotated until byte j mod 4
- * is on top, plus the stratum. */
-INLINE vu dither_words(const uint8_t *dither, int64_t j, uint32_t stratum) {
-    vu words;
+/* The dither of LANES coordinates, u or the upper v, plus `turn` by 16-bit halves. The dither word of
+ * coordinate j is its word rotated until byte j mod 4 is on top; v is its upper half, u the lower one. */
+INLINE vu dither_halves(const uint8_t *dither, int64_t j, const int upper, vu turn) {
+    vu halves;
 #if defined(__AVX2__)
-    /* byte i % 4 of coordinate i / 4 */
-#define FROM(i) ((i) / 16 * 4 + ((i) / 4 + 1 + (i)) % 4)
-#define FROM4(i) FROM(4 * i), FROM(4 * i + 1), FROM(4 * i + 2), FROM(4 * i + 3)
-    static const uint8_t from[4 * LANES] __attribute__((aligned(4 * LANES))) = {EACH_LANE(FROM4)};
+    /* Byte b of lane c comes from byte (c + 1 + b) mod 4 of its word; bytes 2 and 3 are zero. */
+#define FROM(c, b) (uint8_t)((c) / 4 * 4 + ((c) + 1 + (b)) % 4)
+#define LOWER(c) FROM(c, 0), FROM(c, 1), 0x80, 0x80
+#define UPPER(c) FROM(c, 2), FROM(c, 3), 0x80, 0x80
+    static const uint8_t from[2][4 * LANES]
+        __attribute__((aligned(4 * LANES))) = {{EACH_LANE(LOWER)}, {EACH_LANE(UPPER)}};
 #if defined(__AVX512F__)
-    __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(dither + j)));
-    words = (vu)_mm512_shuffle_epi8(all, _mm512_load_si512(from));
+    __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(dither + j)));
+    halves = (vu)_mm512_shuffle_epi8(words, _mm512_load_si512(from[upper]));
 #else
-    __m256i all = _mm256_broadcastsi128_si256(_mm_loadl_epi64((const __m128i *)(dither + j)));
-    words = (vu)_mm256_shuffle_epi8(all, _mm256_load_si256((const __m256i *)from));
+    long long words;
+    memcpy(&words, dither + j, 8);
+    halves = (vu)_mm256_shuffle_epi8(_mm256_set1_epi64x(words), *(const __m256i *)from[upper]);
 #endif
 #else
-    vu right, left;
+    vu words, right, left;
     for (int i = 0; i < LANES; i++) {
         uint32_t word;
         memcpy(&word, dither + j + (i & ~3), 4);
@@ -82,8 +76,10 @@ INLINE vu dither_words(const uint8_t *dither, int64_t j, uint32_t stratum) {
         left[i] = (32 - right[i]) & 31;
     }
     words = (words >> right) | (words << left);
+    halves = words & 0xffff;
+    if (upper) halves = words >> 16;
 #endif
-    return (vu)((vh)words + (uint16_t)(stratum << 8));
+    return (vu)((vh)halves + (vh)turn);
 }
 
 /* Codes and exact coordinates of one block, given its root mean square and the bits of its largest
@@ -104,7 +100,7 @@ static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak
     }
 #endif
     const u32 *positions = (const u32 *)plan->positions;
-    const vu middle = (vu){0} + (uint32_t)plan->middle;
+    const vu turn_v = (vu){0} + (stratum << 8), turn_u = turn_v + (uint32_t)plan->middle;
     u32 nodes[TILE / 2];
     for (int64_t base = 0; base < size; base += TILE) {
         const int64_t tile = least(size - base, TILE);
@@ -113,8 +109,7 @@ static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak
 #pragma GCC unroll 2
             for (int i = 0; i < 2; i++) {
                 const int64_t at = base + j + i * LANES;
-                vu u = upper_from(middle, dither_words(dither, at, stratum));
-                z[i] = (vu)to_integers(load(y + at) * unit) + u;
+                z[i] = (vu)to_integers(load(y + at) * unit) + dither_halves(dither, at, 0, turn_u);
             }
             store_upper(nodes + j / 2, z[0], z[1]);
         }
@@ -123,7 +118,7 @@ static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak
 #pragma GCC unroll 8
             for (int i = 0; i < VECTORS; i++) {
                 const u32 *from = nodes + (j + i / 2 * 2 * LANES) / 2 + i % 2 * 2;
-                vu v = dither_words(dither, base + j + i * LANES, stratum) >> 16;
+                vu v = dither_halves(dither, base + j + i * LANES, 1, turn_v);
                 position[i] = (look_up_by_words(positions, from, 8) + v) >> 16;
                 IN_ORDER;
             }
