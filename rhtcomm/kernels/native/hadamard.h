@@ -73,7 +73,7 @@ INLINE vf subtract(vf a, vf b) {
 #endif
 }
 
-INLINE void register_stages(vf *r, const int radix, const int plain) {
+INLINE void register_stages(vf *r, const int radix) {
 #pragma GCC unroll 8
     for (int stride = 1; stride < radix; stride *= 2)
 #pragma GCC unroll 16
@@ -81,7 +81,7 @@ INLINE void register_stages(vf *r, const int radix, const int plain) {
             if (!(i & stride)) {
                 vf a = r[i], b = r[i + stride];
                 r[i] = a + b;
-                r[i + stride] = plain ? (vf)(a - b) : subtract(a, b);
+                r[i + stride] = subtract(a, b);
             }
 }
 
@@ -111,7 +111,7 @@ INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix, Measur
             vf r[16], square[8];
 #pragma GCC unroll 16
             for (int i = 0; i < radix; i++) r[i] = load(y + base + j + i * h);
-            register_stages(r, radix, 0);
+            register_stages(r, radix);
 #pragma GCC unroll 16
             for (int i = 0; i < radix; i++)
                 if (finish)
@@ -134,12 +134,14 @@ INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix, Measur
         }
 }
 
-/* y <- factor * signs * from, and strides up to LANES RADIX / 2; signs may be NULL. */
+/* y <- factor * signs * from, or from where signs is NULL, and strides up to LANES RADIX / 2. A stage goes
+ * through all vectors before the next one, since each step of a vector waits for the one before. */
 INLINE void first_pass(float *y, const float *from, int64_t size, const uint8_t *signs, float factor,
                        const char *ahead, int64_t width) {
     for (int64_t base = 0; base < size; base += LANES * RADIX) {
         vf r[RADIX];
-        for (int i = 0; i < LANES * RADIX; i += 16) __builtin_prefetch(ahead + (base + i) * width, 0, 2);
+        for (int i = 0; i < LANES * RADIX; i += 16)
+            __builtin_prefetch(ahead + (base + i) * width, 0, 2);
 #pragma GCC unroll 16
         for (int i = 0; i < RADIX; i++) {
             r[i] = load(from + base + i * LANES);
@@ -149,13 +151,13 @@ INLINE void first_pass(float *y, const float *from, int64_t size, const uint8_t 
         for (int stride = 1; stride < LANES; stride *= 2)
 #pragma GCC unroll 16
             for (int i = 0; i < RADIX; i++) r[i] = lane_stage(r[i], stride);
- register_stages(r, RADIX, 0);
+        register_stages(r, RADIX);
 #pragma GCC unroll 16
         for (int i = 0; i < RADIX; i++) store(y + base + i * LANES, r[i]);
     }
 }
 
-/* y <- d^(1/2) H (factor * signs * from), strides in ascending order; signs may be NULL. Prefetches
+/* y <- d^(1/2) H (factor * signs * from), or of `from` where signs is NULL, strides ascending. Prefetches
  * d coordinates of `width` bytes from `ahead` on a little at a time, since a processor has room for
  * few such requests and then waits. Where `measures` or `finish` is given, fills or obeys it, and returns
  * the h of measures, or returns 0 where a block is too small for that. */

@@ -170,6 +170,7 @@ INLINE void quic_fl_look_up(const Plan *plan, const uint8_t *codes, const uint8_
     }
 }
 
+/* y <- or y += scale * level(code, dither) */
 static void quic_fl_add(const Plan *plan, const uint8_t *codes, const uint8_t *dither,
                         uint32_t stratum, float scale, int initial, float *y) {
 #if defined(__AVX512VBMI__)
