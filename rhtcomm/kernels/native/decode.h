@@ -56,6 +56,19 @@ static const uint8_t *unrotate(const Decoding *d, const Plan *plan, Scratch s, i
     return signs;
 }
 
+/* to <- d^(k/2) R^T s.y * factors[0] * factors[1]; overwrites s.y and s.dither. Prefetches `out`. */
+static void unrotate_to(const Decoding *d, const Plan *plan, Scratch s, int64_t offset,
+                        const float *factors, const void *out, float *to) {
+    const uint8_t *signs = NULL;
+    for (int i = plan->rotations - 1; i > 0; i--) {
+        hadamard(s.y, s.y, plan->size, signs, 1.0f, NULL, 0);
+        signs = draw_signs(plan, &d->origin, i, 0, offset, s.signs);
+    }
+    const uint8_t *last = draw_signs(plan, &d->origin, 0, 0, offset, s.dither);
+    const Finish finish = {to, last, {factors[0], factors[1]}};
+    hadamard_finished(s.y, plan->size, signs, out, bytes_of(d->dtype), &finish);
+}
+
 /* s.y <- the sum of the ranks' values, whose rotation is the same. Returns whether all exact
  * coordinates are finite, which no encoder breaks, but a payload of any bytes may. */
 static int add_quic_fl(const Decoding *d, const Plan *plan, Scratch s, int64_t offset, Sent sent,
@@ -121,16 +134,20 @@ static void add_unrotated(const Decoding *d, const Plan *plan, Scratch s, int64_
     }
 }
 
-/* `dither` and `symbols`: ECDQ's, for add_ecdq(). */
+/* Prefetches the block of the result that is `following`. `dither` and `symbols`: ECDQ's, for add_ecdq(). */
 static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scratch, Block block,
-                         const uint8_t *dither, uint8_t *symbols) {
-    const Scratch s = *scratch; /* a local copy, which stores of vectors cannot alias */
+                         Block following, const uint8_t *dither, uint8_t *symbols) {
+    Scratch s = *scratch; /* a local copy, which stores of vectors cannot alias */
     const int64_t size = plan->size, offset = d->origin.offset + block.offset;
     const float normalization = (float)(plan->normalization / (double)d->ranks);
     const uint8_t *payload = d->payloads + block.shard * d->shard_stride;
     const Sent sent = {payload + block.scale, payload + block.packed, d->ranks, d->rank_stride};
     char *out = d->out + block.offset * bytes_of(d->dtype);
-    float *to = d->dtype == FLOAT32 && block.numel == size ? (float *)out : s.y;
+    const char *next = d->out + following.offset * bytes_of(d->dtype);
+    /* A whole block is decoded where it belongs: two would not fit into the first-level cache. */
+    const int in_place = d->dtype == FLOAT32 && block.numel == size && (uintptr_t)out % 64 == 0;
+    if (in_place) s.y = (float *)out;
+    float *to = s.y;
     const uint32_t peak = largest_scale(sent);
     float down, up;
     powers_of_two(peak, &down, &up);
@@ -140,18 +157,17 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
         for (int64_t j = 0; j < size; j++) to[j] = NAN;
     } else if (plan->quantizer == QUIC_FL || plan->quantizer == ECDQ) {
         if (plan->quantizer == QUIC_FL) finite = add_quic_fl(d, plan, s, offset, sent, down);
-        const uint8_t *signs = unrotate(d, plan, s, offset, 0, out);
-        for (int64_t j = 0; j < size; j += LANES)
-            store(to + j, apply_signs(load(s.y + j), signs, j) * normalization * up);
+        const float factors[] = {normalization, up};
+        unrotate_to(d, plan, s, offset, factors, next, to);
     } else {
-        add_unrotated(d, plan, s, offset, sent, down, out);
+        add_unrotated(d, plan, s, offset, sent, down, next);
         for (int64_t j = 0; j < size; j += LANES)
             store(to + j, load(s.sum + j) * normalization * up);
     }
     if (!finite) /* processors produce different NaNs */
         for (int64_t j = 0; j < size; j++)
             if (to[j] != to[j]) to[j] = NAN;
-    if (to == s.y) write_block(to, d->dtype, block.numel, out);
+    if (!in_place) write_block(to, d->dtype, block.numel, out);
 }
 
 /* Units of ECDQ side by side. */
@@ -177,9 +193,12 @@ static void decode_together(const Decoding *d, const Plan *plan, const Scratch *
             draw_classes(d, plan, dither[k], 0, first, symbols + k * first * size);
         }
         rans_decode(plan, s->lanes, (int)(count * first), symbols);
-        for (int64_t k = 0; k < count; k++)
-            decode_block(d, plan, s, block_of(plan, units[k], i), dither[k],
+        for (int64_t k = 0; k < count; k++) {
+            const Block following =
+                k + 1 < count ? block_of(plan, units[k + 1], i) : block_of(plan, units[0], i + 1);
+            decode_block(d, plan, s, block_of(plan, units[k], i), following, dither[k],
                          symbols + k * first * size);
+        }
     }
 }
 
@@ -192,5 +211,6 @@ static void decode_units(const void *call, const Plan *plan, const Scratch *s, c
     }
     for (int k = 0; k < count; k++)
         for (int64_t i = 0; i < units[k].count; i++)
-            decode_block(call, plan, s, block_of(plan, units[k], i), NULL, NULL);
+            decode_block(call, plan, s, block_of(plan, units[k], i), block_of(plan, units[k], i + 1), NULL,
+                         NULL);
 }

@@ -12,7 +12,7 @@ INLINE void ecdq_symbols(const Plan *plan, const float *y, float per_unit, const
     const int to_class = 16 - plan->class_bits;
     const int32_t columns = 2 * plan->largest + 1;
 #if defined(__AVX512F__)
-    uint8_t from __attribute__((vector_size(64))); /* the upper halves of the result of dither_words */
+    uint8_t from __attribute__((vector_size(64))); /* those of dither_halves, side by side */
     for (int i = 0; i < 64; i++) from[i] = (uint8_t)(i / 8 % 2 * 4 + (i / 2 + 3 + i % 2) % 4);
     const __m512i twice = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
     __m512i v = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)dither));
@@ -30,7 +30,7 @@ INLINE void ecdq_symbols(const Plan *plan, const float *y, float per_unit, const
     vu numbers[VECTORS];
 #pragma GCC unroll 8
     for (int i = 0; i < VECTORS; i++) {
-        vu v = ((dither_words(dither, LANES * i) >> 16) + (stratum << 8)) & 0xffff;
+        vu v = dither_halves(dither, LANES * i, 1, (vu){0} + (stratum << 8));
         vi k = (to_integers(load(y + LANES * i) * per_unit) + (vi)v) >> 16;
         numbers[i] = (vu)(k + (vi)(v >> to_class) * columns + plan->largest);
     }

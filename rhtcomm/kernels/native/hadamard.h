@@ -3,17 +3,18 @@
 #include "sums.h"
 #include "vectors.h"
 
-/* Lanes whose bit is set in the LANES bits of `signs` from bit j on are negated. */
+/* Lanes whose bit is set in the LANES bits of `signs` from bit j on are negated. May read, and ignore,
+ * the 3 bytes behind these. */
 INLINE vf apply_signs(vf v, const uint8_t *signs, int64_t j) {
 #if defined(__AVX512F__)
     __mmask16 minus;
     memcpy(&minus, signs + j / 8, 2);
     return (vf)_mm512_mask_xor_epi32((__m512i)v, minus, (__m512i)v, _mm512_set1_epi32(INT32_MIN));
 #else
-    vu bit;
-    for (int i = 0; i < LANES; i++) bit[i] = 1u << i;
-    vu set = (vu)((((vu){0} + (uint32_t)(signs[j / 8] >> (j % 8))) & bit) != 0);
-    return (vf)((vu)v ^ (set & 0x80000000u));
+    uint32_t word;
+    memcpy(&word, signs + j / 8, 4);
+    vu highest = ((vu){0} + (word >> (j % 8))) << (31 - (vu)ascending); /* its bit, then others */
+    return (vf)((vu)v ^ (highest & 0x80000000u));
 #endif
 }
 
@@ -39,18 +40,22 @@ INLINE vf swap_lanes(vf v, const int stride) {
 #endif
 }
 
+/* a * b + c, where a * b is exact, so that fusing the two rounds like two steps. */
+INLINE vf multiply_add(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
 /* Butterflies between the lanes of one vector: (a, b) -> (a + b, a - b), lanes `stride` apart. */
 INLINE vf lane_stage(vf v, const int stride) {
-    vf sign;
-    for (int i = 0; i < LANES; i++) sign[i] = (i & stride) ? -1.0f : 1.0f;
-    /* A multiplication by one is exact, so fusing it rounds like the plain addition. */
-#if defined(__AVX512F__)
-    return (vf)_mm512_fmadd_ps((__m512)v, (__m512)sign, (__m512)swap_lanes(v, stride));
-#elif defined(__AVX2__)
-    return (vf)_mm256_fmadd_ps((__m256)v, (__m256)sign, (__m256)swap_lanes(v, stride));
-#else
-    return swap_lanes(v, stride) + v * sign;
-#endif
+    const vi minus = (ascending & stride) != 0;
+    const vf sign = (vf)((to_bits(1.0f) + (vu){0}) | ((vu)minus & 0x80000000u));
+    return multiply_add(v, sign, swap_lanes(v, stride));
 }
 
 INLINE vf lane_stages(vf v) {
@@ -59,10 +64,10 @@ INLINE vf lane_stages(vf v) {
     return v;
 }
 
-/* a - b, on units that additions leave idle; the multiplication by one is exact. */
+/* a - b, on units that additions leave idle. */
 INLINE vf subtract(vf a, vf b) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_fmsub_ps((__m512)a, _mm512_set1_ps(1.0f), (__m512)b);
+#if defined(__AVX2__)
+    return multiply_add(b, (vf){0} - 1.0f, a);
 #else
     return a - b;
 #endif
@@ -86,8 +91,21 @@ typedef struct {
     vi peak;        /* the largest magnitude, by lanes */
 } Measures;
 
+/* What the last pass of a transform does to its results: to <- signs * results * factors[0] * factors[1]. */
+typedef struct {
+    float *to;
+    const uint8_t *signs;
+    float factors[2];
+} Finish;
+
+INLINE void store_finished(const Finish *finish, int64_t j, vf v) {
+    v = apply_signs(v, finish->signs, j) * finish->factors[0] * finish->factors[1];
+    store(finish->to + j, v);
+}
+
 /* Strides h, 2 h, ..., radix h / 2, for h >= LANES. */
-INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix, Measures *measures) {
+INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix, Measures *measures,
+                      const Finish *finish) {
     for (int64_t base = 0; base < size; base += h * radix)
         for (int64_t j = 0; j < h; j += LANES) {
             vf r[16], square[8];
@@ -95,7 +113,11 @@ INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix, Measur
             for (int i = 0; i < radix; i++) r[i] = load(y + base + j + i * h);
             register_stages(r, radix);
 #pragma GCC unroll 16
-            for (int i = 0; i < radix; i++) store(y + base + j + i * h, r[i]);
+            for (int i = 0; i < radix; i++)
+                if (finish)
+                    store_finished(finish, base + j + i * h, r[i]);
+                else
+                    store(y + base + j + i * h, r[i]);
             if (!measures) continue;
 #pragma GCC unroll 8
             for (int i = 0; i < radix / 2; i++) {
@@ -112,42 +134,58 @@ INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix, Measur
         }
 }
 
-/* y <- d^(1/2) H (factor * signs * from), strides in ascending order; signs may be NULL. Prefetches
- * d coordinates of `width` bytes from `ahead` on a little at a time, since a processor has room for
- * few such requests and then waits. Where `measures` is given, fills it and returns its h, or returns
- * 0 where a block is too small for that. */
-INLINE int64_t transform(float *y, const float *from, int64_t size, const uint8_t *signs,
-                         float factor, const char *ahead, int64_t width, Measures *measures) {
-    int64_t h;
-    if (size >= LANES * RADIX) {
-        for (int64_t base = 0; base < size; base += LANES * RADIX) {
-            vf r[RADIX];
+/* y <- factor * signs * from, or from where signs is NULL, and strides up to LANES RADIX / 2. A stage goes
+ * through all vectors before the next one, since each step of a vector waits for the one before. */
+INLINE void first_pass(float *y, const float *from, int64_t size, const uint8_t *signs, float factor,
+                       const char *ahead, int64_t width) {
+    for (int64_t base = 0; base < size; base += LANES * RADIX) {
+        vf r[RADIX];
+        for (int i = 0; i < LANES * RADIX; i += 16)
+            __builtin_prefetch(ahead + (base + i) * width, 0, 2);
 #pragma GCC unroll 16
-            for (int i = 0; i < RADIX; i++) {
-                if (ahead) __builtin_prefetch(ahead + (base + i * LANES) * width, 0, 2);
-                r[i] = load(from + base + i * LANES) * factor;
-                if (signs) r[i] = apply_signs(r[i], signs + base / 8, i * LANES);
-                r[i] = lane_stages(r[i]);
-            }
-            register_stages(r, RADIX);
-#pragma GCC unroll 16
-            for (int i = 0; i < RADIX; i++) store(y + base + i * LANES, r[i]);
+        for (int i = 0; i < RADIX; i++) {
+            r[i] = load(from + base + i * LANES);
+            if (signs) r[i] = apply_signs(r[i] * factor, signs + base / 8, i * LANES);
         }
+#pragma GCC unroll 4
+        for (int stride = 1; stride < LANES; stride *= 2)
+#pragma GCC unroll 16
+            for (int i = 0; i < RADIX; i++) r[i] = lane_stage(r[i], stride);
+        register_stages(r, RADIX);
+#pragma GCC unroll 16
+        for (int i = 0; i < RADIX; i++) store(y + base + i * LANES, r[i]);
+    }
+}
+
+/* y <- d^(1/2) H (factor * signs * from), or of `from` where signs is NULL, strides ascending. Prefetches
+ * d coordinates of `width` bytes from `ahead` on a little at a time, since a processor has room for
+ * few such requests and then waits. Where `measures` or `finish` is given, fills or obeys it, and returns
+ * the h of measures, or returns 0 where a block is too small for that. */
+INLINE int64_t transform(float *y, const float *from, int64_t size, const uint8_t *signs,
+                         float factor, const char *ahead, int64_t width, Measures *measures,
+                         const Finish *finish) {
+    int64_t h;
+    if (!ahead) ahead = (const char *)from;
+    if (size >= LANES * RADIX) {
+        if (signs)
+            first_pass(y, from, size, signs, factor, ahead, width);
+        else
+            first_pass(y, from, size, NULL, factor, ahead, width);
         h = LANES * RADIX;
     } else {
         for (int64_t base = 0; base < size; base += LANES) {
-            vf v = load(from + base) * factor;
-            if (signs) v = apply_signs(v, signs, base);
+            vf v = load(from + base);
+            if (signs) v = apply_signs(v * factor, signs, base);
             store(y + base, lane_stages(v));
         }
         h = LANES;
     }
-    for (; size / h > RADIX; h *= RADIX) wide_pass(y, size, h, RADIX, NULL);
+    for (; size / h > RADIX; h *= RADIX) wide_pass(y, size, h, RADIX, NULL, NULL);
     switch (size / h) {
-    case 16: wide_pass(y, size, h, 16, measures); break;
-    case 8: wide_pass(y, size, h, 8, measures); break;
-    case 4: wide_pass(y, size, h, 4, measures); break;
-    case 2: wide_pass(y, size, h, 2, measures); break;
+    case 16: wide_pass(y, size, h, 16, measures, finish); break;
+    case 8: wide_pass(y, size, h, 8, measures, finish); break;
+    case 4: wide_pass(y, size, h, 4, measures, finish); break;
+    case 2: wide_pass(y, size, h, 2, measures, finish); break;
     default: return 0;
     }
     return h;
@@ -155,7 +193,7 @@ INLINE int64_t transform(float *y, const float *from, int64_t size, const uint8_
 
 static void hadamard(float *y, const float *from, int64_t size, const uint8_t *signs, float factor,
                      const char *ahead, int64_t width) {
-    transform(y, from, size, signs, factor, ahead, width, NULL);
+    transform(y, from, size, signs, factor, ahead, width, NULL, NULL);
 }
 
 /* The same; returns the halving-tree sum of y[j]^2, and the largest magnitude in `peak`. `room` holds
@@ -164,10 +202,16 @@ static float hadamard_measured(float *y, const float *from, int64_t size, const 
                                float factor, const char *ahead, int64_t width, float *room,
                                uint32_t *peak) {
     Measures measures = {.squares = room};
-    int64_t h = transform(y, from, size, signs, factor, ahead, width, &measures);
-    *peak = h ? 0 : largest_magnitude(y, size);
+    int64_t h = transform(y, from, size, signs, factor, ahead, width, &measures, NULL);
+    *peak = h ? largest_lane(measures.peak) : largest_magnitude(y, size);
     if (!h) return tree_dot(y, y, size, room);
-    for (int i = 0; i < LANES; i++)
-        if ((uint32_t)measures.peak[i] > *peak) *peak = (uint32_t)measures.peak[i];
     return tree_sum(room, h);
+}
+
+/* finish->to <- d^(1/2) H (signs * y), then as `finish` says; y is scratch. */
+static void hadamard_finished(float *y, int64_t size, const uint8_t *signs, const char *ahead,
+                              int64_t width, const Finish *finish) {
+    const Finish f = *finish; /* a local copy, which stores of vectors cannot alias */
+    if (!transform(y, y, size, signs, 1.0f, ahead, width, NULL, &f))
+        for (int64_t j = 0; j < size; j += LANES) store_finished(&f, j, load(y + j));
 }

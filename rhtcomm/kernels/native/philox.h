@@ -16,22 +16,27 @@ INLINE vl multiply_low_halves(vl a, uint32_t b) {
 #endif
 }
 
-/* low[0], high[0], low[1], high[1], ... */
-INLINE void store_pairs(uint32_t *to, vl low, vl high) {
+/* The low halves of c[0] .. c[3] of lane 0, then of lane 1 and so on. On AVX2, where halves of vectors
+ * are apart, lanes 1 and 2 change places. */
+INLINE void store_words(uint32_t *to, const vl *c) {
 #if defined(__AVX512F__)
+    vl low = (c[0] & 0xffffffffu) | (c[1] << 32), high = (c[2] & 0xffffffffu) | (c[3] << 32);
     const __m512i lower = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
     const __m512i upper = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
     _mm512_storeu_si512(to, _mm512_permutex2var_epi64((__m512i)low, lower, (__m512i)high));
     _mm512_storeu_si512(to + LANES, _mm512_permutex2var_epi64((__m512i)low, upper, (__m512i)high));
+#elif defined(__AVX2__)
+    __m256 low = _mm256_shuffle_ps((__m256)c[0], (__m256)c[1], 0x88); /* in each half: lanes 0 and 1 of */
+    __m256 high = _mm256_shuffle_ps((__m256)c[2], (__m256)c[3], 0x88); /* two words */
+    _mm256_storeu_ps((float *)to, _mm256_shuffle_ps(low, high, 0x88));
+    _mm256_storeu_ps((float *)to + LANES, _mm256_shuffle_ps(low, high, 0xDD));
 #else
-    for (int i = 0; i < LANES / 2; i++) {
-        memcpy(to + 4 * i, (char *)&low + 8 * i, 8);
-        memcpy(to + 4 * i + 2, (char *)&high + 8 * i, 8);
-    }
+    for (int i = 0; i < LANES / 2; i++)
+        for (int k = 0; k < 4; k++) to[4 * i + k] = (uint32_t)c[k][i];
 #endif
 }
 
-enum { ROUNDS = 10, SETS = 2 }; /* the multiplications of one set wait for each other */
+enum { ROUNDS = 10, SETS = 4 }; /* the multiplications of one set wait for each other */
 
 /* Calls `call` .. `call + calls - 1` of a stream, four words each; writes SETS vectors of calls at a
  * time, so `out` must have room for calls rounded up to a multiple of SETS LANES / 2. */
@@ -43,20 +48,26 @@ static void philox(const Origin *origin, uint32_t purpose, uint64_t call, int64_
         keys[round][0] = origin->seed[0] + round * 0x9E3779B9u;
         keys[round][1] = origin->seed[1] + round * 0xBB67AE85u;
     }
-    vl lane;
-    for (int i = 0; i < width; i++) lane[i] = i;
+#if LANES == 16
+    const vl lane = {0, 1, 2, 3, 4, 5, 6, 7};
+#elif LANES == 8
+    const vl lane = {0, 2, 1, 3};
+#else
+    const vl lane = {0, 1};
+#endif
+    const uint64_t bucket = origin->bucket, step = origin->step;
     for (int64_t done = 0; done < calls; done += SETS * width) {
         vl c[SETS][4];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int set = 0; set < SETS; set++) {
             c[set][0] = lane + (call + done + set * width);
-            c[set][1] = (vl){0} + origin->bucket;
-            c[set][2] = (vl){0} + origin->step;
+            c[set][1] = (vl){0} + bucket;
+            c[set][2] = (vl){0} + step;
             c[set][3] = (vl){0} + purpose;
         }
 #pragma GCC unroll 10
         for (int round = 0; round < ROUNDS; round++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int set = 0; set < SETS; set++) {
                 vl p0 = multiply_low_halves(c[set][0], 0xD2511F53u);
                 vl p1 = multiply_low_halves(c[set][2], 0xCD9E8D57u);
@@ -65,12 +76,8 @@ static void philox(const Origin *origin, uint32_t purpose, uint64_t call, int64_
                 c[set][1] = p1;
                 c[set][3] = p0;
             }
-#pragma GCC unroll 2
-        for (int set = 0; set < SETS; set++) {
-            vl low = (c[set][0] & 0xffffffffu) | (c[set][1] << 32);
-            vl high = (c[set][2] & 0xffffffffu) | (c[set][3] << 32);
-            store_pairs(out + 4 * (done + set * width), low, high);
-        }
+#pragma GCC unroll 4
+        for (int set = 0; set < SETS; set++) store_words(out + 4 * (done + set * width), c[set]);
     }
 }
 

@@ -1,6 +1,7 @@
 /* QUIC-FL: codes by the table of positions, values by the table of levels. */
 #pragma once
 #include "exact.h"
+#include "lanes.h"
 #include "plan.h"
 #include "vectors.h"
 
@@ -8,26 +9,62 @@
 #include "quic_fl_bytes.h"
 #endif
 
-/* index[j] <- table[index[j]]. One load at a time beats the gather instructions. */
-#if defined(__GNUC__) && !defined(__clang__)
-__attribute__((optimize("no-tree-vectorize")))
-#endif
-static void look_up(const u32 *table, u32 *index, int64_t size) {
-#pragma GCC unroll 8
-    for (int64_t j = 0; j < size; j++) index[j] = table[index[j]];
+/* Coordinates of a table look-up. Their indices are in memory before the first of them is read, since
+ * a load of a few bytes would wait for the store of a vector. */
+enum { TILE = 4096 };
+
+/* Keeps the compiler from loading the indices of several vectors first, for which registers are too few. */
+#define IN_ORDER __asm__ volatile("" : : : "memory")
+
+/* table[i] at LANES indices: bytes, or words whose groups of four are `apart` words apart. One load at a
+ * time beats the gather instructions; indices are loaded several at a time, since loads are what limits
+ * this. */
+INLINE vu look_up_by_bytes(const u32 *table, const u32 *fours) {
+#define FOUND(i) table[fours[(i) / 4] >> 8 * ((i) % 4) & 0xff]
+    return (vu){EACH_LANE(FOUND)};
+#undef FOUND
 }
 
-/* LANES dither words: that of coordinate j is its word rotated until byte j mod 4 is on top. */
-INLINE vu dither_words(const uint8_t *dither, int64_t j) {
+INLINE vu look_up_by_words(const u32 *table, const u32 *twos, const int apart) {
+#define FOUND(i) table[twos[(i) / 4 * apart / 2 + (i) % 4 / 2] >> 16 * ((i) % 2) & 0xffff]
+    return (vu){EACH_LANE(FOUND)};
+#undef FOUND
+}
+
+/* The upper halves of a and b, four of a and four of b in turn. */
+INLINE void store_upper(u32 *to, vu a, vu b) {
+    a >>= 16;
+    b >>= 16;
+#if defined(__AVX512F__)
+    _mm512_storeu_si512(to, _mm512_packus_epi32((__m512i)a, (__m512i)b));
+#elif defined(__AVX2__)
+    _mm256_storeu_si256((__m256i *)to, _mm256_packus_epi32((__m256i)a, (__m256i)b));
+#else
+    for (int i = 0; i < LANES; i++) {
+        ((half *)to)[i] = (uint16_t)a[i];
+        ((half *)to)[LANES + i] = (uint16_t)b[i];
+    }
+#endif
+}
+
+/* The dither of LANES coordinates, u or the upper v, plus `turn` by 16-bit halves. The dither word of
+ * coordinate j is its word rotated until byte j mod 4 is on top; v is its upper half, u the lower one. */
+INLINE vu dither_halves(const uint8_t *dither, int64_t j, const int upper, vu turn) {
+    vu halves;
 #if defined(__AVX2__)
-    uint8_t from __attribute__((vector_size(4 * LANES))); /* byte i % 4 of coordinate i / 4 */
-    for (int i = 0; i < 4 * LANES; i++) from[i] = (uint8_t)(i / 16 * 4 + (i / 4 + 1 + i) % 4);
+    /* Byte b of lane c comes from byte (c + 1 + b) mod 4 of its word; bytes 2 and 3 are zero. */
+#define FROM(c, b) (uint8_t)((c) / 4 * 4 + ((c) + 1 + (b)) % 4)
+#define LOWER(c) FROM(c, 0), FROM(c, 1), 0x80, 0x80
+#define UPPER(c) FROM(c, 2), FROM(c, 3), 0x80, 0x80
+    static const uint8_t from[2][4 * LANES]
+        __attribute__((aligned(4 * LANES))) = {{EACH_LANE(LOWER)}, {EACH_LANE(UPPER)}};
 #if defined(__AVX512F__)
     __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(dither + j)));
-    return (vu)_mm512_shuffle_epi8(words, (__m512i)from);
+    halves = (vu)_mm512_shuffle_epi8(words, _mm512_load_si512(from[upper]));
 #else
-    __m256i words = _mm256_broadcastsi128_si256(_mm_loadl_epi64((const __m128i *)(dither + j)));
-    return (vu)_mm256_shuffle_epi8(words, (__m256i)from);
+    long long words;
+    memcpy(&words, dither + j, 8);
+    halves = (vu)_mm256_shuffle_epi8(_mm256_set1_epi64x(words), *(const __m256i *)from[upper]);
 #endif
 #else
     vu words, right, left;
@@ -38,21 +75,19 @@ INLINE vu dither_words(const uint8_t *dither, int64_t j) {
         right[i] = (8 * (i & 3) + 8) & 31;
         left[i] = (32 - right[i]) & 31;
     }
-    return (words >> right) | (words << left);
+    words = (words >> right) | (words << left);
+    halves = words & 0xffff;
+    if (upper) halves = words >> 16;
 #endif
+    return (vu)((vh)halves + (vh)turn);
 }
-
-/* Coordinates of a table look-up, few enough to leave the other arrays of a block in the first-level
- * cache. */
-enum { TILE = 512 };
 
 /* Codes and exact coordinates of one block, given its root mean square and the bits of its largest
  * magnitude; returns its scale. `room` and `indices` are scratch of d numbers. */
 static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak,
                             const uint8_t *dither, uint32_t stratum, float *room, i32 *indices,
                             uint8_t *codes, uint8_t *section) {
-    const int64_t size = plan->size, tile = least(size, TILE);
-    const uint32_t shift = stratum * 0x01000100u; /* moves u and v, the two halves of a word */
+    const int64_t size = plan->size;
     float fitting = plan->exact_capacity
                         ? take_exact(plan, y, rms, dither, stratum, indices, room, section)
                         : from_bits(peak) * plan->inverse_bound;
@@ -64,30 +99,82 @@ static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak
         return scale;
     }
 #endif
-    i32 work[TILE];
-    for (int64_t base = 0; base < size; base += tile) {
-        for (int64_t j = 0; j < tile; j += LANES) {
-            vi u = (vi)((dither_words(dither, base + j) + shift) & 0xffff);
-            vi z = to_integers(load(y + base + j) * unit);
-            *(vi *)(work + j) = (z + (u + plan->middle)) >> 16; /* the node */
+    const u32 *positions = (const u32 *)plan->positions;
+    const vu turn_v = (vu){0} + (stratum << 8), turn_u = turn_v + (uint32_t)plan->middle;
+    u32 nodes[TILE / 2];
+    for (int64_t base = 0; base < size; base += TILE) {
+        const int64_t tile = least(size - base, TILE);
+        for (int64_t j = 0; j < tile; j += 2 * LANES) {
+            vu z[2];
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
+                const int64_t at = base + j + i * LANES;
+                z[i] = (vu)to_integers(load(y + at) * unit) + dither_halves(dither, at, 0, turn_u);
+            }
+            store_upper(nodes + j / 2, z[0], z[1]);
         }
-        look_up((const u32 *)plan->positions, (u32 *)work, tile);
-        for (int64_t j = 0; j < tile; j += LANES) {
-            vi v = (vi)(((dither_words(dither, base + j) >> 16) + (shift & 0xffff)) & 0xffff);
-            *(vi *)(work + j) = (*(const vi *)(work + j) + v) >> 16;
+        for (int64_t j = 0; j < tile; j += CODER_LANES) {
+            vu position[VECTORS];
+#pragma GCC unroll 8
+            for (int i = 0; i < VECTORS; i++) {
+                const u32 *from = nodes + (j + i / 2 * 2 * LANES) / 2 + i % 2 * 2;
+                vu v = dither_halves(dither, base + j + i * LANES, 1, turn_v);
+                position[i] = (look_up_by_words(positions, from, 8) + v) >> 16;
+                IN_ORDER;
+            }
+            store_bytes(codes + base + j, position);
         }
-        for (int64_t j = 0; j < tile; j++) codes[base + j] = (uint8_t)work[j];
     }
     return scale;
+}
+
+typedef uint8_t bytes __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint16_t words __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint16_t twice __attribute__((vector_size(32), aligned(2), may_alias));
+
+/* The indices of CODER_LANES levels, code 2^l + the upper l bits of the dither, as bytes, or as 16-bit
+ * numbers. */
+INLINE void level_indices(const uint8_t *codes, const uint8_t *dither, uint32_t stratum, int shared_bits,
+                          const int wide, u32 *index) {
+    const uint8_t lower = (uint8_t)((1 << shared_bits) - 1);
+#pragma GCC unroll 2
+    for (int i = 0; i < CODER_LANES; i += 16) {
+        bytes v = *(const bytes *)(dither + i) + (uint8_t)stratum, code = *(const bytes *)(codes + i);
+        bytes shared = (bytes)((words)v >> (8 - shared_bits)) & lower;
+        if (wide)
+            *(twice *)(index + i / 2) = __builtin_convertvector(code, twice) << shared_bits |
+                                        __builtin_convertvector(shared, twice);
+        else
+            *(bytes *)(index + i / 4) = (bytes)((words)code << shared_bits) | shared;
+    }
+}
+
+/* y <- or y += scale * level(code, dither) */
+INLINE void quic_fl_look_up(const Plan *plan, const uint8_t *codes, const uint8_t *dither,
+                            uint32_t stratum, float scale, const int wide, const int initial, float *y) {
+    const u32 *levels = (const u32 *)plan->levels;
+    const int64_t size = plan->size;
+    const int shared_bits = plan->shared_bits;
+    u32 index[TILE / 2];
+    for (int64_t base = 0; base < size; base += TILE) {
+        const int64_t tile = least(size - base, TILE);
+        for (int64_t j = 0; j < tile; j += CODER_LANES)
+            level_indices(codes + base + j, dither + base + j, stratum, shared_bits, wide,
+                          index + j / (wide ? 2 : 4));
+        for (int64_t j = 0; j < tile; j += LANES, y += LANES) {
+            vu level = wide ? look_up_by_words(levels, index + j / 2, 4) : look_up_by_bytes(levels, index + j / 4);
+            vf value = (vf)level * scale;
+            if (!initial) value = load(y) + value;
+            store(y, value);
+        }
+    }
 }
 
 /* y <- or y += scale * level(code, dither) */
 static void quic_fl_add(const Plan *plan, const uint8_t *codes, const uint8_t *dither,
                         uint32_t stratum, float scale, int initial, float *y) {
-    const int64_t size = plan->size, tile = least(size, TILE);
-    const int shared_bits = plan->shared_bits;
 #if defined(__AVX512VBMI__)
-    if (plan->bits + shared_bits <= 8 && size >= 64) {
+    if (plan->bits + plan->shared_bits <= 8 && plan->size >= 64) {
         if (initial)
             quic_fl_add_by_bytes(plan, codes, dither, stratum, scale, 1, y);
         else
@@ -95,18 +182,13 @@ static void quic_fl_add(const Plan *plan, const uint8_t *codes, const uint8_t *d
         return;
     }
 #endif
-    u32 work[TILE];
-    const float *values = (const float *)work;
-    for (int64_t base = 0; base < size; base += tile, y += tile) {
-        for (int64_t j = 0; j < tile; j++) {
-            uint8_t v = (uint8_t)(dither[base + j] + stratum);
-            work[j] = ((uint32_t)codes[base + j] << shared_bits) | (v >> (8 - shared_bits));
-        }
-        look_up((const u32 *)plan->levels, work, tile);
-        if (initial)
-            for (int64_t j = 0; j < tile; j += LANES) store(y + j, load(values + j) * scale);
-        else
-            for (int64_t j = 0; j < tile; j += LANES)
-                store(y + j, load(y + j) + load(values + j) * scale);
-    }
+    const int wide = plan->bits + plan->shared_bits > 8;
+    if (wide && initial)
+        quic_fl_look_up(plan, codes, dither, stratum, scale, 1, 1, y);
+    else if (wide)
+        quic_fl_look_up(plan, codes, dither, stratum, scale, 1, 0, y);
+    else if (initial)
+        quic_fl_look_up(plan, codes, dither, stratum, scale, 0, 1, y);
+    else
+        quic_fl_look_up(plan, codes, dither, stratum, scale, 0, 0, y);
 }

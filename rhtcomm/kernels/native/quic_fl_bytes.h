@@ -58,7 +58,7 @@ static void quic_fl_codes_by_bytes(const Plan *plan, const float *y, const uint8
     uint8_t even __attribute__((vector_size(64))), u_of __attribute__((vector_size(64)));
     for (int i = 0; i < 64; i++) {
         even[i] = (uint8_t)(2 * i);
-        /* the lower half of the result of dither_words; the upper one is zero */
+        /* as in dither_halves */
         u_of[i] = (uint8_t)(i % 4 < 2 ? i / 16 * 4 + (i / 4 + 1 + i) % 4 : 0x80);
     }
     const __m512i last = _mm512_set1_epi8((char)((1 << plan->bits) - 1));

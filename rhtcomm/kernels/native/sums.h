@@ -22,13 +22,14 @@ static float tree_dot(const float *a, const float *b, int64_t size, float *room)
 }
 
 static uint32_t largest_magnitude(const float *y, int64_t size) {
-    const i32 *bits = (const i32 *)y;
-    int32_t largest = 0;
-    for (int64_t j = 0; j < size; j++) {
-        int32_t magnitude = bits[j] & 0x7fffffff;
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    return (uint32_t)largest;
+    enum { SIDE = 32 / LANES }; /* no maximum waits for the one before */
+    vi largest[SIDE] = {{0}};
+    for (int64_t j = 0; j < size; j += 32)
+#pragma GCC unroll 8
+        for (int i = 0; i < SIDE; i++)
+            largest[i] = larger(largest[i], (vi)load(y + j + i * LANES) & INT32_MAX);
+    for (int i = 1; i < SIDE; i++) largest[0] = larger(largest[0], largest[i]);
+    return largest_lane(largest[0]);
 }
 
 /* 2^(127 - e) and 2^(e - 127), e the biased exponent of `peak` clamped to 1 .. 253. */

@@ -38,10 +38,24 @@
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint64_t vl __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
+/* f(0), .., f(LANES - 1) */
+#if LANES == 16
+#define EACH_LANE(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), \
+                     f(13), f(14), f(15)
+#elif LANES == 8
+#define EACH_LANE(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)
+#else
+#define EACH_LANE(f) f(0), f(1), f(2), f(3)
+#endif
+#define ITSELF(i) i
+static const vi ascending = {EACH_LANE(ITSELF)};
+
 /* Single numbers seen as another type of the same width. */
 typedef uint32_t u32 __attribute__((may_alias));
 typedef int32_t i32 __attribute__((may_alias));
+typedef uint16_t half __attribute__((may_alias));
 
 INLINE vf load(const float *p) { return *(const vf *)p; }
 INLINE void store(float *p, vf v) { *(vf *)p = v; }
@@ -49,10 +63,19 @@ INLINE void store(float *p, vf v) { *(vf *)p = v; }
 INLINE vi larger(vi a, vi b) {
 #if defined(__AVX512F__)
     return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
 #else
     vi mask = a > b;
     return (a & mask) | (b & ~mask);
 #endif
+}
+
+/* Of a vector without negative numbers. */
+INLINE uint32_t largest_lane(vi v) {
+    int32_t largest = 0;
+    for (int i = 0; i < LANES; i++) largest = v[i] > largest ? v[i] : largest;
+    return (uint32_t)largest;
 }
 
 INLINE vi to_integers(vf v) {
