@@ -3,6 +3,7 @@
 #include "blocks.h"
 #include "ecdq.h"
 #include "eden.h"
+#include "feedback.h"
 #include "formats.h"
 #include "hadamard.h"
 #include "packing.h"
@@ -17,6 +18,8 @@ typedef struct {
     int64_t rank_stride, shard_stride; /* bytes from a payload to that of the next rank, or shard */
     char *out;
     int dtype;
+    const Feedback *feedback; /* NULL: there is none */
+    int own; /* whether it only takes what this rank sent off the feedback, and `out` still holds x */
 } Decoding;
 
 /* What the ranks sent of a block: `stride` bytes lie between the scales, and codes, of two ranks. */
@@ -130,7 +133,7 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
     const uint8_t *payload = d->payloads + block.shard * d->shard_stride;
     const Sent sent = {payload + block.scale, payload + block.packed, d->ranks, d->rank_stride};
     char *out = d->out + block.offset * bytes_of(d->dtype);
-    float *to = d->dtype == FLOAT32 && block.numel == size ? (float *)out : s.y;
+    float *to = d->dtype == FLOAT32 && block.numel == size && !d->own ? (float *)out : s.y;
     const uint32_t peak = largest_scale(sent);
     float down, up;
     powers_of_two(peak, &down, &up);
@@ -151,7 +154,13 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
     if (!finite) /* processors produce different NaNs */
         for (int64_t j = 0; j < size; j++)
             if (to[j] != to[j]) to[j] = NAN;
+    if (d->own) {
+        keep_error(&d->feedback->residual, block.offset, block.numel, out, d->dtype, to);
+        return;
+    }
     if (to == s.y) write_block(to, d->dtype, block.numel, out);
+    if (d->feedback)
+        keep_second_errors(d->feedback, block.offset, block.numel, to, out, d->dtype);
 }
 
 /* Units of ECDQ side by side. */
@@ -183,14 +192,25 @@ static void decode_together(const Decoding *d, const Plan *plan, const Scratch *
     }
 }
 
-/* A UnitsFunction. */
-static void decode_units(const void *call, const Plan *plan, const Scratch *s, const Unit *units,
-                         int count) {
+static void decode_some(const Decoding *d, const Plan *plan, const Scratch *s, const Unit *units,
+                        int count) {
     if (plan->quantizer == ECDQ) {
-        decode_together(call, plan, s, units, count);
+        decode_together(d, plan, s, units, count);
         return;
     }
     for (int k = 0; k < count; k++)
         for (int64_t i = 0; i < units[k].count; i++)
-            decode_block(call, plan, s, block_of(plan, units[k], i), NULL, NULL);
+            decode_block(d, plan, s, block_of(plan, units[k], i), NULL, NULL);
+}
+
+/* A UnitsFunction. */
+static void decode_units(const void *call, const Plan *plan, const Scratch *s, const Unit *units,
+                         int count) {
+    const Decoding *d = call;
+    if (d->feedback) { /* before the mean takes the place of x */
+        const Feedback *f = d->feedback;
+        const Decoding own = {f->origin, 1, f->payloads, 0, f->stride, d->out, d->dtype, f, 1};
+        decode_some(&own, plan, s, units, count);
+    }
+    decode_some(d, plan, s, units, count);
 }
