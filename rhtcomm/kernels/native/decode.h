@@ -19,7 +19,7 @@ typedef struct {
     char *out;
     int dtype;
     const Feedback *feedback; /* NULL: there is none */
-    int own; /* whether it only takes what this rank sent off the feedback, and `out` still holds x */
+    int own; /* whether it only takes what this rank sent off x + residual, of which `out` holds x */
 } Decoding;
 
 /* What the ranks sent of a block: `stride` bytes lie between the scales, and codes, of two ranks. */
@@ -61,9 +61,8 @@ static const uint8_t *unrotate(const Decoding *d, const Plan *plan, Scratch s, i
 
 /* s.y <- the sum of the ranks' values, whose rotation is the same. Returns whether all exact
  * coordinates are finite, which no encoder breaks, but a payload of any bytes may. */
-static int add_quic_fl(const Decoding *d, const Plan *plan, Scratch s, int64_t offset, Sent sent,
-                       float down) {
-    const uint8_t *dither = draw_dither(plan, &d->origin, offset, s.dither);
+static int add_quic_fl(const Decoding *d, const Plan *plan, Scratch s, const uint8_t *dither,
+                       Sent sent, float down) {
     i32 *indices = (i32 *)s.sum;
     int finite = 1;
     for (int64_t i = 0; i < sent.ranks; i++) {
@@ -124,7 +123,7 @@ static void add_unrotated(const Decoding *d, const Plan *plan, Scratch s, int64_
     }
 }
 
-/* `dither` and `symbols`: ECDQ's, for add_ecdq(). */
+/* `dither`: of QUIC-FL and ECDQ; `symbols`: ECDQ's, for add_ecdq(). */
 static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scratch, Block block,
                          const uint8_t *dither, uint8_t *symbols) {
     const Scratch s = *scratch; /* a local copy, which stores of vectors cannot alias */
@@ -142,7 +141,7 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
     if (!finite) {
         for (int64_t j = 0; j < size; j++) to[j] = NAN;
     } else if (plan->quantizer == QUIC_FL || plan->quantizer == ECDQ) {
-        if (plan->quantizer == QUIC_FL) finite = add_quic_fl(d, plan, s, offset, sent, down);
+        if (plan->quantizer == QUIC_FL) finite = add_quic_fl(d, plan, s, dither, sent, down);
         const uint8_t *signs = unrotate(d, plan, s, offset, 0, out);
         for (int64_t j = 0; j < size; j += LANES)
             store(to + j, apply_signs(load(s.y + j), signs, j) * normalization * up);
@@ -163,9 +162,16 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
         keep_second_errors(d->feedback, block.offset, block.numel, to, out, d->dtype);
 }
 
-/* Units of ECDQ side by side. */
-static void decode_together(const Decoding *d, const Plan *plan, const Scratch *s, const Unit *units,
-                            int count) {
+/* The decoding of what this rank sent. */
+static Decoding of_own(const Decoding *d) {
+    const Feedback *f = d->feedback;
+    const Decoding own = {f->origin, 1, f->payloads, 0, f->stride, d->out, d->dtype, f, 1};
+    return own;
+}
+
+/* Units of ECDQ side by side. `own`, if not NULL, is among the first ranks of them. */
+static void decode_together(const Decoding *d, const Decoding *own, const Plan *plan,
+                            const Scratch *s, const Unit *units, int count) {
     const int64_t size = plan->size, ranks = d->ranks, first = least(SIDE_BY_SIDE, ranks);
     for (int64_t i = 0; i < count * ranks; i++) {
         const Unit *unit = units + i / ranks;
@@ -186,31 +192,46 @@ static void decode_together(const Decoding *d, const Plan *plan, const Scratch *
             draw_classes(d, plan, dither[k], 0, first, symbols + k * first * size);
         }
         rans_decode(plan, s->lanes, (int)(count * first), symbols);
-        for (int64_t k = 0; k < count; k++)
-            decode_block(d, plan, s, block_of(plan, units[k], i), dither[k],
-                         symbols + k * first * size);
+        for (int64_t k = 0; k < count; k++) {
+            const Block block = block_of(plan, units[k], i);
+            uint8_t *columns = symbols + k * first * size;
+            if (own)
+                decode_block(own, plan, s, block, dither[k],
+                             columns + (own->origin.rank - d->origin.rank) * size);
+            decode_block(d, plan, s, block, dither[k], columns);
+        }
     }
 }
 
-static void decode_some(const Decoding *d, const Plan *plan, const Scratch *s, const Unit *units,
-                        int count) {
-    if (plan->quantizer == ECDQ) {
-        decode_together(d, plan, s, units, count);
-        return;
+/* Blocks of other quantizers. The first hop's dither serves what this rank sent, too. */
+static void decode_alone(const Decoding *d, const Decoding *own, const Plan *plan, const Scratch *s,
+                         Block block) {
+    const int64_t offset = d->origin.offset + block.offset;
+    const uint8_t *dither = NULL;
+    if (own) { /* before the mean takes the place of x */
+        if (plan->quantizer == QUIC_FL) dither = draw_dither(plan, &own->origin, offset, s->dither);
+        decode_block(own, plan, s, block, dither, NULL);
     }
-    for (int k = 0; k < count; k++)
-        for (int64_t i = 0; i < units[k].count; i++)
-            decode_block(d, plan, s, block_of(plan, units[k], i), NULL, NULL);
+    if (plan->quantizer == QUIC_FL && !(own && own->origin.hop == d->origin.hop))
+        dither = draw_dither(plan, &d->origin, offset, s->dither);
+    decode_block(d, plan, s, block, dither, NULL);
 }
 
 /* A UnitsFunction. */
 static void decode_units(const void *call, const Plan *plan, const Scratch *s, const Unit *units,
                          int count) {
     const Decoding *d = call;
-    if (d->feedback) { /* before the mean takes the place of x */
-        const Feedback *f = d->feedback;
-        const Decoding own = {f->origin, 1, f->payloads, 0, f->stride, d->out, d->dtype, f, 1};
-        decode_some(&own, plan, s, units, count);
+    const Feedback *f = d->feedback;
+    const Decoding own = f ? of_own(d) : *d;
+    if (plan->quantizer == ECDQ) {
+        /* What this rank sent in the first hop is among the payloads. */
+        const int among = f && own.origin.hop == d->origin.hop &&
+                          own.origin.rank - d->origin.rank < least(SIDE_BY_SIDE, d->ranks);
+        if (f && !among) decode_together(&own, NULL, plan, s, units, count);
+        decode_together(d, among ? &own : NULL, plan, s, units, count);
+        return;
     }
-    decode_some(d, plan, s, units, count);
+    for (int k = 0; k < count; k++)
+        for (int64_t i = 0; i < units[k].count; i++)
+            decode_alone(d, f ? &own : NULL, plan, s, block_of(plan, units[k], i));
 }

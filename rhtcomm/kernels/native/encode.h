@@ -68,11 +68,12 @@ static void encode_block(const Encoding *e, const Plan *plan, const Scratch *scr
     const char *x = e->x + block.offset * bytes_of(e->dtype);
     uint8_t *payload = e->payloads + block.shard * e->stride, *packed = payload + block.packed;
     const float *from = s.y;
-    if (e->dtype == FLOAT32 && block.numel == size && !e->residual)
+    if (e->residual)
+        read_sum(e->residual, block.offset, block.numel, size, x, e->dtype, s.y);
+    else if (e->dtype == FLOAT32 && block.numel == size)
         from = (const float *)x;
     else
         read_block(x, e->dtype, block.numel, size, s.y);
-    if (e->residual) add_residual(e->residual, block.offset, block.numel, s.y);
     uint32_t peak = largest_magnitude(from, size);
     float down, up, scale;
     powers_of_two(peak, &down, &up);

@@ -38,25 +38,41 @@ static float *residual_at(const Residual *r, int64_t at, int64_t *count) {
     return r->pieces[low] + (at - r->starts[low]);
 }
 
-/* y <- y + residual, for the coordinates of x from `first` on. */
-static void add_residual(const Residual *r, int64_t first, int64_t numel, float *y) {
-    for (int64_t done = 0, count; done < numel; done += count) {
-        count = numel - done;
-        const float *from = residual_at(r, first + done, &count);
-        for (int64_t j = 0; j < count; j++) y[done + j] += from[j];
-    }
+enum { PART = 256 };
+
+/* `count` coordinates of x in float32, which are x itself or, at most PART of them, in `room`. */
+INLINE const float *widened(const char *x, int dtype, int64_t count, float *room) {
+    if (dtype == FLOAT32) return (const float *)x;
+    read_block(x, dtype, count, count, room);
+    return room;
 }
 
-enum { PART = 256 };
+/* The most coordinates that one call of widened() is for. */
+INLINE int64_t part_of(int64_t numel, int dtype) {
+    return dtype == FLOAT32 ? numel : least(numel, PART);
+}
+
+/* y[0 .. size-1] from the `numel` coordinates of x + residual from `first` on, then zeros. */
+static void read_sum(const Residual *r, int64_t first, int64_t numel, int64_t size, const char *x,
+                     int dtype, float *y) {
+    float room[PART];
+    for (int64_t done = 0, count; done < numel; done += count) {
+        count = part_of(numel - done, dtype);
+        const float *from = residual_at(r, first + done, &count);
+        const float *wide = widened(x + done * bytes_of(dtype), dtype, count, room);
+        for (int64_t j = 0; j < count; j++) y[done + j] = wide[j] + from[j];
+    }
+    memset(y + numel, 0, 4 * (size - numel));
+}
 
 /* residual <- x + residual - sent, where `sent` is what this rank's payload decodes to. */
 static void keep_error(const Residual *r, int64_t first, int64_t numel, const char *x, int dtype,
                        const float *sent) {
-    float wide[PART];
+    float room[PART];
     for (int64_t done = 0, count; done < numel; done += count) {
-        count = numel - done < PART ? numel - done : PART;
+        count = part_of(numel - done, dtype);
         float *to = residual_at(r, first + done, &count);
-        read_block(x + done * bytes_of(dtype), dtype, count, count, wide);
+        const float *wide = widened(x + done * bytes_of(dtype), dtype, count, room);
         /* No error is -0.0. */
         for (int64_t j = 0; j < count; j++) to[j] = wide[j] + to[j] - sent[done + j] + 0.0f;
     }
@@ -69,9 +85,9 @@ static void keep_second_errors(const Feedback *f, int64_t first, int64_t numel, 
     const Residual *r = &f->residual;
     const int again = f->mean && f->first <= first && first < f->stop;
     if (!again && dtype == FLOAT32) return;
-    float wide[PART];
+    float room[PART];
     for (int64_t done = 0, count; done < numel; done += count) {
-        count = numel - done < PART ? numel - done : PART;
+        count = part_of(numel - done, dtype);
         float *to = residual_at(r, first + done, &count);
         const float *now = decoded + done;
         if (again) {
@@ -79,7 +95,7 @@ static void keep_second_errors(const Feedback *f, int64_t first, int64_t numel, 
             for (int64_t j = 0; j < count; j++) to[j] += f->weight * (before[j] - now[j]);
         }
         if (dtype == FLOAT32) continue;
-        read_block(out + done * bytes_of(dtype), dtype, count, count, wide);
+        const float *wide = widened(out + done * bytes_of(dtype), dtype, count, room);
         for (int64_t j = 0; j < count; j++) to[j] += now[j] - wide[j];
     }
 }
