@@ -52,8 +52,8 @@ class RHTState(HookState):
             the host (MPI) serves one state at a time: a second state that needs it in the same
             backward pass raises a RuntimeError.
         error_feedback: add this rank's earlier compression error to each gradient (see
-            `rhtcomm.all_reduce`). It needs float32 memory of the gradients' size and a decode of
-            the rank's own payload; "eden" and "vector" then use the biased scale of least squared
+            `rhtcomm.all_reduce`). It needs float32 memory of the gradients' size (float16: and
+            for a copy of a bucket's residual) and a decode of the rank's own payload; "eden" and "vector" then use the biased scale of least squared
             error. Not for "lattice", or "quic_fl" with 1 bit. The quantizers are unbiased without
             it. With AdamW and 1 bit that was better than feedback, whose errors return later:
             compare both on your model. Residuals are scaled like the gradients: after a GradScaler

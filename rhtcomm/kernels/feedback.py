@@ -57,12 +57,14 @@ class Residual(NamedTuple):
 
     def read(self, numel: int) -> torch.Tensor:
         """The first `numel` coordinates; a view if they lie in one piece."""
-        views = self.views(numel)
+        views = self.views(numel) or [self.pieces[0][:0]]
         return views[0] if len(views) == 1 else torch.cat(views)
 
     def write(self, values: torch.Tensor) -> None:
         """Replace as many coordinates as there are values."""
         views = self.views(len(values))
+        if not views:
+            return
         for view, part in zip(views, values.split([*map(len, views)]), strict=True):
             view.copy_(part)
 
