@@ -144,7 +144,7 @@ class Engine:
         residual = None
         if self._residuals is not None and compressible:
             gradients = buffer if bucket.gradients is None else bucket.gradients
-            residual = self._residuals.gather(bucket.parameters, gradients)
+            residual = self._residuals.pieces(bucket.parameters, gradients)
         exact = None
         if self._nmse_every and compressible and key.step % self._nmse_every == 0:
             exact = self._exact_mean(buffer, residual)
@@ -164,8 +164,6 @@ class Engine:
                 mean, report = bucket.output, reducer.scatter_(bucket.output, buffer, key, **how)
         if self._scales is not None:
             self._scales.learn(bucket.parameters, mean)
-        if residual is not None and self._residuals is not None:
-            self._residuals.keep(bucket.parameters, residual)
         self._totals.add(report)
         error = norm = 0.0
         if exact is not None:
@@ -178,7 +176,7 @@ class Engine:
             bucket.reports.append(made)
 
     def _equalized(
-        self, bucket: Bucket, lengths: tuple[int, ...], residual: torch.Tensor | None
+        self, bucket: Bucket, lengths: tuple[int, ...], residual: list[torch.Tensor] | None
     ) -> AbstractContextManager[None]:
         """Within it, a bucket that travels compressed is divided by its scales."""
         buffer, treatment = bucket.buffer, bucket.treatment
@@ -188,14 +186,15 @@ class Engine:
             or not self.reducer.compresses(buffer, lengths, treatment)
         ):
             return nullcontext()
-        tensors = [buffer] if residual is None else [buffer, residual]
         exact = treatment.exact if treatment is not None else None
-        return self._scales.applied(bucket.parameters, tensors, exact)
+        return self._scales.applied(bucket.parameters, [buffer], exact, residual)
 
-    def _exact_mean(self, buffer: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    def _exact_mean(
+        self, buffer: torch.Tensor, residual: list[torch.Tensor] | None
+    ) -> torch.Tensor:
         exact = buffer.float() / self.topology.world_size
         if residual is not None:
-            exact += residual / self.topology.world_size
+            exact += torch.cat(residual) / self.topology.world_size
         self.reducer.clock.to("exchange")
         self.topology.all_reduce_(exact)
         self.reducer.clock.to(None)

@@ -97,9 +97,11 @@ class Residuals:
     def __len__(self) -> int:
         return len(self._of)
 
-    def gather(self, parameters: Sequence[torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
-        """The residual of a bucket, (numel,) float32 in memory of its own."""
-        parts, bucket = [], _storage_of(buffer)
+    def pieces(
+        self, parameters: Sequence[torch.Tensor], buffer: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """The flat residuals (length,) float32 of a bucket's parameters, to be changed in place."""
+        found, bucket = [], _storage_of(buffer)
         for parameter in parameters:
             kept = self._of.get(parameter)
             # A bucket keeps its original order, even if the parameter's memory changes.
@@ -109,14 +111,11 @@ class Residuals:
                     zeros = buffer.new_zeros(numel_of(parameter), dtype=torch.float32)
                     kept = _Residual(zeros, layout)
                 kept = self._of[parameter] = kept.moved_to(bucket, layout)
-            parts.append(kept.flat.to(buffer.device))
-        return torch.cat(parts)
-
-    def keep(self, parameters: Sequence[torch.Tensor], residual: torch.Tensor) -> None:
-        """Store the residual of a bucket after `gather`, (numel,) float32."""
-        parts = residual.split([numel_of(parameter) for parameter in parameters])
-        for parameter, part in zip(parameters, parts, strict=True):
-            self._of[parameter] = self._of[parameter]._replace(flat=part)
+            if kept.flat.device != buffer.device:
+                moved = kept.flat.to(buffer.device)
+                kept = self._of[parameter] = kept._replace(flat=moved)
+            found.append(kept.flat)
+        return found
 
     def by_parameter(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The parameters and their residuals, in the parameters' shapes."""

@@ -104,6 +104,7 @@ class Scales:
         parameters: Sequence[torch.Tensor],
         tensors: Sequence[torch.Tensor],
         exact: Sequence[bool] | None,
+        pieces: Sequence[torch.Tensor] | None = None,
     ) -> Iterator[None]:
         """A context in which flat tensors of a bucket's parameters (numel,) are divided by their
         scales.
@@ -112,18 +113,26 @@ class Scales:
             parameters: of the bucket.
             tensors: changed in place, float32 or bfloat16, of the same layout.
             exact: which parameters are sent exactly and left alone; None: none.
+            pieces: one tensor for each parameter, changed as well.
         """
         device, numel = tensors[0].device, tensors[0].numel()
         with default_mode(pool=numel > GRAIN):
+            chosen = [i for i in range(len(parameters)) if not (exact and exact[i])]
             placed = [*self._parameters(parameters, device)]
-            placed = [one for i, one in enumerate(placed) if not (exact and exact[i])]
+            placed = [placed[i] for i in chosen]
             depths = _depths(placed)
-            for x in tensors:
-                _shift(placed, depths, x, -1)
-        yield
-        with default_mode(pool=numel > GRAIN):
-            for x in tensors:
-                _shift(placed, depths, x, 1)
+            parts = [[one.of(x) for one in placed] for x in tensors]
+            if pieces is not None:
+                shapes = [(one.rows, one.length) for one in placed]
+                parts.append([pieces[i].view(s) for i, s in zip(chosen, shapes, strict=True)])
+            for of_one in parts:
+                _shift(of_one, depths, -1)
+        try:
+            yield
+        finally:  # the pieces outlive a failure
+            with default_mode(pool=numel > GRAIN):
+                for of_one in parts:
+                    _shift(of_one, depths, 1)
 
     def learn(self, parameters: Sequence[torch.Tensor], mean: torch.Tensor) -> None:
         """Update the scales from the flat mean of a bucket, which is the same on all ranks.
@@ -267,25 +276,22 @@ def _depths(placed: Sequence[_Parameter]) -> list[_Depth | None]:
     return depths
 
 
-def _shift(
-    placed: Sequence[_Parameter], depths: Sequence[_Depth | None], x: torch.Tensor, sign: int
-) -> None:
-    """Multiply the parameters in flat x by 2^(sign (RANGE - depth))."""
-    for one, depth in zip(placed, depths, strict=True):
+def _shift(parts: Sequence[torch.Tensor], depths: Sequence[_Depth | None], sign: int) -> None:
+    """Multiply parts (rows, length) by 2^(sign (RANGE - depth))."""
+    for part, depth in zip(parts, depths, strict=True):
         if depth is None:
             continue
         rows, columns = depth
-        by_row = _power(sign * (RANGE - rows), x.dtype)
-        part = one.of(x)
+        by_row = _power(sign * (RANGE - rows), part.dtype)
         if columns is None:
             part.mul_(by_row)
         else:
-            by_column = _power(-sign * columns, x.dtype)
+            by_column = _power(-sign * columns, part.dtype)
             for some, factor in zip(_in_runs(part), _in_runs(by_row, part), strict=True):
                 both = factor * by_column
                 # The sum of both depths is at most RANGE.
                 some.mul_(both.clamp_(max=1) if sign < 0 else both.clamp_(min=1))
-        if sign > 0 and x.dtype == torch.bfloat16:
+        if sign > 0 and part.dtype == torch.bfloat16:
             _make_nans_alike_(part)
 
 

@@ -52,12 +52,13 @@ class RHTState(HookState):
             the host (MPI) serves one state at a time: a second state that needs it in the same
             backward pass raises a RuntimeError.
         error_feedback: add this rank's earlier compression error to each gradient (see
-            `rhtcomm.all_reduce`). It needs float32 memory of the gradients' size and a decode of
-            the rank's own payload; "eden" and "vector" then use the biased scale of least squared
-            error. Not for "lattice", or "quic_fl" with 1 bit. The quantizers are unbiased without
-            it. With AdamW and 1 bit that was better than feedback, whose errors return later:
-            compare both on your model. Residuals are scaled like the gradients: after a GradScaler
-            changes its scale, the residual of the step before still has the old scale.
+            `rhtcomm.all_reduce`). It needs float32 memory of the gradients' size (float16: and for
+            a copy of a bucket's residual) and a decode of the rank's own payload; "eden" and
+            "vector" then use the biased scale of least squared error. Not for "lattice", or
+            "quic_fl" with 1 bit. The quantizers are unbiased without it. With AdamW and 1 bit that
+            was better than feedback, whose errors return later: compare both on your model.
+            Residuals are scaled like the gradients: after a GradScaler changes its scale, the
+            residual of the step before still has the old scale.
         warmup_steps: number of first steps of a run whose payloads have `warmup_bits` per
             coordinate, if `bits` is less. Gradients are largest then, and Adam's second moment
             remembers the noise for about 1000 steps, so that steps of small gradients are too

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from rhtcomm.deferred import deferred_on
-from rhtcomm.kernels import Kernel, Task
+from rhtcomm.kernels import Feedback, Kernel, Residual, Task
 from rhtcomm.moments import MOMENTS, rotations_for
 from rhtcomm.randomness import Key
 from rhtcomm.wire import HEADER_BYTES, Headers, length_of
@@ -43,6 +43,7 @@ class Coder:
         out: torch.Tensor,
         rotations: int | None = None,
         wanted: int | None = None,
+        residual: Residual | None = None,
     ) -> None:
         """Write the payloads of x to out, as `Codec.encode` does.
 
@@ -53,12 +54,13 @@ class Coder:
                 divides.
             rotations: only with "auto": the number of rotations.
             wanted: only with "auto": the least number to request next.
+            residual: for error feedback: added to x.
         """
         rotations = rotations or self._headers.rotations
         task, moments = self._tasks[rotations], None
         if self._headers.auto:
             moments = torch.empty(task.blocks, MOMENTS, dtype=torch.float32, device=x.device)
-        self._kernel.encode(task, key, offset, rank, world_size, x, out, moments)
+        self._kernel.encode(task, key, offset, rank, world_size, x, out, moments, residual)
         if moments is not None:
             found = rotations_for(moments, self._quantizer.group, self._quantizer.rotations)
             wanted = max(wanted or 1, found)
@@ -72,6 +74,7 @@ class Coder:
         rank: int,
         world_size: int,
         out: torch.Tensor,
+        feedback: Feedback | None = None,
     ) -> int | None:
         """Write to out the mean of the tensors that K adjacent ranks encoded.
 
@@ -81,6 +84,7 @@ class Coder:
             offset: as given to `encode`.
             rank: the first of the K.
             out: (numel,) float32, bfloat16 or float16, contiguous.
+            feedback: what this rank sent of x, which `out` then holds, and the residual to update.
 
         Returns:
             The largest number of rotations that a sender wants next; None where it is fixed.
@@ -98,5 +102,5 @@ class Coder:
         else:
             rotations, wanted = self._headers.check(payloads, *origin)
         task = self._tasks[rotations]
-        self._kernel.decode(task, key, offset, rank, world_size, payloads, out)
+        self._kernel.decode(task, key, offset, rank, world_size, payloads, out, feedback)
         return wanted

@@ -105,6 +105,29 @@ class Segments:
             return self._used_on_cpu(x)
         return self._used_on_device(x)
 
+    def all_used(self, used: torch.Tensor) -> bool:
+        """Whether all segments are used; on the CPU."""
+        return bool(self._flags(used).all())
+
+    def unused(self, used: torch.Tensor, offset: int, length: int) -> torch.Tensor:
+        """Which of the coordinates from `offset` on lie in unused segments, (length,) bool; on the
+        CPU."""
+        flags, mask = self._flags(used), np.zeros(length, np.bool_)
+        for part in self._parts:
+            # What the part has of the range, counted in coordinates from the part's beginning.
+            start = max(0, offset - part.offset)
+            stop = min(part.rows * part.length, offset + length - part.offset)
+            if start >= stop:
+                continue
+            first, last = start // part.length, (stop - 1) // part.length
+            counts = np.full(last - first + 1, part.length)
+            counts[0] -= start - first * part.length
+            counts[-1] -= (last + 1) * part.length - stop
+            begin = part.offset + start - offset
+            unused = part.flags(flags)[first : last + 1] == 0
+            mask[begin : begin + stop - start] = np.repeat(unused, counts)
+        return torch.from_numpy(mask)
+
     def restore_(
         self, x: torch.Tensor, used: torch.Tensor, value: torch.Tensor | None = None
     ) -> None:
@@ -118,6 +141,9 @@ class Segments:
         """If x is a single segment of zeros, set it to 0.0: codecs may decode zeros to -0.0."""
         if x.device.type != "cpu" or not x[0].item():
             self.restore_(x, self.used(x))
+
+    def _flags(self, used: torch.Tensor) -> npt.NDArray[np.uint8]:
+        return np.unpackbits(used.numpy(), count=len(self), bitorder="little")
 
     def _used_on_cpu(self, x: torch.Tensor) -> torch.Tensor:
         bits = _integers(x)
@@ -136,7 +162,7 @@ class Segments:
     def _restore_on_cpu_(
         self, x: torch.Tensor, used: torch.Tensor, value: torch.Tensor | None
     ) -> None:
-        flags = np.unpackbits(used.numpy(), count=len(self), bitorder="little")
+        flags = self._flags(used)
         if flags.all():
             return
         bits = _integers(x)

@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 import torch
 
 from rhtcomm.kernels import cpu, lattice, lattice_cpu, reference
+from rhtcomm.kernels.feedback import Feedback, Residual
 from rhtcomm.kernels.lattice import LatticeKernel, LatticeTask
 from rhtcomm.kernels.task import Task
 from rhtcomm.once import once
@@ -37,9 +38,11 @@ from rhtcomm.randomness import Key
 
 __all__ = [
     "DTYPES",
+    "Feedback",
     "Kernel",
     "LatticeKernel",
     "LatticeTask",
+    "Residual",
     "Task",
     "build_command",
     "choose",
@@ -64,6 +67,7 @@ class Kernel(Protocol):
         x: torch.Tensor,
         payloads: torch.Tensor,
         moments: torch.Tensor | None = None,
+        residual: Residual | None = None,
     ) -> None:
         """Write the payloads of x from `rank`, except their headers.
 
@@ -74,6 +78,7 @@ class Kernel(Protocol):
                 divides.
             moments: (R B, 10) float32, output for `rhtcomm.moments.block_moments`: section after
                 section, and shard after shard within a section. Kernels may sum in any order.
+            residual: error feedback: added to x, see `rhtcomm.kernels.feedback`.
         """
 
     def decode(
@@ -85,6 +90,7 @@ class Kernel(Protocol):
         world_size: int,
         payloads: torch.Tensor,
         out: torch.Tensor,
+        feedback: Feedback | None = None,
     ) -> None:
         """Write the mean of the tensors that K adjacent ranks, starting with `rank`, encoded.
 
@@ -92,6 +98,8 @@ class Kernel(Protocol):
             offset: as for `encode`.
             payloads: (K, R, at least nbytes) uint8, rows as for `encode`.
             out: (R numel,), contiguous.
+            feedback: updates a residual, see `rhtcomm.kernels.feedback`. Then `out` holds x, and
+                the task is that of the payloads that this rank sent, too.
         """
 
 

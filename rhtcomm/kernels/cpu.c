@@ -14,30 +14,32 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Encodes a tensor x by its `count` plans, at most two. `payloads` holds one payload per shard,
- * `stride` bytes apart. `moments` has room for the moments of all blocks, or is NULL. Returns 0, or
- * -1 if out of memory. */
+ * `stride` bytes apart. `moments` has room for the moments of all blocks, or is NULL. `residual` is
+ * added to x, or is NULL. Returns 0, or -1 if out of memory. */
 EXPORT int JOIN(rhtcomm_encode, VARIANT)(const Plan *plans, int count, uint64_t seed, uint32_t step,
                                          uint32_t bucket, uint32_t hop, int64_t offset,
                                          int64_t rank, int64_t world_size, const void *x, int dtype,
                                          uint8_t *payloads, int64_t stride, float *moments,
-                                         int threads) {
+                                         const Residual *residual, int threads) {
     const Origin origin = {{(uint32_t)seed, seed >> 32}, bucket, step, hop,
                            offset, rank, world_size};
-    const Encoding call = {origin, x, dtype, payloads, stride, moments};
+    const Encoding call = {origin, x, dtype, payloads, stride, moments, residual};
     return for_each_unit(plans, count, encode_units, &call, 1, SIDE_BY_SIDE, threads);
 }
 
 /* Decodes the mean of the payloads of `ranks` adjacent ranks, starting with `rank`, to the tensor
- * `out`. The strides between ranks and between shards are in bytes. Returns 0, or -1 if out of
- * memory. */
+ * `out`. The strides between ranks and between shards are in bytes. With `feedback`, which may be
+ * NULL, `out` holds x, and the residual becomes this rank's error. Returns 0, or -1 if out of memory. */
 EXPORT int JOIN(rhtcomm_decode, VARIANT)(const Plan *plans, int count, uint64_t seed, uint32_t step,
                                          uint32_t bucket, uint32_t hop, int64_t offset,
                                          int64_t rank, int64_t world_size, int64_t ranks,
                                          const uint8_t *payloads, int64_t rank_stride,
-                                         int64_t shard_stride, void *out, int dtype, int threads) {
+                                         int64_t shard_stride, void *out, int dtype,
+                                         const Feedback *feedback, int threads) {
     const Origin origin = {{(uint32_t)seed, seed >> 32}, bucket, step, hop,
                            offset, rank, world_size};
-    const Decoding call = {origin, ranks, payloads, rank_stride, shard_stride, out, dtype};
+    const Decoding call = {origin, ranks, payloads, rank_stride, shard_stride, out, dtype,
+                           feedback, 0};
     return for_each_unit(plans, count, decode_units, &call, ranks,
                          (int)(ranks < SIDE_BY_SIDE ? SIDE_BY_SIDE / ranks : 1), threads);
 }
@@ -87,7 +89,7 @@ EXPORT int JOIN(rhtcomm_lattice_decode, VARIANT)(const Plan *plans, int count, u
 #ifdef DISPATCH
 /* Detects a library that was built from another version than the Python code; raise it when a
  * function, Plan or a table that it points to changes. */
-enum { ABI = 9 };
+enum { ABI = 10 };
 EXPORT int rhtcomm_abi(void) { return (ABI << 16) + (int)sizeof(Plan); }
 
 /* The mode of the calling thread; see floating_point.py. */

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rhtcomm.floating_point import default_mode
+from rhtcomm.kernels.feedback import Feedback, Residual
 from rhtcomm.kernels.task import Task
 from rhtcomm.memory import address_of
 from rhtcomm.quantizers import ECDQ, Eden, QuicFL, VectorQuantizer
@@ -36,7 +37,7 @@ __all__ = [
 QUANTIZERS = (QuicFL, Eden, VectorQuantizer, ECDQ)  # in the order of native/plan.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of native/plan.h
 _NUMBER_OF = {dtype: number for number, dtype in enumerate(DTYPES)}
-ABI = 9  # of cpu.c
+ABI = 10  # of cpu.c
 _NAME = "rhtcomm_cpu.*"
 NO_MEMORY = "rhtcomm: out of memory for the working space of the C kernels; use smaller blocks"
 
@@ -90,6 +91,66 @@ class Plan(ctypes.Structure):
         ("slots", ctypes.c_void_p),
         ("registers", ctypes.c_void_p),
     )
+
+
+class _Residual(ctypes.Structure):
+    """`Residual` of native/feedback.h."""
+
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("starts", ctypes.c_void_p),
+        ("pieces", ctypes.c_void_p),
+        ("offset", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, residual: Residual) -> "_Residual":
+        """Keep what it is made of alive."""
+        arrays = (residual.starts.ctypes.data, residual.addresses.ctypes.data)
+        return cls(len(residual.pieces), *arrays, residual.offset)
+
+
+class _Feedback(ctypes.Structure):
+    """`Feedback` of native/feedback.h."""
+
+    _fields_ = (
+        ("residual", _Residual),
+        ("seed", ctypes.c_uint32 * 2),
+        ("bucket", ctypes.c_uint32),
+        ("step", ctypes.c_uint32),
+        ("hop", ctypes.c_uint32),
+        ("offset", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("world_size", ctypes.c_int64),
+        ("payloads", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("mean", ctypes.c_void_p),
+        ("first", ctypes.c_int64),
+        ("stop", ctypes.c_int64),
+        ("weight", ctypes.c_float),
+    )
+
+    @classmethod
+    def of(cls, feedback: Feedback, offset: int) -> "_Feedback":
+        """For a tensor at `offset` of its bucket. Keep what it is made of alive."""
+        key, payloads, mean = feedback.key, feedback.payloads, feedback.mean
+        made = cls(
+            residual=_Residual.of(feedback.residual),
+            seed=(key.seed & 0xFFFFFFFF, key.seed >> 32),
+            bucket=key.bucket,
+            step=key.step,
+            hop=key.hop,
+            offset=offset,
+            rank=feedback.rank,
+            world_size=feedback.world_size,
+            payloads=address_of(payloads),
+            stride=payloads.stride(0),
+            weight=feedback.weight,
+        )
+        if mean is not None:
+            made.mean, made.first = address_of(mean), feedback.first
+            made.stop = feedback.first + len(mean)
+        return made
 
 
 class Plans(NamedTuple):
@@ -146,12 +207,12 @@ class Library:
         self._encode = self.function("encode")
         self._encode.argtypes = (
             *(*plans, *origin),
-            *(address, ctypes.c_int, address, number, address, ctypes.c_int),
+            *(address, ctypes.c_int, address, number, address, address, ctypes.c_int),
         )
         self._decode = self.function("decode")
         self._decode.argtypes = (
             *(*plans, *origin),
-            *(number, address, number, number, address, ctypes.c_int, ctypes.c_int),
+            *(number, address, number, number, address, ctypes.c_int, address, ctypes.c_int),
         )
 
     def function(self, name: str) -> Any:
@@ -168,8 +229,10 @@ class Library:
         x: torch.Tensor,
         payloads: torch.Tensor,
         moments: torch.Tensor | None = None,
+        residual: Residual | None = None,
     ) -> None:
         plans = plans_of(task)
+        added = None if residual is None else _Residual.of(residual)
         failed = self._encode(
             plans.address,
             len(plans.array),
@@ -185,6 +248,7 @@ class Library:
             address_of(payloads),
             payloads.stride(0),
             None if moments is None else address_of(moments),
+            None if added is None else ctypes.addressof(added),
             torch.get_num_threads(),
         )
         if failed:
@@ -199,8 +263,10 @@ class Library:
         world_size: int,
         payloads: torch.Tensor,
         out: torch.Tensor,
+        feedback: Feedback | None = None,
     ) -> None:
         plans = plans_of(task)
+        updated = None if feedback is None else _Feedback.of(feedback, offset)
         failed = self._decode(
             plans.address,
             len(plans.array),
@@ -217,6 +283,7 @@ class Library:
             payloads.stride(1),
             address_of(out),
             _NUMBER_OF[out.dtype],
+            None if updated is None else ctypes.addressof(updated),
             torch.get_num_threads(),
         )
         if failed:

@@ -25,6 +25,7 @@ import triton
 
 from rhtcomm.floating_point import default_mode
 from rhtcomm.kernels import reference
+from rhtcomm.kernels.feedback import Feedback, Residual, decode_with_feedback, with_residual
 from rhtcomm.kernels.task import Task
 from rhtcomm.kernels.triton_kernels.blocks import decode_block, encode_block
 from rhtcomm.kernels.tuning import Tuner
@@ -72,7 +73,9 @@ def encode(
     x: torch.Tensor,
     payloads: torch.Tensor,
     moments: torch.Tensor | None = None,
+    residual: Residual | None = None,
 ) -> None:
+    x = with_residual(x, residual)
     if too_large(task):
         reference.encode(task, key, offset, rank, world_size, x, payloads, moments)
         return
@@ -117,7 +120,13 @@ def decode(
     world_size: int,
     payloads: torch.Tensor,
     out: torch.Tensor,
+    feedback: Feedback | None = None,
 ) -> None:
+    if feedback is not None:
+        decode_with_feedback(
+            *(decode, task, key, offset, rank, world_size, payloads, out), feedback
+        )
+        return
     if too_large(task):
         reference.decode(task, key, offset, rank, world_size, payloads, out)
         return

@@ -15,6 +15,7 @@ import torch
 
 from rhtcomm.floating_point import default_mode
 from rhtcomm.kernels import gpu, reference
+from rhtcomm.kernels.feedback import Feedback, Residual, decode_with_feedback, with_residual
 from rhtcomm.kernels.task import Task
 from rhtcomm.kernels.triton_kernels.ecdq import (
     decode_unit,
@@ -88,7 +89,9 @@ def encode(
     x: torch.Tensor,
     payloads: torch.Tensor,
     moments: torch.Tensor | None = None,
+    residual: Residual | None = None,
 ) -> None:
+    x = with_residual(x, residual)
     if gpu.too_large(task):
         reference.encode(task, key, offset, rank, world_size, x, payloads, moments)
         return
@@ -147,7 +150,13 @@ def decode(
     world_size: int,
     payloads: torch.Tensor,
     out: torch.Tensor,
+    feedback: Feedback | None = None,
 ) -> None:
+    if feedback is not None:
+        decode_with_feedback(
+            *(decode, task, key, offset, rank, world_size, payloads, out), feedback
+        )
+        return
     if gpu.too_large(task):
         reference.decode(task, key, offset, rank, world_size, payloads, out)
         return

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from rhtcomm.floating_point import assign_, default_mode
+from rhtcomm.kernels.feedback import Feedback, Residual, decode_with_feedback, with_residual
 from rhtcomm.kernels.task import Task
 from rhtcomm.moments import block_moments
 from rhtcomm.randomness import Key
@@ -40,7 +41,9 @@ def encode(
     x: torch.Tensor,
     payloads: torch.Tensor,
     moments: torch.Tensor | None = None,
+    residual: Residual | None = None,
 ) -> None:
+    x = with_residual(x, residual)
     quantizer, rotation = task.quantizer, task.rotation
     signs_of = rank if quantizer.rotation == "per_rank" else 0
     done = 0
@@ -69,7 +72,13 @@ def decode(
     world_size: int,
     payloads: torch.Tensor,
     out: torch.Tensor,
+    feedback: Feedback | None = None,
 ) -> None:
+    if feedback is not None:
+        decode_with_feedback(
+            *(decode, task, key, offset, rank, world_size, payloads, out), feedback
+        )
+        return
     ranks, rotation, quantizer = len(payloads), task.rotation, task.quantizer
     shared = quantizer.rotation == "shared"
     for section, shard, rows, coordinates, blocks in _batches(task, offset, out.device):

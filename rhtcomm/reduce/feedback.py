@@ -10,18 +10,32 @@ n times its error goes into its own residual, which has weight 1/n. The error of
 to bfloat16 or float16 is the same on all ranks, and goes into each residual.
 
 A segment whose x_t is zero on all ranks keeps its residual: otherwise the residual would move a
-layer that is no longer used.
+layer that is no longer used. And the whole residual stays as it is if any number of the mean is not
+finite: a gradient scaler then skips the step.
+
+Payloads update the residual in place, chunk by chunk, when the mean of a chunk takes the place of x
+(`rhtcomm.kernels.feedback` has the arithmetic). No chunk can know then whether the means of later
+chunks will be finite. So before the first chunk, ranks tell each other by a bit, behind those of
+used segments, whether all their x and r are small enough that no mean can overflow. If not, or for
+float16, whose means may always overflow, a copy of the residual is kept until the end, as it is on
+devices, where the host does not know the bits.
+
+If an exchange raises, a chunk has its new residual if its mean was written before, otherwise its
+old one, and after a `PayloadError` no further chunk is updated. With a copy, all chunks have the
+old one.
 """
 
 import torch
 
 from rhtcomm.codec import Codec
 from rhtcomm.floating_point import assign_
+from rhtcomm.kernels import Residual
 from rhtcomm.lattice import Lattice
 from rhtcomm.reduce.job import Job
+from rhtcomm.reduce.residual import Update
 from rhtcomm.segments import Segments
 
-__all__ = ["add_residual", "check_error_feedback", "keep_residual_"]
+__all__ = ["begin", "check_error_feedback", "finish"]
 
 
 def check_error_feedback(codec: Codec | Lattice) -> None:
@@ -41,23 +55,32 @@ def check_error_feedback(codec: Codec | Lattice) -> None:
         )
 
 
-def add_residual(flat: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_t + r_t (numel,) float32, and a buffer for its error."""
-    total = flat.float() + residual
-    return total, torch.zeros_like(total)
+def begin(
+    job: Job, residual: Residual, segments: Segments, used: torch.Tensor, in_place: bool
+) -> torch.Tensor:
+    """Prepare a job whose tensor is to be sent with the residual; returns what to send as `used`.
 
-
-def keep_residual_(
-    residual: torch.Tensor, job: Job, flat: torch.Tensor, segments: Segments, used: torch.Tensor
-) -> None:
-    """Write the mean `job.flat` to `flat`, and this rank's error to `residual`.
-
-    If any number of the mean is not finite, the residual does not change: a gradient scaler then
-    skips the step.
+    Payloads update the residual in place. Others average x_t + r_t in a tensor of its own.
     """
-    assert job.left is not None
+    if in_place:
+        job.update = Update(residual, segments)
+        return job.update.announce(job.flat, used)
+    total = job.flat.float() + residual.read(job.flat.numel())
+    job.flat, job.update = total, Update.of(torch.zeros_like(total))
+    return used
+
+
+def finish(
+    job: Job, flat: torch.Tensor, residual: Residual, segments: Segments, used: torch.Tensor
+) -> None:
+    """Write the job's mean to `flat`, and this rank's error to the residual."""
+    assert job.update is not None
+    if job.flat is flat:
+        job.update.finish(flat, used)
+        return
+    left, before = job.update.left, residual.read(flat.numel())
     assign_(flat, job.flat)
-    job.left += job.flat - flat.float()  # error of rounding to the tensor's dtype
-    segments.restore_(job.left, used, residual)
+    left += job.flat - flat.float()  # error of rounding to the tensor's dtype
+    segments.restore_(left, used, before)
     usable = flat.isfinite().all()
-    residual.copy_(torch.where(usable, job.left, residual))
+    residual.write(torch.where(usable, left, before))

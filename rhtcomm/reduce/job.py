@@ -6,6 +6,7 @@ import torch
 
 from rhtcomm.randomness import Key
 from rhtcomm.reduce.clock import Clock
+from rhtcomm.reduce.residual import Update
 
 __all__ = ["Job"]
 
@@ -18,10 +19,15 @@ class Job:
     clock: Clock
     rotations: int | None = None
     """Number of rotations; None: the codec's own number."""
-    left: torch.Tensor | None = None
-    """(numel,) float32, for error feedback: becomes this rank's compression error."""
+    update: Update | None = None
+    """Of the residual, which is sent too, for error feedback."""
     output: torch.Tensor | None = None
     """(numel / world_size,) if the mean is scattered: becomes the mean of this rank's shard."""
+
+    def know(self, used: torch.Tensor) -> None:
+        """Called once `used` says which segments any rank uses, before the first mean."""
+        if self.update is not None:
+            self.update.begin(self.flat, used)
 
     @property
     def result(self) -> torch.Tensor:

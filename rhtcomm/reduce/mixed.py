@@ -6,6 +6,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from rhtcomm.reduce.job import Job
+from rhtcomm.reduce.residual import Update
 
 __all__ = ["Mixed", "compressed_numel"]
 
@@ -44,12 +45,12 @@ class Mixed:
         _put_back_(job.result, self._kept, kept.result)
         compressed = self._part(job, self._compressed)
         compressed.rotations = job.rotations
-        if job.left is not None:
-            compressed.left = torch.zeros_like(compressed.flat)
+        if job.update is not None:
+            compressed.update = Update.of(torch.zeros_like(compressed.flat))
         wanted = self._run(compressed, used)
         _put_back_(job.result, self._compressed, compressed.result)
-        if job.left is not None and compressed.left is not None:
-            _put_back_(job.left, self._compressed, compressed.left)
+        if job.update is not None and compressed.update is not None:
+            _put_back_(job.update.left, self._compressed, compressed.update.left)
         return wanted
 
     def _part(self, job: Job, segments: Sequence[slice]) -> Job:

@@ -15,6 +15,8 @@ import torch
 
 from rhtcomm.codec import Codec
 from rhtcomm.communicators import Communicator
+from rhtcomm.kernels import Feedback
+from rhtcomm.randomness import Key
 from rhtcomm.reduce.job import Job
 from rhtcomm.reduce.split import Algorithm, choose_algorithm, split_into_chunks, split_into_shards
 from rhtcomm.segments import merge_
@@ -91,6 +93,8 @@ def pipeline(
             wanted = most(wanted, end.value)
         except PayloadError as error:  # the other ranks still wait for the other chunks
             failure = failure or error
+            if job.update is not None:
+                job.update.stop()
         else:
             clock.to("exchange")
             in_flight.append((course, start(x)))
@@ -154,20 +158,43 @@ class _Shards:
         return x[self.offset : self.offset + self.length]
 
     def encode(self, job: Job, out: torch.Tensor) -> None:
-        """Write this rank's payloads to out (count, >= nbytes), and their error to `job.left`."""
+        """Write this rank's payloads to out (count, >= nbytes)."""
         job.clock.to("encode")
-        x, rank, world_size = self.of(job.flat), self.rank, self.world_size
-        self.coder.encode(x, job.key, self.bucket_offset, rank, world_size, out, job.rotations)
-        if job.left is not None:
-            left = self.of(job.left)
-            self.coder.decode(out.unsqueeze(0), job.key, self.bucket_offset, rank, world_size, left)
-            torch.sub(x, left, out=left)
+        x, offset = self.of(job.flat), self.bucket_offset
+        residual = None if job.update is None else job.update.residual.at(self.offset)
+        self.coder.encode(
+            *(x, job.key, offset, self.rank, self.world_size, out, job.rotations),
+            residual=residual,
+        )
 
-    def decode(self, job: Job, payloads: torch.Tensor) -> int | None:
-        """Write the mean of all ranks' payloads (n, 1, >= nbytes) to `job.flat`."""
+    def decode(self, job: Job, payloads: torch.Tensor, own: torch.Tensor) -> int | None:
+        """Write the mean of all ranks' payloads (n, 1, >= nbytes) to `job.flat`.
+
+        `own` (1, >= nbytes) is what this rank encoded.
+        """
         job.clock.to("decode")
-        x, world_size = self.of(job.flat), self.world_size
-        return self.coder.decode(payloads, job.key, self.bucket_offset, 0, world_size, x)
+        return self._decode(job, payloads, job.key, self.world_size, own)
+
+    def _decode(
+        self,
+        job: Job,
+        payloads: torch.Tensor,
+        key: Key,
+        world_size: int,
+        own: torch.Tensor,
+        mean: torch.Tensor | None = None,
+        first: int = 0,
+    ) -> int | None:
+        """Decode to `job.flat`, and update the residual; `mean` begins at `first` of the shards."""
+        x, offset = self.of(job.flat), self.bucket_offset
+        if job.update is None:
+            return self.coder.decode(payloads, key, offset, 0, world_size, x)
+        with job.update.chunk(self.offset, self.length) as residual:
+            feedback = None
+            if residual is not None:
+                ranks = (self.rank, self.world_size)
+                feedback = Feedback(residual, job.key, *ranks, own, mean, first, self.world_size)
+            return self.coder.decode(payloads, key, offset, 0, world_size, x, feedback)
 
     def encode_mean(
         self, job: Job, payloads: torch.Tensor, out: torch.Tensor
@@ -189,12 +216,26 @@ class _Shards:
         self.coder.encode(mean, job.key.next_hop(), offset, 0, 1, out, job.rotations, wanted)
         return mean
 
-    def decode_again(self, job: Job, payloads: torch.Tensor) -> int | None:
-        """Decode what the owners encoded by `encode_mean`, (count, >= nbytes), to `job.flat`."""
+    def decode_again(
+        self,
+        job: Job,
+        payloads: torch.Tensor,
+        own: torch.Tensor,
+        mine: "_Shards",
+        mean: torch.Tensor | None,
+    ) -> int | None:
+        """Decode what the owners encoded by `encode_mean`, (count, >= nbytes), to `job.flat`.
+
+        `own` (count, >= nbytes) is what this rank encoded before, and `mean` that of the shards
+        `mine` that it owns, if any.
+        """
         job.clock.to("decode")
-        key, x = job.key.next_hop(), self.of(job.flat)
+        first = mine.offset - self.offset
+        if not 0 <= first < self.length:
+            mean = None
         try:
-            return self.coder.decode(payloads.unsqueeze(0), key, self.bucket_offset, 0, 1, x)
+            key = job.key.next_hop()
+            return self._decode(job, payloads.unsqueeze(0), key, 1, own, mean, first)
         except PayloadError:
             for rank, payload in enumerate(payloads[:, : self.nbytes], self.owner):
                 if not payload.any():
@@ -204,11 +245,6 @@ class _Shards:
                         "differently; see the error on that rank"
                     ) from None
             raise
-
-    def keep(self, job: Job, mean: torch.Tensor) -> None:
-        """The error of encoding the mean of n ranks again, n times, is left too."""
-        if job.left is not None:
-            self.of(job.left).add_(mean - self.of(job.flat), alpha=self.world_size)
 
 
 class _AllGather:
@@ -231,7 +267,8 @@ class _AllGather:
         messages = yield self._all_gather, message
         if used.nbytes:
             merge_(used, messages[:, whole.nbytes :])
-        return whole.decode(job, messages.unsqueeze(1))
+            job.know(used)
+        return whole.decode(job, messages.unsqueeze(1), message.unsqueeze(0))
 
 
 class _Gather:
@@ -251,6 +288,7 @@ class _Gather:
     def course(self, job: Job, used: torch.Tensor) -> Course:
         whole = self._whole
         message = _message(job, whole, used)
+        own = message if job.update is None else message.clone()
         messages = yield self._gather, message
         mean = None
         if messages is not None:
@@ -259,11 +297,10 @@ class _Gather:
         yield self._broadcast, message
         if isinstance(mean, PayloadError):
             raise mean
-        used.copy_(message[whole.nbytes :])
-        wanted = whole.decode_again(job, message.unsqueeze(0))
-        if mean is not None:
-            whole.keep(job, mean)
-        return wanted
+        if used.nbytes:
+            used.copy_(message[whole.nbytes :])
+            job.know(used)
+        return whole.decode_again(job, message.unsqueeze(0), own.unsqueeze(0), whole, mean)
 
 
 def _message(job: Job, whole: _Shards, used: torch.Tensor) -> torch.Tensor:
@@ -319,11 +356,12 @@ class _TwoShot:
             raise mean
         if used.nbytes:
             merge_(used, gathered[:, width:])
+            job.know(used)
         wanted: int | None = None
         for shards in self._calls:
-            owned = gathered[shards.owner : shards.owner + shards.count]
-            wanted = most(wanted, shards.decode_again(job, owned))
-        mine.keep(job, mean)
+            owned = slice(shards.owner, shards.owner + shards.count)
+            found = shards.decode_again(job, gathered[owned], outgoing[owned], mine, mean)
+            wanted = most(wanted, found)
         return wanted
 
 

@@ -8,12 +8,13 @@ import torch
 from rhtcomm.codec import DTYPES, Codec
 from rhtcomm.communicators import Topology
 from rhtcomm.floating_point import GRAIN, default_mode
+from rhtcomm.kernels import Residual
 from rhtcomm.lattice import Lattice
 from rhtcomm.randomness import Key
+from rhtcomm.reduce import feedback
 from rhtcomm.reduce.agreement import check_agreement
 from rhtcomm.reduce.clock import Clock
 from rhtcomm.reduce.exact import Exact
-from rhtcomm.reduce.feedback import add_residual, keep_residual_
 from rhtcomm.reduce.job import Job
 from rhtcomm.reduce.lattice import LatticeSum
 from rhtcomm.reduce.mixed import Mixed, compressed_numel
@@ -174,7 +175,7 @@ class Reducer:
         *,
         lengths: tuple[int, ...] | None = None,
         rows: tuple[int, ...] | None = None,
-        residual: torch.Tensor | None = None,
+        residual: torch.Tensor | Sequence[torch.Tensor] | None = None,
         treatment: Treatment | None = None,
         settle: bool = True,
     ) -> Report:
@@ -187,7 +188,8 @@ class Reducer:
                 float16 are sent exactly.
             key: the same on all ranks, and a new one for each call.
             lengths, rows: of the segments, see `rhtcomm.segments`; None: one segment.
-            residual: (numel,) float32: error feedback, see `rhtcomm.reduce.feedback`.
+            residual: (numel,) float32, in one or more contiguous pieces: error feedback, see
+                `rhtcomm.reduce.feedback`.
             treatment: the same on all ranks; None: `flat` is compressed by the reducer's codec.
             settle: whether to wait until the others have what this rank sent.
 
@@ -195,7 +197,10 @@ class Reducer:
             PayloadError: a payload that arrived is not what was expected.
         """
         job = Job(flat, key, self.clock)
-        return self._reduce(job, lengths, rows, residual, treatment, settle)
+        if isinstance(residual, torch.Tensor):
+            residual = [residual]
+        pieces = None if residual is None else Residual.of(residual)
+        return self._reduce(job, lengths, rows, pieces, treatment, settle)
 
     def scatter_(
         self,
@@ -230,7 +235,7 @@ class Reducer:
         job: Job,
         lengths: tuple[int, ...] | None,
         rows: tuple[int, ...] | None,
-        residual: torch.Tensor | None,
+        residual: Residual | None,
         treatment: Treatment | None,
         settle: bool,
     ) -> Report:
@@ -312,7 +317,7 @@ class Reducer:
         }
         self.agree(facts, device)
 
-    def _run(self, route: Route, job: Job, residual: torch.Tensor | None, settle: bool) -> Report:
+    def _run(self, route: Route, job: Job, residual: Residual | None, settle: bool) -> Report:
         topology, clock, segments, flat = self.topology, self.clock, route.segments, job.flat
         sent, bucket = topology.bytes_sent, (job.key.bucket, flat.numel())
         job.rotations = self.wishes.get(bucket) if self.wishes else None
@@ -322,13 +327,17 @@ class Reducer:
             clock.to("encode")
             used = self._used(segments, job)
         if residual is not None:
-            job.flat, job.left = add_residual(flat, residual)
+            in_place = isinstance(route.run, Payloads)
+            used = feedback.begin(job, residual, segments, used, in_place)
         wanted = None
         if route.run is not None:
             try:
                 wanted = route.run(job, used)
-            except PayloadError as error:
-                _settle_failed(error, topology, clock, settle)
+            except BaseException as error:
+                if job.update is not None:
+                    job.update.stop()
+                if isinstance(error, PayloadError):
+                    _settle_failed(error, topology, clock, settle)
                 raise
         if tells:
             clock.to("decode")
@@ -337,11 +346,11 @@ class Reducer:
         elif route.compressed:
             clock.to("decode")
             segments.clear_zeros_(job.result)
+        if residual is not None:
+            feedback.finish(job, flat, residual, segments, used)
         clock.to("exchange")
         topology.settle(settle)
         clock.to(None)
-        if residual is not None:
-            keep_residual_(residual, job, flat, segments, used)
         if wanted is not None:
             self.wishes[bucket] = wanted
         seconds = clock.seconds

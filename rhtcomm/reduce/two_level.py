@@ -18,6 +18,7 @@ from rhtcomm.randomness import Key
 from rhtcomm.reduce.job import Job
 from rhtcomm.reduce.lattice import LatticeSum
 from rhtcomm.reduce.payloads import Payloads
+from rhtcomm.reduce.residual import Update
 from rhtcomm.reduce.split import Algorithm, split_into_shards
 from rhtcomm.segments import merge_
 from rhtcomm.wire import PayloadError
@@ -125,9 +126,11 @@ class TwoLevels:
         one."""
         if self._between is None:
             return _SHARE, None
-        left = None if job.left is None else job.left[self._mine]
+        left = None if job.update is None else job.update.left[self._mine]
         length = self._mine.stop - self._mine.start
-        shard = Job(mine[:length], job.key, job.clock, job.rotations, left)
+        shard = Job(mine[:length], job.key, job.clock, job.rotations)
+        if left is not None:
+            shard.update = Update.of(left)
         header, failure = _SHARE, None
         try:
             header += self._between(shard, used) or 0

@@ -112,7 +112,7 @@ def move_residuals(rank: int, world_size: int) -> list[str]:
         assert torch.equal(value, saved["residuals"][name]), name
     # And by what the residual means: the flat one of the step is in the bucket's order.
     weight = ddp.module.convolution.weight
-    flat = state.residuals.gather([weight], torch.zeros(1))
+    (flat,) = state.residuals.pieces([weight], torch.zeros(1))
     by_hand = flat.view(8, 3, 3, 4).permute(0, 3, 1, 2)
     assert torch.equal(by_hand, saved["residuals"]["convolution.weight"])
     # Buckets do not follow a parameter that changes its memory format.
@@ -120,7 +120,6 @@ def move_residuals(rank: int, world_size: int) -> list[str]:
     train_odd(moved_ddp, rank)
     kept = moved.state_dict(moved_ddp)["residuals"]["convolution.weight"]
     moved_ddp.module.to(memory_format=last)
-    moved.residuals.keep([moved_ddp.module.convolution.weight], kept.flatten())
     after_move = moved.state_dict(moved_ddp)["residuals"]["convolution.weight"]
     assert torch.equal(after_move, kept)
     moved.close()

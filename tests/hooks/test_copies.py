@@ -91,7 +91,7 @@ def test_copies_while_another_thread_sees_new_parameters(monkeypatch: pytest.Mon
     def see() -> None:
         assert state.scales is not None
         state.scales.learn(seen[-1:], torch.ones(4))
-        state.residuals.gather(seen[-1:], torch.ones(4))
+        state.residuals.pieces(seen[-1:], torch.ones(4))
 
     def clone_meanwhile(x: torch.Tensor, **given: Any) -> torch.Tensor:
         if x.numel() in (1, 4) and len(seen) < 9:  # of scales, and of a residual

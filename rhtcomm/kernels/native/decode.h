@@ -3,6 +3,7 @@
 #include "blocks.h"
 #include "ecdq.h"
 #include "eden.h"
+#include "feedback.h"
 #include "formats.h"
 #include "hadamard.h"
 #include "packing.h"
@@ -17,6 +18,8 @@ typedef struct {
     int64_t rank_stride, shard_stride; /* bytes from a payload to that of the next rank, or shard */
     char *out;
     int dtype;
+    const Feedback *feedback; /* NULL: there is none */
+    int own; /* whether it only takes what this rank sent off x + residual, of which `out` holds x */
 } Decoding;
 
 /* What the ranks sent of a block: `stride` bytes lie between the scales, and codes, of two ranks. */
@@ -56,7 +59,7 @@ static const uint8_t *unrotate(const Decoding *d, const Plan *plan, Scratch s, i
     return signs;
 }
 
-/* to <- d^(k/2) R^T s.y * factors[0] * factors[1]; overwrites s.y and s.dither. Prefetches `out`. */
+/* to <- d^(k/2) R^T s.y * factors[0] * factors[1]; overwrites s.y. Prefetches `out`. */
 static void unrotate_to(const Decoding *d, const Plan *plan, Scratch s, int64_t offset,
                         const float *factors, const void *out, float *to) {
     const uint8_t *signs = NULL;
@@ -64,16 +67,15 @@ static void unrotate_to(const Decoding *d, const Plan *plan, Scratch s, int64_t 
         hadamard(s.y, s.y, plan->size, signs, 1.0f, NULL, 0);
         signs = draw_signs(plan, &d->origin, i, 0, offset, s.signs);
     }
-    const uint8_t *last = draw_signs(plan, &d->origin, 0, 0, offset, s.dither);
+    const uint8_t *last = draw_signs(plan, &d->origin, 0, 0, offset, s.last_signs);
     const Finish finish = {to, last, {factors[0], factors[1]}};
     hadamard_finished(s.y, plan->size, signs, out, bytes_of(d->dtype), &finish);
 }
 
 /* s.y <- the sum of the ranks' values, whose rotation is the same. Returns whether all exact
  * coordinates are finite, which no encoder breaks, but a payload of any bytes may. */
-static int add_quic_fl(const Decoding *d, const Plan *plan, Scratch s, int64_t offset, Sent sent,
-                       float down) {
-    const uint8_t *dither = draw_dither(plan, &d->origin, offset, s.dither);
+static int add_quic_fl(const Decoding *d, const Plan *plan, Scratch s, const uint8_t *dither,
+                       Sent sent, float down) {
     i32 *indices = (i32 *)s.sum;
     int finite = 1;
     for (int64_t i = 0; i < sent.ranks; i++) {
@@ -134,7 +136,8 @@ static void add_unrotated(const Decoding *d, const Plan *plan, Scratch s, int64_
     }
 }
 
-/* Prefetches the block of the result that is `following`. `dither` and `symbols`: ECDQ's, for add_ecdq(). */
+/* Prefetches the block of the result that is `following`. `dither`: of QUIC-FL and ECDQ; `symbols`:
+ * ECDQ's, for add_ecdq(). */
 static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scratch, Block block,
                          Block following, const uint8_t *dither, uint8_t *symbols) {
     Scratch s = *scratch; /* a local copy, which stores of vectors cannot alias */
@@ -145,7 +148,8 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
     char *out = d->out + block.offset * bytes_of(d->dtype);
     const char *next = d->out + following.offset * bytes_of(d->dtype);
     /* A whole block is decoded where it belongs: two would not fit into the first-level cache. */
-    const int in_place = d->dtype == FLOAT32 && block.numel == size && (uintptr_t)out % 64 == 0;
+    const int in_place =
+        d->dtype == FLOAT32 && block.numel == size && (uintptr_t)out % 64 == 0 && !d->own;
     if (in_place) s.y = (float *)out;
     float *to = s.y;
     const uint32_t peak = largest_scale(sent);
@@ -156,7 +160,7 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
     if (!finite) {
         for (int64_t j = 0; j < size; j++) to[j] = NAN;
     } else if (plan->quantizer == QUIC_FL || plan->quantizer == ECDQ) {
-        if (plan->quantizer == QUIC_FL) finite = add_quic_fl(d, plan, s, offset, sent, down);
+        if (plan->quantizer == QUIC_FL) finite = add_quic_fl(d, plan, s, dither, sent, down);
         const float factors[] = {normalization, up};
         unrotate_to(d, plan, s, offset, factors, next, to);
     } else {
@@ -167,12 +171,25 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
     if (!finite) /* processors produce different NaNs */
         for (int64_t j = 0; j < size; j++)
             if (to[j] != to[j]) to[j] = NAN;
+    if (d->own) {
+        keep_error(&d->feedback->residual, block.offset, block.numel, out, d->dtype, to);
+        return;
+    }
     if (!in_place) write_block(to, d->dtype, block.numel, out);
+    if (d->feedback)
+        keep_second_errors(d->feedback, block.offset, block.numel, to, out, d->dtype);
 }
 
-/* Units of ECDQ side by side. */
-static void decode_together(const Decoding *d, const Plan *plan, const Scratch *s, const Unit *units,
-                            int count) {
+/* The decoding of what this rank sent. */
+static Decoding of_own(const Decoding *d) {
+    const Feedback *f = d->feedback;
+    const Decoding own = {f->origin, 1, f->payloads, 0, f->stride, d->out, d->dtype, f, 1};
+    return own;
+}
+
+/* Units of ECDQ side by side. `own`, if not NULL, is among the first ranks of them. */
+static void decode_together(const Decoding *d, const Decoding *own, const Plan *plan,
+                            const Scratch *s, const Unit *units, int count) {
     const int64_t size = plan->size, ranks = d->ranks, first = least(SIDE_BY_SIDE, ranks);
     for (int64_t i = 0; i < count * ranks; i++) {
         const Unit *unit = units + i / ranks;
@@ -194,23 +211,48 @@ static void decode_together(const Decoding *d, const Plan *plan, const Scratch *
         }
         rans_decode(plan, s->lanes, (int)(count * first), symbols);
         for (int64_t k = 0; k < count; k++) {
+            const Block block = block_of(plan, units[k], i);
             const Block following =
                 k + 1 < count ? block_of(plan, units[k + 1], i) : block_of(plan, units[0], i + 1);
-            decode_block(d, plan, s, block_of(plan, units[k], i), following, dither[k],
-                         symbols + k * first * size);
+            uint8_t *columns = symbols + k * first * size;
+            if (own)
+                decode_block(own, plan, s, block, following, dither[k],
+                             columns + (own->origin.rank - d->origin.rank) * size);
+            decode_block(d, plan, s, block, following, dither[k], columns);
         }
     }
+}
+
+/* Blocks of other quantizers. The first hop's dither serves what this rank sent, too. */
+static void decode_alone(const Decoding *d, const Decoding *own, const Plan *plan, const Scratch *s,
+                         Block block, Block following) {
+    const int64_t offset = d->origin.offset + block.offset;
+    const uint8_t *dither = NULL;
+    if (own) { /* before the mean takes the place of x */
+        if (plan->quantizer == QUIC_FL) dither = draw_dither(plan, &own->origin, offset, s->dither);
+        decode_block(own, plan, s, block, following, dither, NULL);
+    }
+    if (plan->quantizer == QUIC_FL && !(own && own->origin.hop == d->origin.hop))
+        dither = draw_dither(plan, &d->origin, offset, s->dither);
+    decode_block(d, plan, s, block, following, dither, NULL);
 }
 
 /* A UnitsFunction. */
 static void decode_units(const void *call, const Plan *plan, const Scratch *s, const Unit *units,
                          int count) {
+    const Decoding *d = call;
+    const Feedback *f = d->feedback;
+    const Decoding own = f ? of_own(d) : *d;
     if (plan->quantizer == ECDQ) {
-        decode_together(call, plan, s, units, count);
+        /* What this rank sent in the first hop is among the payloads. */
+        const int among = f && own.origin.hop == d->origin.hop &&
+                          own.origin.rank - d->origin.rank < least(SIDE_BY_SIDE, d->ranks);
+        if (f && !among) decode_together(&own, NULL, plan, s, units, count);
+        decode_together(d, among ? &own : NULL, plan, s, units, count);
         return;
     }
     for (int k = 0; k < count; k++)
         for (int64_t i = 0; i < units[k].count; i++)
-            decode_block(call, plan, s, block_of(plan, units[k], i), block_of(plan, units[k], i + 1), NULL,
-                         NULL);
+            decode_alone(d, f ? &own : NULL, plan, s, block_of(plan, units[k], i),
+                         block_of(plan, units[k], i + 1));
 }

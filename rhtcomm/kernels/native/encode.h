@@ -5,6 +5,7 @@
 #include "blocks.h"
 #include "ecdq.h"
 #include "eden.h"
+#include "feedback.h"
 #include "formats.h"
 #include "hadamard.h"
 #include "packing.h"
@@ -19,6 +20,7 @@ typedef struct {
     uint8_t *payloads;
     int64_t stride;
     float *moments;
+    const Residual *residual; /* added to x; NULL: there is none */
 } Encoding;
 
 enum { PARTS = 8, MOMENTS = PARTS + 2 };
@@ -66,7 +68,9 @@ static void encode_block(const Encoding *e, const Plan *plan, const Scratch *scr
     const char *x = e->x + block.offset * bytes_of(e->dtype);
     uint8_t *payload = e->payloads + block.shard * e->stride, *packed = payload + block.packed;
     const float *from = s.y;
-    if (e->dtype == FLOAT32 && block.numel == size)
+    if (e->residual)
+        read_sum(e->residual, block.offset, block.numel, size, x, e->dtype, s.y);
+    else if (e->dtype == FLOAT32 && block.numel == size)
         from = (const float *)x;
     else
         read_block(x, e->dtype, block.numel, size, s.y);

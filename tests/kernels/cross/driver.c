@@ -52,10 +52,12 @@ static int differs(const Case *c, const char *x, const char *payloads, const cha
     set_mode(mode);
     int failed = JOIN(rhtcomm_encode, VARIANT)(
         c->plan, c->plans, c->seed, c->step, c->bucket, c->hop, c->offset, c->encoded,
-        c->world_size, x, c->in_dtype, (uint8_t *)payload, c->nbytes, NULL, threads);
+        c->world_size, x, c->in_dtype, (uint8_t *)payload, c->nbytes, NULL, NULL,
+        threads);
     failed |= JOIN(rhtcomm_decode, VARIANT)(
         c->plan, c->plans, c->seed, c->step, c->bucket, c->hop, c->offset, c->rank, c->world_size,
-        c->ranks, (const uint8_t *)payloads, c->nbytes, 0, out, c->out_dtype, threads);
+        c->ranks, (const uint8_t *)payloads, c->nbytes, 0, out, c->out_dtype, NULL,
+        threads);
     failed |= get_mode() != mode;
     set_mode(DEFAULT_MODE);
     failed |= memcmp(payload, mine, (size_t)c->nbytes) != 0;
