@@ -27,8 +27,8 @@ class Group(_ProcessGroupGloo):  # type: ignore[misc]
         self.group_name = name
 
 
-def connect(parent: dist.ProcessGroup, timeout: timedelta) -> Any:
-    """A private Gloo group of the ranks of `parent`, unknown to torch; all of them must call it.
+def connect(parent: dist.ProcessGroup, timeout: timedelta, count: int = 1) -> list[Any]:
+    """Private Gloo groups of the ranks of `parent`, unknown to torch; all of them must call it.
 
     torch names groups by a counter that each rank keeps for itself. Ranks that are also in other
     groups would wait for each other under different names. And the name of a destroyed group is
@@ -45,8 +45,11 @@ def connect(parent: dist.ProcessGroup, timeout: timedelta) -> Any:
         # A separate connection: a thread that waits at the store blocks other threads of this rank,
         # for which another rank may wait.
         store = store.clone()
+    groups = []
+    for number in range(count):
+        own = distributed_c10d.PrefixStore(f"{name}/{number}", store)
+        groups.append(Group(f"{name}/{number}", own, rank, world_size, timeout))
     store = distributed_c10d.PrefixStore(name, store)
-    group = Group(name, store, rank, world_size, timeout)
     for told in telling:
         told.wait()  # they have connected, so they know the name
     # If a rank left while others still connect, one of them would fail, and the rest would wait for
@@ -54,7 +57,7 @@ def connect(parent: dist.ProcessGroup, timeout: timedelta) -> Any:
     if store.add("connected", 1) == world_size:
         store.set("all are", "connected")
     store.wait(["all are"], timeout)
-    return group
+    return groups
 
 
 def _agree_on_a_name(parent: dist.ProcessGroup, timeout: timedelta) -> tuple[str, list[dist.Work]]:

@@ -11,6 +11,7 @@ from torch.distributed import default_pg_timeout
 
 from rhtcomm.communicators import gloo
 from rhtcomm.communicators.base import Communicator, name_of
+from rhtcomm.communicators.stripes import Stripes, check_connections, check_stripes
 
 __all__ = ["TorchCommunicator", "backend_of"]
 
@@ -43,13 +44,17 @@ class TorchCommunicator(Communicator):
 
     Args:
         group: the process group, by default the world; `abort` destroys it if all of it is on Gloo.
+        connections: TCP connections to each other rank, 1 to 64. Long messages of CPU tensors on
+            Gloo are striped over them. The first one is the group's; the others are private, and
+            made when the first long message is sent.
 
     Raises:
         RuntimeError: torch.distributed is not initialized, or this rank is not in the group.
-        TypeError: the group is not a process group.
+        TypeError: the group is not a process group, or connections not an integer.
+        ValueError: connections is out of its range.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, connections: int = 1) -> None:
         if not dist.is_initialized():
             raise RuntimeError(
                 "TorchCommunicator: torch.distributed is not initialized; call "
@@ -64,11 +69,18 @@ class TorchCommunicator(Communicator):
                 "torch.distributed.new_group()"
             )
         self.timeout = _timeout_of(group or dist.group.WORLD)
+        self.connections = check_connections(connections, "TorchCommunicator")
         self._set_up(group, dist.get_process_group_ranks(group))
+        if connections > 1:
+            check_stripes(connections, backend_of(self.group, "cpu"), "cpu")
 
     @classmethod
     def of_its_own(
-        cls, parent: dist.ProcessGroup, device: str, timeout: timedelta | None = None
+        cls,
+        parent: dist.ProcessGroup,
+        device: str,
+        timeout: timedelta | None = None,
+        connections: int = 1,
     ) -> "TorchCommunicator":
         """The ranks of `parent` over private connections; all of them must call it.
 
@@ -76,16 +88,19 @@ class TorchCommunicator(Communicator):
             parent: a process group, whose backend for the device is used.
             device: kind of the device that exchanges come from.
             timeout: for the exchanges, and for connecting; by default torch's (Gloo: 30 minutes).
+            connections: see `TorchCommunicator`.
 
         Raises:
             RuntimeError: another rank did not call it in time, or died.
+            ValueError: there can be only one connection.
         """
         ranks = dist.get_process_group_ranks(parent)
+        check_stripes(connections, backend_of(parent, device), device)
         if backend_of(parent, device) == "gloo":
             timeout = timeout or default_pg_timeout
             made = cls.__new__(cls)
-            made.private, made.timeout = True, timeout
-            made._set_up(gloo.connect(parent, timeout), ranks)
+            made.private, made.timeout, made.connections = True, timeout, connections
+            made._set_up(gloo.connect(parent, timeout)[0], ranks)
             return made
         group = dist.new_group(
             ranks,
@@ -105,10 +120,11 @@ class TorchCommunicator(Communicator):
             return self
         if backend_of(self.group, device) != "gloo":
             return self
-        return self.of_its_own(self.group, device, self.timeout)
+        return self.of_its_own(self.group, device, self.timeout, self.connections)
 
     def _set_up(self, group: Any, ranks: list[int]) -> None:
         self._group, self._aborted = group, False
+        self._stripes = Stripes(self.connections, self.timeout or default_pg_timeout)
         self.bytes_sent = 0
         self._ranks = ranks
         group = self.group
@@ -221,7 +237,12 @@ class TorchCommunicator(Communicator):
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         options: Any = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
-        self._collective(self.group.allreduce([x], options), None)()
+        parts = self._stripes.cut(x.view(-1), self.group) if x.is_cpu else (x,)
+        works = [
+            self._of(connection).allreduce([part], options) for connection, part in enumerate(parts)
+        ]
+        while works:
+            self._collective(works.pop(0), None)()
         self.bytes_sent += self.ring_bytes(x.nbytes)
 
     def _collective(self, work: dist.Work | None, result: Result) -> Callable[[], Result]:
@@ -285,14 +306,23 @@ class TorchCommunicator(Communicator):
     ) -> list[_Message]:
         """Receive rows[i] from rank i."""
         self._settled = False
-        turn = self._turn
-        return [(rank, turn, self.group.recv([rows[rank]], rank, tag)) for rank in ranks]
+        return [
+            (rank, self._turn, self._of(connection).recv([stripe], rank, tag))
+            for rank in ranks
+            for connection, stripe in enumerate(self._stripes.cut(rows[rank], self.group))
+        ]
 
     def _send(self, rows: Sequence[torch.Tensor], ranks: Sequence[int], tag: int = _TAG) -> None:
         """Send rows[i] to rank i."""
         self._settled = False
         for rank in ranks:
-            self._sent.append((rank, self._turn, self.group.send([rows[rank]], rank, tag)))
+            for connection, stripe in enumerate(self._stripes.cut(rows[rank], self.group)):
+                sent = self._of(connection).send([stripe], rank, tag)
+                self._sent.append((rank, self._turn, sent))
+
+    def _of(self, connection: int) -> Any:
+        """The group of a connection, by number."""
+        return self._stripes.group(connection) if connection else self.group
 
     def _arrival(self, arriving: list[_Message], result: Result) -> Callable[[], Result]:
         """A function that waits for the messages."""
@@ -327,6 +357,7 @@ class TorchCommunicator(Communicator):
         """
         group, self._group, self._aborted = self._group, None, True
         self._sent.clear()  # they refer to its connections
+        self._stripes.close()
         if group is None or group is dist.group.WORLD:
             return
         # torch does not know private Gloo groups; this was the last reference to one.
@@ -334,8 +365,9 @@ class TorchCommunicator(Communicator):
             _destroy(group)
 
     def close(self) -> None:
-        """Close private connections (see `of_its_own`); do nothing for a group that the user
+        """Close private connections (see `of_its_own`), but not those of a group that the user
         passed."""
+        self._stripes.close()
         if self.private:
             group, self._group, self._aborted = self._group, None, True
             self._sent.clear()
