@@ -137,8 +137,11 @@ def probe(task: dict[str, Any]) -> None:
         time.sleep(seconds)
         rate = 8e-6 * (sum(received) - before) / (time.perf_counter() - start)
         loss = float(task["network"].split("%")[0]) / 100
-        mathis = 8e-6 * streams * SEGMENT / ROUND_TRIP * (1.5 / loss) ** 0.5 if loss else 1e9
-        print(f"{task['network']}, {streams} streams: {rate:.1f} Mbit/s; Mathis: {mathis:.1f}")
+        theory = ""
+        if loss:  # Mathis et al., 1997, for Reno
+            mathis = 8e-6 * streams * SEGMENT / ROUND_TRIP * (1.5 / loss) ** 0.5
+            theory = f"; Mathis: {mathis:.1f}"
+        print(f"{task['network']}, {streams} streams: {rate:.1f} Mbit/s{theory}")
         return
     time.sleep(1)
     with socket.socket(type=socket.SOCK_DGRAM) as pings:
@@ -223,9 +226,9 @@ def main() -> None:
         run_rank(arguments.task)
         return
     if arguments.links:
-        for network in ("0% cubic", "0.1% reno", "0.1% cubic", "0.1% bbr"):
+        for network in arguments.networks:
             for streams in (1, 8):
-                start({"network": network, "streams": streams, "seconds": 30})
+                start({"network": network, "streams": streams, "seconds": 20})
         return
     if arguments.quick:
         arguments.networks, arguments.connections, arguments.rounds = ["0.1% cubic"], [1, 8], 1
