@@ -175,6 +175,7 @@ def fill(peer: socket.socket) -> None:
 def report(rows: list[dict[str, str]]) -> str:
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     networks = list(dict.fromkeys(row["network"] for row in rows))
+    networks.sort(key=lambda network: NETWORKS.index(network) if network in NETWORKS else 9)
     lines = []
     for name in names:
         cells = [name]
@@ -190,8 +191,13 @@ def report(rows: list[dict[str, str]]) -> str:
 
 Exchange of one bucket of 25 MiB of float32 between 2 ranks, from the hook's call until its future
 is done on the slowest rank: median, ms (10% .. 90%; number of exchanges). Links of {RATE}, {DELAY}
-each way, queues of 50 ms, and a loss and a congestion control by column; TCP is Linux's default
-otherwise. "4 bits, 8": this hook, over 8 connections.
+each way, queues of 50 ms; a column has a loss and a congestion control, and TCP is Linux's default
+otherwise. "After a pause" of {PAUSE:g} s, or directly after another exchange ("at once"). "4 bits,
+8": this hook, over 8 connections. "float32": torch's hook, over one. The bytes of 4 bits take
+274 ms at the link's rate, those of float32 2194 ms, and the way takes 25 ms.
+
+The run is made in parts, in each of which all contestants of a column take turns. All of them had
+the same bits.
 
 {table(["", *header], lines)}"""
 
@@ -218,6 +224,7 @@ def main() -> None:
     parser.add_argument("--no-float32", dest="uncompressed", action="store_false")
     parser.add_argument("--add", action="store_true", help="keep earlier times of these networks")
     parser.add_argument("--links", action="store_true", help="only measure the links")
+    parser.add_argument("--table", action="store_true", help="only write wan.md anew")
     parser.add_argument("--quick", action="store_true", help="one round of 1 and 8 connections")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
@@ -236,7 +243,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path, new = arguments.out / "wan.csv", arguments.out / "wan.partial.json"
     rows: list[dict[str, Any]] = list(read_csv(path)) if path.is_file() else []
-    for network in arguments.networks:
+    for network in [] if arguments.table else arguments.networks:
         task = {"network": network, "rows": str(new.resolve()), "rounds": arguments.rounds}
         task |= {"connections": arguments.connections, "uncompressed": arguments.uncompressed}
         start(task)

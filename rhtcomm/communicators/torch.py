@@ -306,8 +306,11 @@ class TorchCommunicator(Communicator):
     ) -> list[_Message]:
         """Receive rows[i] from rank i."""
         self._settled = False
+        turn = self._turn
+        if self.connections == 1:  # as short as possible, for small buckets
+            return [(rank, turn, self.group.recv([rows[rank]], rank, tag)) for rank in ranks]
         return [
-            (rank, self._turn, self._of(connection).recv([stripe], rank, tag))
+            (rank, turn, self._of(connection).recv([stripe], rank, tag))
             for rank in ranks
             for connection, stripe in enumerate(self._stripes.cut(rows[rank], self.group))
         ]
@@ -315,10 +318,14 @@ class TorchCommunicator(Communicator):
     def _send(self, rows: Sequence[torch.Tensor], ranks: Sequence[int], tag: int = _TAG) -> None:
         """Send rows[i] to rank i."""
         self._settled = False
+        turn, sent = self._turn, self._sent
+        if self.connections == 1:
+            for rank in ranks:
+                sent.append((rank, turn, self.group.send([rows[rank]], rank, tag)))
+            return
         for rank in ranks:
             for connection, stripe in enumerate(self._stripes.cut(rows[rank], self.group)):
-                sent = self._of(connection).send([stripe], rank, tag)
-                self._sent.append((rank, self._turn, sent))
+                sent.append((rank, turn, self._of(connection).send([stripe], rank, tag)))
 
     def _of(self, connection: int) -> Any:
         """The group of a connection, by number."""
