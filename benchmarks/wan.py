@@ -192,9 +192,9 @@ def report(rows: list[dict[str, str]]) -> str:
 Exchange of one bucket of 25 MiB of float32 between 2 ranks, from the hook's call until its future
 is done on the slowest rank: median, ms (10% .. 90%; number of exchanges). Links of {RATE}, {DELAY}
 each way, queues of 50 ms; a column has a loss and a congestion control, and TCP is Linux's default
-otherwise. "After a pause" of {PAUSE:g} s, or directly after another exchange ("at once"). "4 bits,
-8": this hook, over 8 connections. "float32": torch's hook, over one. The bytes of 4 bits take
-274 ms at the link's rate, those of float32 2194 ms, and the way takes 25 ms.
+otherwise. "After a pause" of {PAUSE:g} s, or directly after another exchange ("at once").
+"4 bits, 8": this hook, over 8 connections. "float32": torch's hook, over one. The bytes of 4 bits
+take 274 ms at the link's rate, those of float32 2194 ms, and the way takes 25 ms.
 
 The run is made in parts, in each of which all contestants of a column take turns. All of them had
 the same bits.

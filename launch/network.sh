@@ -25,7 +25,7 @@ each rank's link; TCP payload gets 95.6% of it. After idling, a link may send at
 once. One switch joins the links, which add no delay.
 
 With DELAY or LOSS a program joins the ranks instead (launch/relay.py), which moves packets one by one:
-up to about 200 Mbit/s in all. Each direction of a link has a queue of 50 ms, and drops what comes when
+up to about 400 Mbit/s in all. Each direction of a link has a queue of 50 ms, and drops what comes when
 it is full.
 
 The program is told its rank by RANK, WORLD_SIZE, LOCAL_RANK (0), LOCAL_WORLD_SIZE (1), MASTER_ADDR,
@@ -39,7 +39,7 @@ commands may run at once.
 Needs Linux, root, iproute2 and util-linux. Variables:
 
   DELAY    how long a packet travels one way, such as 25ms; a ping then takes 50 ms (default: 0ms)
-  LOSS     the part of the packets that is lost, each by itself, such as 0.1% (default: 0%)
+  LOSS     share of the packets that are lost, independently of each other, such as 0.1% (default: 0%)
   PYTHON   interpreter for the relay; with --mpi: mpiexec is searched next to it (python3)
   MPIEXEC  with --mpi: mpiexec of the MPI that mpi4py uses (default: the one next to PYTHON, or on PATH)
 USAGE

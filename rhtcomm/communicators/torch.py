@@ -238,11 +238,11 @@ class TorchCommunicator(Communicator):
         options: Any = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
         parts = self._stripes.cut(x.view(-1), self.group) if x.is_cpu else (x,)
-        works = [
-            self._of(connection).allreduce([part], options) for connection, part in enumerate(parts)
-        ]
-        while works:
-            self._collective(works.pop(0), None)()
+        for finish in [  # a list, so that all are under way
+            self._collective(self._of(connection).allreduce([part], options), None)
+            for connection, part in enumerate(parts)
+        ]:
+            finish()
         self.bytes_sent += self.ring_bytes(x.nbytes)
 
     def _collective(self, work: dist.Work | None, result: Result) -> Callable[[], Result]:
