@@ -81,14 +81,15 @@ def _measure_machine(
     arguments: argparse.Namespace, result: Result, budget: Budget, ranks: Ranks
 ) -> None:
     """The link and the codec, each alone, for `plan --from`."""
-    communicator: Communicator = (
+    plain: Communicator = (
         MPICommunicator()
         if arguments.communicator == "mpi"
         else TorchCommunicator(connections=arguments.connections)
     )
-    communicator = communicator.apart(ranks.device.type)
+    communicator = plain.apart(ranks.device.type)
     seconds = min(_LINK_SECONDS, _FOR_LINK * arguments.seconds)
-    result.facts["link"] = asdict(measure_link(communicator, ranks.device, seconds))
+    link = measure_link(communicator, ranks.device, seconds, uncompressed=plain)
+    result.facts["link"] = asdict(link)
     communicator.close()
     budget.end("link")
     result.facts["speeds"] = _speeds(arguments, budget, ranks)

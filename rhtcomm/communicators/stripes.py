@@ -5,6 +5,7 @@ its rate, and needs many round trips to recover; when a connection starts, or wa
 some until it is fast. Each connection does so for itself.
 """
 
+import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -13,15 +14,22 @@ import torch
 
 from rhtcomm.arguments import integer
 from rhtcomm.communicators.gloo import connect
+from rhtcomm.communicators.meeting import Meeting
 
-__all__ = ["Stripes", "check_connections", "check_stripes"]
+__all__ = ["Stripes", "check_connections", "check_stripes", "cut"]
 
 _MOST = 64  # connections to each other rank
 _SHORTEST = 1 << 14  # bytes; TCP begins with about as many before it waits for an answer
 
 
+def cut(message: torch.Tensor, connections: int) -> Sequence[torch.Tensor]:
+    """The stripes of contiguous message (m,), in the order of the connections that carry them."""
+    count = min(connections, message.nbytes // _SHORTEST)
+    return message.tensor_split(count) if count > 1 else (message,)
+
+
 class Stripes:
-    """Further connections of the ranks of a group, on Gloo.
+    """Further connections of the ranks of a process group on Gloo.
 
     Args:
         connections: the number of all connections to each other rank.
@@ -41,12 +49,19 @@ class Stripes:
         Raises:
             RuntimeError: another rank did not connect.
         """
-        count = min(self._connections, message.nbytes // _SHORTEST)
-        if count <= 1:
-            return (message,)
+        stripes = cut(message, self._connections)
+        if len(stripes) == 1:
+            return stripes
         if not self._groups:
-            self._groups += connect(group, self._timeout, self._connections - 1)
-        return message.tensor_split(count)
+            self._connect(group)
+        return stripes
+
+    def _connect(self, group: Any) -> None:
+        meeting, rank, world_size = Meeting(group, self._timeout), group.rank(), group.size()
+        name = meeting.tell(uuid.uuid4().bytes)[0].hex()
+        for number in range(1, self._connections):
+            self._groups.append(connect(f"{name}/{number}", rank, world_size, self._timeout))
+        meeting.end()
 
     def group(self, number: int) -> Any:
         """Of the connection with this number; the first one, 0, is not here."""

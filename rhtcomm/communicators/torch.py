@@ -1,6 +1,6 @@
 """Exchanges over a process group of torch.distributed."""
 
-import contextlib
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -11,6 +11,10 @@ from torch.distributed import default_pg_timeout
 
 from rhtcomm.communicators import gloo
 from rhtcomm.communicators.base import Communicator, name_of
+from rhtcomm.communicators.connecting import check_transport, open_sockets
+from rhtcomm.communicators.groups import backend_of, backends_of, destroy, timeout_of
+from rhtcomm.communicators.meeting import Meeting
+from rhtcomm.communicators.sockets import Connection, SocketCommunicator
 from rhtcomm.communicators.stripes import Stripes, check_connections, check_stripes
 
 __all__ = ["TorchCommunicator", "backend_of"]
@@ -24,19 +28,6 @@ _ENQUEUING = ("nccl", "nccl-legacy", "xccl", "hccl", "rccl")  # backends that qu
 
 Result = TypeVar("Result")
 _Message = tuple[int, int, dist.Work]  # to or from which rank, in which turn
-
-
-def backend_of(group: dist.ProcessGroup, device: str) -> str:
-    """The backend that carries a group's tensors on a kind of device, such as "gloo"."""
-    config = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
-    backends = dict(pair.split(":", 1) for pair in config.split(",") if ":" in pair)
-    return backends.get(device, config)
-
-
-def _backends_of(group: dist.ProcessGroup) -> set[str]:
-    """All backends of a group, for any device."""
-    config = dist.get_backend_config(group)
-    return {pair.rpartition(":")[2] for pair in config.split(",")}
 
 
 class TorchCommunicator(Communicator):
@@ -68,7 +59,7 @@ class TorchCommunicator(Communicator):
                 f"TorchCommunicator: group={group!r} must be a process group, as returned by "
                 "torch.distributed.new_group()"
             )
-        self.timeout = _timeout_of(group or dist.group.WORLD)
+        self.timeout = timeout_of(group or dist.group.WORLD)
         self.connections = check_connections(connections, "TorchCommunicator")
         self._set_up(group, dist.get_process_group_ranks(group))
         if connections > 1:
@@ -81,8 +72,11 @@ class TorchCommunicator(Communicator):
         device: str,
         timeout: timedelta | None = None,
         connections: int = 1,
-    ) -> "TorchCommunicator":
+    ) -> Communicator:
         """The ranks of `parent` over private connections; all of them must call it.
+
+        In place of Gloo, tensors in host memory go over sockets that the calling thread drives, if
+        all ranks can be reached so (see `connecting.py`).
 
         Args:
             parent: a process group, whose backend for the device is used.
@@ -92,16 +86,14 @@ class TorchCommunicator(Communicator):
 
         Raises:
             RuntimeError: another rank did not call it in time, or died.
-            ValueError: there can be only one connection.
+            ValueError: there can be only one connection; or RHTCOMM_TRANSPORT is neither "sockets"
+                nor "gloo".
         """
         ranks = dist.get_process_group_ranks(parent)
         check_stripes(connections, backend_of(parent, device), device)
         if backend_of(parent, device) == "gloo":
             timeout = timeout or default_pg_timeout
-            made = cls.__new__(cls)
-            made.private, made.timeout, made.connections = True, timeout, connections
-            made._set_up(gloo.connect(parent, timeout)[0], ranks)
-            return made
+            return cls._instead_of_gloo(parent, ranks, device, timeout, connections)
         group = dist.new_group(
             ranks,
             timeout=timeout,
@@ -112,6 +104,35 @@ class TorchCommunicator(Communicator):
         assert group is not None
         made = cls(group)
         made.private = True
+        return made
+
+    @classmethod
+    def _instead_of_gloo(
+        cls,
+        parent: dist.ProcessGroup,
+        ranks: list[int],
+        device: str,
+        timeout: timedelta,
+        connections: int,
+    ) -> Communicator:
+        check_transport()
+        meeting, rank = Meeting(parent, timeout), parent.rank()
+        found = open_sockets(parent, meeting, connections) if device == "cpu" else None
+        if found is not None:
+            names = [name_of(other, ranks) for other in range(len(ranks))]
+            opened = {
+                other: [Connection(one, names[other]) for one in several]
+                for other, several in found.items()
+            }
+            sockets = SocketCommunicator(rank, ranks, opened, timeout, connections)
+            sockets.greet()
+            meeting.end()
+            return sockets
+        name = meeting.tell(uuid.uuid4().bytes)[0].hex()
+        made = cls.__new__(cls)
+        made.private, made.timeout, made.connections = True, timeout, connections
+        made._set_up(gloo.connect(name, rank, len(ranks), timeout), ranks)
+        meeting.end()
         return made
 
     def apart(self, device: str) -> "Communicator":
@@ -306,11 +327,8 @@ class TorchCommunicator(Communicator):
     ) -> list[_Message]:
         """Receive rows[i] from rank i."""
         self._settled = False
-        turn = self._turn
-        if self.connections == 1:  # as short as possible, for small buckets
-            return [(rank, turn, self.group.recv([rows[rank]], rank, tag)) for rank in ranks]
         return [
-            (rank, turn, self._of(connection).recv([stripe], rank, tag))
+            (rank, self._turn, self._of(connection).recv([stripe], rank, tag))
             for rank in ranks
             for connection, stripe in enumerate(self._stripes.cut(rows[rank], self.group))
         ]
@@ -318,14 +336,10 @@ class TorchCommunicator(Communicator):
     def _send(self, rows: Sequence[torch.Tensor], ranks: Sequence[int], tag: int = _TAG) -> None:
         """Send rows[i] to rank i."""
         self._settled = False
-        turn, sent = self._turn, self._sent
-        if self.connections == 1:
-            for rank in ranks:
-                sent.append((rank, turn, self.group.send([rows[rank]], rank, tag)))
-            return
         for rank in ranks:
             for connection, stripe in enumerate(self._stripes.cut(rows[rank], self.group)):
-                sent.append((rank, turn, self._of(connection).send([stripe], rank, tag)))
+                sent = self._of(connection).send([stripe], rank, tag)
+                self._sent.append((rank, self._turn, sent))
 
     def _of(self, connection: int) -> Any:
         """The group of a connection, by number."""
@@ -368,8 +382,8 @@ class TorchCommunicator(Communicator):
         if group is None or group is dist.group.WORLD:
             return
         # torch does not know private Gloo groups; this was the last reference to one.
-        if isinstance(group, dist.ProcessGroup) and _backends_of(group) == {"gloo"}:
-            _destroy(group)
+        if isinstance(group, dist.ProcessGroup) and backends_of(group) == {"gloo"}:
+            destroy(group)
 
     def close(self) -> None:
         """Close private connections (see `of_its_own`), but not those of a group that the user
@@ -378,20 +392,4 @@ class TorchCommunicator(Communicator):
         if self.private:
             group, self._group, self._aborted = self._group, None, True
             self._sent.clear()
-            _destroy(group)
-
-
-def _destroy(group: Any) -> None:
-    """Make torch forget a group; its connections close with the last reference to it."""
-    if isinstance(group, dist.ProcessGroup) and dist.is_initialized():
-        with contextlib.suppress(ValueError):  # it was destroyed with its world
-            dist.destroy_process_group(group)
-
-
-def _timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
-    """The group's timeout on Gloo; None if torch does not tell."""
-    try:
-        found = group._get_backend(torch.device("cpu")).options._timeout  # type: ignore[union-attr]
-    except (AttributeError, RuntimeError):
-        return None
-    return found if isinstance(found, timedelta) else None
+            destroy(group)

@@ -8,7 +8,7 @@ import torch
 
 from rhtcomm.kernels import kernel_for
 from rhtcomm.markdown import table
-from rhtcomm.planning.cost import GLOO
+from rhtcomm.planning.cost import TYPICAL
 from rhtcomm.planning.measured import Measured
 from rhtcomm.planning.plan import BITS, plan
 from rhtcomm.planning.probe import codec_of, measure_codec
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--latency",
         type=float,
-        help=f"seconds for a message to arrive (default: the file's, or {GLOO.latency:g})",
+        help=f"seconds for a message to arrive (default: the file's, or {TYPICAL.latency:g})",
     )
     parser.add_argument(
         "--cores",
@@ -99,7 +99,7 @@ def _from_here(given: dict[str, Any]) -> dict[str, Any]:
     quantizer = given.get("quantizer", "quic_fl")
     bits = given.get("bits", [b for b in BITS[quantizer] if b % 1 == 0])
     return {
-        "link": GLOO,
+        "link": TYPICAL,
         "cores": math.inf,
         "threads": torch.get_num_threads(),
         "quantizer": quantizer,

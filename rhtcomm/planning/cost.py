@@ -62,18 +62,18 @@ from rhtcomm.planning.probe import FRAMING, CodecSpeed, Link
 from rhtcomm.quantizers import ECDQ, QuicFL
 from rhtcomm.reduce.split import split_into_chunks, split_into_shards
 
-__all__ = ["GLOO", "Model", "Prediction"]
+__all__ = ["TYPICAL", "Model", "Prediction"]
 
-# Gloo on processors of today, where nothing was measured.
-GLOO = Link(
+# The hook and Gloo on processors of today, where nothing was measured.
+TYPICAL = Link(
     latency=50e-6,
-    posting=60e-6,
+    posting=20e-6,
     gbps=math.inf,
     transport=1e-9,
     all_reduce=5e-10,
     all_reduce_bf16=6e-10,
     handover=1e-4,
-    acknowledged=True,
+    acknowledged=False,
 )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rhtcomm.markdown import table
-from rhtcomm.planning.cost import GLOO, Model, Prediction
+from rhtcomm.planning.cost import TYPICAL, Model, Prediction
 from rhtcomm.planning.probe import CodecSpeed, Link, PlanQuantizer, codec_of, measure_codec
 from rhtcomm.quantizers.ecdq import BITS as ECDQ_BITS
 
@@ -95,7 +95,7 @@ def plan(
     """
     if link_gbps is None and link is None:
         raise ValueError("rhtcomm.plan: give link_gbps, the link's rate in Gbit/s, or link")
-    link = GLOO if link is None else link
+    link = TYPICAL if link is None else link
     gbps = link.gbps if link_gbps is None else link_gbps
     link = dataclasses.replace(
         link, gbps=gbps, latency=link.latency if latency is None else latency

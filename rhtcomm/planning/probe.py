@@ -66,7 +66,7 @@ class Link:
     transport: float
     """Processor seconds for each byte that a rank sends while another one arrives."""
     all_reduce: float
-    """The same in the transport's own all-reduce of float32, which adds the numbers as well."""
+    """The same in an uncompressed all-reduce of float32, which adds the numbers as well."""
     all_reduce_bf16: float | None
     """The same of bfloat16; None where the transport cannot add these."""
     handover: float
@@ -160,7 +160,10 @@ def _wait_for(device: torch.device) -> None:
 
 
 def measure_link(
-    communicator: Communicator, device: str | torch.device = "cpu", seconds: float = 3.0
+    communicator: Communicator,
+    device: str | torch.device = "cpu",
+    seconds: float = 3.0,
+    uncompressed: Communicator | None = None,
 ) -> Link:
     """Measure the link between the ranks of a communicator; all of them call it.
 
@@ -172,20 +175,22 @@ def measure_link(
         device: where the tensors are.
         seconds: about how long it may take. It takes longer on a link that needs more than
             0.2 seconds for an exchange of 4 MiB.
+        uncompressed: what adds up tensors if there is no hook, by default `communicator`.
 
     Raises:
         ValueError: the communicator has one rank.
     """
     if communicator.world_size < 2:
         raise ValueError("measure_link: the communicator has 1 rank; a link has at least 2")
-    probe = _Probe(communicator, torch.device(device), seconds / 5)
+    uncompressed = uncompressed or communicator
+    probe = _Probe(communicator, uncompressed, torch.device(device), seconds / 5)
     posting = probe.small_messages()
     transport = probe.chunks(posting)
     latency, _, _ = probe.all_reduce(1, torch.float32)
     numel = probe.large_enough()
     _, all_reduce, gbps = probe.all_reduce(numel, torch.float32)
     bf16 = None
-    if not isinstance(communicator, MPICommunicator):  # MPI has no such type
+    if not isinstance(uncompressed, MPICommunicator):  # MPI has no such type
         _, bf16, _ = probe.all_reduce(numel, torch.bfloat16)
     queued = communicator.enqueues(probe.device.type)
     if queued:
@@ -203,8 +208,15 @@ class _Turn:
 
 
 class _Probe:
-    def __init__(self, communicator: Communicator, device: torch.device, budget: float) -> None:
-        self.communicator, self.device, self.budget = communicator, device, budget
+    def __init__(
+        self,
+        communicator: Communicator,
+        uncompressed: Communicator,
+        device: torch.device,
+        budget: float,
+    ) -> None:
+        self.communicator, self.uncompressed = communicator, uncompressed
+        self.device, self.budget = device, budget
         self.others = communicator.world_size - 1
         self._other = torch.zeros(_CHUNK, dtype=torch.float32)
 
@@ -273,15 +285,15 @@ class _Probe:
     def large_enough(self) -> int:
         """How many numbers an all-reduce has which is long, but within the budget."""
         x = torch.zeros(_SUMMED, dtype=torch.float32, device=self.device)
-        self.communicator.all_reduce_(x)
-        turn = self._time(lambda: self.communicator.all_reduce_(x))
+        self.uncompressed.all_reduce_(x)
+        turn = self._time(lambda: self.uncompressed.all_reduce_(x))
         (mean,) = self._means([turn.seconds])
         return _SUMMED * min(_GROWTH, max(1, int(self.budget / (_FEWEST * mean))))
 
     def all_reduce(self, numel: int, dtype: torch.dtype) -> tuple[float, float, float]:
         """Seconds per step, processor seconds per byte, and Gbit/s at best."""
         x = torch.zeros(numel, dtype=dtype, device=self.device)
-        turns = self._turns(lambda: self.communicator.all_reduce_(x))
+        turns = self._turns(lambda: self.uncompressed.all_reduce_(x))
         sent = ring_bytes(x.nbytes, self.others + 1)
         step = statistics.median(turn.seconds for turn in turns) / (2 * self.others)
         process = statistics.median(turn.process for turn in turns) / sent

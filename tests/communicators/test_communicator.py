@@ -3,6 +3,7 @@
 import time
 import weakref
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +16,12 @@ from states import SOON
 
 import rhtcomm
 from rhtcomm import HierarchicalCommunicator, TorchCommunicator
-from rhtcomm.communicators import Communicator
+from rhtcomm.communicators import Communicator, gloo
+from rhtcomm.communicators import torch as transport
+from rhtcomm.communicators.connecting import TRANSPORT
+from rhtcomm.communicators.sockets import SocketCommunicator
 
+OVER = ("world", "gloo", "sockets")
 LENGTHS = (0, 1, 7, 8, 9, 16, 17, 100, 3_000_000)
 
 
@@ -25,9 +30,21 @@ def row_of(sender: int, receiver: int, length: int) -> torch.Tensor:
     return (torch.arange(length) * 7 + 31 * sender + 101 * receiver).to(torch.uint8)
 
 
-def exchange(rank: int, world_size: int) -> int:
+def communicator(over: str) -> Communicator:
+    """The world's group itself, or private connections of its ranks."""
+    world = TorchCommunicator()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(TRANSPORT, over)
+        made = world if over == "world" else world.apart("cpu")
+    assert isinstance(made, SocketCommunicator) == (over == "sockets")
+    assert made.private == (over != "world")
+    assert made.bytes_sent == 0
+    return made
+
+
+def exchange(rank: int, world_size: int, over: str) -> int:
     """Every exchange at every length, all in flight at once; returns the bytes counted."""
-    ranks = TorchCommunicator()
+    ranks = communicator(over)
     assert (ranks.rank, ranks.world_size) == (rank, world_size)
     everyone = range(world_size)
     in_flight = []
@@ -40,6 +57,7 @@ def exchange(rank: int, world_size: int) -> int:
             ranks.start_broadcast(row_of(rank, 3, length)),
         ]
     results = [finish() for finish in in_flight]
+    ranks.settle()
     for index, length in enumerate(LENGTHS):
         gathered, received, collected, announced = results[4 * index : 4 * index + 4]
         of_all = torch.stack([row_of(sender, 0, length) for sender in everyone])
@@ -57,18 +75,19 @@ def exchange(rank: int, world_size: int) -> int:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_many_exchanges_in_flight(world_size: int, ranks: Ranks) -> None:
+@pytest.mark.parametrize("over", OVER)
+def test_many_exchanges_in_flight(over: str, world_size: int, ranks: Ranks) -> None:
     # Each rank sends one row to each other one, in either of the first two exchanges; then it sends
     # one to rank 0, which sends one to each.
     row = sum(LENGTHS)
     expected = [2 * (world_size - 1) * row + row for _ in range(world_size)]
     expected[0] = 3 * (world_size - 1) * row
-    assert ranks.run(exchange, world_size) == expected
+    assert ranks.run(exchange, world_size, over) == expected
 
 
-def send_and_overwrite(rank: int, world_size: int) -> None:
+def send_and_overwrite(rank: int, world_size: int, over: str) -> None:
     """What was sent may be overwritten once the others have it, however late they ask for it."""
-    ranks = TorchCommunicator()
+    ranks = communicator(over)
     for _ in range(3):
         rows = torch.stack([row_of(rank, receiver, 1_000_000) for receiver in range(world_size)])
         dist.barrier()
@@ -82,8 +101,9 @@ def send_and_overwrite(rank: int, world_size: int) -> None:
     ranks.settle()  # nothing was sent since
 
 
-def test_after_settle_the_others_have_what_was_sent(ranks: Ranks) -> None:
-    ranks.run(send_and_overwrite, 3)
+@pytest.mark.parametrize("over", OVER)
+def test_after_settle_the_others_have_what_was_sent(over: str, ranks: Ranks) -> None:
+    ranks.run(send_and_overwrite, 3, over)
 
 
 class LoggedWork:
@@ -181,14 +201,16 @@ def test_sends_are_waited_for_after_a_later_message_of_the_others(ranks: Ranks) 
         assert log == expected + recv + send + waits + sent
 
 
-def give_up(rank: int, world_size: int) -> None:
+def give_up(rank: int, world_size: int, over: str) -> None:
     x = torch.tensor([rank], dtype=torch.uint8)
-    own, world = TorchCommunicator(dist.new_group()), TorchCommunicator()
+    own = communicator(over) if over != "group" else TorchCommunicator(dist.new_group())
+    world = TorchCommunicator()
     own.all_gather(x)
     if rank == 0:
         own.abort()
         own.abort()
-        with pytest.raises(RuntimeError, match=r"rank 0 of 3 failed and left.*restart the program"):
+        gave_up = r"rank 0 of 3 (failed and left|has closed its).*restart the program"
+        with pytest.raises(RuntimeError, match=gave_up):
             own.all_gather(x)
     else:
         with pytest.raises(RuntimeError, match=r"(?i)closed by|reset by|broken pipe"):
@@ -200,35 +222,50 @@ def give_up(rank: int, world_size: int) -> None:
     dist.barrier()  # the world is not the communicator's alone
 
 
-def test_abort(ranks: Ranks) -> None:
-    ranks.run(give_up, 3)
+@pytest.mark.parametrize("over", ["group", "gloo", "sockets"])
+def test_abort(over: str, ranks: Ranks) -> None:
+    ranks.run(give_up, 3, over)
 
 
-def exchange_strided(rank: int, world_size: int) -> None:
+def exchange_strided(rank: int, world_size: int, over: str) -> None:
     """Rows that are columns of something else."""
     rows = torch.stack([row_of(rank, receiver, 9) for receiver in range(world_size)])
-    received = TorchCommunicator().all_to_all(rows.t().contiguous().t())
+    received = communicator(over).all_to_all(rows.t().contiguous().t())
     for sender in range(world_size):
         assert torch.equal(received[sender], row_of(sender, rank, 9))
 
 
-def test_all_to_all_of_a_strided_tensor(ranks: Ranks) -> None:
-    ranks.run(exchange_strided, 3)
+@pytest.mark.parametrize("over", OVER)
+def test_all_to_all_of_a_strided_tensor(over: str, ranks: Ranks) -> None:
+    ranks.run(exchange_strided, 3, over)
 
 
-def reduce(rank: int, world_size: int, numel: int) -> tuple[torch.Tensor, int]:
-    ranks = TorchCommunicator()
+def reduce(
+    rank: int, world_size: int, over: str, numel: int
+) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]:
+    ranks = communicator(over)
     x = numbers(rank, shape=(numel,))
+    y, z = x.clone(), (1000 * x).long()
     ranks.all_reduce_(x)
-    return x, ranks.bytes_sent
+    sent = ranks.bytes_sent
+    ranks.all_reduce_(y, "max")
+    ranks.all_reduce_(z)
+    return x, sent, y, z
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("numel", [1, 1001, 100_000])
-def test_all_reduce_sums_alike_on_every_rank(world_size: int, numel: int, ranks: Ranks) -> None:
-    results = ranks.run(reduce, world_size, numel)
-    exact = sum(numbers(rank, shape=(numel,)).double() for rank in range(world_size))
-    for total, sent in results:
+@pytest.mark.parametrize(
+    ("over", "numel"), [*product(OVER, (1, 1001, 100_000)), ("sockets", 3 << 20)]
+)
+def test_all_reduce_sums_alike_on_every_rank(
+    over: str, world_size: int, numel: int, ranks: Ranks
+) -> None:
+    results = ranks.run(reduce, world_size, over, numel)
+    of_ranks = [numbers(rank, shape=(numel,)) for rank in range(world_size)]
+    exact = sum(x.double() for x in of_ranks)
+    for total, sent, largest, integers in results:
+        assert torch.equal(largest, torch.stack(of_ranks).amax(dim=0))
+        assert torch.equal(integers, sum((1000 * x).long() for x in of_ranks))
         # Normal numbers stay below 8, a sum of n of them takes n - 1 roundings of at most 2^-24.
         torch.testing.assert_close(
             total.double(), exact, rtol=0, atol=8 * world_size * (world_size - 1) * 2**-24
@@ -275,10 +312,11 @@ def test_without_torch_distributed_the_error_says_what_to_call() -> None:
         TorchCommunicator()
 
 
-def connect_late(rank: int, world_size: int) -> bool:
+def connect_late(rank: int, world_size: int, over: str) -> bool:
     """Whether the last rank had all its connections when this one went on with its own."""
     store: Any = dist.distributed_c10d._get_default_store()
-    connect = rhtcomm.communicators.gloo.Group
+    module, name = (gloo, "Group") if over == "gloo" else (transport, "open_sockets")
+    connect = getattr(module, name)
 
     def late(*arguments: Any) -> Any:
         group = connect(*arguments)
@@ -288,16 +326,17 @@ def connect_late(rank: int, world_size: int) -> bool:
         return group
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rhtcomm.communicators.gloo, "Group", late)
-        made = TorchCommunicator.of_its_own(dist.group.WORLD, "cpu", SOON)
+        patch.setattr(module, name, late)
+        made = communicator(over)
     known = bool(store.check(["the last one has"]))
     made.close()
     return known
 
 
-def test_nobody_leaves_while_others_connect(ranks: Ranks) -> None:
+@pytest.mark.parametrize("over", ["gloo", "sockets"])
+def test_nobody_leaves_while_others_connect(over: str, ranks: Ranks) -> None:
     """One of those would fail then, and the rest would wait for that one until the timeout."""
-    assert ranks.run(connect_late, 3) == [True] * 3
+    assert ranks.run(connect_late, 3, over) == [True] * 3
 
 
 def make_communicators_of_odd_things(rank: int, world_size: int) -> None:

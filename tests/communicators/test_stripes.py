@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import rhtcomm
 from rhtcomm import HierarchicalCommunicator, TorchCommunicator
+from rhtcomm.communicators import Communicator
+from rhtcomm.communicators.sockets import Connection
 from rhtcomm.communicators.stripes import Stripes
 from rhtcomm.hooks import RHTState
 from rhtcomm.hooks.connect import connect
@@ -25,21 +27,38 @@ LENGTHS = (0, 5, 2 << 14, 100_001)  # too short twice, then in 2 and in 3 stripe
 NUMEL = 100_000
 
 
-@contextmanager
-def used() -> Iterator[list[weakref.ref[Any]]]:
-    """The groups of further connections that carry messages meanwhile."""
-    group, found = Stripes.group, []
+class Used:
+    """What carries messages meanwhile: further groups, and sockets."""
 
-    def watched(self: Stripes, number: int) -> Any:
-        found.append(weakref.ref(group(self, number)))
-        return group(self, number)
+    def __init__(self) -> None:
+        self._groups: set[weakref.ref[Any]] = set()
+        self._sockets: dict[int, Connection] = {}
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stripes, "group", watched)
-        yield found
+    @contextmanager
+    def watch(self) -> Iterator["Used"]:
+        group, send = Stripes.group, Connection.send
+
+        def watched_group(stripes: Stripes, number: int) -> Any:
+            self._groups.add(weakref.ref(group(stripes, number)))
+            return group(stripes, number)
+
+        def watched_send(connection: Connection, message: memoryview) -> None:
+            self._sockets[id(connection)] = connection
+            send(connection, message)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Stripes, "group", watched_group)
+            patch.setattr(Connection, "send", watched_send)
+            yield self
+
+    @property
+    def open(self) -> tuple[int, int]:
+        """Numbers of groups and of sockets."""
+        sockets = [one for one in self._sockets.values() if one.fileno() >= 0]
+        return sum(group() is not None for group in self._groups), len(sockets)
 
 
-def exchange(ranks: TorchCommunicator) -> list[torch.Tensor | None]:
+def exchange(ranks: Communicator) -> list[torch.Tensor | None]:
     """The results of every exchange of every length, all of them in flight at once."""
     in_flight = []
     for length in LENGTHS:
@@ -63,18 +82,23 @@ def mean(x: torch.Tensor, ranks: Any, **options: Any) -> torch.Tensor:
     return x
 
 
-def stripe(rank: int, world_size: int) -> int:
-    """Everything over one connection and over three; returns the number of further groups."""
+def on_gloo(world: dist.ProcessGroup) -> Communicator:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RHTCOMM_TRANSPORT", "gloo")
+        return TorchCommunicator.of_its_own(world, "cpu", SOON, 3)
+
+
+def stripe(rank: int, world_size: int) -> tuple[int, int]:
+    """Everything over one connection and over three; returns what carries the latter."""
     world = dist.group.WORLD
     assert world is not None
     one = TorchCommunicator.of_its_own(world, "cpu", SOON)
     given = TorchCommunicator(connections=3)
-    several = [given, given.apart("cpu"), TorchCommunicator.of_its_own(world, "cpu", SOON, 3)]
+    several = [given, given.apart("cpu"), on_gloo(world)]
     assert [ranks.connections for ranks in several] == [3] * 3
     expected, x = exchange(one), numbers(rank, shape=(NUMEL,))
-    with used() as groups:
+    with Used().watch() as used:
         for ranks in several:
-            assert isinstance(ranks, TorchCommunicator)
             for result, other in zip(exchange(ranks), expected, strict=True):
                 assert (result is None) == (other is None)
                 assert result is None or other is None or torch.equal(result, other)
@@ -82,15 +106,16 @@ def stripe(rank: int, world_size: int) -> int:
     for algorithm in ("all_gather", "two_shot", "gather"):
         means = [mean(x, ranks, algorithm=algorithm) for ranks in (one, *several)]
         assert all(torch.equal(other, means[0]) for other in means)
-    count = len({group() for group in groups})
+    count = used.open
     for ranks in (one, *several):
         ranks.close()
-    assert [group() for group in groups if group() is not None] == []
+    assert used.open == (0, 0)
     return count
 
 
 def test_several_connections_give_the_bits_of_one(ranks: Ranks) -> None:
-    assert ranks.run(stripe, 3) == [3 * 2] * 3
+    # Two communicators on Gloo, with two further groups each; three sockets to each of two ranks.
+    assert ranks.run(stripe, 3) == [(4, 6)] * 3
 
 
 def differ(rank: int, world_size: int) -> list[str]:
@@ -113,44 +138,48 @@ def test_ranks_that_differ_in_it_say_so(ranks: Ranks) -> None:
         assert "connections (2 on rank 0; 3 on rank 1)" in errors[1]
 
 
-def leave(rank: int, world_size: int) -> str:
+def leave(rank: int, world_size: int, transport: str) -> str:
     """One rank fails between two exchanges."""
     world = dist.group.WORLD
     assert world is not None
-    ranks = TorchCommunicator.of_its_own(world, "cpu", SOON, 4)
+    make = TorchCommunicator.of_its_own
+    ranks = on_gloo(world) if transport == "gloo" else make(world, "cpu", SOON, 3)
     x = torch.zeros(1 << 20, dtype=torch.uint8)
-    with used() as groups:
+    with Used().watch() as used:
         ranks.all_gather(x)
+    assert used.open == ((2, 0) if transport == "gloo" else (0, 6))
     if rank == 1:
         ranks.abort()
-        assert [group() for group in groups if group() is not None] == []
+        assert used.open == (0, 0)
     with pytest.raises(RuntimeError) as error:
         ranks.all_gather(x)
     ranks.abort()
     return str(error.value)
 
 
-def test_a_rank_that_fails_closes_all_its_connections(ranks: Ranks) -> None:
-    first, second, third = ranks.run(leave, 3)
-    assert "failed and left the group" in second
+@pytest.mark.parametrize("transport", ["sockets", "gloo"])
+def test_a_rank_that_fails_closes_all_its_connections(transport: str, ranks: Ranks) -> None:
+    first, second, third = ranks.run(leave, 3, transport)
+    assert "left the group" in second or "has closed its connections" in second
     assert all(re.search(LOST_PEER, error) for error in (first, third))
 
 
-def stripe_between_nodes(rank: int, world_size: int) -> int:
+def stripe_between_nodes(rank: int, world_size: int) -> tuple[int, int]:
     mesh, x = init_device_mesh("cpu", (2, 2)), numbers(rank, shape=(4 * NUMEL,))
     one = mean(x, HierarchicalCommunicator.from_mesh(mesh))
     several = HierarchicalCommunicator.from_mesh(mesh, connections=3)
-    with used() as groups:
+    with Used().watch() as used:
         assert torch.equal(mean(x, several), one)
+        count = used.open
     assert several.within.connections == 1
     apart = several.apart("cpu")
     assert (apart.within.connections, apart.between.connections) == (1, 3)
     apart.close()
-    return len({group() for group in groups})
+    return count
 
 
 def test_two_levels_stripe_between_nodes(ranks: Ranks) -> None:
-    assert ranks.run(stripe_between_nodes, 4) == [2] * 4
+    assert ranks.run(stripe_between_nodes, 4) == [(2, 0)] * 4
 
 
 def refuse(rank: int, world_size: int) -> None:

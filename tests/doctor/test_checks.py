@@ -13,11 +13,12 @@ import torch
 from libraries import needs_library
 
 from rhtcomm import codebooks
+from rhtcomm.communicators import interfaces as net
+from rhtcomm.communicators.interfaces import Interface
 from rhtcomm.doctor import codec, installation, kernels, network
 from rhtcomm.doctor.answers import ANSWERS
 from rhtcomm.doctor.finding import Finding, guarded, merged
 from rhtcomm.doctor.launcher import Launch, launch_of
-from rhtcomm.doctor.network import Interface
 from rhtcomm.doctor.processor import Machine, cores, threads
 from rhtcomm.doctor.report import name_of
 from rhtcomm.kernels import cpu
@@ -295,7 +296,9 @@ def test_the_interface_of_gloo(
     if wanted:
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", wanted)
     monkeypatch.setattr(network, "interfaces", lambda: THERE)
-    monkeypatch.setattr(network.socket, "getaddrinfo", resolved)
+    monkeypatch.setattr(net.socket, "getaddrinfo", resolved)
+    here = {address for one in THERE for address in one.addresses}
+    monkeypatch.setattr(net, "is_here", lambda address: address in here | {"127.0.1.1"})
     launch = Launch("torchrun", world_size=2, local_size=1, machines=machines)
     listed, found = network.network(launch)
     assert listed.fact == "lo (127.0.0.1, ::1), eth0 (10.0.0.5, 10 Gbit/s)"
@@ -308,12 +311,12 @@ def test_a_machine_with_ipv6_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:
         raise OSError(97, "Address family not supported by protocol")
 
-    monkeypatch.setattr(network.socket, "socket", refused)
-    assert all(":" in address for one in network.interfaces() for address in one.addresses)
+    monkeypatch.setattr(net.socket, "socket", refused)
+    assert all(":" in address for one in net.interfaces() for address in one.addresses)
 
 
 def test_interfaces_of_this_machine_have_the_loopback() -> None:
-    found = network.interfaces()
+    found = net.interfaces()
     if found:  # Linux
         assert any(one.loopback and "127.0.0.1" in one.addresses for one in found)
 

@@ -1,0 +1,379 @@
+"""Exchanges over TCP connections of their own, one or several to each other rank.
+
+The thread that needs an exchange drives the connections itself, so no other thread takes a core
+from it, and a message costs two system calls. While it computes, what the kernel's buffers hold
+travels on. Each message follows its length, so ranks that make different calls find out at once.
+"""
+
+import contextlib
+import os
+import select
+import socket
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
+from itertools import islice
+from typing import Literal, TypeVar
+
+import torch
+
+from rhtcomm.communicators.base import Communicator, name_of
+from rhtcomm.communicators.stripes import cut
+
+__all__ = ["Connection", "SocketCommunicator"]
+
+_LENGTH_BYTES = 8
+_PARTS = 32  # of messages in one system call
+_PIECE = 1 << 22  # bytes of a sum on their way at once
+
+Result = TypeVar("Result")
+_Rows = Sequence[torch.Tensor]  # by rank
+
+
+class Connection:
+    """To one other rank, for messages that arrive in the order in which they were sent.
+
+    Args:
+        connected: a socket, which this object owns.
+        peer: the other rank in words, for errors.
+    """
+
+    __slots__ = (
+        "_arriving",
+        "_length",
+        "_process",
+        "_read",
+        "_socket",
+        "arrived",
+        "expected",
+        "leaving",
+        "peer",
+    )
+
+    def __init__(self, connected: socket.socket, peer: str) -> None:
+        connected.setblocking(False)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket, self.peer, self._process = connected, peer, os.getpid()
+        self.leaving = deque[bytes | memoryview]()
+        """What the kernel has not taken yet."""
+        self._arriving = deque[memoryview]()
+        self._length, self._read = memoryview(bytearray(_LENGTH_BYTES)), 0  # of the next message
+        self.expected = self.arrived = 0
+        """Numbers of messages."""
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def wants(self) -> int:
+        """What to poll the socket for."""
+        return (select.POLLOUT if self.leaving else 0) | (select.POLLIN if self._arriving else 0)
+
+    def send(self, message: memoryview) -> None:
+        """Send bytes, now or by a later `push`; they must not change until then."""
+        self.leaving += (len(message).to_bytes(_LENGTH_BYTES, "little"), message)
+        self.push()
+
+    def expect(self, message: memoryview) -> int:
+        """Receive bytes by later calls of `pull`; returns the message's number."""
+        self._arriving.append(message)
+        self.expected += 1
+        return self.expected
+
+    def push(self) -> None:
+        """Give the kernel as much as it takes.
+
+        Raises:
+            RuntimeError: the other rank closed the connection.
+        """
+        leaving = self.leaving
+        while leaving:
+            try:
+                sent = self._socket.sendmsg(islice(leaving, _PARTS))
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise self._lost(error) from error
+            while leaving and sent >= len(leaving[0]):
+                sent -= len(leaving.popleft())
+            if sent:
+                leaving[0] = leaving[0][sent:]
+
+    def pull(self) -> None:
+        """Take what the kernel has of the expected messages.
+
+        Raises:
+            RuntimeError: the other rank closed the connection, or sent a message of another length.
+        """
+        while self._arriving:
+            message, read = self._arriving[0], self._read
+            try:
+                if read < _LENGTH_BYTES:
+                    read += self._socket.recvmsg_into([self._length[read:], message])[0]
+                else:
+                    read += self._socket.recv_into(message[read - _LENGTH_BYTES :])
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise self._lost(error) from error
+            if read == self._read:
+                raise self._lost("Connection closed by peer")
+            self._read = read
+            if read >= _LENGTH_BYTES:
+                self._check_length(len(message))
+            if read == _LENGTH_BYTES + len(message):
+                self._arriving.popleft()
+                self._read = 0
+                self.arrived += 1
+
+    def _check_length(self, expected: int) -> None:
+        length = int.from_bytes(self._length, "little")
+        if length != expected:
+            raise RuntimeError(
+                f"SocketCommunicator: {self.peer} sent {length} bytes where {expected} were "
+                "expected: the ranks make different calls"
+            )
+
+    def _lost(self, why: object) -> RuntimeError:
+        return RuntimeError(f"SocketCommunicator: {self.peer}: {why}")
+
+    def close(self) -> None:
+        """Close it for both sides; in a forked process, only the process's copy."""
+        self.leaving.clear()
+        self._arriving.clear()
+        if os.getpid() == self._process:
+            # A forked process that has a copy would keep it open.
+            with contextlib.suppress(OSError):  # the other rank was first
+                self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def __del__(self) -> None:
+        self._socket.close()
+
+
+class SocketCommunicator(Communicator):
+    """Exchanges of tensors in host memory over connections that nobody else uses.
+
+    Args:
+        rank: of this process among those that are connected.
+        ranks: their world ranks.
+        opened: connections to the others, by rank; closed by `close`. Long messages are striped
+            over them.
+        timeout: how long to wait while nothing arrives and nothing leaves.
+        connections: how many this rank was asked for, which ranks compare.
+    """
+
+    private = True
+
+    def __init__(
+        self,
+        rank: int,
+        ranks: Sequence[int],
+        opened: Mapping[int, Sequence[Connection]],
+        timeout: timedelta,
+        connections: int = 1,
+    ) -> None:
+        self.timeout, self.bytes_sent, self.connections = timeout, 0, connections
+        self._rank, self._ranks = rank, list(ranks)
+        world_size = len(self._ranks)
+        self._everyone = range(world_size)
+        # Each rank begins with its neighbour, so that no rank receives from all others first.
+        self._others = [(rank + i) % world_size for i in range(1, world_size)]
+        self._opened = dict(opened)
+        self._connections = [one for several in opened.values() for one in several]
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        return len(self._ranks)
+
+    @property
+    def ranks(self) -> list[int]:
+        """World ranks, in the order of the group."""
+        return list(self._ranks)
+
+    def name_of(self, rank: int) -> str:
+        return name_of(rank, self._ranks)
+
+    @property
+    def patience(self) -> str:
+        return f"its timeout of {self.timeout.total_seconds():g} s"
+
+    def greet(self) -> None:
+        """Return when all ranks call it, so that nobody leaves while others still connect.
+
+        Raises:
+            RuntimeError: a rank left.
+        """
+        try:
+            self.all_gather(torch.zeros(1, dtype=torch.uint8, device="cpu"))
+        except BaseException:
+            self.close()
+            raise
+        self.bytes_sent = 0
+
+    def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        self.bytes_sent += (self.world_size - 1) * x.numel()
+        gathered = x.new_empty(self.world_size, x.numel())
+        rows = gathered.unbind(0)
+        rows[self._rank].copy_(x)
+        return self._swap([x] * self.world_size, rows, gathered)
+
+    def start_all_to_all(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        x = x.contiguous()
+        self.bytes_sent += (self.world_size - 1) * x.shape[1]
+        received = torch.empty_like(x)
+        outgoing, incoming = x.unbind(0), received.unbind(0)
+        incoming[self._rank].copy_(outgoing[self._rank])
+        return self._swap(outgoing, incoming, received)
+
+    def start_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor | None]:
+        if self._rank > 0:
+            self.bytes_sent += x.numel()
+            self._send([x], [0])
+            return lambda: None
+        gathered = x.new_empty(self.world_size, x.numel())
+        gathered[0] = x
+        return self._arrival(self._expect(gathered.unbind(0), self._others), gathered)
+
+    def start_broadcast(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        if self._rank > 0:
+            return self._arrival(self._expect([x], [0]), x)
+        self.bytes_sent += (self.world_size - 1) * x.numel()
+        self._send([x] * self.world_size, self._others)
+        return lambda: x
+
+    def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
+        self.bytes_sent += self.ring_bytes(x.nbytes)
+        if self.world_size == 1:
+            return
+        pieces = x.detach().view(-1).split(max(1, _PIECE // x.itemsize))
+        # Each rank adds up its shard of a piece and sends it to the others, while shards of the
+        # next piece are on their way.
+        ahead = self._start_shards(pieces[0])
+        finishing = []
+        for following in (*pieces[1:], None):
+            shards, finish = ahead
+            if following is not None:
+                ahead = self._start_shards(following)
+            mine = shards[self._rank]
+            _add_up(finish(), op, out=mine)
+            finishing.append(self._swap([mine] * self.world_size, shards, None))
+        for finish_sum in finishing:
+            finish_sum()
+
+    def _start_shards(self, piece: torch.Tensor) -> tuple[_Rows, Callable[[], _Rows]]:
+        """The shards of a piece, and a function that waits for this rank's shard of all ranks."""
+        shards = piece.tensor_split(self.world_size)
+        mine = shards[self._rank]
+        rows = [mine if rank == self._rank else torch.empty_like(mine) for rank in self._everyone]
+        return shards, self._swap(shards, rows, rows)
+
+    def _swap(self, outgoing: _Rows, incoming: _Rows, result: Result) -> Callable[[], Result]:
+        """Send outgoing[i] to rank i, and receive incoming[i] from it."""
+        arriving = self._expect(incoming, self._others)
+        self._send(outgoing, self._others)
+        return self._arrival(arriving, result)
+
+    def _send(self, rows: _Rows, ranks: Sequence[int]) -> None:
+        """Send rows[i] to rank i."""
+        for rank in ranks:
+            for connection, stripe in self._stripes(rank, rows[rank]):
+                connection.send(_bytes_of(stripe))
+
+    def _expect(self, rows: _Rows, ranks: Sequence[int]) -> list[tuple[Connection, int]]:
+        """Receive rows[i] from rank i; returns the numbers of the messages."""
+        arriving = []
+        for rank in ranks:
+            for connection, stripe in self._stripes(rank, rows[rank]):
+                arriving.append((connection, connection.expect(_bytes_of(stripe))))
+        return arriving
+
+    def _stripes(
+        self, rank: int, message: torch.Tensor
+    ) -> Iterable[tuple[Connection, torch.Tensor]]:
+        """The parts of a message to or from a rank, and the connections that carry them."""
+        if not self._connections:
+            raise RuntimeError(
+                f"SocketCommunicator: {self.name_of(self.rank)} of {self.world_size} has closed "
+                "its connections; restart the program"
+            )
+        several = self._opened[rank]
+        if len(several) == 1:  # as short as possible, for small buckets
+            return ((several[0], message),)
+        return zip(several, cut(message, len(several)), strict=False)
+
+    def _arrival(
+        self, arriving: list[tuple[Connection, int]], result: Result
+    ) -> Callable[[], Result]:
+        """A function that waits for the messages."""
+
+        def finish() -> Result:
+            for connection in self._connections:
+                if connection.leaving:
+                    connection.push()
+            for connection, number in arriving:
+                if connection.arrived < number:
+                    connection.pull()
+                while connection.arrived < number:
+                    self._wait()
+            return result
+
+        return finish
+
+    def settle(self, wait: bool = True) -> None:
+        """Return when the kernel has everything that this rank sent.
+
+        It delivers that even if this rank closes its connections or ends.
+        """
+        for connection in self._connections:
+            while connection.leaving:
+                self._wait()
+
+    def _wait(self) -> None:
+        """Wait until something can be sent or received, and do so.
+
+        Raises:
+            RuntimeError: another rank closed its connection, or made a different call, or nothing
+                came or left for the timeout.
+        """
+        poll, waiting = select.poll(), {}
+        for connection in self._connections:
+            if wanted := connection.wants:
+                waiting[connection.fileno()] = connection
+                poll.register(connection, wanted)
+        ready = poll.poll(1000 * self.timeout.total_seconds())
+        if not ready:
+            raise RuntimeError(
+                "SocketCommunicator: Timed out: nothing came or left for "
+                f"{self.timeout.total_seconds():g} s while waiting for "
+                + ", ".join(connection.peer for connection in waiting.values())
+            )
+        for number, _ in ready:
+            waiting[number].push()
+            waiting[number].pull()
+
+    def abort(self) -> None:
+        """Close the connections; the other ranks then raise."""
+        self.close()
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        self._connections.clear()
+
+
+def _add_up(rows: _Rows, op: Literal["sum", "max"], out: torch.Tensor) -> None:
+    """In the order of the ranks; `out` may be one of two or more rows."""
+    combine = torch.add if op == "sum" else torch.maximum
+    total, *between, last = rows
+    for row in between:
+        total = combine(total, row)
+    combine(total, last, out=out)
+
+
+def _bytes_of(x: torch.Tensor) -> memoryview:
+    return x.detach().view(-1).view(torch.uint8).numpy().data
