@@ -19,6 +19,8 @@ from problems import nmse, numbers
 from states import FINE, GAVE_UP, LOST_PEER, SOON, TIMEOUT, submit
 
 from rhtcomm import TorchCommunicator
+from rhtcomm.communicators.connecting import TRANSPORT
+from rhtcomm.communicators.sockets import Connection, SocketCommunicator
 from rhtcomm.hooks import RHTState
 
 
@@ -78,31 +80,48 @@ class LateReceiver:
         return self.group.recv(*args)
 
 
-def late_settle(communicator: TorchCommunicator, wait: bool = True) -> None:
-    time.sleep(1 if wait else 0)
-    settle(communicator, wait)
+def receive_late(patch: pytest.MonkeyPatch, over: str, seconds: float) -> None:
+    if over == "gloo":
+        group: Any = TorchCommunicator.group
+        late = property(lambda self: LateReceiver(group.fget(self), seconds))
+        patch.setattr(TorchCommunicator, "group", late)
+        return
+    pull = Connection.pull
+
+    def late_pull(self: Connection) -> None:
+        time.sleep(seconds)
+        pull(self)
+
+    patch.setattr(Connection, "pull", late_pull)
 
 
-settle = TorchCommunicator.settle
+def settle_late(patch: pytest.MonkeyPatch, over: str) -> None:
+    kind: Any = TorchCommunicator if over == "gloo" else SocketCommunicator
+    settle = kind.settle
+
+    def late(communicator: Any, wait: bool = True) -> None:
+        time.sleep(1 if wait else 0)
+        settle(communicator, wait)
+
+    patch.setattr(kind, "settle", late)
 
 
-def leave_after_the_last_step(rank: int, world_size: int, how: str) -> None:
+def leave_after_the_last_step(rank: int, world_size: int, over: str, how: str) -> None:
     """Rank 0 goes as soon as it has its mean; rank 1 asks for its own only later."""
-    group: Any = TorchCommunicator.group
-    late = property(lambda self: LateReceiver(group.fget(self), 0.5 * rank))
     # Ranks ask for long messages before they send, and for short ones after it.
     shape = (100_000 if how == "gone" else 2_000_000,)
     buffer = numbers(rank, shape=shape)
     shown = how != "left out"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(TRANSPORT, over)
         state = RHTState(**FINE, timeout=TIMEOUT)
         if not shown:  # DDP leaves out the last buckets of steps, which the second one shows
             for index in (0, 1):
                 submit(state, buffer.clone(), index, last=False).wait()
         submit(state, buffer.clone(), last=False).wait()
-        patch.setattr(TorchCommunicator, "group", late)
+        receive_late(patch, over, 0.5 * rank)
         if how == "gone":
-            patch.setattr(TorchCommunicator, "settle", late_settle)
+            settle_late(patch, over)
         submit(state, buffer, index=1, last=shown).wait()
         if how == "gone":  # without close(), before the worker has settled
             del state
@@ -114,8 +133,11 @@ def leave_after_the_last_step(rank: int, world_size: int, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["last", "left out", "gone"])
-def test_a_rank_that_leaves_after_its_last_step_fails_nobody(how: str, ranks: Ranks) -> None:
-    ranks.run(leave_after_the_last_step, 2, how)
+@pytest.mark.parametrize("over", ["gloo", "sockets"])
+def test_a_rank_that_leaves_after_its_last_step_fails_nobody(
+    over: str, how: str, ranks: Ranks
+) -> None:
+    ranks.run(leave_after_the_last_step, 2, over, how)
 
 
 def close_in_the_middle_of_a_step(rank: int, world_size: int, min_numel: int) -> str | None:

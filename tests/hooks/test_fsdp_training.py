@@ -15,7 +15,7 @@ from problems import numbers
 from sharded import FINE, probe, sharded, whole
 from torch import nn
 
-from rhtcomm import TorchCommunicator
+from rhtcomm.communicators.sockets import SocketCommunicator
 from rhtcomm.hooks import compress_fsdp
 
 
@@ -48,17 +48,17 @@ def train_with_jitter(rank: int, world_size: int, options: dict[str, Any]) -> di
             optimizer.zero_grad()
         return mean_loss(model)
 
-    def late_start(communicator: TorchCommunicator, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def late_start(communicator: SocketCommunicator, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         wait(2)
         return exchange(communicator, x)
 
     result = {"before": mean_loss(start), "uncompressed": train(sharded(copy.deepcopy(start)), 0)}
-    model, exchange = sharded(copy.deepcopy(start)), TorchCommunicator.start_all_to_all
+    model, exchange = sharded(copy.deepcopy(start)), SocketCommunicator.start_all_to_all
     with (
         pytest.MonkeyPatch.context() as patch,
         compress_fsdp(model, **(FINE | options)) as handle,
     ):
-        patch.setattr(TorchCommunicator, "start_all_to_all", late_start)
+        patch.setattr(SocketCommunicator, "start_all_to_all", late_start)
         result["compressed"] = train(model, 4)
         return result | {"parameters": parameters_of(model), "stats": handle.stats()}
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from rhtcomm import HierarchicalCommunicator, TorchCommunicator
+from rhtcomm.communicators.sockets import SocketCommunicator
 from rhtcomm.communicators.users import Users
 from rhtcomm.hooks import RHTState
 
@@ -134,16 +135,16 @@ def test_states_that_begin_in_another_order_are_told_apart(
 def share_a_communicator(rank: int, world_size: int) -> None:
     """Two models by turns, whose workers are late to settle on one rank or the other."""
     communicator, delays = TorchCommunicator(), random.Random(rank)
-    settle = TorchCommunicator.settle
+    settle = SocketCommunicator.settle
 
-    def late(self: TorchCommunicator, wait: bool = True) -> None:
+    def late(self: SocketCommunicator, wait: bool = True) -> None:
         time.sleep(delays.choice([0, 0.02]))
         settle(self, wait)
 
     x = numbers(rank, shape=(2000,))
     mean = torch.stack([numbers(r, shape=(2000,)) for r in range(world_size)]).mean(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TorchCommunicator, "settle", late)
+        patch.setattr(SocketCommunicator, "settle", late)
         states = [RHTState(**FINE, communicator=communicator) for _ in range(2)]
         for _ in range(10):
             for state in states:

@@ -17,7 +17,7 @@ from states import BLOCK, FINE, TIMEOUT
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rhtcomm import TorchCommunicator
+from rhtcomm.communicators.sockets import SocketCommunicator
 from rhtcomm.hooks import RHTState, rht_hook
 
 
@@ -53,7 +53,7 @@ def train_with_jitter(
         return rht_hook(state, bucket)
 
     def late(exchange: Callable[..., Any]) -> Callable[..., Any]:
-        def late_exchange(self: TorchCommunicator, x: torch.Tensor) -> Any:
+        def late_exchange(self: SocketCommunicator, x: torch.Tensor) -> Any:
             wait(1)
             return exchange(self, x)
 
@@ -78,7 +78,7 @@ def train_with_jitter(
         ) as state,
     ):
         for exchange in ("start_all_gather", "start_all_to_all"):
-            patch.setattr(TorchCommunicator, exchange, late(getattr(TorchCommunicator, exchange)))
+            patch.setattr(SocketCommunicator, exchange, late(getattr(SocketCommunicator, exchange)))
         ddp = wrapped(model, state, late_hook, bucket_cap_mb=0.001)
         result["compressed"] = train(ddp, milliseconds=4)
         return result | {"parameters": parameters_of(model), "stats": state.stats()}
