@@ -14,6 +14,7 @@ from torch import nn
 
 from ..arguments import check_bool, natural
 from ..communicators import Topology
+from ..communicators.stripes import check_connections
 from ..randomness import Key
 from ..reduce import Algorithm, Reducer, check_algorithm
 from . import checkpoint
@@ -55,6 +56,7 @@ class HookState:
         process_group: dist.ProcessGroup | None = None,
         timeout: timedelta | None = None,
         communicator: Topology | None = None,
+        connections: int = 1,
         error_feedback: bool = False,
         warmup_steps: int = 64,
         warmup_bits: float | None = None,
@@ -63,7 +65,8 @@ class HookState:
         nmse_every: int = 0,
         observer: Observer | Sequence[Observer] | None = None,
     ) -> None:
-        check_communicator(communicator, process_group, timeout, "RHTState")
+        self._connections = check_connections(connections, "RHTState")
+        check_communicator(communicator, process_group, timeout, connections, "RHTState")
         self.min_numel = natural(min_numel, "RHTState", "min_numel")
         self.nmse_every = natural(nmse_every, "RHTState", "nmse_every")
         check_bool(error_feedback, "RHTState", "error_feedback")
@@ -93,7 +96,7 @@ class HookState:
         self.scales = Scales() if equalize else None
         self.layout = Layout()
         self._residuals_of: tuple[int, int] | None = None  # the rank and world size that loaded
-        self._begin(Session(process_group, timeout, communicator))
+        self._begin(Session(process_group, timeout, communicator, self._connections))
 
     def _begin(self, session: Session) -> None:
         """Set the state to that before the first bucket."""
@@ -124,7 +127,7 @@ class HookState:
         self.scales = None if scales is None else Scales(scales)
         self.reports = None
         self._last_index = -1  # wherever in a step it was copied
-        self._begin(Session(None, self._timeout, None, silent=True))
+        self._begin(Session(None, self._timeout, None, self._connections, silent=True))
 
     def __repr__(self) -> str:
         return (

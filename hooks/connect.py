@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..communicators import Topology, TorchCommunicator
+from ..communicators import Topology, TorchCommunicator, backend_of
+from ..communicators.stripes import check_stripes
 from .models import ranks_of
 
 __all__ = ["check_communicator", "check_ranks", "check_timeout", "connect"]
@@ -18,6 +19,7 @@ def connect(
     group: dist.ProcessGroup | None,
     given: Topology | None,
     timeout: timedelta | None,
+    connections: int = 1,
 ) -> Topology:
     """Connections for buckets on a device; all ranks must call it.
 
@@ -27,13 +29,16 @@ def connect(
     Args:
         group: DDP's, or the user's process_group; None: the world.
         given: the user's communicator, used instead.
+        connections: to each other rank; see `TorchCommunicator`.
 
     Raises:
         RuntimeError: torch.distributed is not initialized, or another rank did not connect.
-        ValueError: only one level of the given communicator blocks the host.
+        ValueError: only one level of the given communicator blocks the host, or there can be only
+            one connection.
     """
     if given is not None:
         if given.enqueues(device.type):
+            check_stripes(given.between.connections, "a communicator that enqueues", device.type)
             return given
         _check_levels(given, device.type)
         return given.apart(device.type)
@@ -43,10 +48,11 @@ def connect(
             "rhtcomm.hooks: torch.distributed is not initialized; call "
             "torch.distributed.init_process_group first (and start the script with torchrun)"
         )
+    check_stripes(connections, backend_of(group, device.type), device.type)
     shared = TorchCommunicator(group)
     if shared.enqueues(device.type):
         return shared
-    return TorchCommunicator.of_its_own(group, device.type, timeout)
+    return TorchCommunicator.of_its_own(group, device.type, timeout, connections)
 
 
 def _check_levels(given: Topology, device: str) -> None:
@@ -63,7 +69,7 @@ def _check_levels(given: Topology, device: str) -> None:
 
 
 def check_communicator(
-    communicator: object, process_group: object, timeout: object, owner: str
+    communicator: object, process_group: object, timeout: object, connections: int, owner: str
 ) -> None:
     """Check that these arguments fit together.
 
@@ -71,10 +77,11 @@ def check_communicator(
         ValueError: a communicator was passed together with one of the others.
         TypeError: one of them has another type.
     """
-    if communicator is not None and (process_group is not None or timeout is not None):
+    others = process_group is not None or timeout is not None or connections != 1
+    if communicator is not None and others:
         raise ValueError(
-            f"{owner}: a communicator has its own ranks and timeout; leave out process_group and "
-            "timeout"
+            f"{owner}: a communicator has its own ranks, timeout and connections; leave out "
+            "process_group, timeout and connections"
         )
     check_timeout(timeout, owner)
     if communicator is not None and not callable(getattr(communicator, "all_reduce_", None)):

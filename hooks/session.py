@@ -31,7 +31,7 @@ class Session:
     """The life of a state among its ranks. It refers to no state, which could not go then.
 
     Args:
-        process_group, timeout, given: what the state was given, see `RHTState`.
+        process_group, timeout, given, connections: what the state was given, see `RHTState`.
         silent: whether it is of a copy, which nobody need call.
     """
 
@@ -40,6 +40,7 @@ class Session:
         process_group: dist.ProcessGroup | None,
         timeout: timedelta | None,
         given: Topology | None,
+        connections: int = 1,
         silent: bool = False,
     ) -> None:
         self.engine: Engine | None = None
@@ -54,6 +55,7 @@ class Session:
         self.number = 0 if given is None else users.number(given.carriers())
         """Among the users of a communicator that is not the hook's alone."""
         self._process_group, self._timeout = process_group, timeout
+        self._connections = connections
         self._averages_over: list[int] | None = None  # ranks of the first model, where known
         self._seen = WeakTensorKeyDictionary()  # the parameters of models that were looked at
 
@@ -133,7 +135,8 @@ class Session:
     def _connect(
         self, device: torch.device, of_model: dist.ProcessGroup | None, make: MakeEngine
     ) -> Engine:
-        topology = connect(device, of_model or self._process_group, self.given, self._timeout)
+        group = of_model or self._process_group
+        topology = connect(device, group, self.given, self._timeout, self._connections)
         if self.given is None and not topology.private:
             self.number = users.number(topology.carriers())
         self.engine = make(topology, self.number, device)

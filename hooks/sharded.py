@@ -58,7 +58,7 @@ class ShardedState(HookState):
         self._numbers = weakref.WeakKeyDictionary({unit: i for i, unit in enumerate(units)})
         self._shards = [(unit.name, unit.numel) for unit in units]
         self._replicate_group = replicate_group
-        self._replicas = Session(None, self._timeout, None, silent=True)
+        self._replicas = Session(None, self._timeout, None, self._connections, silent=True)
         self._finalizer_of_replicas = weakref.finalize(self, self._replicas.close_late)
         # The current step: its key, its backward pass by autograd's number, its buckets.
         self._now, self._reduced = self.key, set[int]()

@@ -51,6 +51,8 @@ class RHTState(HookState):
             start in the same order on all ranks, or all raise. Any other communicator that blocks
             the host (MPI) serves one state at a time: a second state that needs it in the same
             backward pass raises a RuntimeError.
+        connections: TCP connections to each other rank, for networks between sites, where delay or
+            loss limits the speed of one (CPU tensors on Gloo; see `TorchCommunicator`).
         error_feedback: add this rank's earlier compression error to each gradient (see
             `rhtcomm.all_reduce`). It needs float32 memory of the gradients' size (float16: and for
             a copy of a bucket's residual) and a decode of the rank's own payload; "eden" and

@@ -106,6 +106,7 @@ def make_hook(args: argparse.Namespace) -> tuple[Any, Hook]:
         warmup_steps=args.hook_warmup,
         seed=args.seed,
         communicator=rhtcomm.MPICommunicator() if args.communicator == "mpi" else None,
+        connections=args.connections,
         observer=rhtcomm.hooks.telemetry.csv(args.telemetry) if args.telemetry else None,
     )
     return state, rhtcomm.hooks.rht_hook

@@ -115,6 +115,12 @@ def add_hook_options(parser: argparse.ArgumentParser) -> None:
         default="torch",
         help="rht: transport of the payloads; mpi needs ranks started by mpiexec",
     )
+    hook.add_argument(
+        "--connections",
+        type=int,
+        default=1,
+        help="rht: TCP connections to each other rank, for networks between sites",
+    )
     hook.add_argument("--bucket-cap-mb", type=float, default=25.0, help="DDP's bucket size, in MiB")
 
 

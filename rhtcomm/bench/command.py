@@ -21,6 +21,7 @@ from rhtcomm.bench.report import printed
 from rhtcomm.bench.results import Result, Row, Step, write_csv, write_json
 from rhtcomm.bench.rounds import Budget
 from rhtcomm.bench.training import contestants_for, load, measure_steps
+from rhtcomm.communicators.stripes import check_connections
 from rhtcomm.doctor.launcher import Launch, own_launch
 from rhtcomm.versions import PACKAGE
 
@@ -95,6 +96,13 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         help="what compressed exchanges travel by (torch)",
     )
     add(
+        "--connections",
+        type=int,
+        default=1,
+        metavar="N",
+        help="TCP connections of compressed exchanges to each other rank, between sites (1)",
+    )
+    add(
         "--ranks-per-node",
         type=int,
         metavar="N",
@@ -151,6 +159,9 @@ def _check(arguments: argparse.Namespace, writes: bool) -> None:
         raise ValueError("rhtcomm bench: --mebibytes must be positive")
     if not all(1 <= bits <= 8 for bits in arguments.bits):
         raise ValueError("rhtcomm bench: --bits must be from 1 to 8")
+    check_connections(arguments.connections, "rhtcomm bench")
+    if arguments.connections > 1 and arguments.communicator == "mpi":
+        raise ValueError("rhtcomm bench: --connections is for --communicator torch, not for mpi")
     if arguments.model and arguments.step:
         raise ValueError("rhtcomm bench: give --model or --step, not both")
     if not writes:  # other machines need have neither the folders nor matplotlib
@@ -194,7 +205,7 @@ def _run_rank(arguments: argparse.Namespace, launch: Launch, watch: Watch) -> No
     if training is not None:
         watch.doing = "training steps were measured"
         backend, what = str(result.facts["backend"]), (arguments.bits, arguments.quantizers)
-        field = contestants_for(backend, ranks.world_size, *what)
+        field = contestants_for(backend, ranks.world_size, *what, arguments.connections)
         result.steps, dropped = measure_steps(training, field, seconds, budget, ranks)
         result.dropped += [
             {"contestant": one.name, "carrier": one.carrier, "numel": None} for one in dropped
@@ -215,6 +226,7 @@ def _facts(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, object]:
         "backend": dist.get_backend(),
         "device": ranks.device.type,
         "communicator": arguments.communicator,
+        "connections": arguments.connections,
         "world_size": ranks.world_size,
         "nodes": ranks.nodes,
         "threads": torch.get_num_threads(),

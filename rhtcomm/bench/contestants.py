@@ -157,13 +157,14 @@ def compressed(
     quantizer: str = "quic_fl",
     make_communicator: Callable[[], Topology] | None = None,
     min_numel: int = 0,
+    connections: int = 1,
     **options: Any,
 ) -> Contestant:
     """This package's hook; by default over connections of its own, as in training.
 
     Args:
         make_communicator: what makes a communicator, over which it exchanges instead.
-        min_numel: of `RHTState`.
+        min_numel, connections: of `RHTState`.
         options: further ones of `RHTState`, which become part of its name.
     """
 
@@ -175,6 +176,7 @@ def compressed(
             communicator=None if make_communicator is None else make_communicator(),
             timeout=TIMEOUT if make_communicator is None else None,
             min_numel=min_numel,
+            connections=connections if make_communicator is None else 1,
             warmup_steps=0,
             **options,
         )
@@ -195,10 +197,11 @@ def compressed_by(
     algorithms: Sequence[str],
     make_communicator: Callable[[], Topology] | None = None,
     min_numel: int = 0,
+    connections: int = 1,
 ) -> list[Contestant]:
     """All combinations that exist."""
     return [
-        compressed(carrier, b, algorithm, quantizer, make_communicator, min_numel)
+        compressed(carrier, b, algorithm, quantizer, make_communicator, min_numel, connections)
         for quantizer in quantizers
         for b in bits
         for algorithm in (algorithms if quantizer != "lattice" else ("lattice",))

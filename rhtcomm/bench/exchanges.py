@@ -48,24 +48,27 @@ def field(arguments: argparse.Namespace, backend: str, ranks: Ranks) -> list[Con
     found = torchs(backend, ranks.world_size, ("float32", "bf16"))
     found += [power_sgd(backend, ranks.world_size, rank) for rank in (1, 4)]
     what = (arguments.bits, arguments.quantizers, arguments.algorithms)
+    connections = arguments.connections
     if arguments.communicator == "mpi":
         mpi = MPICommunicator(timeout=TIMEOUT.total_seconds())
         found.append(uncompressed_by_mpi(mpi))
         found += compressed_by("mpi", *what, lambda: mpi)
     else:
-        found += compressed_by(backend, *what)
+        over = backend if connections == 1 else f"{backend}, {connections} connections"
+        found += compressed_by(over, *what, connections=connections)
     if ranks.nodes > 1 and ranks.ranks_per_node > 1:
         carrier = "mpi" if arguments.communicator == "mpi" else backend
-        make = functools.cache(functools.partial(two_levels, carrier, ranks))
+        make = functools.cache(functools.partial(two_levels, carrier, ranks, connections))
         found += compressed_by(f"{carrier}, two levels", *what, make)
     return sorted(found, key=functools.partial(interest, ranks.world_size))
 
 
-def two_levels(carrier: str, ranks: Ranks) -> Topology:
+def two_levels(carrier: str, ranks: Ranks, connections: int) -> Topology:
     """Full precision within a node, compressed between nodes."""
     if carrier != "mpi":
         shape = (ranks.nodes, ranks.ranks_per_node)
-        return HierarchicalCommunicator.from_mesh(init_device_mesh(ranks.device.type, shape))
+        mesh = init_device_mesh(ranks.device.type, shape)
+        return HierarchicalCommunicator.from_mesh(mesh, connections)
     from mpi4py import MPI
 
     node, place = divmod(ranks.rank, ranks.ranks_per_node)
@@ -79,7 +82,9 @@ def _measure_machine(
 ) -> None:
     """The link and the codec, each alone, for `plan --from`."""
     plain: Communicator = (
-        MPICommunicator() if arguments.communicator == "mpi" else TorchCommunicator()
+        MPICommunicator()
+        if arguments.communicator == "mpi"
+        else TorchCommunicator(connections=arguments.connections)
     )
     communicator = plain.apart(ranks.device.type)
     seconds = min(_LINK_SECONDS, _FOR_LINK * arguments.seconds)

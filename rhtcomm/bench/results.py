@@ -96,6 +96,5 @@ def in_words(row: Row | Step) -> str:
     words = [f"{row.bits:g} bit{'s' if row.bits != 1 else ''}"]
     words += [row.quantizer] if row.quantizer != "quic_fl" else []
     words += [row.algorithm] if row.algorithm not in (None, "auto", "lattice") else []
-    if "two levels" in getattr(row, "carrier", ""):
-        words.append("two levels")
+    words += getattr(row, "carrier", "").split(", ")[1:]  # such as "two levels"
     return ", ".join(words)

@@ -154,7 +154,11 @@ class _Timed:
 
 
 def contestants_for(
-    carrier: str, world_size: int, bits: Sequence[float], quantizers: Sequence[str]
+    carrier: str,
+    world_size: int,
+    bits: Sequence[float],
+    quantizers: Sequence[str],
+    connections: int = 1,
 ) -> list[Contestant]:
     """No communication, torch's hooks, and this package's as `register` has it by default.
 
@@ -164,7 +168,12 @@ def contestants_for(
     found += torchs(carrier, world_size, ("float32", "bf16"))
     algorithm = "two_shot" if world_size > 2 else "all_gather"  # as "auto" has large buckets
     ours = compressed_by(
-        carrier, bits, [q for q in quantizers if q in _USUAL], [algorithm], min_numel=_MIN_NUMEL
+        carrier,
+        bits,
+        [q for q in quantizers if q in _USUAL],
+        [algorithm],
+        min_numel=_MIN_NUMEL,
+        connections=connections,
     )
     return found + sorted(ours, key=functools.partial(interest, world_size))
 

@@ -134,6 +134,9 @@ class Communicator(Topology, Protocol):
     private: bool = False
     """Whether nobody else can send over what carries its messages."""
 
+    connections: int = 1
+    """TCP connections to each other rank, over which long messages are striped."""
+
     @property
     def within(self) -> None:
         return None

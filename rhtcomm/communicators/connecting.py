@@ -1,6 +1,7 @@
-"""Opens a TCP connection between any two ranks of a process group."""
+"""Opens TCP connections between any two ranks of a process group."""
 
 import contextlib
+import itertools
 import logging
 import os
 import secrets
@@ -9,7 +10,6 @@ import socket
 import struct
 import sys
 from collections.abc import Callable
-from operator import itemgetter
 
 import torch.distributed as dist
 
@@ -45,46 +45,47 @@ def open_sockets(
 ) -> dict[int, list[socket.socket]] | None:
     """Connected sockets to each other rank of `parent`, by rank; all of them must call it.
 
-    Ranks listen where Gloo would. None, on all ranks, if one of them cannot connect or must not;
-    the log says why.
+    There are `connections` of them, or one if ranks differ in that. Ranks listen where Gloo would.
+    None, on all ranks, if one of them cannot connect or must not; the log says why.
 
     Raises:
         RuntimeError: a rank died or left, or did not answer in time.
     """
     rank, world_size = parent.rank(), parent.size()
-    found: dict[tuple[int, int], socket.socket] = {}  # by rank, and number of the connection
+    found: dict[tuple[int, int], socket.socket] = {}  # by rank and number
     with contextlib.ExitStack() as opened:
         listening: list[socket.socket] = []
 
         def listen() -> bytes:
             listening.append(opened.enter_context(_listener(world_size * connections)))
             host, port, *_ = listening[0].getsockname()
-            return secrets.token_bytes(_TOKEN_BYTES) + f"{host} {port}".encode()
+            return secrets.token_bytes(_TOKEN_BYTES) + f"{host} {port} {connections}".encode()
 
         told = _take_step(meeting, listen)
         if told is None:
             return None
         token = told[0][:_TOKEN_BYTES]  # proves to a listener that a rank of this group calls
+        places = [text[_TOKEN_BYTES:].decode().split() for text in told]
+        count = connections if len({place[2] for place in places}) == 1 else 1
 
         def call() -> bytes:
-            for other in range(rank):
-                host, port = told[other][_TOKEN_BYTES:].decode().split()
-                for number in range(connections):
-                    made = socket.create_connection((host, int(port)), _SECONDS)
-                    found[other, number] = opened.enter_context(made)
-                    made.sendall(token + _CALLER.pack(rank, number))
+            for other, number in itertools.product(range(rank), range(count)):
+                address = places[other][0], int(places[other][1])
+                called = opened.enter_context(socket.create_connection(address, _SECONDS))
+                called.sendall(token + _CALLER.pack(rank, number))
+                found[other, number] = called
             return b""
 
         def accept() -> bytes:
             listening[0].settimeout(_SECONDS)
-            while len(found) < (world_size - 1) * connections:
+            while len(found) < count * (world_size - 1):
                 caller, _ = listening[0].accept()
                 greeting = _read_greeting(caller)
                 if not greeting.startswith(token):
                     caller.close()
                     continue
-                other, number = _CALLER.unpack(greeting[_TOKEN_BYTES:])
-                found[other, number] = opened.enter_context(caller)
+                which = _CALLER.unpack(greeting[_TOKEN_BYTES:])
+                found[which] = opened.enter_context(caller)
             return b""
 
         # The system completes a call before the listener accepts it, so no rank waits for another.
@@ -92,10 +93,8 @@ def open_sockets(
             return None
         opened.pop_all()
         listening[0].close()
-    by_rank: dict[int, list[socket.socket]] = {}
-    for (other, _), one in sorted(found.items(), key=itemgetter(0)):
-        by_rank.setdefault(other, []).append(one)
-    return by_rank
+    others = sorted({other for other, _ in found})
+    return {other: [found[other, number] for number in range(count)] for other in others}
 
 
 def _take_step(meeting: Meeting, step: Callable[[], bytes]) -> list[bytes] | None:

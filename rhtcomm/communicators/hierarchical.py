@@ -52,18 +52,20 @@ class HierarchicalCommunicator(Topology):
         self._even = False
 
     @classmethod
-    def from_mesh(cls, mesh: "DeviceMesh") -> "HierarchicalCommunicator":
+    def from_mesh(cls, mesh: "DeviceMesh", connections: int = 1) -> "HierarchicalCommunicator":
         """From a two-dimensional DeviceMesh (nodes, ranks of a node).
 
         ``HierarchicalCommunicator.from_mesh(init_device_mesh("cpu", (nodes, ranks_of_a_node)))``
 
         Args:
             mesh: (nodes, ranks of a node), ranks in ascending order in every row and column.
+            connections: TCP connections between two nodes for each place in a node; see
+                `TorchCommunicator`.
 
         Raises:
             TypeError: mesh is not a DeviceMesh.
             ValueError: the mesh does not have two dimensions, or the order of its ranks differs
-                from that in its groups.
+                from that in its groups; or connections is out of its range.
         """
         if not hasattr(mesh, "get_group"):
             raise TypeError(
@@ -84,7 +86,8 @@ class HierarchicalCommunicator(Topology):
                 "node would differ from the mesh; list the ranks of every row and column in "
                 "ascending order"
             )
-        return cls(within=mesh.get_group(1), between=mesh.get_group(0))
+        between = TorchCommunicator(mesh.get_group(0), connections)
+        return cls(within=mesh.get_group(1), between=between)
 
     @property
     def within(self) -> Communicator:

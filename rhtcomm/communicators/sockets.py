@@ -1,4 +1,4 @@
-"""Exchanges over TCP connections of their own, one to each other rank.
+"""Exchanges over TCP connections of their own, one or several to each other rank.
 
 The thread that needs an exchange drives the connections itself, so no other thread takes a core
 from it, and a message costs two system calls. While it computes, what the kernel's buffers hold
@@ -12,19 +12,19 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Literal, TypeVar
 
 import torch
 
 from rhtcomm.communicators.base import Communicator, name_of
+from rhtcomm.communicators.stripes import cut
 
 __all__ = ["Connection", "SocketCommunicator"]
 
 _LENGTH_BYTES = 8
 _PARTS = 32  # of messages in one system call
 _PIECE = 1 << 22  # bytes of a sum on their way at once
-_SHORTEST = 1 << 14  # bytes of a stripe; TCP begins with about as many before it waits
 _LONGEST = (1 << 31) - 1  # milliseconds that the system can wait
 
 Result = TypeVar("Result")
@@ -158,9 +158,10 @@ class SocketCommunicator(Communicator):
     Args:
         rank: of this process among those that are connected.
         ranks: their world ranks.
-        lanes: connections to each other rank, as many to one as to another, over which long
-            messages are striped; closed by `close`.
+        opened: connections to the others, by rank; closed by `close`. Long messages are striped
+            over them.
         timeout: how long to wait while nothing arrives and nothing leaves.
+        connections: how many this rank was asked for, which ranks compare.
     """
 
     private = True
@@ -169,17 +170,18 @@ class SocketCommunicator(Communicator):
         self,
         rank: int,
         ranks: Sequence[int],
-        lanes: Mapping[int, Sequence[Connection]],
+        opened: Mapping[int, Sequence[Connection]],
         timeout: timedelta,
+        connections: int = 1,
     ) -> None:
-        self.timeout, self.bytes_sent = timeout, 0
+        self.timeout, self.bytes_sent, self.connections = timeout, 0, connections
         self._rank, self._ranks = rank, list(ranks)
         world_size = len(self._ranks)
         self._everyone = range(world_size)
         # Each rank begins with its neighbour, so that no rank receives from all others first.
         self._others = [(rank + i) % world_size for i in range(1, world_size)]
-        self._lanes = dict(lanes)
-        self._connections = [one for rank in self._others for one in lanes[rank]]
+        self._opened = dict(opened)
+        self._connections = [one for several in opened.values() for one in several]
 
     @property
     def rank(self) -> int:
@@ -291,30 +293,26 @@ class SocketCommunicator(Communicator):
         """Send rows[i] to rank i."""
         for rank in ranks:
             for connection, stripe in self._stripes(rank, rows[rank]):
-                connection.send(stripe)
+                connection.send(_bytes_of(stripe))
 
     def _expect(self, rows: _Rows, ranks: Sequence[int]) -> list[tuple[Connection, int]]:
         """Receive rows[i] from rank i; returns the numbers of the messages."""
-        return [
-            (connection, connection.expect(stripe))
-            for rank in ranks
-            for connection, stripe in self._stripes(rank, rows[rank])
-        ]
+        arriving = []
+        for rank in ranks:
+            for connection, stripe in self._stripes(rank, rows[rank]):
+                arriving.append((connection, connection.expect(_bytes_of(stripe))))
+        return arriving
 
-    def _stripes(self, rank: int, x: torch.Tensor) -> Iterable[tuple[Connection, memoryview]]:
+    def _stripes(
+        self, rank: int, message: torch.Tensor
+    ) -> Iterable[tuple[Connection, torch.Tensor]]:
         """The parts of a message to or from a rank, and the connections that carry them."""
-        if not self._lanes:
-            raise RuntimeError(
-                f"SocketCommunicator: {self.name_of(self.rank)} of {self.world_size} has closed "
-                "its connections; restart the program"
-            )
-        lanes = self._lanes[rank]
-        message = x.detach().view(-1).view(torch.uint8).numpy().data
-        count = min(len(lanes), len(message) // _SHORTEST)
-        if count <= 1:
-            return ((lanes[0], message),)
-        cuts = [len(message) * i // count for i in range(count + 1)]
-        return zip(lanes, (message[a:b] for a, b in pairwise(cuts)), strict=False)
+        if not self._connections:
+            raise self._closed()
+        several = self._opened[rank]
+        if len(several) == 1:  # as short as possible, for small buckets
+            return ((several[0], message),)
+        return zip(several, cut(message, len(several)), strict=False)
 
     def _arrival(
         self, arriving: list[tuple[Connection, int]], result: Result
@@ -355,6 +353,8 @@ class SocketCommunicator(Communicator):
             if wanted := connection.wants:
                 waiting[connection.fileno()] = connection
                 poll.register(connection, wanted)
+        if not waiting:
+            raise self._closed()
         ready = poll.poll(min(_LONGEST, 1000 * self.timeout.total_seconds()))
         if not ready:
             raise RuntimeError(
@@ -366,6 +366,12 @@ class SocketCommunicator(Communicator):
             waiting[number].push()
             waiting[number].pull()
 
+    def _closed(self) -> RuntimeError:
+        return RuntimeError(
+            f"SocketCommunicator: {self.name_of(self.rank)} of {self.world_size} has closed its "
+            "connections; restart the program"
+        )
+
     def abort(self) -> None:
         """Close the connections; the other ranks then raise."""
         self.close()
@@ -373,7 +379,7 @@ class SocketCommunicator(Communicator):
     def close(self) -> None:
         for connection in self._connections:
             connection.close()
-        self._lanes.clear()
+        self._connections.clear()
 
 
 def _add_up(rows: _Rows, op: Literal["sum", "max"], out: torch.Tensor) -> None:
@@ -383,3 +389,7 @@ def _add_up(rows: _Rows, op: Literal["sum", "max"], out: torch.Tensor) -> None:
     for row in between:
         total = combine(total, row)
     combine(total, last, out=out)
+
+
+def _bytes_of(x: torch.Tensor) -> memoryview:
+    return x.detach().view(-1).view(torch.uint8).numpy().data

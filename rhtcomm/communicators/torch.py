@@ -1,6 +1,5 @@
 """Exchanges over a process group of torch.distributed."""
 
-import contextlib
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -13,8 +12,10 @@ from torch.distributed import default_pg_timeout
 from rhtcomm.communicators import gloo
 from rhtcomm.communicators.base import Communicator, name_of
 from rhtcomm.communicators.connecting import check_transport, open_sockets
+from rhtcomm.communicators.groups import backend_of, backends_of, destroy, timeout_of
 from rhtcomm.communicators.meeting import Meeting
 from rhtcomm.communicators.sockets import Connection, SocketCommunicator
+from rhtcomm.communicators.stripes import check_connections, check_stripes
 
 __all__ = ["TorchCommunicator", "backend_of"]
 
@@ -29,31 +30,22 @@ Result = TypeVar("Result")
 _Message = tuple[int, int, dist.Work]  # to or from which rank, in which turn
 
 
-def backend_of(group: dist.ProcessGroup, device: str) -> str:
-    """The backend that carries a group's tensors on a kind of device, such as "gloo"."""
-    config = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
-    backends = dict(pair.split(":", 1) for pair in config.split(",") if ":" in pair)
-    return backends.get(device, config)
-
-
-def _backends_of(group: dist.ProcessGroup) -> set[str]:
-    """All backends of a group, for any device."""
-    config = dist.get_backend_config(group)
-    return {pair.rpartition(":")[2] for pair in config.split(",")}
-
-
 class TorchCommunicator(Communicator):
     """Exchanges over a torch.distributed process group of any backend.
 
     Args:
         group: the process group, by default the world; `abort` destroys it if all of it is on Gloo.
+        connections: 1 to 64, of the private connections to each other rank that `apart` makes, as
+            the hook does, for CPU tensors on Gloo. Long messages are striped over them. Exchanges
+            over the group itself have the group's own.
 
     Raises:
         RuntimeError: torch.distributed is not initialized, or this rank is not in the group.
-        TypeError: the group is not a process group.
+        TypeError: the group is not a process group, or connections not an integer.
+        ValueError: connections is out of its range.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, connections: int = 1) -> None:
         if not dist.is_initialized():
             raise RuntimeError(
                 "TorchCommunicator: torch.distributed is not initialized; call "
@@ -67,12 +59,19 @@ class TorchCommunicator(Communicator):
                 f"TorchCommunicator: group={group!r} must be a process group, as returned by "
                 "torch.distributed.new_group()"
             )
-        self.timeout = _timeout_of(group or dist.group.WORLD)
+        self.timeout = timeout_of(group or dist.group.WORLD)
+        self.connections = check_connections(connections, "TorchCommunicator")
         self._set_up(group, dist.get_process_group_ranks(group))
+        if connections > 1:
+            check_stripes(connections, backend_of(self.group, "cpu"), "cpu")
 
     @classmethod
     def of_its_own(
-        cls, parent: dist.ProcessGroup, device: str, timeout: timedelta | None = None
+        cls,
+        parent: dist.ProcessGroup,
+        device: str,
+        timeout: timedelta | None = None,
+        connections: int = 1,
     ) -> Communicator:
         """The ranks of `parent` over private connections; all of them must call it.
 
@@ -83,14 +82,18 @@ class TorchCommunicator(Communicator):
             parent: a process group, whose backend for the device is used.
             device: kind of the device that exchanges come from.
             timeout: for the exchanges, and for connecting; by default torch's (Gloo: 30 minutes).
+            connections: see `TorchCommunicator`.
 
         Raises:
             RuntimeError: another rank did not call it in time, or died.
-            ValueError: RHTCOMM_TRANSPORT is neither "sockets" nor "gloo".
+            ValueError: there can be only one connection; or RHTCOMM_TRANSPORT is neither "sockets"
+                nor "gloo".
         """
         ranks = dist.get_process_group_ranks(parent)
+        check_stripes(connections, backend_of(parent, device), device)
         if backend_of(parent, device) == "gloo":
-            return cls._instead_of_gloo(parent, ranks, device, timeout or default_pg_timeout)
+            timeout = timeout or default_pg_timeout
+            return cls._instead_of_gloo(parent, ranks, device, timeout, connections)
         group = dist.new_group(
             ranks,
             timeout=timeout,
@@ -105,23 +108,30 @@ class TorchCommunicator(Communicator):
 
     @classmethod
     def _instead_of_gloo(
-        cls, parent: dist.ProcessGroup, ranks: list[int], device: str, timeout: timedelta
+        cls,
+        parent: dist.ProcessGroup,
+        ranks: list[int],
+        device: str,
+        timeout: timedelta,
+        connections: int,
     ) -> Communicator:
         check_transport()
         meeting, rank = Meeting(parent, timeout), parent.rank()
-        found = open_sockets(parent, meeting) if device == "cpu" else None
+        found = open_sockets(parent, meeting, connections) if device == "cpu" else None
         if found is not None:
-            lanes = {
-                other: [Connection(one, name_of(other, ranks)) for one in connected]
-                for other, connected in found.items()
+            names = [name_of(other, ranks) for other in range(len(ranks))]
+            opened = {
+                other: [Connection(one, names[other]) for one in several]
+                for other, several in found.items()
             }
-            sockets = SocketCommunicator(rank, ranks, lanes, timeout)
+            sockets = SocketCommunicator(rank, ranks, opened, timeout, connections)
             sockets.greet()
             meeting.end()
             return sockets
+        check_stripes(connections, "a private Gloo group", device)
         name = meeting.tell(uuid.uuid4().bytes)[0].hex()
         made = cls.__new__(cls)
-        made.private, made.timeout = True, timeout
+        made.private, made.timeout, made.connections = True, timeout, connections
         made._set_up(gloo.connect(name, rank, len(ranks), timeout), ranks)
         meeting.end()
         return made
@@ -132,7 +142,7 @@ class TorchCommunicator(Communicator):
             return self
         if backend_of(self.group, device) != "gloo":
             return self
-        return self.of_its_own(self.group, device, self.timeout)
+        return self.of_its_own(self.group, device, self.timeout, self.connections)
 
     def _set_up(self, group: Any, ranks: list[int]) -> None:
         self._group, self._aborted = group, False
@@ -362,29 +372,13 @@ class TorchCommunicator(Communicator):
         if group is None or group is dist.group.WORLD:
             return
         # torch does not know private Gloo groups; this was the last reference to one.
-        if isinstance(group, dist.ProcessGroup) and _backends_of(group) == {"gloo"}:
-            _destroy(group)
+        if isinstance(group, dist.ProcessGroup) and backends_of(group) == {"gloo"}:
+            destroy(group)
 
     def close(self) -> None:
-        """Close private connections (see `of_its_own`); do nothing for a group that the user
+        """Close private connections (see `of_its_own`), but not those of a group that the user
         passed."""
         if self.private:
             group, self._group, self._aborted = self._group, None, True
             self._sent.clear()
-            _destroy(group)
-
-
-def _destroy(group: Any) -> None:
-    """Make torch forget a group; its connections close with the last reference to it."""
-    if isinstance(group, dist.ProcessGroup) and dist.is_initialized():
-        with contextlib.suppress(ValueError):  # it was destroyed with its world
-            dist.destroy_process_group(group)
-
-
-def _timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
-    """The group's timeout on Gloo; None if torch does not tell."""
-    try:
-        found = group._get_backend(torch.device("cpu")).options._timeout  # type: ignore[union-attr]
-    except (AttributeError, RuntimeError):
-        return None
-    return found if isinstance(found, timedelta) else None
+            destroy(group)

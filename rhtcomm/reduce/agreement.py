@@ -27,6 +27,8 @@ def check_agreement(topology: Topology, facts: dict[str, object], device: torch.
             sent something else.
     """
     greeting = {name: _shown(value) for name, value in facts.items()}
+    levels = [level for level in (topology.within, topology.between) if level is not None]
+    greeting["connections"] = ", ".join(str(level.connections) for level in levels)
     greeting[_NAME] = topology.name_of(topology.rank)
     text = json.dumps(greeting).encode()
     assert len(text) <= FACTS_BYTES

@@ -132,6 +132,8 @@ def test_mpiexec_starts_it(tmp_path: Path) -> None:
         (("--seconds", "inf"), "--seconds inf must be positive"),
         (("--mebibytes", "inf"), "--mebibytes must be positive"),
         (("--ranks-per-node", "-2"), "--ranks-per-node -2 must be at least 1"),
+        (("--connections", "0"), "connections=0 must be from 1 to 64"),
+        (("--connections", "2", "--communicator", "mpi"), "--connections is for --communicator"),
         (("--model", "a:b", "--step", "c"), "give --model or --step, not both"),
     ],
 )

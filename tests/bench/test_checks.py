@@ -102,7 +102,9 @@ def checked_on_two_levels(rank: int, world_size: int) -> list[tuple[str, str, fl
     ranks = Ranks(torch.device("cpu"), ranks_per_node=2)
     assert (ranks.nodes, ranks.ranks_per_node) == (2, 2)
     chosen = {"bits": [4], "quantizers": ["ecdq"], "algorithms": ["all_gather", "two_shot"]}
-    everybody = field(argparse.Namespace(communicator="torch", **chosen), "gloo", ranks)
+    everybody = field(
+        argparse.Namespace(communicator="torch", connections=2, **chosen), "gloo", ranks
+    )
     problem = Problem(1 << 14, ranks)
     found = []
     for one in everybody:
@@ -118,7 +120,7 @@ def test_two_levels_are_checked_as_one(ranks: Processes) -> None:
     assert {(name, carrier) for name, carrier, _ in found[0]} == {
         (f"rht4 ecdq {algorithm}", carrier)
         for algorithm in ("all_gather", "two_shot")
-        for carrier in ("gloo", "gloo, two levels")
+        for carrier in ("gloo, 2 connections", "gloo, two levels")
     }
     assert all(0.8 < ratio < 1.2 for _, _, ratio in found[0])
 

@@ -91,7 +91,7 @@ def started(state: RHTState) -> Callable[[], bool]:
         group = weakref.ref(topology.group)
         return lambda: group() is None
     assert isinstance(topology, SocketCommunicator)
-    connections = topology._connections
+    connections = [*topology._connections]
     return lambda: all(connection.fileno() < 0 for connection in connections)
 
 

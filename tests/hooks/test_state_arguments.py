@@ -33,7 +33,7 @@ from rhtcomm.hooks import RHTState, rht_hook
         ({"nmse_every": -1}, "nmse_every=-1"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 1 << 64}, "seed=18446744073709551616"),
-        ({"communicator": object(), "timeout": TIMEOUT}, "leave out process_group and timeout"),
+        ({"communicator": object(), "timeout": TIMEOUT}, "leave out process_group, timeout"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:

@@ -33,6 +33,7 @@ def missing() -> str | None:
 
 REASON = missing()
 needs_namespaces = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+needs_tun = pytest.mark.skipif(not Path("/dev/net/tun").exists(), reason="there is no /dev/net/tun")
 
 # Rank 0 sends 1 MB to each of two others at once, then both send to it: 2 MB each way of one link.
 TRANSFER = """
@@ -69,9 +70,55 @@ else:
 """
 
 
-def network(ranks: int, rate: str, *program: str) -> "subprocess.Popen[str]":
+# Rank 1 sends datagrams, a few at a time, and rank 0 sends back those that reach it. It prints how
+# many came back, and the shortest time that one took.
+DATAGRAMS = 3000
+PINGS = f"""
+import os, socket, threading, time
+address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+pings = socket.socket(type=socket.SOCK_DGRAM)
+if os.environ["RANK"] == "0":
+    pings.bind(address)
+    while True:
+        data, sender = pings.recvfrom(64)
+        if data == b"end":
+            break
+        pings.sendto(data, sender)
+else:
+    pings.settimeout(0.2)
+    while True:
+        pings.sendto(b"begin", address)
+        try:
+            pings.recv(64)
+            break
+        except OSError:
+            pass
+    pings.settimeout(1)
+    sent, times = {{}}, []
+    def receive():
+        try:
+            while True:
+                number = int(pings.recv(64))
+                times.append(time.perf_counter() - sent[number])
+        except TimeoutError:
+            print(len(times), min(times))
+    receiving = threading.Thread(target=receive)
+    receiving.start()
+    for number in range({DATAGRAMS}):
+        sent[number] = time.perf_counter()
+        pings.sendto(str(number).encode(), address)
+        if number % 20 == 0:
+            time.sleep(0.002)
+    receiving.join()
+    for _ in range(10):
+        pings.sendto(b"end", address)
+"""
+
+
+def network(ranks: int, rate: str, *program: str, **environment: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [str(SCRIPT), str(ranks), rate, "--", *program],
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -116,6 +163,19 @@ def test_a_transfer_takes_what_the_rate_says_in_both_directions() -> None:
 
 
 @needs_namespaces
+@needs_tun
+def test_a_way_takes_its_delay_and_loses_its_part() -> None:
+    run = network(2, "100mbit", sys.executable, "-c", PINGS, DELAY="30ms", LOSS="5%")
+    output, errors = run.communicate(timeout=limit(30))
+    assert run.returncode == 0, errors
+    came, shortest = output.split()
+    assert float(shortest) >= 2 * 0.030
+    kept = 0.95**2  # both ways
+    deviation = (DATAGRAMS * kept * (1 - kept)) ** 0.5
+    assert abs(int(came) - kept * DATAGRAMS) < 5 * deviation
+
+
+@needs_namespaces
 def test_ranks_find_their_place_and_see_only_their_link() -> None:
     program = "echo $RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $GLOO_SOCKET_IFNAME; "
     program += "ls /sys/class/net | tr '\\n' ' '"
@@ -128,8 +188,9 @@ def test_ranks_find_their_place_and_see_only_their_link() -> None:
 
 
 @needs_namespaces
+@pytest.mark.parametrize("delay", ["", pytest.param("1ms", marks=needs_tun)])
 @pytest.mark.parametrize("end", ["success", "failure", "SIGINT", "SIGTERM", "SIGKILL"])
-def test_nothing_stays_behind(end: str) -> None:
+def test_nothing_stays_behind(end: str, delay: str) -> None:
     before = traces()
     marker = f"marker-{os.getpid()}-{end}"
     # Each rank leaves a child behind that ignores what a polite end would send.
@@ -141,7 +202,7 @@ def test_nothing_stays_behind(end: str) -> None:
         program += "if [ $RANK = 1 ]; then sleep 0.5; exit 7; fi; sleep 60"
     else:
         program += "sleep 60"
-    with network(2, "1gbit", "sh", "-c", program, marker) as run:
+    with network(2, "1gbit", "sh", "-c", program, marker, DELAY=delay) as run:
         assert run.stdout is not None
         for _ in range(2):
             assert run.stdout.readline() == "up\n"
@@ -175,12 +236,14 @@ def test_two_networks_at_once_do_not_meet() -> None:
         (("2", "1g", "--", "true"), "RATE must be like 100mbit or 1gbit, not '1g'"),
         (("2", "1gbit", "true"), "give the program after '--'"),
         (("2", "1gbit", "--"), "give the program after '--'"),
+        (("DELAY=25", "2", "1gbit", "--", "true"), "DELAY must be like 25ms, not '25'"),
+        (("LOSS=0.001", "2", "1gbit", "--", "true"), "LOSS must be like 0.1%, not '0.001'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: tuple[str, ...], message: str) -> None:
-    done = subprocess.run(
-        [str(SCRIPT), *arguments], capture_output=True, text=True, timeout=limit(20)
-    )
+    variables = [word for word in arguments if "=" in word]
+    command = ["env", *variables, str(SCRIPT), *arguments[len(variables) :]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit(20))
     assert done.returncode == 2
     assert message in done.stderr
 
