@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..arguments import natural
-from ..communicators import Topology, TorchCommunicator
+from ..communicators import SocketCommunicator, Topology, TorchCommunicator
 from ..reduce import DisagreementError
 from .anchors import CALL, Part, real
 from .base import HookState
@@ -144,7 +144,7 @@ def _fused_sum(device: torch.device) -> torch.Tensor:
 
 def warn_of_ddp(model: nn.Module, topology: Topology) -> None:
     """Warn if DDP averages the gradients of ranks that exchange outer steps."""
-    if not isinstance(topology, TorchCommunicator):
+    if not isinstance(topology, (TorchCommunicator, SocketCommunicator)):
         return  # levels, with DDP within the lower one; or other transports
     ranks = {*topology.ranks}
     for module in model.modules():

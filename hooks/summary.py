@@ -6,9 +6,10 @@ from collections.abc import Iterable
 import torch
 
 from ..codec import DTYPES
-from ..communicators import Topology, TorchCommunicator, backend_of
+from ..communicators import SocketCommunicator, Topology, TorchCommunicator, backend_of
 from ..kernels import cpu, kernel_for, reference
 from ..lattice import Lattice
+from ..quantizers import QuicFL
 from ..reduce import Reducer
 from .base import HookState
 
@@ -55,13 +56,13 @@ def _transport(topology: Topology, device: torch.device) -> str:
         return f"{within} within a node and {between} between nodes"
     if isinstance(topology, TorchCommunicator):
         return "gloo" if topology.private else backend_of(topology.group, device.type)
-    return type(topology).__name__
+    return "sockets" if isinstance(topology, SocketCommunicator) else type(topology).__name__
 
 
 def _kernels(state: HookState, device: torch.device) -> str:
-    if isinstance(state.codec, Lattice):
-        return "plain torch"
-    kernel = kernel_for(device, state.codec.quantizer)
+    # The lattice's kernels are of the same kind as QUIC-FL's.
+    quantizer = QuicFL(4) if isinstance(state.codec, Lattice) else state.codec.quantizer
+    kernel = kernel_for(device, quantizer)
     if isinstance(kernel, cpu.Library):
         return f"C kernels ({kernel.variant})"
     return "plain torch" if kernel is reference else "Triton kernels"

@@ -3,6 +3,7 @@
 from rhtcomm.communicators.base import Communicator, Topology, ring_bytes
 from rhtcomm.communicators.hierarchical import HierarchicalCommunicator
 from rhtcomm.communicators.mpi import MPICommunicator
+from rhtcomm.communicators.sockets import SocketCommunicator
 from rhtcomm.communicators.torch import TorchCommunicator, backend_of
 from rhtcomm.communicators.users import users
 
@@ -10,6 +11,7 @@ __all__ = [
     "Communicator",
     "HierarchicalCommunicator",
     "MPICommunicator",
+    "SocketCommunicator",
     "Topology",
     "TorchCommunicator",
     "backend_of",

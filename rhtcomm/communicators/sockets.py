@@ -5,151 +5,24 @@ from it, and a message costs two system calls. While it computes, what the kerne
 travels on. Each message follows its length, so ranks that make different calls find out at once.
 """
 
-import contextlib
-import os
 import select
-import socket
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from itertools import islice
 from typing import Literal, TypeVar
 
 import torch
 
 from rhtcomm.communicators.base import Communicator, name_of
+from rhtcomm.communicators.connection import Connection
 from rhtcomm.communicators.stripes import cut
 
-__all__ = ["Connection", "SocketCommunicator"]
+__all__ = ["SocketCommunicator"]
 
-_LENGTH_BYTES = 8
-_PARTS = 32  # of messages in one system call
 _PIECE = 1 << 22  # bytes of a sum on their way at once
 _LONGEST = (1 << 31) - 1  # milliseconds that the system can wait
 
 Result = TypeVar("Result")
 _Rows = Sequence[torch.Tensor]  # by rank
-
-
-class Connection:
-    """To one other rank, for messages that arrive in the order in which they were sent.
-
-    Args:
-        connected: a socket, which this object owns.
-        peer: the other rank in words, for errors.
-    """
-
-    __slots__ = (
-        "_arriving",
-        "_length",
-        "_process",
-        "_read",
-        "_socket",
-        "arrived",
-        "expected",
-        "leaving",
-        "peer",
-    )
-
-    def __init__(self, connected: socket.socket, peer: str) -> None:
-        connected.setblocking(False)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket, self.peer, self._process = connected, peer, os.getpid()
-        self.leaving = deque[bytes | memoryview]()
-        """What the kernel has not taken yet."""
-        self._arriving = deque[memoryview]()
-        self._length, self._read = memoryview(bytearray(_LENGTH_BYTES)), 0  # of the next message
-        self.expected = self.arrived = 0
-        """Numbers of messages."""
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    @property
-    def wants(self) -> int:
-        """What to poll the socket for."""
-        return (select.POLLOUT if self.leaving else 0) | (select.POLLIN if self._arriving else 0)
-
-    def send(self, message: memoryview) -> None:
-        """Send bytes, now or by a later `push`; they must not change until then."""
-        self.leaving += (len(message).to_bytes(_LENGTH_BYTES, "little"), message)
-        self.push()
-
-    def expect(self, message: memoryview) -> int:
-        """Receive bytes by later calls of `pull`; returns the message's number."""
-        self._arriving.append(message)
-        self.expected += 1
-        return self.expected
-
-    def push(self) -> None:
-        """Give the kernel as much as it takes.
-
-        Raises:
-            RuntimeError: the other rank closed the connection.
-        """
-        leaving = self.leaving
-        while leaving:
-            try:
-                sent = self._socket.sendmsg(islice(leaving, _PARTS))
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise self._lost(error) from error
-            while leaving and sent >= len(leaving[0]):
-                sent -= len(leaving.popleft())
-            if sent:
-                leaving[0] = leaving[0][sent:]
-
-    def pull(self) -> None:
-        """Take what the kernel has of the expected messages.
-
-        Raises:
-            RuntimeError: the other rank closed the connection, or sent a message of another length.
-        """
-        while self._arriving:
-            message, read = self._arriving[0], self._read
-            try:
-                if read < _LENGTH_BYTES:
-                    read += self._socket.recvmsg_into([self._length[read:], message])[0]
-                else:
-                    read += self._socket.recv_into(message[read - _LENGTH_BYTES :])
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise self._lost(error) from error
-            if read == self._read:
-                raise self._lost("Connection closed by peer")
-            self._read = read
-            if read >= _LENGTH_BYTES:
-                self._check_length(len(message))
-            if read == _LENGTH_BYTES + len(message):
-                self._arriving.popleft()
-                self._read = 0
-                self.arrived += 1
-
-    def _check_length(self, expected: int) -> None:
-        length = int.from_bytes(self._length, "little")
-        if length != expected:
-            raise RuntimeError(
-                f"SocketCommunicator: {self.peer} sent {length} bytes where {expected} were "
-                "expected: the ranks make different calls"
-            )
-
-    def _lost(self, why: object) -> RuntimeError:
-        return RuntimeError(f"SocketCommunicator: {self.peer}: {why}")
-
-    def close(self) -> None:
-        """Close it for both sides; in a forked process, only the process's copy."""
-        self.leaving.clear()
-        self._arriving.clear()
-        if os.getpid() == self._process:
-            # A forked process that has a copy would keep it open.
-            with contextlib.suppress(OSError):  # the other rank was first
-                self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-
-    def __del__(self) -> None:
-        self._socket.close()
 
 
 class SocketCommunicator(Communicator):
@@ -234,18 +107,16 @@ class SocketCommunicator(Communicator):
     def start_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor | None]:
         if self._rank > 0:
             self.bytes_sent += x.numel()
-            self._send([x], [0])
-            return lambda: None
+            return self._end_of([], self._send([x], [0]), None)
         gathered = x.new_empty(self.world_size, x.numel())
         gathered[0] = x
-        return self._arrival(self._expect(gathered.unbind(0), self._others), gathered)
+        return self._end_of(self._expect(gathered.unbind(0), self._others), [], gathered)
 
     def start_broadcast(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         if self._rank > 0:
-            return self._arrival(self._expect([x], [0]), x)
+            return self._end_of(self._expect([x], [0]), [], x)
         self.bytes_sent += (self.world_size - 1) * x.numel()
-        self._send([x] * self.world_size, self._others)
-        return lambda: x
+        return self._end_of([], self._send([x] * self.world_size, self._others), x)
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         self.start_all_reduce(x, op)()
@@ -286,14 +157,17 @@ class SocketCommunicator(Communicator):
     def _swap(self, outgoing: _Rows, incoming: _Rows, result: Result) -> Callable[[], Result]:
         """Send outgoing[i] to rank i, and receive incoming[i] from it."""
         arriving = self._expect(incoming, self._others)
-        self._send(outgoing, self._others)
-        return self._arrival(arriving, result)
+        return self._end_of(arriving, self._send(outgoing, self._others), result)
 
-    def _send(self, rows: _Rows, ranks: Sequence[int]) -> None:
-        """Send rows[i] to rank i."""
+    def _send(self, rows: _Rows, ranks: Sequence[int]) -> list[tuple[Connection, int]]:
+        """Send rows[i] to rank i; returns the numbers of the messages that have not left."""
+        leaving = []
         for rank in ranks:
             for connection, stripe in self._stripes(rank, rows[rank]):
-                connection.send(_bytes_of(stripe))
+                number = connection.send(_bytes_of(stripe))
+                if connection.leaving:
+                    leaving.append((connection, number))
+        return leaving
 
     def _expect(self, rows: _Rows, ranks: Sequence[int]) -> list[tuple[Connection, int]]:
         """Receive rows[i] from rank i; returns the numbers of the messages."""
@@ -314,19 +188,29 @@ class SocketCommunicator(Communicator):
             return ((several[0], message),)
         return zip(several, cut(message, len(several)), strict=False)
 
-    def _arrival(
-        self, arriving: list[tuple[Connection, int]], result: Result
+    def _end_of(
+        self,
+        arriving: list[tuple[Connection, int]],
+        leaving: list[tuple[Connection, int]],
+        result: Result,
     ) -> Callable[[], Result]:
-        """A function that waits for the messages."""
+        """A function that waits for messages to arrive and to leave.
+
+        Nothing is sent on between two calls of this communicator. If an exchange ended with a part
+        of its messages still here, the others might wait for that part for ever, and this rank for
+        them elsewhere.
+        """
 
         def finish() -> Result:
-            for connection in self._connections:
-                if connection.leaving:
-                    connection.push()
+            for connection, _ in leaving:
+                connection.push()
             for connection, number in arriving:
                 if connection.arrived < number:
                     connection.pull()
                 while connection.arrived < number:
+                    self._wait()
+            for connection, number in leaving:
+                while not connection.has_left(number):
                     self._wait()
             return result
 

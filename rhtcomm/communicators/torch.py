@@ -12,9 +12,10 @@ from torch.distributed import default_pg_timeout
 from rhtcomm.communicators import gloo
 from rhtcomm.communicators.base import Communicator, name_of
 from rhtcomm.communicators.connecting import check_transport, open_sockets
+from rhtcomm.communicators.connection import Connection
 from rhtcomm.communicators.groups import backend_of, backends_of, destroy, timeout_of
 from rhtcomm.communicators.meeting import Meeting
-from rhtcomm.communicators.sockets import Connection, SocketCommunicator
+from rhtcomm.communicators.sockets import SocketCommunicator
 from rhtcomm.communicators.stripes import check_connections, check_stripes
 
 __all__ = ["TorchCommunicator", "backend_of"]

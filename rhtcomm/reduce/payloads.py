@@ -79,12 +79,20 @@ def pipeline(
     Raises:
         PayloadError: the first one of a chunk, after all exchanges.
     """
-    clock, first, in_flight = job.clock, deque[_InFlight](), deque[_InFlight]()
+    # A nested function would keep what it refers to as long as an error's traceback lives.
+    clock, first, later = job.clock, deque[_InFlight](), deque[_InFlight]()
+    pending = deque(chunks)
     wanted: int | None = None
     failure = None
-
-    def go_on(course: Course, finish: _Finish) -> None:
-        nonlocal wanted, failure
+    while pending or first or later:
+        if pending and (ahead is None or len(first) <= ahead):
+            course = pending.popleft().course(job, used)
+            start, x = next(course)
+            clock.to("exchange")
+            first.append((course, start(x)))
+            used = used[:0] if used.nbytes else used
+            continue
+        course, finish = (first or later).popleft()
         clock.to("exchange")
         arrived = finish()
         try:
@@ -93,24 +101,9 @@ def pipeline(
             wanted = most(wanted, end.value)
         except PayloadError as error:  # the other ranks still wait for the other chunks
             failure = failure or error
-            if job.update is not None:
-                job.update.stop()
         else:
             clock.to("exchange")
-            in_flight.append((course, start(x)))
-
-    for chunk in chunks:
-        course = chunk.course(job, used)
-        start, x = next(course)
-        clock.to("exchange")
-        first.append((course, start(x)))
-        if used.nbytes:
-            used = used[:0]
-        if ahead is not None and len(first) > ahead:
-            go_on(*first.popleft())
-    in_flight.extendleft(reversed(first))
-    while in_flight:
-        go_on(*in_flight.popleft())
+            later.append((course, start(x)))
     if failure is not None:
         raise failure
     return wanted

@@ -18,7 +18,8 @@ from states import SOON
 from rhtcomm import TorchCommunicator
 from rhtcomm.communicators import Communicator, connecting
 from rhtcomm.communicators.connecting import TRANSPORT
-from rhtcomm.communicators.sockets import Connection, SocketCommunicator
+from rhtcomm.communicators.connection import Connection
+from rhtcomm.communicators.sockets import SocketCommunicator
 
 # ---- One connection ---------------------------------------------------------------------------
 
@@ -226,6 +227,30 @@ def ask_for_an_unknown_transport(rank: int, world_size: int) -> None:
 
 def test_an_unknown_transport_is_refused(ranks: Ranks) -> None:
     ranks.run(ask_for_an_unknown_transport, 1)
+
+
+# ---- Exchanges --------------------------------------------------------------------------------
+
+
+def take_turns_on_two(rank: int, world_size: int) -> None:
+    """Rank 0 sends much over one communicator, and goes on with another one."""
+    one, other = (TorchCommunicator.of_its_own(dist.group.WORLD, "cpu", SOON) for _ in range(2))
+    x = torch.full((30_000_000,), 7 * (1 - rank), dtype=torch.uint8)
+    finish = one.start_broadcast(x)
+    time.sleep(0.2 * rank)
+    assert int(finish()[-1]) == 7
+    assert works(other)
+    collected = one.start_gather(x)
+    time.sleep(0.2 * (1 - rank))
+    collected()
+    assert works(other)
+    one.close()
+    other.close()
+
+
+def test_an_exchange_that_has_ended_has_nothing_left_to_send(ranks: Ranks) -> None:
+    """Ranks of two levels would wait for each other, on one level each."""
+    ranks.run(take_turns_on_two, 2)
 
 
 # ---- When a rank fails ------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import rhtcomm
 from rhtcomm import HierarchicalCommunicator, TorchCommunicator
 from rhtcomm.communicators import Communicator
 from rhtcomm.communicators.connecting import TRANSPORT
-from rhtcomm.communicators.sockets import Connection
+from rhtcomm.communicators.connection import Connection
 from rhtcomm.hooks import RHTState
 from rhtcomm.hooks.connect import connect
 

@@ -20,7 +20,8 @@ from states import FINE, GAVE_UP, LOST_PEER, SOON, TIMEOUT, submit
 
 from rhtcomm import TorchCommunicator
 from rhtcomm.communicators.connecting import TRANSPORT
-from rhtcomm.communicators.sockets import Connection, SocketCommunicator
+from rhtcomm.communicators.connection import Connection
+from rhtcomm.communicators.sockets import SocketCommunicator
 from rhtcomm.hooks import RHTState
 
 

@@ -176,7 +176,7 @@ def say(rank: int, world_size: int) -> list[str]:
 def test_one_line_says_what_it_does(ranks: Ranks) -> None:
     (line, sent), *others = ranks.run(say, 2)
     assert line.startswith("rhtcomm: gradients of 2 ranks are averaged by Codec(quantizer=QuicFL")
-    assert "over gloo" in line
+    assert "over sockets" in line
     assert f"a rank sends about {sent} per step instead of 0.02 MB" in line
     assert [len(other) for other in others] == [1], "other ranks are silent"
 

@@ -290,6 +290,7 @@ def test_the_link_is_measured_alike_on_all_ranks(ranks: Ranks) -> None:
     assert found == other
     assert not found.acknowledged
     figures = dataclasses.asdict(found)
+    del figures["acknowledged"]
     assert all(math.isfinite(value) and value > 0 for value in figures.values())
     # Within two orders of magnitude of what is assumed, on the most crowded machine.
     for name in ("posting", "transport", "all_reduce"):
