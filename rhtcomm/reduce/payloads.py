@@ -101,6 +101,8 @@ def pipeline(
             wanted = most(wanted, end.value)
         except PayloadError as error:  # the other ranks still wait for the other chunks
             failure = failure or error
+            if job.update is not None:
+                job.update.stop()
         else:
             clock.to("exchange")
             later.append((course, start(x)))
