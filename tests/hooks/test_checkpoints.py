@@ -119,9 +119,12 @@ def move_residuals(rank: int, world_size: int) -> list[str]:
     moved, moved_ddp = odd_state(Odd(first))
     train_odd(moved_ddp, rank)
     kept = moved.state_dict(moved_ddp)["residuals"]["convolution.weight"]
+    kept = kept.clone()
     moved_ddp.module.to(memory_format=last)
+    flat = moved.residuals._of[moved_ddp.module.convolution.weight].flat
+    flat.copy_(2 * kept.flatten())  # as a step would
     after_move = moved.state_dict(moved_ddp)["residuals"]["convolution.weight"]
-    assert torch.equal(after_move, kept)
+    assert torch.equal(after_move, 2 * kept)
     moved.close()
     # Names are those of the model without its wrappers.
     compiled = torch.compile(ddp, backend="eager")
