@@ -50,7 +50,6 @@ class SocketCommunicator(Communicator):
         self.timeout, self.bytes_sent, self.connections = timeout, 0, connections
         self._rank, self._ranks = rank, list(ranks)
         world_size = len(self._ranks)
-        self._everyone = range(world_size)
         # Each rank begins with its neighbour, so that no rank receives from all others first.
         self._others = [(rank + i) % world_size for i in range(1, world_size)]
         self._opened = dict(opened)
@@ -151,7 +150,10 @@ class SocketCommunicator(Communicator):
         """The shards of a piece, and a function that waits for this rank's shard of all ranks."""
         shards = piece.tensor_split(self.world_size)
         mine = shards[self._rank]
-        rows = [mine if rank == self._rank else torch.empty_like(mine) for rank in self._everyone]
+        rows = [
+            mine if rank == self._rank else torch.empty_like(mine)
+            for rank in range(self.world_size)
+        ]
         return shards, self._swap(shards, rows, rows)
 
     def _swap(self, outgoing: _Rows, incoming: _Rows, result: Result) -> Callable[[], Result]:
@@ -198,7 +200,8 @@ class SocketCommunicator(Communicator):
 
         Nothing is sent on between two calls of this communicator. If an exchange ended with a part
         of its messages still here, the others might wait for that part for ever, and this rank for
-        them elsewhere.
+        them elsewhere. What has left, the kernel delivers even if this rank closes its connections
+        or ends; so there is nothing to `settle`.
         """
 
         def finish() -> Result:
@@ -215,15 +218,6 @@ class SocketCommunicator(Communicator):
             return result
 
         return finish
-
-    def settle(self, wait: bool = True) -> None:
-        """Return when the kernel has everything that this rank sent.
-
-        It delivers that even if this rank closes its connections or ends.
-        """
-        for connection in self._connections:
-            while connection.leaving:
-                self._wait()
 
     def _wait(self) -> None:
         """Wait until something can be sent or received, and do so.
