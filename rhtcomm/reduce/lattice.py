@@ -56,6 +56,7 @@ class _Chunk:
         offset: int,
     ) -> None:
         self._task = LatticeTask(lattice, where.stop - where.start, communicator.world_size)
+        self.in_flight = 8 * self._task.words  # those of this rank, and of its neighbour
         self._kernel = lattice_kernel_for(device)
         self._where, self._offset, self._rank = where, offset, communicator.rank
         self._largest = partial(communicator.start_all_reduce, op="max")

@@ -22,7 +22,11 @@ from rhtcomm.reduce.split import Algorithm, choose_algorithm, split_into_chunks,
 from rhtcomm.segments import merge_
 from rhtcomm.wire import PayloadError
 
-__all__ = ["Course", "Payloads", "most", "pipeline"]
+__all__ = ["IN_FLIGHT_BYTES", "Course", "Payloads", "most", "pipeline"]
+
+# A tensor's chunks wait for each other while those in flight hold more than this. Enough for all of
+# a bucket of 25 MiB with 8 bits, among the ranks for which "auto" chooses all_gather.
+IN_FLIGHT_BYTES = 1 << 25
 
 _Finish = Callable[[], Any]
 Course = Generator[tuple[Callable[[torch.Tensor], _Finish], torch.Tensor], Any, int | None]
@@ -58,6 +62,11 @@ class Payloads:
 
 
 class _Chunk(Protocol):
+    @property
+    def in_flight(self) -> int:
+        """Bytes that it holds in the course of its exchanges, the same number on all ranks."""
+        ...
+
     def course(self, job: Job, used: torch.Tensor) -> Course: ...
 
 
@@ -66,11 +75,12 @@ def pipeline(
 ) -> int | None:
     """Run the chunks' courses, each in turn up to its next exchange.
 
-    The order depends only on the number of chunks, so all ranks make the same exchanges in the same
-    order.
+    The order depends only on the number of chunks and on the bytes that they hold, so all ranks
+    make the same exchanges in the same order.
 
     Args:
-        chunks: of the tensor.
+        chunks: of the tensor; the first one holds the most bytes. At least two are in flight,
+            otherwise as many as `IN_FLIGHT_BYTES` allows.
         job: with the tensor.
         used: bits of used segments.
         ahead: number of chunks whose first exchange is in flight when another begins, for first
@@ -81,18 +91,21 @@ def pipeline(
     """
     # A nested function would keep what it refers to as long as an error's traceback lives.
     clock, first, later = job.clock, deque[_InFlight](), deque[_InFlight]()
-    pending = deque(chunks)
+    pending, window = deque(chunks), max(2, IN_FLIGHT_BYTES // chunks[0].in_flight)
     wanted: int | None = None
     failure = None
     while pending or first or later:
-        if pending and (ahead is None or len(first) <= ahead):
+        room = len(first) + len(later) < window
+        if pending and room and (ahead is None or len(first) <= ahead):
             course = pending.popleft().course(job, used)
             start, x = next(course)
             clock.to("exchange")
             first.append((course, start(x)))
             used = used[:0] if used.nbytes else used
             continue
-        course, finish = (first or later).popleft()
+        # With others pending, half of the window is for each kind of exchange.
+        ending = not first or (pending and 2 * len(later) >= window)
+        course, finish = (later if ending else first).popleft()
         clock.to("exchange")
         arrived = finish()
         try:
@@ -196,12 +209,14 @@ class _Shards:
     ) -> torch.Tensor | PayloadError:
         """Return the mean of all ranks' payloads, and write a payload of it to `out`.
 
-        On an error, return that instead, and write zeros to `out`, since the other ranks wait for
-        it.
+        Without a residual it may take the place of what this rank had, which nobody needs then. On
+        an error, return that instead, and write zeros to `out`, since the other ranks wait for it.
         """
         job.clock.to("decode")
         offset, world_size = self.bucket_offset, self.world_size
-        mean = torch.empty(self.length, dtype=torch.float32, device=out.device)
+        mean = self.of(job.flat)
+        if job.update is not None or mean.dtype != torch.float32:
+            mean = torch.empty(self.length, dtype=torch.float32, device=out.device)
         try:
             wanted = self.coder.decode(payloads, job.key, offset, 0, world_size, mean)
         except PayloadError as error:
@@ -255,6 +270,7 @@ class _AllGather:
     ) -> None:
         self._all_gather = communicator.start_all_gather
         self._whole = _Shards(codec, communicator, chunk, device, offset)
+        self.in_flight = (communicator.world_size + 1) * self._whole.nbytes
 
     def course(self, job: Job, used: torch.Tensor) -> Course:
         whole = self._whole
@@ -279,6 +295,7 @@ class _Gather:
     ) -> None:
         self._gather, self._broadcast = communicator.start_gather, communicator.start_broadcast
         self._whole = _Shards(codec, communicator, chunk, device, offset)
+        self.in_flight = (communicator.world_size + 2) * self._whole.nbytes
 
     def course(self, job: Job, used: torch.Tensor) -> Course:
         whole = self._whole
@@ -335,15 +352,16 @@ class _TwoShot:
         # A shorter shard may take more bytes, if it has a tail (ECDQ).
         longest = max(shards.nbytes for shards in self._calls)
         self._shape = (communicator.world_size, longest)
+        self.in_flight = (2 * communicator.world_size + 1) * longest
 
     def course(self, job: Job, used: torch.Tensor) -> Course:
         mine, width = self._mine, self._shape[1]
         outgoing = job.flat.new_empty(self._shape, dtype=torch.uint8)
         for shards in self._calls:
             shards.encode(job, outgoing[shards.owner : shards.owner + shards.count])
-        incoming = yield self._all_to_all, outgoing
         message = job.flat.new_empty(width + used.nbytes, dtype=torch.uint8)
-        mean = mine.encode_mean(job, incoming.unsqueeze(1), message[:width].unsqueeze(0))
+        out = message[:width].unsqueeze(0)
+        mean = mine.encode_mean(job, (yield self._all_to_all, outgoing).unsqueeze(1), out)
         if used.nbytes:
             message[width:] = used
         gathered = yield self._all_gather, message

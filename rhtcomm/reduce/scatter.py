@@ -55,6 +55,7 @@ class _Chunk:
         self._together = communicator.world_size if length == stride else 1
         self._encoder = codec.coder(self._together * length, self._together, device)
         self._decoder = codec.coder(length, 1, device)
+        self.in_flight = 2 * communicator.world_size * self._decoder.nbytes
         self._auto = codec.rotations == AUTO
 
     def course(self, job: Job, used: torch.Tensor) -> Course:
