@@ -16,7 +16,9 @@ def milliseconds(times: tuple[float, float, float]) -> tuple[str, str]:
 
 
 def interleave(
-    contestants: dict[str, Callable[[], object]], rounds: int
+    contestants: dict[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, tuple[float, float, float]]:
     """Quantiles of the time of each, taken in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -24,7 +26,7 @@ def interleave(
         contestant()
     for _ in progress(range(rounds)):
         for name, contestant in contestants.items():
-            start = time.perf_counter()
+            start = clock()
             contestant()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: quantiles(values) for name, values in seconds.items()}

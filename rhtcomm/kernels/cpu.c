@@ -39,7 +39,7 @@ EXPORT int JOIN(rhtcomm_decode, VARIANT)(const Plan *plans, int count, uint64_t 
     const Origin origin = {{(uint32_t)seed, seed >> 32}, bucket, step, hop,
                            offset, rank, world_size};
     const Decoding call = {origin, ranks, payloads, rank_stride, shard_stride, out, dtype,
-                           feedback, 0};
+                           feedback, 0, -1};
     return for_each_unit(plans, count, decode_units, &call, ranks,
                          (int)(ranks < SIDE_BY_SIDE ? SIDE_BY_SIDE / ranks : 1), threads);
 }

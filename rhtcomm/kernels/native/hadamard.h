@@ -208,10 +208,10 @@ static float hadamard_measured(float *y, const float *from, int64_t size, const 
     return tree_sum(room, h);
 }
 
-/* finish->to <- d^(1/2) H (signs * y), then as `finish` says; y is scratch. */
-static void hadamard_finished(float *y, int64_t size, const uint8_t *signs, const char *ahead,
+/* finish->to <- d^(1/2) H (signs * from), then as `finish` says; y is scratch, and may be `from`. */
+static void hadamard_finished(float *y, const float *from, int64_t size, const uint8_t *signs, const char *ahead,
                               int64_t width, const Finish *finish) {
     const Finish f = *finish; /* a local copy, which stores of vectors cannot alias */
-    if (!transform(y, y, size, signs, 1.0f, ahead, width, NULL, &f))
+    if (!transform(y, from, size, signs, 1.0f, ahead, width, NULL, &f))
         for (int64_t j = 0; j < size; j += LANES) store_finished(&f, j, load(y + j));
 }

@@ -8,6 +8,7 @@
 typedef struct {
     float *y, *sum, *room; /* d each; ECDQ has symbols in `sum`, and dithers in `room`, of units that
                               go side by side, a byte for each coordinate */
+    float *own; /* d: what this rank sent, before the inverse rotation */
     uint8_t *codes;
     uint32_t *dither, *signs, *last_signs;
     Lanes *lanes; /* ECDQ: of K ranks */
@@ -16,7 +17,7 @@ typedef struct {
 enum { PHILOX_OVERRUN = 8 * SETS * LANES };
 
 static size_t scratch_bytes(int64_t size, int64_t ranks) {
-    size_t bytes = (size_t)size * (3 * sizeof(float) + 1);
+    size_t bytes = (size_t)size * (4 * sizeof(float) + 1);
     bytes += (size_t)size + PHILOX_OVERRUN; /* dither */
     bytes += 2 * ((size_t)size / 8 + 2 * PHILOX_OVERRUN); /* signs, last_signs */
     bytes = (bytes + 63) / 64 * 64;
@@ -32,6 +33,7 @@ static Scratch allocate_scratch(int64_t size, int64_t ranks) {
     s.y = (float *)memory, memory += 4 * size;
     s.sum = (float *)memory, memory += 4 * size;
     s.room = (float *)memory, memory += 4 * size;
+    s.own = (float *)memory, memory += 4 * size;
     s.dither = (uint32_t *)memory, memory += size + PHILOX_OVERRUN;
     s.codes = (uint8_t *)memory, memory += size;
     s.signs = (uint32_t *)memory, memory += size / 8 + 2 * PHILOX_OVERRUN;
