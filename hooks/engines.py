@@ -14,6 +14,7 @@ Engines refer to no state, which could not be collected then.
 """
 
 import logging
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ import torch
 
 from ..codec import DTYPES
 from ..deferred import DeferredChecks
+from ..kernels import Residual
 from ..randomness import Key
 from ..reduce import Reducer
 from .buckets import Bucket
@@ -159,7 +161,8 @@ class Engine:
         }
         with self._equalized(bucket, lengths, residual):
             if bucket.output is None:
-                mean, report = buffer, reducer.mean_(buffer, key, residual=residual, **how)
+                given = self._with_bound(residual, buffer)
+                mean, report = buffer, reducer.mean_(buffer, key, residual=given, **how)
             else:
                 mean, report = bucket.output, reducer.scatter_(bucket.output, buffer, key, **how)
         if self._scales is not None:
@@ -188,6 +191,17 @@ class Engine:
             return nullcontext()
         exact = treatment.exact if treatment is not None else None
         return self._scales.applied(bucket.parameters, [buffer], exact, residual)
+
+    def _with_bound(
+        self, residual: list[torch.Tensor] | None, buffer: torch.Tensor
+    ) -> Residual | None:
+        """The residual of a bucket; with its bound, unless a device or the scales change it."""
+        if residual is None or self._residuals is None:
+            return None
+        if self._scales is not None or not buffer.is_cpu:
+            self._residuals.bound.fill_(math.inf)
+            return Residual.of(residual)
+        return Residual.of(residual, self._residuals.bound)
 
     def _exact_mean(
         self, buffer: torch.Tensor, residual: list[torch.Tensor] | None

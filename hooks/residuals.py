@@ -93,6 +93,8 @@ class Residuals:
 
     def __init__(self) -> None:
         self._of = WeakTensorKeyDictionary()
+        self.bound = torch.zeros(1, device="cpu")
+        """At least the largest magnitude of all residuals, so that nobody must look for it."""
 
     def __len__(self) -> int:
         return len(self._of)
@@ -142,8 +144,11 @@ class Residuals:
 
     def replace(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Replace all by the result of `by_parameter`."""
-        found = WeakTensorKeyDictionary()
+        found, self.bound = WeakTensorKeyDictionary(), torch.zeros(1, device="cpu")
         for parameter, value in pairs:
+            if value.numel():
+                largest = value.abs().max().float().cpu().view(1)
+                torch.maximum(self.bound, largest, out=self.bound)
             # They come from a file, and move to the parameter's device when they are needed.
             found[parameter] = _Residual.from_shape(value.float().cpu(), _Layout.of(parameter))
         self._of = found

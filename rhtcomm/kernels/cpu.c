@@ -89,7 +89,7 @@ EXPORT int JOIN(rhtcomm_lattice_decode, VARIANT)(const Plan *plans, int count, u
 #ifdef DISPATCH
 /* Detects a library that was built from another version than the Python code; raise it when a
  * function, Plan or a table that it points to changes. */
-enum { ABI = 10 };
+enum { ABI = 11 };
 EXPORT int rhtcomm_abi(void) { return (ABI << 16) + (int)sizeof(Plan); }
 
 /* The mode of the calling thread; see floating_point.py. */

@@ -37,7 +37,7 @@ __all__ = [
 QUANTIZERS = (QuicFL, Eden, VectorQuantizer, ECDQ)  # in the order of native/plan.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of native/plan.h
 _NUMBER_OF = {dtype: number for number, dtype in enumerate(DTYPES)}
-ABI = 10  # of cpu.c
+ABI = 11  # of cpu.c
 _NAME = "rhtcomm_cpu.*"
 NO_MEMORY = "rhtcomm: out of memory for the working space of the C kernels; use smaller blocks"
 
@@ -101,13 +101,15 @@ class _Residual(ctypes.Structure):
         ("starts", ctypes.c_void_p),
         ("pieces", ctypes.c_void_p),
         ("offset", ctypes.c_int64),
+        ("bound", ctypes.c_void_p),
     )
 
     @classmethod
     def of(cls, residual: Residual) -> "_Residual":
         """Keep what it is made of alive."""
         arrays = (residual.starts.ctypes.data, residual.addresses.ctypes.data)
-        return cls(len(residual.pieces), *arrays, residual.offset)
+        bound = None if residual.bound is None else address_of(residual.bound)
+        return cls(len(residual.pieces), *arrays, residual.offset, bound)
 
 
 class _Feedback(ctypes.Structure):

@@ -35,12 +35,16 @@ class Residual(NamedTuple):
     """Where each piece begins, and where the last one ends."""
     addresses: npt.NDArray[np.uint64]
     offset: int = 0
+    bound: torch.Tensor | None = None
+    """(1,) float32 on the CPU, at least the largest magnitude, which all writers keep up; NaN if
+    there is one. None: it is not known."""
 
     @classmethod
-    def of(cls, pieces: Sequence[torch.Tensor]) -> "Residual":
+    def of(cls, pieces: Sequence[torch.Tensor], bound: torch.Tensor | None = None) -> "Residual":
         starts = [0, *accumulate(map(len, pieces))]
         addresses = [address_of(piece) for piece in pieces]
-        return cls(tuple(pieces), np.array(starts, np.int64), np.array(addresses, np.uint64))
+        arrays = np.array(starts, np.int64), np.array(addresses, np.uint64)
+        return cls(tuple(pieces), *arrays, bound=bound)
 
     def at(self, offset: int) -> "Residual":
         """The same from this coordinate on."""
@@ -67,6 +71,9 @@ class Residual(NamedTuple):
             return
         for view, part in zip(views, values.split([*map(len, views)]), strict=True):
             view.copy_(part)
+        if self.bound is not None:
+            found = values.abs().max().view(1).cpu()
+            torch.maximum(self.bound, found, out=self.bound)
 
 
 class Feedback(NamedTuple):

@@ -175,7 +175,7 @@ class Reducer:
         *,
         lengths: tuple[int, ...] | None = None,
         rows: tuple[int, ...] | None = None,
-        residual: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        residual: torch.Tensor | Sequence[torch.Tensor] | Residual | None = None,
         treatment: Treatment | None = None,
         settle: bool = True,
     ) -> Report:
@@ -199,8 +199,9 @@ class Reducer:
         job = Job(flat, key, self.clock)
         if isinstance(residual, torch.Tensor):
             residual = [residual]
-        pieces = None if residual is None else Residual.of(residual)
-        return self._reduce(job, lengths, rows, pieces, treatment, settle)
+        if residual is not None and not isinstance(residual, Residual):
+            residual = Residual.of(residual)
+        return self._reduce(job, lengths, rows, residual, treatment, settle)
 
     def scatter_(
         self,

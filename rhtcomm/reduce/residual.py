@@ -43,7 +43,9 @@ class Update:
         """What to send in place of `used`: before an exchange of `flat`."""
         if not _are_predictable(flat):
             return used
-        tensors = [flat, *self.residual.views(flat.numel())]
+        tensors, bound = [flat], self.residual.bound
+        if bound is None or not _is_small(bound):
+            tensors += self.residual.views(flat.numel())
         note = used.new_full((_NOTE_BYTES,), 0 if all(map(_is_small, tensors)) else 255)
         return torch.cat([used, note])
 

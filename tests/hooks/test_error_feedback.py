@@ -69,7 +69,7 @@ def follow(rank: int, world_size: int, algorithm: Algorithm) -> dict[str, Any]:
         nmse = state.stats().nmse
         return {
             **{"total": total, "residual": residual_of(state, ddp), "buckets": buckets},
-            "nmse": nmse,
+            **{"nmse": nmse, "bound": state.residuals.bound.clone()},
         }
 
 
@@ -97,8 +97,20 @@ def test_residuals_survive_rebuilt_buckets(
         assert not small.any()
         assert bool(first.any())
         assert bool(last.any())
+        assert result["residual"].abs().max() <= result["bound"] < 2**20
         # Of the codes, not of the steps: one bit, one or two hops, of what is left as well.
         assert 0.36 / world_size < result["nmse"] < 0.7
+
+
+def test_a_loaded_residual_is_known_to_be_large() -> None:
+    model, state = Probe(4), state_of()
+    saved: dict[str, Any] = {"seed": 0, "step": 1, "rank": 0, "world_size": 1}
+    saved["residuals"] = {"weights.0": torch.tensor([1.0, -3e38, 0.0, 2.0])}
+    state.load_state_dict(saved, model)
+    assert state.residuals.bound.item() == torch.tensor(3e38).item()
+    saved["residuals"] = {}
+    state.load_state_dict(saved, model)
+    assert state.residuals.bound.item() == 0
 
 
 def join_early(rank: int, world_size: int, batches: list[int]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Kernels that update a residual: the bits of the equations, computed by torch one by one."""
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,29 +19,46 @@ MINE = slice(2 * BLOCK, 4 * BLOCK)  # coordinates that a rank owns
 Encoded = tuple[torch.Tensor, torch.Tensor]
 
 
-def encoded(codec: Codec, dtype: torch.dtype, residual: Residual, ranks: int) -> Encoded:
-    """The last rank's tensor, and all ranks' payloads; it has a residual."""
+class Case(NamedTuple):
+    ranks: int
+    own: int
+    """The rank that has the residual."""
+    others: float = 1.0
+    """How large the other ranks' numbers are."""
+    again: bool = False
+    """Whether there is a second hop."""
+
+
+CASES = [
+    *(Case(2, 1), Case(3, 0), Case(4, 2), Case(6, 5), Case(2, 1, others=1e30)),
+    Case(3, 2, again=True),
+]
+
+
+def encoded(codec: Codec, dtype: torch.dtype, residual: Residual, case: Case) -> Encoded:
+    """A rank's tensor, and all ranks' payloads; it has a residual."""
     coder = codec.coder(NUMEL)
     generator = torch.Generator().manual_seed(5)
-    xs = [torch.randn(NUMEL, generator=generator).to(dtype) for _ in range(ranks)]
-    payloads = torch.zeros(ranks, 1, coder.nbytes, dtype=torch.uint8)
+    xs = [case.others * torch.randn(NUMEL, generator=generator) for _ in range(case.ranks)]
+    xs[case.own] = (xs[case.own] / case.others).to(dtype)
+    payloads = torch.zeros(case.ranks, 1, coder.nbytes, dtype=torch.uint8)
     for rank, x in enumerate(xs):
-        added = residual if rank == ranks - 1 else None
-        coder.encode(x, KEY, 0, rank, ranks, payloads[rank], residual=added)
-    return xs[-1], payloads
+        added = residual if rank == case.own else None
+        coder.encode(x, KEY, 0, rank, case.ranks, payloads[rank], residual=added)
+    return xs[case.own], payloads
 
 
 def by_hand(
-    codec: Codec, x: torch.Tensor, payloads: torch.Tensor, r: torch.Tensor, again: bool
+    codec: Codec, x: torch.Tensor, payloads: torch.Tensor, r: torch.Tensor, case: Case
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean and the residual."""
-    ranks = len(payloads)
+    ranks, own = case.ranks, case.own
     total = x.float() + r
-    expected = codec.encode(total, KEY, ranks - 1, ranks)
-    assert torch.equal(payloads[-1, 0], expected)
-    own = codec.decode_mean(payloads[-1], KEY, NUMEL, first_rank=ranks - 1, world_size=ranks)
-    left = (total - own) + 0.0
-    if again:
+    expected = codec.encode(total, KEY, own, ranks)
+    assert torch.equal(payloads[own, 0], expected)
+    sent = codec.decode_mean(payloads[own], KEY, NUMEL, first_rank=own, world_size=ranks)
+    left = (total - sent) + 0.0
+    if case.again:
         hop = second_hop(codec)
         decoded = codec.decode_mean(hop, KEY.next_hop(), NUMEL)
         left[MINE] += ranks * (mean_of_owner() - decoded[MINE])
@@ -72,22 +90,25 @@ def test_every_kernel_leaves_the_bits_of_the_equations(
 ) -> None:
     codec = Codec(quantizer, block=BLOCK)
     r = torch.randn(NUMEL, generator=torch.Generator().manual_seed(8)) / 3
-    for ranks, again in ((2, False), (6, False), (3, True)):
+    for case in CASES:
         with use(reference):
-            x, payloads = encoded(codec, dtype, Residual.of([r]), ranks)
-            expected = by_hand(codec, x, payloads, r, again)
+            x, payloads = encoded(codec, dtype, Residual.of([r]), case)
+            expected = by_hand(codec, x, payloads, r, case)
         for name, kernel in {"reference": reference, **variants()}.items():
             with use(kernel):
-                residual = Residual.of([r[a:b].clone() for a, b in pairwise(EDGES)])
-                x, found = encoded(codec, dtype, residual, ranks)
-                assert torch.equal(found, payloads), name
-                own = (KEY, ranks - 1, ranks, payloads[-1])
+                bound = torch.zeros(1)
+                residual = Residual.of([r[a:b].clone() for a, b in pairwise(EDGES)], bound)
+                x, found = encoded(codec, dtype, residual, case)
+                assert torch.equal(found, payloads), (name, case)
+                own = (KEY, case.own, case.ranks, payloads[case.own])
                 out, coder = x.clone(), codec.coder(NUMEL)
-                if again:
-                    mean = (mean_of_owner(), MINE.start, ranks)
+                if case.again:
+                    mean = (mean_of_owner(), MINE.start, case.ranks)
                     hop, feedback = second_hop(codec)[None], Feedback(residual, *own, *mean)
                     coder.decode(hop, KEY.next_hop(), 0, 0, 1, out, feedback)
                 else:
-                    coder.decode(payloads, KEY, 0, 0, ranks, out, Feedback(residual, *own))
-            assert torch.equal(out, expected[0]), (name, ranks)
-            assert torch.equal(residual.read(NUMEL), expected[1]), (name, ranks)
+                    coder.decode(payloads, KEY, 0, 0, case.ranks, out, Feedback(residual, *own))
+            assert torch.equal(out, expected[0]), (name, case)
+            assert torch.equal(residual.read(NUMEL), expected[1]), (name, case)
+            largest = expected[1].abs().max()
+            assert largest <= bound <= 8 * largest, (name, case)

@@ -13,7 +13,10 @@ from torch.utils._pytree import tree_leaves
 import rhtcomm
 from rhtcomm import Codec, Key, PayloadError, QuicFL
 from rhtcomm.communicators import Communicator
+from rhtcomm.kernels import Residual
 from rhtcomm.reduce import Algorithm, Reducer
+from rhtcomm.reduce.residual import Update
+from rhtcomm.segments import Segments
 
 CODEC = Codec(QuicFL(4), block=BLOCK)
 CHUNKS = 12
@@ -142,3 +145,23 @@ def test_a_mean_that_overflows_keeps_the_residual(
         assert not mean.isfinite().all()
         assert mean[: -3 * BLOCK].isfinite().all()
         assert torch.equal(before, after)
+
+
+def test_a_residual_is_read_before_an_exchange_only_if_its_bound_is_large_or_unknown() -> None:
+    x, used, segments = torch.ones(100), torch.zeros(4, dtype=torch.uint8), Segments(None, 100)
+    large = torch.full((100,), torch.inf)
+    for bound, announced in [(None, 255), (torch.inf, 255), (torch.nan, 255), (3.0, 0)]:
+        given = None if bound is None else torch.tensor([bound])
+        update = Update(Residual.of([large], given), segments)
+        assert update.announce(x, used)[-4:].tolist() == 4 * [announced]
+    x[7] = 2.0**40
+    update = Update(Residual.of([x], torch.zeros(1)), segments)
+    assert update.announce(x, used)[-4:].tolist() == 4 * [255], "the tensor is always read"
+
+
+def test_what_torch_writes_raises_the_bound() -> None:
+    residual = Residual.of([torch.zeros(3), torch.zeros(4)], torch.tensor([2.0]))
+    for value, bound in [(1.0, 2.0), (-5.0, 5.0), (3.0, 5.0), (torch.nan, torch.nan)]:
+        residual.at(1).write(torch.tensor([0.0, 0.0, value]))
+        assert residual.bound is not None
+        assert torch.equal(residual.bound.nan_to_num(7), torch.tensor([bound]).nan_to_num(7))

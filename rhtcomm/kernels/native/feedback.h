@@ -10,6 +10,7 @@ typedef struct {
     const int64_t *starts;
     float *const *pieces;
     int64_t offset; /* where x begins in the residual */
+    uint32_t *bound; /* the bits of a float, at least all magnitudes of the residual; or NULL */
 } Residual;
 
 /* What decoding needs to update a residual. kernels/cpu.py fills it. */
@@ -36,6 +37,25 @@ static float *residual_at(const Residual *r, int64_t at, int64_t *count) {
     }
     if (*count > r->starts[low + 1] - at) *count = r->starts[low + 1] - at;
     return r->pieces[low] + (at - r->starts[low]);
+}
+
+/* Several threads may do this. */
+static void raise_bound(const Residual *r, uint32_t magnitude) {
+    if (!r->bound) return;
+    uint32_t before = __atomic_load_n(r->bound, __ATOMIC_RELAXED);
+    while (magnitude > before && !__atomic_compare_exchange_n(r->bound, &before, magnitude, 1,
+                                                              __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+}
+
+/* The bits of the largest magnitude of any number of floats. */
+static uint32_t largest_of(const float *y, int64_t count) {
+    uint32_t largest = 0;
+    for (int64_t j = 0; j < count; j++) {
+        const uint32_t magnitude = ((const u32 *)y)[j] & INT32_MAX;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
 }
 
 enum { PART = 256 };
@@ -77,6 +97,7 @@ static void read_sum(const Residual *r, int64_t first, int64_t numel, int64_t si
 static void keep_error(const Residual *r, int64_t first, int64_t numel, int64_t size, const char *x,
                        int dtype, const float *sent) {
     float room[PART];
+    vi largest = {0};
     for (int64_t done = 0, count; done < numel; done += count) {
         count = part_of(numel - done, dtype);
         float *to = residual_at(r, first + done, &count);
@@ -84,10 +105,16 @@ static void keep_error(const Residual *r, int64_t first, int64_t numel, int64_t 
         int64_t j = 0; /* no error is -0.0 */
         for (; j + LANES <= count; j += LANES) {
             PREFETCH_NEXT(to + j, size);
-            store(to + j, load(wide + j) + load(to + j) - load(sent + done + j) + 0.0f);
+            const vf left = load(wide + j) + load(to + j) - load(sent + done + j) + 0.0f;
+            largest = larger(largest, (vi)left & INT32_MAX);
+            store(to + j, left);
         }
-        for (; j < count; j++) to[j] = wide[j] + to[j] - sent[done + j] + 0.0f;
+        for (; j < count; j++) {
+            to[j] = wide[j] + to[j] - sent[done + j] + 0.0f;
+            raise_bound(r, to_bits(fabsf(to[j])));
+        }
     }
+    raise_bound(r, largest_lane(largest));
 }
 
 /* residual <- residual + weight (mean - decoded) + (decoded - out): the errors of encoding the mean
@@ -106,8 +133,10 @@ static void keep_second_errors(const Feedback *f, int64_t first, int64_t numel, 
             const float *before = f->mean + (first - f->first + done);
             for (int64_t j = 0; j < count; j++) to[j] += f->weight * (before[j] - now[j]);
         }
-        if (dtype == FLOAT32) continue;
-        const float *wide = widened(out + done * bytes_of(dtype), dtype, count, room);
-        for (int64_t j = 0; j < count; j++) to[j] += now[j] - wide[j];
+        if (dtype != FLOAT32) {
+            const float *wide = widened(out + done * bytes_of(dtype), dtype, count, room);
+            for (int64_t j = 0; j < count; j++) to[j] += now[j] - wide[j];
+        }
+        raise_bound(r, largest_of(to, count));
     }
 }
