@@ -30,7 +30,7 @@ class Case(NamedTuple):
 
 
 CASES = [
-    *(Case(2, 1), Case(3, 0), Case(4, 2), Case(6, 5), Case(2, 1, others=1e30)),
+    *(Case(2, 1), Case(3, 0), Case(4, 2), Case(6, 5), Case(2, 1, others=1e37)),
     Case(3, 2, again=True),
 ]
 
