@@ -13,10 +13,10 @@ enum { FIRST = RADIX, SIDE = 1 };
 #if defined(__aarch64__)
 /* The highest bits are `signs` from bit j on; others follow. Reads 32 bits at a time. */
 INLINE vu highest_signs(const uint8_t *signs, int64_t j) {
-    uint32_t word;
-    memcpy(&word, signs + j / 32 * 4, 4);
+    uint32_t word, at = (uint32_t)j % 32;
+    memcpy(&word, signs + (uint64_t)j / 32 * 4, 4);
     const vu last = ((vu){0} + word) << (3 - (vu)ascending); /* from bit 28 on */
-    return last << (uint32_t)(28 - j % 32);
+    return last << (28 - at);
 }
 #endif
 
