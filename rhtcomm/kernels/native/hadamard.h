@@ -24,9 +24,11 @@ INLINE vu highest_signs(const uint8_t *signs, int64_t j) {
  * the 3 bytes behind these. */
 INLINE vf apply_signs(vf v, const uint8_t *signs, int64_t j) {
 #if defined(__AVX512F__)
-    __mmask16 minus;
-    memcpy(&minus, signs + j / 8, 2);
-    return (vf)_mm512_mask_xor_epi32((__m512i)v, minus, (__m512i)v, _mm512_set1_epi32(INT32_MIN));
+    uint32_t word;
+    memcpy(&word, signs + j / 8, 4);
+    const vu highest = ((vu){0} + word) << (31 - (vu)ascending); /* its bit, then others */
+    return (vf)_mm512_ternarylogic_epi32((__m512i)v, (__m512i)highest, /* v ^ highest & INT32_MIN */
+                                         _mm512_set1_epi32(INT32_MIN), 0x78);
 #elif defined(__aarch64__)
     const uint32x4_t bits = (uint32x4_t)((vu)v ^ highest_signs(signs, j));
     return (vf)vbslq_u32(vdupq_n_u32(0x80000000u), bits, (uint32x4_t)v);
