@@ -44,6 +44,7 @@ static float unpack_codes(const Plan *plan, Scratch s, Sent sent, int64_t i) {
     float scale;
     memcpy(&scale, sent.scale + i * sent.stride, 4);
     const uint8_t *packed = sent.packed + i * sent.stride;
+    fetch((const char *)packed + code_bytes(plan), code_bytes(plan)); /* those of the next block */
     unpack(packed, plan->size / plan->group, plan->bits * plan->group, s.codes);
     return scale;
 }
@@ -53,7 +54,7 @@ static const uint8_t *unrotate(const Decoding *d, const Plan *plan, Scratch s, i
                                uint32_t rank, const void *out) {
     const uint8_t *signs = NULL;
     for (int i = plan->rotations - 1; i >= 0; i--) {
-        hadamard(s.y, s.y, plan->size, signs, 1.0f, i ? NULL : out, bytes_of(d->dtype));
+        hadamard(s.y, s.y, plan->size, signs, 1.0f, out, i ? 0 : bytes_of(d->dtype));
         signs = draw_signs(plan, &d->origin, i, rank, offset, s.signs);
     }
     return signs;

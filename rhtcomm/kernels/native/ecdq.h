@@ -43,15 +43,18 @@ INLINE void ecdq_symbols(const Plan *plan, const float *y, float per_unit, const
 }
 
 /* The symbols of a block, given its root mean square and the bits of its largest magnitude. Returns its
- * scale, which `factor` multiplies. */
+ * scale, which `factor` multiplies. Fetches d `width` bytes from `next` on. */
 static float ecdq_quantize(const Plan *plan, const float *y, float rms, uint32_t peak, float factor,
-                           const uint8_t *dither, uint32_t stratum, uint8_t *symbols) {
+                           const uint8_t *dither, uint32_t stratum, const char *next,
+                           int64_t width, uint8_t *symbols) {
     const Plan p = *plan; /* a local copy, which stores of bytes cannot alias */
     const float fitting = from_bits(peak) * p.inverse_bound;
     const float scale = (rms > fitting ? rms : fitting) * factor;
     const float per_unit = scale > 0 ? (1.0f / scale) * p.per_step : 0.0f;
-    for (int64_t j = 0; j < p.size; j += CODER_LANES)
+    for (int64_t j = 0; j < p.size; j += CODER_LANES) {
+        fetch(next + j * width, CODER_LANES * width);
         ecdq_symbols(&p, y + j, per_unit, dither + j, stratum, symbols + j);
+    }
     return scale * p.quarter_step;
 }
 

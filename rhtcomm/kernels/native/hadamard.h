@@ -190,8 +190,7 @@ INLINE void first_pass(float *y, const float *from, int64_t size, const uint8_t 
                        const char *ahead, int64_t width, const int radix) {
     for (int64_t base = 0; base < size; base += LANES * radix) {
         vf r[16];
-        for (int i = 0; i < LANES * radix; i += 16)
-            __builtin_prefetch(ahead + (base + i) * width, 0, 2);
+        fetch(ahead + base * width, LANES * radix * width);
 #pragma GCC unroll 16
         for (int i = 0; i < radix; i++) {
             r[i] = load(from + base + i * LANES);
@@ -207,15 +206,13 @@ INLINE void first_pass(float *y, const float *from, int64_t size, const uint8_t 
     }
 }
 
-/* y <- d^(1/2) H (factor * signs * from), or of `from` where signs is NULL, strides ascending. Prefetches
- * d coordinates of `width` bytes from `ahead` on a little at a time, since a processor has room for
- * few such requests and then waits. Where `measures` or `finish` is given, fills or obeys it, and returns
+/* y <- d^(1/2) H (factor * signs * from), or of `from` where signs is NULL, strides ascending. Fetches
+ * d `width` bytes from `ahead` on. Where `measures` or `finish` is given, fills or obeys it, and returns
  * the h of measures, or returns 0 where a block is too small for that. */
 INLINE int64_t transform(float *y, const float *from, int64_t size, const uint8_t *signs,
                          float factor, const char *ahead, int64_t width, Measures *measures,
                          const Finish *finish) {
     int64_t h;
-    if (!ahead) ahead = (const char *)from;
     if (size >= LANES * FIRST) {
         if (signs)
             first_pass(y, from, size, signs, factor, ahead, width, FIRST);

@@ -88,10 +88,11 @@ INLINE vu dither_halves(const uint8_t *dither, int64_t j, const int upper, vu tu
 }
 
 /* Codes and exact coordinates of one block, given its root mean square and the bits of its largest
- * magnitude; returns its scale. `room` and `indices` are scratch of d numbers. */
+ * magnitude; returns its scale. `room` and `indices` are scratch of d numbers. Fetches d `width` bytes
+ * from `next` on. */
 static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak,
                             const uint8_t *dither, uint32_t stratum, float *room, i32 *indices,
-                            uint8_t *codes, uint8_t *section) {
+                            uint8_t *codes, uint8_t *section, const char *next, int64_t width) {
     const int64_t size = plan->size;
     float fitting = plan->exact_capacity
                         ? take_exact(plan, y, rms, dither, stratum, indices, room, section)
@@ -100,12 +101,12 @@ static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak
     float unit = scale > 0 ? (1.0f / scale) * plan->nodes_per_sigma : 0.0f;
 #if defined(__AVX512VBMI__)
     if (plan->bits <= 4 && size >= 64) {
-        quic_fl_codes_by_bytes(plan, y, dither, stratum, unit, codes);
+        quic_fl_codes_by_bytes(plan, y, dither, stratum, unit, next, width, codes);
         return scale;
     }
 #endif
 #if defined(__aarch64__)
-    (void)size;
+    fetch(next, size * width);
     quic_fl_codes(plan, y, dither, stratum, unit, codes);
 #else
     const u32 *positions = (const u32 *)plan->positions;
@@ -124,6 +125,7 @@ static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak
         }
         for (int64_t j = 0; j < tile; j += CODER_LANES) {
             vu position[VECTORS];
+            fetch(next + (base + j) * width, CODER_LANES * width);
 #pragma GCC unroll 8
             for (int i = 0; i < VECTORS; i++) {
                 const u32 *from = nodes + (j + i / 2 * 2 * LANES) / 2 + i % 2 * 2;

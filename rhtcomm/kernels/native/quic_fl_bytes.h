@@ -64,14 +64,16 @@ INLINE __mmask64 rounds_up(__m512i q0, __m512i q1, __m512i v0, __m512i v1, __mma
     return upper | _mm512_mask_cmplt_epu8_mask(_mm512_cmpeq_epi8_mask(v1, q1), v0, q0);
 }
 
-/* The codes of y * unit for 1025 nodes, that is for b <= 4, and whole groups of 64 coordinates.
+/* The codes of y * unit for 1025 nodes, that is for b <= 4, and whole groups of 64 coordinates. Fetches d `width`
+ * bytes from `next` on.
  *
  * Node m is counted from that of zero here. position(-m) = (2^b - 1) 2^16 - position(m), so the positions
  * at m = 0 .. 511 suffice. With p the upper and q the lower 16 bits of position(|m|), a code is
  * p + (2^16 - 1 - v < q), and for m < 0 it is 2^b - 1 - p - (v < q). Between m and the multiple of 8 below
  * it, positions rise by less than 2^16 - 2^8, so p is one more than there if the upper byte of q is less. */
 static void quic_fl_codes_by_bytes(const Plan *plan, const float *y, const uint8_t *dither,
-                                   uint32_t stratum, float unit, uint8_t *codes) {
+                                   uint32_t stratum, float unit, const char *next,
+                                   int64_t width, uint8_t *codes) {
     Positions positions __attribute__((aligned(64)));
     split_positions(plan, &positions);
     const __m512i p_of = _mm512_load_si512(positions.p), first_of = _mm512_load_si512(positions.first);
@@ -88,6 +90,7 @@ static void quic_fl_codes_by_bytes(const Plan *plan, const float *y, const uint8
     const __m512i turn_u = _mm512_set1_epi32((int)(stratum << 8));
     for (int64_t j = 0; j < plan->size; j += 64) {
         __m512i z[4], m[2], eighth[2];
+        fetch(next + j * width, 64 * width);
         add_dither(y + j, dither + j, unit, (__m512i)u_of, turn_u, z);
 #pragma GCC unroll 2
         for (int k = 0; k < 2; k++)

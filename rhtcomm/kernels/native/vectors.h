@@ -110,4 +110,10 @@ INLINE uint32_t to_bits(float value) {
     return bits;
 }
 
+/* Brings memory into the second-level cache, to be read soon. A processor has room for few such requests
+ * and then waits, so that loops should make them, a few at a time. */
+INLINE void fetch(const char *from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
