@@ -45,6 +45,7 @@ static float unpack_codes(const Plan *plan, Scratch s, Sent sent, int64_t i) {
     float scale;
     memcpy(&scale, sent.scale + i * sent.stride, 4);
     const uint8_t *packed = sent.packed + i * sent.stride;
+    fetch((const char *)packed + code_bytes(plan), code_bytes(plan)); /* those of the next block */
     unpack(packed, plan->size / plan->group, plan->bits * plan->group, s.codes);
     return scale;
 }
@@ -54,7 +55,7 @@ static const uint8_t *unrotate(const Decoding *d, const Plan *plan, Scratch s, i
                                uint32_t rank, const void *out) {
     const uint8_t *signs = NULL;
     for (int i = plan->rotations - 1; i >= 0; i--) {
-        hadamard(s.y, s.y, plan->size, signs, 1.0f, i ? NULL : out, bytes_of(d->dtype));
+        hadamard(s.y, s.y, plan->size, signs, 1.0f, out, i ? 0 : bytes_of(d->dtype));
         signs = draw_signs(plan, &d->origin, i, rank, offset, s.signs);
     }
     return signs;
@@ -62,9 +63,9 @@ static const uint8_t *unrotate(const Decoding *d, const Plan *plan, Scratch s, i
 
 /* to <- d^(k/2) R^T from * factors[0] * factors[1]; s.y is scratch, and may be `from`. Prefetches `out`.
  * Signs that `kept` has are not drawn again. */
-static void unrotate_to(const Decoding *d, const Plan *plan, Scratch s, const float *from,
-                        int64_t offset, const float *factors, const void *out, float *to,
-                        const uint8_t **kept) {
+static void unrotate_from(const float *from, const Decoding *d, const Plan *plan, Scratch s,
+                          int64_t offset, const float *factors, const void *out, float *to,
+                          const uint8_t **kept) {
     const uint8_t *signs = NULL;
     for (int i = plan->rotations - 1; i > 0; i--, from = s.y) {
         hadamard(s.y, from, plan->size, signs, 1.0f, NULL, 0);
@@ -74,6 +75,13 @@ static void unrotate_to(const Decoding *d, const Plan *plan, Scratch s, const fl
     if (!kept[0]) kept[0] = draw_signs(plan, &d->origin, 0, 0, offset, s.last_signs);
     const Finish finish = {to, kept[0], {factors[0], factors[1]}};
     hadamard_finished(s.y, from, plan->size, signs, out, bytes_of(d->dtype), &finish);
+}
+
+/* The same of s.y. */
+static void unrotate_to(const Decoding *d, const Plan *plan, Scratch s, int64_t offset,
+                        const float *factors, const void *out, float *to) {
+    const uint8_t *kept[2] = {NULL, NULL};
+    unrotate_from(s.y, d, plan, s, offset, factors, out, to, kept);
 }
 
 /* y <- (initial) or y += the values of the ranks first .. stop - 1, whose rotation is the same. Returns
@@ -201,7 +209,9 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
     const uint8_t *payload = d->payloads + block.shard * d->shard_stride;
     const Sent sent = {payload + block.scale, payload + block.packed, d->ranks, d->rank_stride};
     char *out = d->out + block.offset * bytes_of(d->dtype);
-    const char *next = d->out + following.offset * bytes_of(d->dtype);
+    const char *residual_next =
+        d->feedback ? residual_ahead(&d->feedback->residual, following.offset) : NULL;
+    const char *next = d->only_own ? residual_next : d->out + following.offset * bytes_of(d->dtype);
     const uint32_t peak = largest_scale(sent);
     const int finite = peak < 0x7f800000, with_own = d->own >= 0;
     /* A whole block is decoded where it belongs: two would not fit into the first-level cache. */
@@ -219,21 +229,21 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
         int sound = 1;
         if (with_own) {
             sound = add_ranks(d, plan, s, dither, symbols, sent, d->own, d->own + 1, down, 1, s.own);
-            unrotate_to(d, plan, s, s.own, offset, alone, NULL, s.y, kept);
-            keep_error(&d->feedback->residual, block.offset, block.numel, size, out, d->dtype, s.y);
+            unrotate_from(s.own, d, plan, s, offset, alone, residual_next, s.y, kept);
+            keep_error(&d->feedback->residual, block.offset, block.numel, out, d->dtype, s.y);
             s.y = to;
             sum = add_to_own(d, plan, s, dither, symbols, sent, down, &sound);
         } else { /* ECDQ's units go on, finite or not */
             sound = add_ranks(d, plan, s, dither, symbols, sent, 0, sent.ranks, down, 1, s.y);
         }
-        if (finite) unrotate_to(d, plan, s, sum, offset, factors, next, to, kept);
+        if (finite) unrotate_from(sum, d, plan, s, offset, factors, next, to, kept);
         if (!sound) canonicalize(to, size);
     } else if (finite) {
         add_unrotated(d, plan, s, offset, sent, down, next);
         if (with_own) {
             for (int64_t j = 0; j < size; j += LANES)
                 store(s.own + j, load(s.own + j) * alone[0] * alone[1]);
-            keep_error(&d->feedback->residual, block.offset, block.numel, size, out, d->dtype, s.own);
+            keep_error(&d->feedback->residual, block.offset, block.numel, out, d->dtype, s.own);
         }
         for (int64_t j = 0; j < size; j += LANES)
             store(to + j, load(s.sum + j) * factors[0] * factors[1]);
@@ -241,7 +251,7 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
     if (!finite)
         for (int64_t j = 0; j < size; j++) to[j] = NAN;
     if (d->only_own) {
-        keep_error(&d->feedback->residual, block.offset, block.numel, size, out, d->dtype, to);
+        keep_error(&d->feedback->residual, block.offset, block.numel, out, d->dtype, to);
         return;
     }
     if (!in_place) write_block(to, d->dtype, block.numel, out);

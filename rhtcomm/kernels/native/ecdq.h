@@ -26,6 +26,10 @@ INLINE void ecdq_symbols(const Plan *plan, const float *y, float per_unit, const
     __m512i zero = _mm512_mullo_epi16(class, _mm512_set1_epi16((short)columns));
     zero = _mm512_add_epi16(zero, _mm512_set1_epi16((short)plan->largest));
     _mm256_storeu_si256((__m256i *)symbols, _mm512_cvtepi16_epi8(_mm512_add_epi16(k, zero)));
+#elif defined(__aarch64__)
+    (void)to_class, (void)columns;
+    for (int i = 0; i < CODER_LANES; i += 16)
+        ecdq_sixteen(plan, y + i, per_unit, dither + i, stratum, symbols + i);
 #else
     vu numbers[VECTORS];
 #pragma GCC unroll 8
@@ -39,15 +43,18 @@ INLINE void ecdq_symbols(const Plan *plan, const float *y, float per_unit, const
 }
 
 /* The symbols of a block, given its root mean square and the bits of its largest magnitude. Returns its
- * scale, which `factor` multiplies. */
+ * scale, which `factor` multiplies. Fetches d `width` bytes from `next` on. */
 static float ecdq_quantize(const Plan *plan, const float *y, float rms, uint32_t peak, float factor,
-                           const uint8_t *dither, uint32_t stratum, uint8_t *symbols) {
+                           const uint8_t *dither, uint32_t stratum, const char *next,
+                           int64_t width, uint8_t *symbols) {
     const Plan p = *plan; /* a local copy, which stores of bytes cannot alias */
     const float fitting = from_bits(peak) * p.inverse_bound;
     const float scale = (rms > fitting ? rms : fitting) * factor;
     const float per_unit = scale > 0 ? (1.0f / scale) * p.per_step : 0.0f;
-    for (int64_t j = 0; j < p.size; j += CODER_LANES)
+    for (int64_t j = 0; j < p.size; j += CODER_LANES) {
+        fetch(next + j * width, CODER_LANES * width);
         ecdq_symbols(&p, y + j, per_unit, dither + j, stratum, symbols + j);
+    }
     return scale * p.quarter_step;
 }
 
@@ -88,6 +95,9 @@ INLINE void ecdq_points(const uint8_t *columns, const uint8_t *dither, uint32_t 
         words = i % 2 ? _mm256_unpackhi_epi16(words, zero) : _mm256_unpacklo_epi16(words, zero);
         points[i] = (vf)_mm256_cvtepi32_ps(words);
     }
+#elif defined(__aarch64__)
+    for (int i = 0; i < CODER_LANES; i += 16)
+        points_of_sixteen(columns + i, dither + i, stratum, points + i / LANES);
 #else
     for (int i = 0; i < VECTORS; i++) {
         vu column = load_bytes(columns + LANES * i), g = load_bytes(dither + LANES * i) + stratum;

@@ -44,22 +44,26 @@ static void block_moments(const float *y, int64_t size, float down, float up, fl
 }
 
 /* s.y <- d^(k/2) R (factor * from); returns its root mean square, and the largest magnitude in
- * `peak`. Prefetches the block of x behind this one. */
+ * `peak`. Fetches d `width` bytes from `next` on. */
 static float rotate(const Encoding *e, const Plan *plan, Scratch s, int64_t offset,
-                    const float *from, float factor, const char *next, uint32_t *peak) {
+                    const float *from, float factor, const char *next, int64_t width, uint32_t *peak) {
     const Origin *origin = &e->origin;
-    const int64_t size = plan->size, width = bytes_of(e->dtype);
+    const int64_t size = plan->size, each = (width + plan->rotations - 1) / plan->rotations;
     const int shared = plan->quantizer == QUIC_FL || plan->quantizer == ECDQ;
     const uint32_t rank = shared ? 0 : (uint32_t)origin->rank;
-    for (int i = 0; i < plan->rotations - 1; i++, from = s.y, factor = 1.0f, next = NULL)
-        hadamard(s.y, from, size, draw_signs(plan, origin, i, rank, offset, s.signs), factor, next,
-                 width);
+    for (int i = 0; i < plan->rotations - 1; i++, from = s.y, factor = 1.0f) {
+        const int64_t now = least(width, each);
+        const uint8_t *signs = draw_signs(plan, origin, i, rank, offset, s.signs);
+        hadamard(s.y, from, size, signs, factor, next, now);
+        next += size * now;
+        width -= now;
+    }
     const uint8_t *signs = draw_signs(plan, origin, plan->rotations - 1, rank, offset, s.signs);
     float sum = hadamard_measured(s.y, from, size, signs, factor, next, width, s.room, peak);
     return sqrtf(sum * (1.0f / (float)size));
 }
 
-/* Prefetches the block of x that is `following`. Of ECDQ, writes no codes but the symbols, and `factor`
+/* Fetches the block of x that is `following`. Of ECDQ, writes no codes but the symbols, and `factor`
  * multiplies the scale. */
 static void encode_block(const Encoding *e, const Plan *plan, const Scratch *scratch, Block block,
                          Block following, float factor, uint8_t *symbols) {
@@ -74,6 +78,8 @@ static void encode_block(const Encoding *e, const Plan *plan, const Scratch *scr
         from = (const float *)x;
     else
         read_block(x, e->dtype, block.numel, size, s.y);
+    if (plan->quantizer != ECDQ) /* what is stored last */
+        for (int64_t i = 0; i < code_bytes(plan); i += 64) __builtin_prefetch(packed + i, 1, 2);
     uint32_t peak = largest_magnitude(from, size);
     float down, up, scale;
     powers_of_two(peak, &down, &up);
@@ -81,15 +87,20 @@ static void encode_block(const Encoding *e, const Plan *plan, const Scratch *scr
     if (!finite) from = memset(s.y, 0, 4 * size);
     if (e->moments) block_moments(from, size, down, up, e->moments + block.number * MOMENTS);
     const char *next = e->x + following.offset * bytes_of(e->dtype);
-    float rms = rotate(e, plan, s, offset, from, down, next, &peak);
+    /* Half of it is fetched while rotating, the other half, or the residual, while quantizing. */
+    const int dithered = plan->quantizer == QUIC_FL || plan->quantizer == ECDQ;
+    int64_t width = bytes_of(e->dtype) / (dithered && !e->residual ? 2 : 1);
+    float rms = rotate(e, plan, s, offset, from, down, next, width, &peak);
+    next += size * width;
+    if (e->residual) next = residual_ahead(e->residual, following.offset), width = 4;
     if (plan->quantizer == ECDQ)
         scale = ecdq_quantize(plan, s.y, rms, peak, factor,
                               draw_dither(plan, &e->origin, offset, s.dither),
-                              stratum(&e->origin, e->origin.rank), symbols);
+                              stratum(&e->origin, e->origin.rank), next, width, symbols);
     else if (plan->quantizer == QUIC_FL)
         scale = quic_fl_encode(plan, s.y, rms, peak, draw_dither(plan, &e->origin, offset, s.dither),
                                stratum(&e->origin, e->origin.rank), s.room, (i32 *)s.sum, s.codes,
-                               packed + code_bytes(plan));
+                               packed + code_bytes(plan), next, width);
     else if (plan->quantizer == EDEN)
         scale = eden_encode(plan, s.y, rms, s.room, s.sum, s.codes);
     else

@@ -39,6 +39,12 @@ static float *residual_at(const Residual *r, int64_t at, int64_t *count) {
     return r->pieces[low] + (at - r->starts[low]);
 }
 
+/* What to prefetch of the residual from x's coordinate `at` on. */
+INLINE const char *residual_ahead(const Residual *r, int64_t at) {
+    int64_t count = 0;
+    return (const char *)residual_at(r, at, &count);
+}
+
 /* Several threads may do this. */
 static void raise_bound(const Residual *r, uint32_t magnitude) {
     if (!r->bound) return;
@@ -72,9 +78,6 @@ INLINE int64_t part_of(int64_t numel, int dtype) {
     return dtype == FLOAT32 ? numel : least(numel, PART);
 }
 
-/* The next block's part of a residual is asked for while this one's is used. */
-#define PREFETCH_NEXT(r, size) __builtin_prefetch((r) + (size), 0, 2)
-
 /* y[0 .. size-1] from the `numel` coordinates of x + residual from `first` on, then zeros. */
 static void read_sum(const Residual *r, int64_t first, int64_t numel, int64_t size, const char *x,
                      int dtype, float *y) {
@@ -83,19 +86,14 @@ static void read_sum(const Residual *r, int64_t first, int64_t numel, int64_t si
         count = part_of(numel - done, dtype);
         const float *from = residual_at(r, first + done, &count);
         const float *wide = widened(x + done * bytes_of(dtype), dtype, count, room);
-        int64_t j = 0;
-        for (; j + LANES <= count; j += LANES) {
-            PREFETCH_NEXT(from + j, size);
-            store(y + done + j, load(wide + j) + load(from + j));
-        }
-        for (; j < count; j++) y[done + j] = wide[j] + from[j];
+        for (int64_t j = 0; j < count; j++) y[done + j] = wide[j] + from[j];
     }
     memset(y + numel, 0, 4 * (size - numel));
 }
 
 /* residual <- x + residual - sent, where `sent` is what this rank's payload decodes to. */
-static void keep_error(const Residual *r, int64_t first, int64_t numel, int64_t size, const char *x,
-                       int dtype, const float *sent) {
+static void keep_error(const Residual *r, int64_t first, int64_t numel, const char *x, int dtype,
+                       const float *sent) {
     float room[PART];
     vi largest = {0};
     for (int64_t done = 0, count; done < numel; done += count) {
@@ -104,7 +102,6 @@ static void keep_error(const Residual *r, int64_t first, int64_t numel, int64_t 
         const float *wide = widened(x + done * bytes_of(dtype), dtype, count, room);
         int64_t j = 0; /* no error is -0.0 */
         for (; j + LANES <= count; j += LANES) {
-            PREFETCH_NEXT(to + j, size);
             const vf left = load(wide + j) + load(to + j) - load(sent + done + j) + 0.0f;
             largest = larger(largest, (vi)left & INT32_MAX);
             store(to + j, left);

@@ -7,6 +7,8 @@
 
 #if defined(__AVX512VBMI__)
 #include "quic_fl_bytes.h"
+#elif defined(__aarch64__)
+#include "quic_fl_neon.h"
 #endif
 
 /* Coordinates of a table look-up. Their indices are in memory before the first of them is read, since
@@ -51,14 +53,17 @@ INLINE void store_upper(u32 *to, vu a, vu b) {
  * coordinate j is its word rotated until byte j mod 4 is on top; v is its upper half, u the lower one. */
 INLINE vu dither_halves(const uint8_t *dither, int64_t j, const int upper, vu turn) {
     vu halves;
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__aarch64__)
     /* Byte b of lane c comes from byte (c + 1 + b) mod 4 of its word; bytes 2 and 3 are zero. */
 #define FROM(c, b) (uint8_t)((c) / 4 * 4 + ((c) + 1 + (b)) % 4)
 #define LOWER(c) FROM(c, 0), FROM(c, 1), 0x80, 0x80
 #define UPPER(c) FROM(c, 2), FROM(c, 3), 0x80, 0x80
     static const uint8_t from[2][4 * LANES]
         __attribute__((aligned(4 * LANES))) = {{EACH_LANE(LOWER)}, {EACH_LANE(UPPER)}};
-#if defined(__AVX512F__)
+#if defined(__aarch64__)
+    const u32 *word = (const u32 *)(dither + j);
+    halves = (vu)vqtbl1q_u8(vreinterpretq_u8_u32(vld1q_dup_u32(word)), vld1q_u8(from[upper]));
+#elif defined(__AVX512F__)
     __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(dither + j)));
     halves = (vu)_mm512_shuffle_epi8(words, _mm512_load_si512(from[upper]));
 #else
@@ -83,10 +88,11 @@ INLINE vu dither_halves(const uint8_t *dither, int64_t j, const int upper, vu tu
 }
 
 /* Codes and exact coordinates of one block, given its root mean square and the bits of its largest
- * magnitude; returns its scale. `room` and `indices` are scratch of d numbers. */
+ * magnitude; returns its scale. `room` and `indices` are scratch of d numbers. Fetches d `width` bytes
+ * from `next` on. */
 static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak,
                             const uint8_t *dither, uint32_t stratum, float *room, i32 *indices,
-                            uint8_t *codes, uint8_t *section) {
+                            uint8_t *codes, uint8_t *section, const char *next, int64_t width) {
     const int64_t size = plan->size;
     float fitting = plan->exact_capacity
                         ? take_exact(plan, y, rms, dither, stratum, indices, room, section)
@@ -95,10 +101,14 @@ static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak
     float unit = scale > 0 ? (1.0f / scale) * plan->nodes_per_sigma : 0.0f;
 #if defined(__AVX512VBMI__)
     if (plan->bits <= 4 && size >= 64) {
-        quic_fl_codes_by_bytes(plan, y, dither, stratum, unit, codes);
+        quic_fl_codes_by_bytes(plan, y, dither, stratum, unit, next, width, codes);
         return scale;
     }
 #endif
+#if defined(__aarch64__)
+    fetch(next, size * width);
+    quic_fl_codes(plan, y, dither, stratum, unit, codes);
+#else
     const u32 *positions = (const u32 *)plan->positions;
     const vu turn_v = (vu){0} + (stratum << 8), turn_u = turn_v + (uint32_t)plan->middle;
     u32 nodes[TILE / 2];
@@ -115,6 +125,7 @@ static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak
         }
         for (int64_t j = 0; j < tile; j += CODER_LANES) {
             vu position[VECTORS];
+            fetch(next + (base + j) * width, CODER_LANES * width);
 #pragma GCC unroll 8
             for (int i = 0; i < VECTORS; i++) {
                 const u32 *from = nodes + (j + i / 2 * 2 * LANES) / 2 + i % 2 * 2;
@@ -125,6 +136,7 @@ static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak
             store_bytes(codes + base + j, position);
         }
     }
+#endif
     return scale;
 }
 

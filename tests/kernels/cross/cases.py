@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from rhtcomm import ECDQ, Codec, Eden, Key, QuicFL, VectorQuantizer
-from rhtcomm.kernels import Task, cpu, reference, use
+from rhtcomm import ECDQ, Codec, Eden, Key, Lattice, QuicFL, VectorQuantizer
+from rhtcomm.kernels import LatticeTask, Task, cpu, lattice_cpu, reference, use
 from rhtcomm.quantizers import Quantizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "codec"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "lib"))
 from golden import make, make_ecdq
+from lattices import sum_of
 from problems import gaussian, that_overflows
 
 FRACTION = 1 / 512
@@ -44,6 +45,7 @@ class Case(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("encoded", "rank", "ranks", "world_size", "offset")),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_int64) for name in ("step", "bucket", "hop")),
+        *((name, ctypes.c_int64) for name in ("padded", "blocks", "words")),
         ("tables", ctypes.c_int64 * 6),
         ("plan", cpu.Plan * 2),
     )
@@ -128,6 +130,44 @@ def units() -> Iterator[bytes]:
         yield from _case(codec.task(len(x)), key, 0, 0, 1, 0, x, payloads, _bytes(mean), mean.dtype)
 
 
+def lattices() -> Iterator[bytes]:
+    """The lattice's three steps: of one rank, given what all of them have."""
+    shapes = product(range(1, 9), (32, 256, 4096))  # from one block and less to three
+    for number, (bits, block) in enumerate(shapes):
+        ranks, numel = 1 + number % 5, (block - 3, 2 * block, 3 * block - 70)[number % 3]
+        lattice = Lattice(bits, 1 + number // 2 % 3, block)
+        dtype, generator = cpu.DTYPES[number % 3], torch.Generator().manual_seed(number)
+        xs = torch.randn(ranks, numel, generator=generator).double() * MAGNITUDES[number % 5]
+        xs = xs.clamp(-3e38, 3e38).to(dtype)
+        if number % 4 == 1:
+            xs[:, : block // 2] = 0
+        if number % 6 == 5:
+            xs[-1, -1] = math.inf
+        key, rank, offset = Key(number, step=7, bucket=11), number % ranks, 4096 * number
+        made, task = sum_of(lattice, [*xs], key, offset), LatticeTask(lattice, numel, ranks)
+        yield bytes(
+            Case(
+                plans=len(task.sections),
+                numel=numel,
+                in_dtype=cpu.DTYPES.index(dtype),
+                out_dtype=cpu.DTYPES.index(dtype),
+                encoded=rank,
+                world_size=ranks,
+                offset=offset,
+                seed=key.seed,
+                step=key.step,
+                bucket=key.bucket,
+                hop=key.hop,
+                padded=task.padded,
+                blocks=task.blocks,
+                words=task.words,
+                plan=(cpu.Plan * 2)(*lattice_cpu.plans_of(task)),
+            )
+        )
+        of_rank = (xs[rank], made.ys[rank], made.exponents[rank], made.bounds, made.words[rank])
+        yield from map(_bytes, (*of_rank, made.total, made.mean))
+
+
 def _case(
     task: Task,
     key: Key,
@@ -194,6 +234,7 @@ def write(path: Path) -> None:
             file.writelines(case(number, *facts))
         file.writelines(golden())
         file.writelines(units())
+        file.writelines(lattices())
 
 
 if __name__ == "__main__":
