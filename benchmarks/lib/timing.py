@@ -19,13 +19,15 @@ def interleave(
     contestants: dict[str, Callable[[], object]],
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, tuple[float, float, float]]:
-    """Quantiles of the time of each, taken in turns."""
+    """Quantiles of the time of each, taken in turns; `before` is called before each, untimed."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for contestant in contestants.values():
         contestant()
     for _ in progress(range(rounds)):
         for name, contestant in contestants.items():
+            before()
             start = clock()
             contestant()
             seconds[name].append(clock() - start)
