@@ -16,10 +16,10 @@ finite: a gradient scaler then skips the step.
 Payloads update the residual in place, chunk by chunk, when the mean of a chunk takes the place of x
 (`rhtcomm.kernels.feedback` has the arithmetic). No chunk can know then whether the means of later
 chunks will be finite. So before the first chunk, ranks tell each other by a bit, behind those of
-used segments, whether all their x and r are small enough that no mean can overflow. (Of r a bound
-suffices, which kernels keep up while they write; the hook has one.) If not, or for
-float16, whose means may always overflow, a copy of the residual is kept until the end, as it is on
-devices, where the host does not know the bits.
+used segments, whether all their x and r are small enough that no mean can overflow. (In the hook r
+has a bound, which kernels keep up, and is not read for that.) If not, or for float16, whose means
+may always overflow, a copy of the residual is kept until the end, as it is on devices, where the
+host does not know the bits.
 
 If an exchange raises, a chunk has its new residual if its mean was written before, otherwise its
 old one, and after a `PayloadError` no further chunk is updated. With a copy, all chunks have the
