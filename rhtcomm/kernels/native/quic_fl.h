@@ -192,6 +192,13 @@ static void quic_fl_add(const Plan *plan, const uint8_t *codes, const uint8_t *d
         return;
     }
 #endif
+#if defined(__aarch64__)
+    if (initial)
+        quic_fl_add_sixteens(plan, codes, dither, stratum, scale, 1, y);
+    else
+        quic_fl_add_sixteens(plan, codes, dither, stratum, scale, 0, y);
+    return;
+#endif
     const int wide = plan->bits + plan->shared_bits > 8;
     if (wide && initial)
         quic_fl_look_up(plan, codes, dither, stratum, scale, 1, 1, y);

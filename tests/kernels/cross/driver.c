@@ -38,7 +38,8 @@ static const uint64_t MODES[] = {
     DEFAULT_MODE | 0xe040, /* rounding to zero, and subnormals too */
 #elif defined(__aarch64__)
     1 << 24, /* subnormals become zero */
-    1 << 22, 2 << 22, 3 << 22 | 1 << 24,
+    1 << 22, 2 << 22, 3 << 22 | 1 << 24, /* other roundings */
+    3 << 25,                            /* one NaN for all, and another float16 */
 #else
     FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO,
 #endif
