@@ -91,9 +91,20 @@ def case(
             exact = rows[1 - rank, :, block * quantizer.bits // 8 :]
             exact[:, :2] = torch.tensor([3, 0], dtype=torch.uint8)
             exact[:, 2 * capacity :][:, :2] = torch.tensor([0, 0x7C], dtype=torch.uint8)
+        if isinstance(quantizer, ECDQ):
+            payloads[1 - rank, section.codes :][:128].view(torch.int32)[:] = _least_state(quantizer)
     out = codec.decode_mean(payloads, key, numel, out=torch.empty(numel, dtype=out_dtype))
     task = codec.task(numel)
     yield from _case(task, key, 0, 0, RANKS, rank, xs[rank], payloads, _bytes(out), out.dtype)
+
+
+def _least_state(quantizer: ECDQ) -> int:
+    """A state that becomes 2^16, the least that no word follows, by a symbol of the first class."""
+    table = quantizer.table
+    symbols = table.entries[: 2 * table.largest + 1, 0].tolist()
+    frequencies = [symbol & 0x1FFF for symbol in symbols]
+    at = next(i for i, frequency in enumerate(frequencies) if 65536 % frequency == 0)
+    return (65536 // frequencies[at] << table.precision) + (symbols[at] >> 13 & 0x1FFF)
 
 
 def golden() -> Iterator[bytes]:
