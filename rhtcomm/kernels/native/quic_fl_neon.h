@@ -1,4 +1,5 @@
-/* The steps of QUIC-FL and ECDQ on 16 coordinates, for aarch64: 16-bit numbers where they suffice. */
+/* The steps of QUIC-FL, ECDQ and the lattice on 16 coordinates, for aarch64: 16-bit numbers where they
+ * suffice. */
 #pragma once
 #include "plan.h"
 #include "vectors.h"
@@ -126,5 +127,23 @@ INLINE void points_of_sixteen(const uint8_t *columns, const uint8_t *dither, uin
     for (int i = 0; i < 2; i++) {
         points[2 * i] = (vf)vcvtq_f32_u32(vmovl_u16(vget_low_u16(h.val[i])));
         points[2 * i + 1] = (vf)vcvtq_f32_u32(vmovl_high_u16(h.val[i]));
+    }
+}
+
+/* codes <- (y * per_unit + middle + v) >> 16; see lattice.h. */
+INLINE void lattice_codes(const float *y, int64_t size, float per_unit, const uint8_t *dither,
+                          uint32_t stratum, int32_t middle, u32 *codes) {
+    const uint16x8_t turn = vdupq_n_u16((uint16_t)stratum);
+    for (int64_t j = 0; j < size; j += 16) {
+        vu numbers[4];
+        scaled_integers(y + j, per_unit, numbers);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) numbers[i] += (uint32_t)middle;
+        const Halves code = add_halves(numbers, sixteen_halves(dither + j, 1, turn));
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            *(vu *)(codes + j + 8 * i) = (vu)vmovl_u16(vget_low_u16(code.val[i]));
+            *(vu *)(codes + j + 8 * i + LANES) = (vu)vmovl_high_u16(code.val[i]);
+        }
     }
 }
