@@ -197,8 +197,7 @@ static void quic_fl_add(const Plan *plan, const uint8_t *codes, const uint8_t *d
         quic_fl_add_sixteens(plan, codes, dither, stratum, scale, 1, y);
     else
         quic_fl_add_sixteens(plan, codes, dither, stratum, scale, 0, y);
-    return;
-#endif
+#else
     const int wide = plan->bits + plan->shared_bits > 8;
     if (wide && initial)
         quic_fl_look_up(plan, codes, dither, stratum, scale, 1, 1, y);
@@ -208,4 +207,5 @@ static void quic_fl_add(const Plan *plan, const uint8_t *codes, const uint8_t *d
         quic_fl_look_up(plan, codes, dither, stratum, scale, 0, 1, y);
     else
         quic_fl_look_up(plan, codes, dither, stratum, scale, 0, 0, y);
+#endif
 }
