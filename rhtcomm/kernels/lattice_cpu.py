@@ -10,7 +10,7 @@ from rhtcomm.kernels.lattice import LatticeTask
 from rhtcomm.memory import address_of
 from rhtcomm.randomness import Key
 
-__all__ = ["LatticeLibrary", "of"]
+__all__ = ["LatticeLibrary", "of", "plans_of"]
 
 
 class LatticeLibrary:
@@ -109,13 +109,13 @@ def _check(failed: int) -> None:
 
 
 def _call(task: LatticeTask, key: Key, offset: int) -> tuple[int, ...]:
-    plans = _plans_of(task)
+    plans = plans_of(task)
     address = ctypes.addressof(plans)
     return address, len(plans), key.seed, key.step, key.bucket, key.hop, offset
 
 
 @lru_cache(maxsize=1024)
-def _plans_of(task: LatticeTask) -> "ctypes.Array[Plan]":
+def plans_of(task: LatticeTask) -> "ctypes.Array[Plan]":
     lattice, plans, before, words = task.lattice, [], 0, 0
     for blocks in task.sections:
         m = lattice.words(blocks.size, task.world_size)

@@ -26,6 +26,10 @@ INLINE void ecdq_symbols(const Plan *plan, const float *y, float per_unit, const
     __m512i zero = _mm512_mullo_epi16(class, _mm512_set1_epi16((short)columns));
     zero = _mm512_add_epi16(zero, _mm512_set1_epi16((short)plan->largest));
     _mm256_storeu_si256((__m256i *)symbols, _mm512_cvtepi16_epi8(_mm512_add_epi16(k, zero)));
+#elif defined(__aarch64__)
+    (void)to_class, (void)columns;
+    for (int i = 0; i < CODER_LANES; i += 16)
+        ecdq_sixteen(plan, y + i, per_unit, dither + i, stratum, symbols + i);
 #else
     vu numbers[VECTORS];
 #pragma GCC unroll 8
@@ -88,6 +92,9 @@ INLINE void ecdq_points(const uint8_t *columns, const uint8_t *dither, uint32_t 
         words = i % 2 ? _mm256_unpackhi_epi16(words, zero) : _mm256_unpacklo_epi16(words, zero);
         points[i] = (vf)_mm256_cvtepi32_ps(words);
     }
+#elif defined(__aarch64__)
+    for (int i = 0; i < CODER_LANES; i += 16)
+        points_of_sixteen(columns + i, dither + i, stratum, points + i / LANES);
 #else
     for (int i = 0; i < VECTORS; i++) {
         vu column = load_bytes(columns + LANES * i), g = load_bytes(dither + LANES * i) + stratum;

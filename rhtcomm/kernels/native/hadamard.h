@@ -3,6 +3,23 @@
 #include "sums.h"
 #include "vectors.h"
 
+/* The vectors of the first pass, and those that a later one has side by side. */
+#if defined(__aarch64__) /* which has 32 registers, and loads and stores two at a time */
+enum { FIRST = 16, SIDE = 2 };
+#else
+enum { FIRST = RADIX, SIDE = 1 };
+#endif
+
+#if defined(__aarch64__)
+/* The highest bits are `signs` from bit j on; others follow. Reads 32 bits at a time. */
+INLINE vu highest_signs(const uint8_t *signs, int64_t j) {
+    uint32_t word, at = (uint32_t)j % 32;
+    memcpy(&word, signs + (uint64_t)j / 32 * 4, 4);
+    const vu last = ((vu){0} + word) << (3 - (vu)ascending); /* from bit 28 on */
+    return last << (28 - at);
+}
+#endif
+
 /* Lanes whose bit is set in the LANES bits of `signs` from bit j on are negated. May read, and ignore,
  * the 3 bytes behind these. */
 INLINE vf apply_signs(vf v, const uint8_t *signs, int64_t j) {
@@ -10,11 +27,24 @@ INLINE vf apply_signs(vf v, const uint8_t *signs, int64_t j) {
     __mmask16 minus;
     memcpy(&minus, signs + j / 8, 2);
     return (vf)_mm512_mask_xor_epi32((__m512i)v, minus, (__m512i)v, _mm512_set1_epi32(INT32_MIN));
+#elif defined(__aarch64__)
+    const uint32x4_t bits = (uint32x4_t)((vu)v ^ highest_signs(signs, j));
+    return (vf)vbslq_u32(vdupq_n_u32(0x80000000u), bits, (uint32x4_t)v);
 #else
     uint32_t word;
     memcpy(&word, signs + j / 8, 4);
     vu highest = ((vu){0} + (word >> (j % 8))) << (31 - (vu)ascending); /* its bit, then others */
     return (vf)((vu)v ^ (highest & 0x80000000u));
+#endif
+}
+
+/* The same of v * factor, where factor >= 0. */
+INLINE vf times_signed(vf v, float factor, const uint8_t *signs, int64_t j) {
+#if defined(__aarch64__)
+    const uint32x4_t bits = (uint32x4_t)highest_signs(signs, j);
+    return v * (vf)vbslq_u32(vdupq_n_u32(0x80000000u), bits, vdupq_n_u32(to_bits(factor)));
+#else
+    return apply_signs(v * factor, signs, j);
 #endif
 }
 
@@ -33,6 +63,9 @@ INLINE vf swap_lanes(vf v, const int stride) {
     case 2: return (vf)_mm256_permute_ps((__m256)v, 0x4E);
     default: return (vf)_mm256_permute2f128_ps((__m256)v, (__m256)v, 0x01);
     }
+#elif defined(__aarch64__)
+    return stride == 1 ? (vf)vrev64q_f32((float32x4_t)v)
+                       : (vf)vextq_f32((float32x4_t)v, (float32x4_t)v, 2);
 #else
     vf out;
     for (int i = 0; i < LANES; i++) out[i] = v[i ^ stride];
@@ -46,6 +79,8 @@ INLINE vf multiply_add(vf a, vf b, vf c) {
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
     return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
 #endif
@@ -98,62 +133,75 @@ typedef struct {
     float factors[2];
 } Finish;
 
-INLINE void store_finished(const Finish *finish, int64_t j, vf v) {
-    v = apply_signs(v, finish->signs, j) * finish->factors[0] * finish->factors[1];
-    store(finish->to + j, v);
+/* v belongs at j + ahead, where `ahead` is a multiple of 32. */
+INLINE void store_finished(const Finish *finish, int64_t j, int64_t ahead, vf v) {
+    v = times_signed(v, finish->factors[0], finish->signs + ahead / 8, j) * finish->factors[1];
+    store(finish->to + j + ahead, v);
 }
 
-/* Strides h, 2 h, ..., radix h / 2, for h >= LANES. */
+/* The squares of results that lie side by side in r, and their largest magnitude. */
+INLINE void measure(Measures *measures, int64_t j, const vf *r, const int radix) {
+    vf square[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < radix / 2; i++) {
+        vf a = r[i], b = r[i + radix / 2];
+        square[i] = a * a + b * b;
+        vi magnitude = larger((vi)a & INT32_MAX, (vi)b & INT32_MAX);
+        measures->peak = larger(measures->peak, magnitude);
+    }
+#pragma GCC unroll 4
+    for (int half = radix / 4; half; half /= 2)
+#pragma GCC unroll 4
+        for (int i = 0; i < half; i++) square[i] = square[i] + square[i + half];
+    store(measures->squares + j, square[0]);
+}
+
+/* Strides h, 2 h, ..., radix h / 2, for h >= LANES SIDE. */
 INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix, Measures *measures,
                       const Finish *finish) {
     for (int64_t base = 0; base < size; base += h * radix)
-        for (int64_t j = 0; j < h; j += LANES) {
-            vf r[16], square[8];
-#pragma GCC unroll 16
-            for (int i = 0; i < radix; i++) r[i] = load(y + base + j + i * h);
-            register_stages(r, radix);
+        for (int64_t j = 0; j < h; j += LANES * SIDE) {
+            vf r[SIDE][16];
 #pragma GCC unroll 16
             for (int i = 0; i < radix; i++)
-                if (finish)
-                    store_finished(finish, base + j + i * h, r[i]);
-                else
-                    store(y + base + j + i * h, r[i]);
+#pragma GCC unroll 2
+                for (int k = 0; k < SIDE; k++) r[k][i] = load(y + base + j + k * LANES + i * h);
+#pragma GCC unroll 2
+            for (int k = 0; k < SIDE; k++) register_stages(r[k], radix);
+#pragma GCC unroll 16
+            for (int i = 0; i < radix; i++)
+#pragma GCC unroll 2
+                for (int k = 0; k < SIDE; k++)
+                    if (finish) /* `|` shows compilers that both share the word of their signs */
+                        store_finished(finish, (base + j) | (k * LANES), i * h, r[k][i]);
+                    else
+                        store(y + base + j + k * LANES + i * h, r[k][i]);
             if (!measures) continue;
-#pragma GCC unroll 8
-            for (int i = 0; i < radix / 2; i++) {
-                vf a = r[i], b = r[i + radix / 2];
-                square[i] = a * a + b * b;
-                vi magnitude = larger((vi)a & INT32_MAX, (vi)b & INT32_MAX);
-                measures->peak = larger(measures->peak, magnitude);
-            }
-#pragma GCC unroll 4
-            for (int half = radix / 4; half; half /= 2)
-#pragma GCC unroll 4
-                for (int i = 0; i < half; i++) square[i] = square[i] + square[i + half];
-            store(measures->squares + j, square[0]);
+#pragma GCC unroll 2
+            for (int k = 0; k < SIDE; k++) measure(measures, j + k * LANES, r[k], radix);
         }
 }
 
-/* y <- factor * signs * from, or from where signs is NULL, and strides up to LANES RADIX / 2. A stage goes
+/* y <- factor * signs * from, or from where signs is NULL, and strides up to LANES radix / 2. A stage goes
  * through all vectors before the next one, since each step of a vector waits for the one before. */
 INLINE void first_pass(float *y, const float *from, int64_t size, const uint8_t *signs, float factor,
-                       const char *ahead, int64_t width) {
-    for (int64_t base = 0; base < size; base += LANES * RADIX) {
-        vf r[RADIX];
-        for (int i = 0; i < LANES * RADIX; i += 16)
+                       const char *ahead, int64_t width, const int radix) {
+    for (int64_t base = 0; base < size; base += LANES * radix) {
+        vf r[16];
+        for (int i = 0; i < LANES * radix; i += 16)
             __builtin_prefetch(ahead + (base + i) * width, 0, 2);
 #pragma GCC unroll 16
-        for (int i = 0; i < RADIX; i++) {
+        for (int i = 0; i < radix; i++) {
             r[i] = load(from + base + i * LANES);
-            if (signs) r[i] = apply_signs(r[i] * factor, signs + base / 8, i * LANES);
+            if (signs) r[i] = times_signed(r[i], factor, signs + base / 8, i * LANES);
         }
 #pragma GCC unroll 4
         for (int stride = 1; stride < LANES; stride *= 2)
 #pragma GCC unroll 16
-            for (int i = 0; i < RADIX; i++) r[i] = lane_stage(r[i], stride);
-        register_stages(r, RADIX);
+            for (int i = 0; i < radix; i++) r[i] = lane_stage(r[i], stride);
+        register_stages(r, radix);
 #pragma GCC unroll 16
-        for (int i = 0; i < RADIX; i++) store(y + base + i * LANES, r[i]);
+        for (int i = 0; i < radix; i++) store(y + base + i * LANES, r[i]);
     }
 }
 
@@ -166,16 +214,22 @@ INLINE int64_t transform(float *y, const float *from, int64_t size, const uint8_
                          const Finish *finish) {
     int64_t h;
     if (!ahead) ahead = (const char *)from;
-    if (size >= LANES * RADIX) {
+    if (size >= LANES * FIRST) {
         if (signs)
-            first_pass(y, from, size, signs, factor, ahead, width);
+            first_pass(y, from, size, signs, factor, ahead, width, FIRST);
         else
-            first_pass(y, from, size, NULL, factor, ahead, width);
+            first_pass(y, from, size, NULL, factor, ahead, width, FIRST);
+        h = LANES * FIRST;
+    } else if (FIRST > RADIX) { /* size = LANES RADIX */
+        if (signs)
+            first_pass(y, from, size, signs, factor, ahead, width, RADIX);
+        else
+            first_pass(y, from, size, NULL, factor, ahead, width, RADIX);
         h = LANES * RADIX;
     } else {
         for (int64_t base = 0; base < size; base += LANES) {
             vf v = load(from + base);
-            if (signs) v = apply_signs(v * factor, signs, base);
+            if (signs) v = times_signed(v, factor, signs, base);
             store(y + base, lane_stages(v));
         }
         h = LANES;
@@ -213,5 +267,5 @@ static void hadamard_finished(float *y, int64_t size, const uint8_t *signs, cons
                               int64_t width, const Finish *finish) {
     const Finish f = *finish; /* a local copy, which stores of vectors cannot alias */
     if (!transform(y, y, size, signs, 1.0f, ahead, width, NULL, &f))
-        for (int64_t j = 0; j < size; j += LANES) store_finished(&f, j, load(y + j));
+        for (int64_t j = 0; j < size; j += LANES) store_finished(&f, j, 0, load(y + j));
 }

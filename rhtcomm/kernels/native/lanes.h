@@ -39,6 +39,9 @@ INLINE vu load_bytes(const uint8_t *bytes) {
     return (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes));
 #elif defined(__AVX2__)
     return (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)bytes));
+#elif defined(__aarch64__)
+    const uint8x8_t four = vreinterpret_u8_u32(vld1_dup_u32((const u32 *)bytes));
+    return (vu)vmovl_u16(vget_low_u16(vmovl_u8(four)));
 #else
     vu numbers;
     for (int i = 0; i < LANES; i++) numbers[i] = bytes[i];

@@ -1,6 +1,7 @@
 /* The lattice: codes of a uniform grid that ranks can add; see lattice.py. */
 #pragma once
 #include "blocks.h"
+#include "decode.h"
 #include "formats.h"
 #include "hadamard.h"
 #include "quic_fl.h"
@@ -68,38 +69,62 @@ static void lattice_rotate(const Summing *c, const Plan *plan, const Scratch *sc
     c->bounds[block.scale / 4] = finite ? bound_of(largest_magnitude(y, size), exponent) : NOT_FINITE;
 }
 
+enum { BESIDE = 4 }; /* vectors of words that are packed side by side */
+
+/* words[j .. j + LANES count - 1] <- the sums of codes[i m + j ..] 2^(i w) over the lanes i. */
+INLINE void add_lanes_at(const u32 *codes, int64_t m, int width, int64_t j, const int count,
+                         uint32_t *words) {
+    vu word[BESIDE];
+    for (int k = 0; k < count; k++) word[k] = *(const vu *)(codes + j + k * LANES);
+    codes += j;
+    for (int i = 1; i < 32 / width; i++) {
+        codes += m;
+        for (int k = 0; k < count; k++) word[k] |= *(const vu *)(codes + k * LANES) << (i * width);
+    }
+    for (int k = 0; k < count; k++) *(vu *)(words + j + k * LANES) = word[k];
+}
+
 /* words[j] <- the sum of codes[i m + j] 2^(i w) over the lanes i, for m words. */
 static void add_lanes(const u32 *codes, int64_t m, int width, uint32_t *words) {
-    const int lanes = 32 / width;
-    for (int64_t j = 0; j < m; j += LANES) {
-        if (m < LANES) { /* one by one */
-            for (int64_t k = 0; k < m; k++) {
-                words[k] = 0;
-                for (int i = 0; i < lanes; i++) words[k] |= codes[i * m + k] << (i * width);
-            }
-            return;
+    if (m < LANES) { /* one by one */
+        for (int64_t k = 0; k < m; k++) {
+            words[k] = 0;
+            for (int i = 0; i < 32 / width; i++) words[k] |= codes[i * m + k] << (i * width);
         }
-        j = least(j, m - LANES); /* the last ones twice */
-        vu word = *(const vu *)(codes + j);
-        for (int i = 1; i < lanes; i++) word |= *(const vu *)(codes + i * m + j) << (i * width);
-        *(vu *)(words + j) = word;
+        return;
+    }
+    int64_t j = 0;
+    for (; j + BESIDE * LANES <= m; j += BESIDE * LANES) add_lanes_at(codes, m, width, j, BESIDE, words);
+    for (; j < m; j += LANES) /* the last ones twice */
+        add_lanes_at(codes, m, width, least(j, m - LANES), 1, words);
+}
+
+/* The inverse of add_lanes_at(). */
+INLINE void split_lanes_at(const uint32_t *words, int64_t m, int width, int64_t j, const int count,
+                           u32 *codes) {
+    const uint32_t mask = width < 32 ? (1u << width) - 1 : UINT32_MAX;
+    vu word[BESIDE];
+    for (int k = 0; k < count; k++) word[k] = *(const vu *)(words + j + k * LANES);
+    codes += j;
+    for (int i = 0; i < 32 / width; i++) {
+        for (int k = 0; k < count; k++)
+            *(vu *)(codes + k * LANES) = word[k] >> (i * width) & mask;
+        codes += m;
     }
 }
 
-/* The inverse. */
+/* The inverse of add_lanes(). */
 static void split_lanes(const uint32_t *words, int64_t m, int width, u32 *codes) {
-    const int lanes = 32 / width;
-    const uint32_t mask = width < 32 ? (1u << width) - 1 : UINT32_MAX;
-    for (int64_t j = 0; j < m; j += LANES) {
-        if (m < LANES) {
-            for (int64_t k = 0; k < m; k++)
-                for (int i = 0; i < lanes; i++) codes[i * m + k] = words[k] >> (i * width) & mask;
-            return;
-        }
-        j = least(j, m - LANES);
-        const vu word = *(const vu *)(words + j);
-        for (int i = 0; i < lanes; i++) *(vu *)(codes + i * m + j) = word >> (i * width) & mask;
+    if (m < LANES) {
+        const uint32_t mask = width < 32 ? (1u << width) - 1 : UINT32_MAX;
+        for (int64_t k = 0; k < m; k++)
+            for (int i = 0; i < 32 / width; i++) codes[i * m + k] = words[k] >> (i * width) & mask;
+        return;
     }
+    int64_t j = 0;
+    for (; j + BESIDE * LANES <= m; j += BESIDE * LANES)
+        split_lanes_at(words, m, width, j, BESIDE, codes);
+    for (; j < m; j += LANES) split_lanes_at(words, m, width, least(j, m - LANES), 1, codes);
 }
 
 static void lattice_encode(const Summing *c, const Plan *plan, const Scratch *scratch, Unit unit) {
@@ -116,14 +141,19 @@ static void lattice_encode(const Summing *c, const Plan *plan, const Scratch *sc
         per_unit *= power_of_two(exponent < -126 ? -126 : exponent);
     }
     const uint8_t *dither = draw_dither(plan, &c->origin, offset, s.dither);
-    const vu turn = (vu){0} + (uint32_t)(65536 * c->origin.rank / c->origin.world_size);
+    const uint32_t stratum = (uint32_t)(65536 * c->origin.rank / c->origin.world_size);
     u32 *codes = (u32 *)s.sum; /* up to 31 of the last lane's lie in s.room */
     memset(codes + size, 0, 4 * 32);
+#if defined(__aarch64__)
+    lattice_codes(y, size, per_unit, dither, stratum, middle, codes);
+#else
+    const vu turn = (vu){0} + stratum;
     for (int64_t j = 0; j < size; j += LANES) {
         const vu v = dither_halves(dither, j, 1, turn);
         const vi z = to_integers(load(y + j) * per_unit);
         *(vu *)(codes + j) = (vu)(z + middle + (vi)v) >> 16;
     }
+#endif
     add_lanes(codes, unit.bytes / 4, lane_bits(plan, &c->origin), c->words + block.packed / 4);
 }
 
@@ -138,11 +168,12 @@ static void lattice_values(const Summing *c, const Plan *plan, Scratch s, Unit u
     const float rest = 32768.0f * (float)(1 - twice % 2) -
                        0.5f * (float)least(n & -n, 65536);
     const uint32_t half = (uint32_t)(twice / 2);
+    const vh factor = (vh)((vu){0} + (uint32_t)(n & 0xffff));
     for (int64_t j = 0; j < plan->size; j += LANES) {
-        const vu f = dither_halves(dither, j, 1, (vu){0}) * (uint32_t)n & 0xffff;
+        const vi f = (vi)((vh)dither_halves(dither, j, 1, (vu){0}) * factor); /* mod 2^16 */
         const vi sum = (vi)(*(const vu *)(codes + j) - half);
-        vf value = __builtin_convertvector(sum, vf) * 65536.0f;
-        value = value + (rest - __builtin_convertvector((vi)f, vf));
+        const vf value = multiply_add(__builtin_convertvector(sum, vf), (vf){0} + 65536.0f,
+                                      rest - __builtin_convertvector(f, vf));
         store(s.y + j, value * unit_of_bound);
     }
 }
@@ -158,19 +189,14 @@ static void lattice_decode(const Summing *c, const Plan *plan, const Scratch *sc
         for (int64_t j = 0; j < size; j++) to[j] = bound == ZERO ? 0.0f : NAN;
     } else {
         lattice_values(c, plan, s, unit, offset);
-        const uint8_t *signs = NULL;
-        for (int i = plan->rotations - 1; i >= 0; i--) {
-            hadamard(s.y, s.y, size, signs, 1.0f, i ? NULL : out, bytes_of(c->dtype));
-            signs = draw_signs(plan, &c->origin, i, 0, offset, s.signs);
-        }
         /* d^(-k) times the bound, in two factors, neither of which is subnormal. */
         int32_t exponent;
         float factor = split_bound(bound, &exponent) * (float)plan->normalization;
         const int32_t usual = exponent < -126 ? -126 : exponent > 127 ? 127 : exponent;
         factor *= power_of_two(exponent - usual);
-        const float up = power_of_two(usual);
-        for (int64_t j = 0; j < size; j += LANES)
-            store(to + j, apply_signs(load(s.y + j), signs, j) * factor * up);
+        const float factors[] = {factor, power_of_two(usual)};
+        const Decoding d = {.origin = c->origin, .dtype = c->dtype};
+        unrotate_to(&d, plan, s, offset, factors, out, to);
     }
     if (to == s.y) write_block(to, c->dtype, block.numel, out);
 }

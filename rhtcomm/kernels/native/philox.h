@@ -3,6 +3,9 @@
 #include "plan.h"
 #include "vectors.h"
 
+#if defined(__aarch64__)
+#include "philox_neon.h"
+#else
 /* Products of the low halves of 64-bit lanes; the upper halves may hold anything. */
 INLINE vl multiply_low_halves(vl a, uint32_t b) {
 #if defined(__AVX512F__)
@@ -36,7 +39,8 @@ INLINE void store_words(uint32_t *to, const vl *c) {
 #endif
 }
 
-enum { ROUNDS = 10, SETS = 4 }; /* the multiplications of one set wait for each other */
+/* The multiplications of one set of calls wait for each other. */
+enum { ROUNDS = 10, SETS = 4, CALLS = LANES / 2 };
 
 /* Calls `call` .. `call + calls - 1` of a stream, four words each; writes SETS vectors of calls at a
  * time, so `out` must have room for calls rounded up to a multiple of SETS LANES / 2. */
@@ -80,6 +84,7 @@ static void philox(const Origin *origin, uint32_t purpose, uint64_t call, int64_
         for (int set = 0; set < SETS; set++) store_words(out + 4 * (done + set * width), c[set]);
     }
 }
+#endif
 
 /* The signs of one block, one bit per coordinate, from the bit of its first coordinate on: blocks
  * smaller than 128 coordinates share a call. `room` is scratch that the result points into. */

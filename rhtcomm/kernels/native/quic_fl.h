@@ -7,6 +7,8 @@
 
 #if defined(__AVX512VBMI__)
 #include "quic_fl_bytes.h"
+#elif defined(__aarch64__)
+#include "quic_fl_neon.h"
 #endif
 
 /* Coordinates of a table look-up. Their indices are in memory before the first of them is read, since
@@ -51,14 +53,17 @@ INLINE void store_upper(u32 *to, vu a, vu b) {
  * coordinate j is its word rotated until byte j mod 4 is on top; v is its upper half, u the lower one. */
 INLINE vu dither_halves(const uint8_t *dither, int64_t j, const int upper, vu turn) {
     vu halves;
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__aarch64__)
     /* Byte b of lane c comes from byte (c + 1 + b) mod 4 of its word; bytes 2 and 3 are zero. */
 #define FROM(c, b) (uint8_t)((c) / 4 * 4 + ((c) + 1 + (b)) % 4)
 #define LOWER(c) FROM(c, 0), FROM(c, 1), 0x80, 0x80
 #define UPPER(c) FROM(c, 2), FROM(c, 3), 0x80, 0x80
     static const uint8_t from[2][4 * LANES]
         __attribute__((aligned(4 * LANES))) = {{EACH_LANE(LOWER)}, {EACH_LANE(UPPER)}};
-#if defined(__AVX512F__)
+#if defined(__aarch64__)
+    const u32 *word = (const u32 *)(dither + j);
+    halves = (vu)vqtbl1q_u8(vreinterpretq_u8_u32(vld1q_dup_u32(word)), vld1q_u8(from[upper]));
+#elif defined(__AVX512F__)
     __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(dither + j)));
     halves = (vu)_mm512_shuffle_epi8(words, _mm512_load_si512(from[upper]));
 #else
@@ -99,6 +104,10 @@ static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak
         return scale;
     }
 #endif
+#if defined(__aarch64__)
+    (void)size;
+    quic_fl_codes(plan, y, dither, stratum, unit, codes);
+#else
     const u32 *positions = (const u32 *)plan->positions;
     const vu turn_v = (vu){0} + (stratum << 8), turn_u = turn_v + (uint32_t)plan->middle;
     u32 nodes[TILE / 2];
@@ -125,6 +134,7 @@ static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak
             store_bytes(codes + base + j, position);
         }
     }
+#endif
     return scale;
 }
 
@@ -182,6 +192,12 @@ static void quic_fl_add(const Plan *plan, const uint8_t *codes, const uint8_t *d
         return;
     }
 #endif
+#if defined(__aarch64__)
+    if (initial)
+        quic_fl_add_sixteens(plan, codes, dither, stratum, scale, 1, y);
+    else
+        quic_fl_add_sixteens(plan, codes, dither, stratum, scale, 0, y);
+#else
     const int wide = plan->bits + plan->shared_bits > 8;
     if (wide && initial)
         quic_fl_look_up(plan, codes, dither, stratum, scale, 1, 1, y);
@@ -191,4 +207,5 @@ static void quic_fl_add(const Plan *plan, const uint8_t *codes, const uint8_t *d
         quic_fl_look_up(plan, codes, dither, stratum, scale, 0, 1, y);
     else
         quic_fl_look_up(plan, codes, dither, stratum, scale, 0, 0, y);
+#endif
 }

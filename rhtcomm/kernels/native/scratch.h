@@ -13,7 +13,7 @@ typedef struct {
     Lanes *lanes; /* ECDQ: of K ranks */
 } Scratch;
 
-enum { PHILOX_OVERRUN = 8 * SETS * LANES };
+enum { PHILOX_OVERRUN = 16 * SETS * CALLS };
 
 static size_t scratch_bytes(int64_t size, int64_t ranks) {
     size_t bytes = (size_t)size * (3 * sizeof(float) + 1);

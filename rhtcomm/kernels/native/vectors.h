@@ -6,6 +6,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__FAST_MATH__) || defined(__RECIPROCAL_MATH__) || defined(__ASSOCIATIVE_MATH__) || \
@@ -65,6 +67,8 @@ INLINE vi larger(vi a, vi b) {
     return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
     return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#elif defined(__aarch64__)
+    return (vi)vmaxq_s32((int32x4_t)a, (int32x4_t)b);
 #else
     vi mask = a > b;
     return (a & mask) | (b & ~mask);
@@ -73,9 +77,13 @@ INLINE vi larger(vi a, vi b) {
 
 /* Of a vector without negative numbers. */
 INLINE uint32_t largest_lane(vi v) {
+#if defined(__aarch64__)
+    return (uint32_t)vmaxvq_s32((int32x4_t)v);
+#else
     int32_t largest = 0;
     for (int i = 0; i < LANES; i++) largest = v[i] > largest ? v[i] : largest;
     return (uint32_t)largest;
+#endif
 }
 
 INLINE vi to_integers(vf v) {
