@@ -10,6 +10,7 @@ of the torch reference. Contestants are interleaved, so that a noisy machine dis
 import argparse
 import functools
 import socket
+import statistics
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,14 +19,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import rhtcomm
+import rhtcomm.hooks
 from lib.machine import machine
 from lib.report import table
 from lib.timing import interleave, milliseconds
+from rhtcomm.bench.contestants import Bucket
 from rhtcomm.hooks.scales import Scales
 from rhtcomm.kernels import Kernel, reference, use
 
 KEY = rhtcomm.Key(seed=1)
+FLOAT32 = "float32 all_reduce (Gloo)"
+
+Times = dict[str, tuple[float, float, float]]  # quantiles, by contestant
 
 
 def with_kernel(kernel: Kernel, action: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -145,8 +150,10 @@ def kernel_table(mebibytes: float, threads: int, rounds: int, quick: bool) -> No
     print(f"equalize=True adds {added / codec_time:.2f} of QUIC-FL's encode and decode K = 2.")
 
 
-def hook_rank(rank: int, port: int, mebibytes: float, rounds: int) -> None:
-    """The exchange of one bucket between 2 ranks on loopback, as the hook makes it."""
+def hook_rank(
+    rank: int, port: int, mebibytes: float, rounds: int, results: "mp.SimpleQueue[Times]"
+) -> None:
+    """The exchange of one bucket between 2 ranks on loopback, by the hook; rank 0 tells times."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -155,38 +162,53 @@ def hook_rank(rank: int, port: int, mebibytes: float, rounds: int) -> None:
         world_size=2,
         timeout=timedelta(seconds=60),
     )
-    communicator = rhtcomm.TorchCommunicator()
     x = torch.randn(int(mebibytes * 2**18), generator=torch.Generator().manual_seed(rank))
     mean = x.clone()
     dist.all_reduce(mean)
     mean /= 2
     raw = x.clone()
-    contestants: dict[str, Callable[[], object]] = {
-        "float32 all_reduce (Gloo)": lambda: dist.all_reduce(raw),
-    }
+    contestants: dict[str, Callable[[], object]] = {FLOAT32: lambda: dist.all_reduce(raw)}
     for bits in (2, 4, 8):
-        codec = rhtcomm.Codec(rhtcomm.QuicFL(bits), rotations=2)
-        y = x.clone()
-        rhtcomm.all_reduce(y, codec, KEY, communicator)
-        error = ((y - mean).square().sum() / mean.square().sum()).item()
+        state, bucket = rhtcomm.hooks.RHTState(bits=bits, warmup_steps=0), Bucket.of(x)
+
+        def exchange(state: rhtcomm.hooks.RHTState = state, bucket: Bucket = bucket) -> None:
+            rhtcomm.hooks.rht_hook(state, bucket).wait()  # type: ignore[arg-type]
+
+        exchange()
+        error = ((bucket.tensor - mean).square().sum() / mean.square().sum()).item()
         bound = 0.5 * 4.0 ** (2 - bits)
         if not error < bound:
             raise AssertionError(f"the mean at {bits} bits is off: NMSE {error}")
-        contestants[f"rhtcomm, b = {bits}"] = functools.partial(
-            rhtcomm.all_reduce, y, codec, KEY, communicator, check=False
-        )
+        contestants[f"rhtcomm, b = {bits}"] = exchange
     times = interleave(contestants, rounds)
     if rank == 0:
-        floor = times["float32 all_reduce (Gloo)"][1]
-        print(f"\n{mebibytes:g} MiB of float32, 2 ranks on loopback, 1 thread each\n")
-        rows = [
-            [name, *milliseconds(seconds), f"{seconds[1] / floor:.2f}"]
-            for name, seconds in times.items()
-        ]
-        header = ["", "median, ms", "10% .. 90%, ms", "ratio to float32"]
-        print(table(header, rows), end="")
+        results.put(times)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def hook_table(mebibytes: float, rounds: int, starts: int) -> None:
+    """Medians over several starts of the processes, between which float32's own time varies."""
+    found: list[Times] = []
+    for _ in range(starts):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        results: mp.SimpleQueue[Times] = mp.get_context("spawn").SimpleQueue()
+        mp.spawn(hook_rank, (port, mebibytes, rounds, results), nprocs=2)
+        found.append(results.get())
+    print(f"\n{mebibytes:g} MiB of float32, 2 ranks on loopback, 1 thread each, {rounds} rounds in")
+    print(f"each of {starts} starts; medians over the starts (least .. most)\n")
+    rows = []
+    for name in found[0]:
+        medians = [1e3 * times[name][1] for times in found]
+        ratios = [times[name][1] / times[FLOAT32][1] for times in found]
+        rows.append([name, _spread(medians, ".1f"), _spread(ratios, ".2f")])
+    print(table(["", "median, ms", "ratio to float32 of the same start"], rows), end="")
+
+
+def _spread(values: list[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} .. {max(values):{form}})"
 
 
 def main() -> None:
@@ -196,13 +218,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--quick", action="store_true", help="b = 4 and K = 1, 2 only")
     parser.add_argument("--hook", action="store_true", help="the whole exchange on loopback")
+    parser.add_argument("--starts", type=int, default=5, help="of the ranks, with --hook")
     arguments = parser.parse_args()
     print(machine())
     if arguments.hook:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        mp.spawn(hook_rank, (port, arguments.mebibytes, arguments.rounds), nprocs=2)
+        hook_table(arguments.mebibytes, arguments.rounds, arguments.starts)
         return
     for threads in arguments.threads:
         kernel_table(arguments.mebibytes, threads, arguments.rounds, arguments.quick)

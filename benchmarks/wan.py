@@ -196,8 +196,8 @@ otherwise. "After a pause" of {PAUSE:g} s, or directly after another exchange ("
 "4 bits, 8": this hook, over 8 connections. "float32": torch's hook, over one. The bytes of 4 bits
 take 274 ms at the link's rate, those of float32 2194 ms, and the way takes 25 ms.
 
-The run was made in parts, in each of which all contestants of a column took turns. All of them had
-the same bits. They went over Gloo's connections, before the hook had sockets of its own.
+The run was made in parts, in each of which all contestants of a column took turns (float32 in the
+first one only). All of ours had the same bits.
 
 {table(["", *header], lines)}"""
 

@@ -219,7 +219,9 @@ def rows_of(shape: Sequence[int], length: int) -> int:
 
 def merge_(used: torch.Tensor, rows: torch.Tensor) -> None:
     """used (m,) <- bitwise or of the rows (n, m), uint8."""
-    if used.numel():
+    if used.is_cpu:  # torch would need a call for each row
+        np.bitwise_or.reduce(rows.numpy(), axis=0, out=used.numpy())
+    elif used.numel():
         used.copy_(rows[0])
         for row in rows[1:]:
             used |= row

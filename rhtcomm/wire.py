@@ -19,7 +19,7 @@ zero a block of zeros.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from ctypes import memmove
 from dataclasses import dataclass
 from functools import lru_cache
@@ -153,23 +153,28 @@ class Headers:
 
     def make(
         self,
-        rotations: int,
-        wanted: int | None,
+        counts: Sequence[int],
+        shards: int,
         key: Key,
+        offset: int,
         rank: int,
         world_size: int,
-        offset: int,
         numel: int,
     ) -> bytes:
-        """One header; `wanted` is passed only with "auto"."""
+        """The headers of payloads (K, shards) of `numel` coordinates each, one for each count.
+
+        They come from K adjacent ranks, starting with `rank`, and the first shard is at `offset`. A
+        count is a number of rotations, plus 16 times the number that the sender wants next, which
+        is 0 unless "auto".
+        """
         owner = f", {key.owner}" if key.owner else ""
-        origin = (
-            f"({key.seed}, {key.step}, {key.bucket}, {key.hop}, {rank}, {world_size}, {offset}, "
-            f"{numel}{owner})"
-        )
-        check = blake2b(origin.encode(), digest_size=4).digest()
-        count = rotations + 16 * (wanted or 0)
-        return MARK + bytes((WIRE, count)) + check + self.fingerprint
+        step, headers = f"({key.seed}, {key.step}, {key.bucket}, {key.hop}", b""
+        for i, count in enumerate(counts):
+            sender, shard = rank + i // shards, offset + i % shards * numel
+            origin = f"{step}, {sender}, {world_size}, {shard}, {numel}{owner})"
+            check = blake2b(origin.encode(), digest_size=4).digest()
+            headers += MARK + bytes((WIRE, count)) + check + self.fingerprint
+        return headers
 
     def write(
         self,
@@ -184,12 +189,12 @@ class Headers:
     ) -> None:
         """Write the headers of payloads (shards, at least 16) of `numel` coordinates each.
 
-        The first shard is at `offset`. The host does not wait for the payloads' device.
+        The first shard is at `offset`; `wanted` is passed only with "auto". The host does not wait
+        for the payloads' device.
         """
-        shards, headers = payloads.shape[0], b""
-        for i in range(shards):
-            shard = offset + i * numel
-            headers += self.make(rotations, wanted, key, rank, world_size, shard, numel)
+        shards = payloads.shape[0]
+        counts = (rotations + 16 * (wanted or 0),) * shards
+        headers = self.make(counts, shards, key, offset, rank, world_size, numel)
         if payloads.is_cpu:  # torch takes several times as long for so few bytes
             address, stride = payloads.data_ptr(), payloads.stride(0)
             for i in range(shards):
@@ -230,17 +235,18 @@ class Headers:
         rotations = found[3] % 16 if self.auto else self.rotations
         if rotations not in (1, 2, 3):
             rotations = self.rotations
+        counts: Sequence[int] = (rotations,) * (ranks * shards)
         most = None
-        for i in range(ranks * shards):
-            header = found[i * HEADER_BYTES : (i + 1) * HEADER_BYTES]
-            sender, shard = rank + i // shards, offset + i % shards * numel
-            wanted = None
-            if self.auto:  # replace an invalid number, so that the header differs
-                wanted = min(max(header[3] >> 4, 1), 3)
-                most = max(most or 1, wanted)
-            expected = self.make(rotations, wanted, key, sender, world_size, shard, numel)
-            if header != expected:
-                fact = self._difference(header, expected) or (
+        if self.auto:  # replace an invalid number, so that the header differs
+            wanted = [min(max(count >> 4, 1), 3) for count in found[3::HEADER_BYTES]]
+            counts, most = [rotations + 16 * number for number in wanted], max(wanted)
+        expected = self.make(counts, shards, key, offset, rank, world_size, numel)
+        for i in range(0, len(found), HEADER_BYTES) if found != expected else ():
+            header, other = found[i : i + HEADER_BYTES], expected[i : i + HEADER_BYTES]
+            if header != other:
+                number = i // HEADER_BYTES
+                sender, shard = rank + number // shards, offset + number % shards * numel
+                fact = self._difference(header, other) or (
                     f"was made for another key, rank, world size, offset or length than {key}, "
                     f"rank={sender}, world_size={world_size}, offset={shard}, numel={numel}: "
                     "the ranks are out of step"

@@ -12,6 +12,12 @@ __all__ = ["Connection"]
 _LENGTH_BYTES = 8
 _PARTS = 32  # of messages in one system call
 
+_PROBES = {  # of an idle connection, after 60 s, then every 60 s; it ends if 10 get no answer
+    "TCP_KEEPIDLE": 60,
+    "TCP_KEEPINTVL": 60,
+    "TCP_KEEPCNT": 10,
+}
+
 
 class Connection:
     """To one other rank, for messages that arrive in the order in which they were sent.
@@ -37,6 +43,10 @@ class Connection:
     def __init__(self, connected: socket.socket, peer: str) -> None:
         connected.setblocking(False)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Firewalls forget connections that are idle, and a machine may vanish without a word.
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _PROBES.items():
+            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._socket, self.peer, self._process = connected, peer, os.getpid()
         self.leaving = deque[bytes | memoryview]()
         """What the kernel has not taken yet."""

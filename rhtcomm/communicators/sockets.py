@@ -6,7 +6,7 @@ travels on. Each message follows its length, so ranks that make different calls 
 """
 
 import select
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Literal, TypeVar
 
@@ -23,6 +23,7 @@ _LONGEST = (1 << 31) - 1  # milliseconds that the system can wait
 
 Result = TypeVar("Result")
 _Rows = Sequence[torch.Tensor]  # by rank
+_Messages = Sequence[memoryview]  # by rank
 
 
 class SocketCommunicator(Communicator):
@@ -91,31 +92,32 @@ class SocketCommunicator(Communicator):
     def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         self.bytes_sent += (self.world_size - 1) * x.numel()
         gathered = x.new_empty(self.world_size, x.numel())
-        rows = gathered.unbind(0)
-        rows[self._rank].copy_(x)
-        return self._swap([x] * self.world_size, rows, gathered)
+        mine, incoming = _bytes_of(x), _rows_of(gathered)
+        incoming[self._rank][:] = mine
+        return self._swap([mine] * self.world_size, incoming, gathered)
 
     def start_all_to_all(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         x = x.contiguous()
         self.bytes_sent += (self.world_size - 1) * x.shape[1]
         received = torch.empty_like(x)
-        outgoing, incoming = x.unbind(0), received.unbind(0)
-        incoming[self._rank].copy_(outgoing[self._rank])
+        outgoing, incoming = _rows_of(x), _rows_of(received)
+        incoming[self._rank][:] = outgoing[self._rank]
         return self._swap(outgoing, incoming, received)
 
     def start_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor | None]:
         if self._rank > 0:
             self.bytes_sent += x.numel()
-            return self._end_of([], self._send([x], [0]), None)
+            return self._end_of([], self._send([_bytes_of(x)], [0]), None)
         gathered = x.new_empty(self.world_size, x.numel())
-        gathered[0] = x
-        return self._end_of(self._expect(gathered.unbind(0), self._others), [], gathered)
+        incoming = _rows_of(gathered)
+        incoming[0][:] = _bytes_of(x)
+        return self._end_of(self._expect(incoming, self._others), [], gathered)
 
     def start_broadcast(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         if self._rank > 0:
-            return self._end_of(self._expect([x], [0]), [], x)
+            return self._end_of(self._expect([_bytes_of(x)], [0]), [], x)
         self.bytes_sent += (self.world_size - 1) * x.numel()
-        return self._end_of([], self._send([x] * self.world_size, self._others), x)
+        return self._end_of([], self._send([_bytes_of(x)] * self.world_size, self._others), x)
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         self.start_all_reduce(x, op)()
@@ -139,7 +141,8 @@ class SocketCommunicator(Communicator):
                     ahead = self._start_shards(following)
                 mine = shards[self._rank]
                 _add_up(finish_shards(), op, out=mine)
-                finishing.append(self._swap([mine] * self.world_size, shards, None))
+                messages = [_bytes_of(mine)] * self.world_size
+                finishing.append(self._swap(messages, [*map(_bytes_of, shards)], None))
             for finish_sum in finishing:
                 finish_sum()
             return x
@@ -154,41 +157,45 @@ class SocketCommunicator(Communicator):
             mine if rank == self._rank else torch.empty_like(mine)
             for rank in range(self.world_size)
         ]
-        return shards, self._swap(shards, rows, rows)
+        outgoing, incoming = [*map(_bytes_of, shards)], [*map(_bytes_of, rows)]
+        return shards, self._swap(outgoing, incoming, rows)
 
-    def _swap(self, outgoing: _Rows, incoming: _Rows, result: Result) -> Callable[[], Result]:
+    def _swap(
+        self, outgoing: _Messages, incoming: _Messages, result: Result
+    ) -> Callable[[], Result]:
         """Send outgoing[i] to rank i, and receive incoming[i] from it."""
         arriving = self._expect(incoming, self._others)
         return self._end_of(arriving, self._send(outgoing, self._others), result)
 
-    def _send(self, rows: _Rows, ranks: Sequence[int]) -> list[tuple[Connection, int]]:
-        """Send rows[i] to rank i; returns the numbers of the messages that have not left."""
+    def _send(self, messages: _Messages, ranks: Sequence[int]) -> list[tuple[Connection, int]]:
+        """Send messages[i] to rank i; returns the numbers of those that have not left."""
         leaving = []
-        for rank in ranks:
-            for connection, stripe in self._stripes(rank, rows[rank]):
-                number = connection.send(_bytes_of(stripe))
-                if connection.leaving:
-                    leaving.append((connection, number))
+        for connection, stripe in self._stripes(messages, ranks):
+            number = connection.send(stripe)
+            if connection.leaving:
+                leaving.append((connection, number))
         return leaving
 
-    def _expect(self, rows: _Rows, ranks: Sequence[int]) -> list[tuple[Connection, int]]:
-        """Receive rows[i] from rank i; returns the numbers of the messages."""
-        arriving = []
-        for rank in ranks:
-            for connection, stripe in self._stripes(rank, rows[rank]):
-                arriving.append((connection, connection.expect(_bytes_of(stripe))))
-        return arriving
+    def _expect(self, messages: _Messages, ranks: Sequence[int]) -> list[tuple[Connection, int]]:
+        """Receive messages[i] from rank i; returns their numbers."""
+        return [
+            (connection, connection.expect(stripe))
+            for connection, stripe in self._stripes(messages, ranks)
+        ]
 
     def _stripes(
-        self, rank: int, message: torch.Tensor
-    ) -> Iterable[tuple[Connection, torch.Tensor]]:
-        """The parts of a message to or from a rank, and the connections that carry them."""
-        if not self._connections:
+        self, messages: _Messages, ranks: Sequence[int]
+    ) -> list[tuple[Connection, memoryview]]:
+        """The parts of messages to or from ranks, and the connections that carry them."""
+        if ranks and not self._connections:
             raise self._closed()
-        several = self._opened[rank]
-        if len(several) == 1:  # as short as possible, for small buckets
-            return ((several[0], message),)
-        return zip(several, cut(message, len(several)), strict=False)
+        return [
+            carried
+            for rank in ranks
+            for carried in zip(
+                self._opened[rank], cut(messages[rank], len(self._opened[rank])), strict=False
+            )
+        ]
 
     def _end_of(
         self,
@@ -229,8 +236,9 @@ class SocketCommunicator(Communicator):
         poll, waiting = select.poll(), {}
         for connection in self._connections:
             if wanted := connection.wants:
-                waiting[connection.fileno()] = connection
-                poll.register(connection, wanted)
+                number = connection.fileno()
+                waiting[number] = connection
+                poll.register(number, wanted)
         if not waiting:
             raise self._closed()
         ready = poll.poll(min(_LONGEST, 1000 * self.timeout.total_seconds()))
@@ -270,4 +278,11 @@ def _add_up(rows: _Rows, op: Literal["sum", "max"], out: torch.Tensor) -> None:
 
 
 def _bytes_of(x: torch.Tensor) -> memoryview:
+    """Those of a contiguous tensor, in its own memory."""
     return x.detach().view(-1).view(torch.uint8).numpy().data
+
+
+def _rows_of(x: torch.Tensor) -> _Messages:
+    """The bytes of the rows of x (n, m) uint8; a slice of bytes costs much less than one of x."""
+    whole, (count, length) = _bytes_of(x), x.shape
+    return [whole[i * length : (i + 1) * length] for i in range(count)]

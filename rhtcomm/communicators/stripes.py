@@ -7,8 +7,6 @@ some until it is fast. Each connection does so for itself.
 
 from collections.abc import Sequence
 
-import torch
-
 from rhtcomm.arguments import integer
 
 __all__ = ["check_connections", "check_stripes", "cut"]
@@ -17,10 +15,13 @@ _MOST = 64  # connections to each other rank
 _SHORTEST = 1 << 14  # bytes; TCP begins with about as many before it waits for an answer
 
 
-def cut(message: torch.Tensor, connections: int) -> Sequence[torch.Tensor]:
-    """The stripes of contiguous message (m,), in the order of the connections that carry them."""
-    count = min(connections, message.nbytes // _SHORTEST)
-    return message.tensor_split(count) if count > 1 else (message,)
+def cut(message: memoryview, connections: int) -> Sequence[memoryview]:
+    """The stripes of a message of bytes, in the order of the connections that carry them."""
+    count = min(connections, len(message) // _SHORTEST)
+    if count <= 1:
+        return (message,)
+    length = -(-len(message) // count)
+    return [message[offset : offset + length] for offset in range(0, len(message), length)]
 
 
 def check_connections(connections: object, owner: str) -> int:

@@ -71,7 +71,7 @@ def all_reduce(
             out only with new randomness.
         communicator: who takes part.
         algorithm: "all_gather", "two_shot", "gather" (to rank 0 and back), or "auto": all_gather if
-            it sends at most 256 KiB more than two_shot (as with two ranks), otherwise two_shot. A
+            it sends at most 128 KiB more than two_shot (as with two ranks), otherwise two_shot. A
             `Lattice` allows only "auto".
         min_numel: smaller tensors are sent uncompressed, as float32.
         rotations: only if the codec's are "auto": the number for this call, the same on all ranks,

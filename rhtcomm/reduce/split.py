@@ -19,8 +19,10 @@ __all__ = [
 
 Algorithm = Literal["auto", "all_gather", "two_shot", "gather"]
 
-# Additional bytes that a rank may send to save a round trip; measured: 2 ms at 1 Gbit/s.
-_EXTRA_BYTES = 1 << 18
+# Additional bytes that a rank may send to save a round trip: 1 ms at 1 Gbit/s. There the two were
+# measured to take equally long with 70 KiB between 3 ranks and 280 between 8 on two cores, which
+# posting messages keeps busy; on faster links with more (benchmarks/README.md).
+_EXTRA_BYTES = 1 << 17
 # Coordinates of a chunk's shard (for all_gather, of the chunk): a third of the tensor's, within
 # these limits. They were measured (benchmarks/README.md); more chunks cost more messages.
 FEWEST, MOST = 1 << 18, 3 << 18

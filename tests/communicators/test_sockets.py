@@ -78,6 +78,18 @@ def test_what_was_sent_arrives_after_the_connection_is_closed() -> None:
         there.pull()
 
 
+def test_an_idle_connection_is_probed() -> None:
+    """Otherwise a firewall forgets it, and the end of a machine without a word is never noticed."""
+    for one in connected():
+        with socket.socket(fileno=os.dup(one.fileno())) as same:
+            assert same.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            seconds = same.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            seconds += same.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) * (
+                same.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT)
+            )
+        assert seconds == 660, "the documentation says eleven minutes"
+
+
 def test_a_forked_process_does_not_end_the_connection() -> None:
     """Such as one that loads data: it has copies of the sockets, and collects garbage."""
     here, there = connected()

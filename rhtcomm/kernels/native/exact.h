@@ -16,9 +16,29 @@ INLINE int32_t read_index(const uint8_t *from, int64_t width) {
     return wide;
 }
 
-/* Bit i is set where lane i of |y| factor > bound. */
-INLINE uint32_t lanes_beyond(vf y, float factor, float bound) {
-    vf magnitude = (vf)((vu)y & 0x7fffffffu) * factor;
+#if defined(__aarch64__)
+enum { TOGETHER = 16, APART = 4 };
+
+/* Bit 4 i is set where |y[i]| factor > bound, for 16 coordinates. */
+INLINE uint64_t lanes_beyond(const float *y, float factor, float bound) {
+    uint16x4_t beyond[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const vf magnitude = (vf)((vu)load(y + LANES * i) & 0x7fffffffu) * factor;
+        beyond[i] = vmovn_u32((uint32x4_t)(magnitude > bound));
+    }
+    const uint8x8_t low = vmovn_u16(vcombine_u16(beyond[0], beyond[1]));
+    const uint8x8_t high = vmovn_u16(vcombine_u16(beyond[2], beyond[3]));
+    const uint16x8_t all = vreinterpretq_u16_u8(vcombine_u8(low, high));
+    const uint64x1_t nibbles = vreinterpret_u64_u8(vshrn_n_u16(all, 4));
+    return vget_lane_u64(nibbles, 0) & 0x1111111111111111u;
+}
+#else
+enum { TOGETHER = LANES, APART = 1 };
+
+/* Bit i is set where |y[i]| factor > bound, for LANES coordinates. */
+INLINE uint64_t lanes_beyond(const float *y, float factor, float bound) {
+    vf magnitude = (vf)((vu)load(y) & 0x7fffffffu) * factor;
 #if defined(__AVX512F__)
     return _mm512_cmp_ps_mask((__m512)magnitude, _mm512_set1_ps(bound), _CMP_GT_OQ);
 #elif defined(__AVX2__)
@@ -29,6 +49,7 @@ INLINE uint32_t lanes_beyond(vf y, float factor, float bound) {
     return lanes;
 #endif
 }
+#endif
 
 /* The number of which `nth` of a[0 .. n-1], none of them negative, are larger: the bits of the
  * largest number that more than `nth` reach, from the highest on. */
@@ -49,10 +70,10 @@ static float take_exact(const Plan *plan, float *y, float rms, const uint8_t *di
                         uint32_t stratum, i32 *indices, float *room, uint8_t *section) {
     const int64_t capacity = plan->exact_capacity, width = index_bytes(plan);
     int64_t found = 0, used = 0;
-    for (int64_t j = 0; j < plan->size; j += LANES)
-        for (uint32_t lanes = lanes_beyond(load(y + j), plan->inverse_bound, rms); lanes;
+    for (int64_t j = 0; j < plan->size; j += TOGETHER)
+        for (uint64_t lanes = lanes_beyond(y + j, plan->inverse_bound, rms); lanes;
              lanes &= lanes - 1)
-            indices[found++] = (int32_t)j + __builtin_ctz(lanes);
+            indices[found++] = (int32_t)j + __builtin_ctzll(lanes) / APART;
     float scale = rms;
     if (found > capacity) {
         for (int64_t i = 0; i < found; i++) room[i] = fabsf(y[indices[i]]) * plan->inverse_bound;

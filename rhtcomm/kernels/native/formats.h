@@ -19,6 +19,27 @@ INLINE uint16_t to_half(float value) {
     return (uint16_t)(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
 
+/* Of `count` numbers. */
+INLINE void from_halves(const uint16_t *from, int64_t count, float *y) {
+    int64_t j = 0;
+#if defined(__aarch64__)
+    for (; j + 4 <= count; j += 4) store(y + j, (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + j))));
+#endif
+    for (; j < count; j++) y[j] = from_half(from[j]);
+}
+
+INLINE void to_halves(const float *y, int64_t count, uint16_t *to) {
+    int64_t j = 0;
+#if defined(__aarch64__)
+    for (; j + 4 <= count; j += 4) {
+        const float32x4_t v = (float32x4_t)load(y + j);
+        const uint16x4_t number = vmovn_u32(vceqq_f32(v, v)), nan = vdup_n_u16(0x7e00);
+        vst1_u16(to + j, vbsl_u16(number, vreinterpret_u16_f16(vcvt_f16_f32(v)), nan));
+    }
+#endif
+    for (; j < count; j++) to[j] = to_half(y[j]);
+}
+
 static int64_t bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 /* y[0 .. size-1] from x[0 .. count-1], then zeros. */
@@ -29,8 +50,7 @@ static void read_block(const void *x, int dtype, int64_t count, int64_t size, fl
         const uint16_t *from = x;
         for (int64_t j = 0; j < count; j++) ((u32 *)y)[j] = (uint32_t)from[j] << 16;
     } else {
-        const uint16_t *from = x;
-        for (int64_t j = 0; j < count; j++) y[j] = from_half(from[j]);
+        from_halves(x, count, y);
     }
     memset(y + count, 0, 4 * (size - count));
 }
@@ -46,7 +66,6 @@ static void write_block(const float *y, int dtype, int64_t count, void *x) {
             to[j] = (bits[j] & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
         }
     } else {
-        uint16_t *to = x;
-        for (int64_t j = 0; j < count; j++) to[j] = to_half(y[j]);
+        to_halves(y, count, x);
     }
 }

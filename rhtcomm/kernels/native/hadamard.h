@@ -174,8 +174,8 @@ INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix, Measur
             for (int i = 0; i < radix; i++)
 #pragma GCC unroll 2
                 for (int k = 0; k < SIDE; k++)
-                    if (finish)
-                        store_finished(finish, base + j + k * LANES, i * h, r[k][i]);
+                    if (finish) /* `|` shows compilers that both share the word of their signs */
+                        store_finished(finish, (base + j) | (k * LANES), i * h, r[k][i]);
                     else
                         store(y + base + j + k * LANES + i * h, r[k][i]);
             if (!measures) continue;

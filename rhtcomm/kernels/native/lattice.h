@@ -141,14 +141,19 @@ static void lattice_encode(const Summing *c, const Plan *plan, const Scratch *sc
         per_unit *= power_of_two(exponent < -126 ? -126 : exponent);
     }
     const uint8_t *dither = draw_dither(plan, &c->origin, offset, s.dither);
-    const vu turn = (vu){0} + (uint32_t)(65536 * c->origin.rank / c->origin.world_size);
+    const uint32_t stratum = (uint32_t)(65536 * c->origin.rank / c->origin.world_size);
     u32 *codes = (u32 *)s.sum; /* up to 31 of the last lane's lie in s.room */
     memset(codes + size, 0, 4 * 32);
+#if defined(__aarch64__)
+    lattice_codes(y, size, per_unit, dither, stratum, middle, codes);
+#else
+    const vu turn = (vu){0} + stratum;
     for (int64_t j = 0; j < size; j += LANES) {
         const vu v = dither_halves(dither, j, 1, turn);
         const vi z = to_integers(load(y + j) * per_unit);
         *(vu *)(codes + j) = (vu)(z + middle + (vi)v) >> 16;
     }
+#endif
     add_lanes(codes, unit.bytes / 4, lane_bits(plan, &c->origin), c->words + block.packed / 4);
 }
 
@@ -163,11 +168,12 @@ static void lattice_values(const Summing *c, const Plan *plan, Scratch s, Unit u
     const float rest = 32768.0f * (float)(1 - twice % 2) -
                        0.5f * (float)least(n & -n, 65536);
     const uint32_t half = (uint32_t)(twice / 2);
+    const vh factor = (vh)((vu){0} + (uint32_t)(n & 0xffff));
     for (int64_t j = 0; j < plan->size; j += LANES) {
-        const vu f = dither_halves(dither, j, 1, (vu){0}) * (uint32_t)n & 0xffff;
+        const vi f = (vi)((vh)dither_halves(dither, j, 1, (vu){0}) * factor); /* mod 2^16 */
         const vi sum = (vi)(*(const vu *)(codes + j) - half);
-        vf value = __builtin_convertvector(sum, vf) * 65536.0f;
-        value = value + (rest - __builtin_convertvector((vi)f, vf));
+        const vf value = multiply_add(__builtin_convertvector(sum, vf), (vf){0} + 65536.0f,
+                                      rest - __builtin_convertvector(f, vf));
         store(s.y + j, value * unit_of_bound);
     }
 }

@@ -194,6 +194,12 @@ static void quic_fl_add(const Plan *plan, const uint8_t *codes, const uint8_t *d
         return;
     }
 #endif
+#if defined(__aarch64__)
+    if (initial)
+        quic_fl_add_sixteens(plan, codes, dither, stratum, scale, 1, y);
+    else
+        quic_fl_add_sixteens(plan, codes, dither, stratum, scale, 0, y);
+#else
     const int wide = plan->bits + plan->shared_bits > 8;
     if (wide && initial)
         quic_fl_look_up(plan, codes, dither, stratum, scale, 1, 1, y);
@@ -203,4 +209,5 @@ static void quic_fl_add(const Plan *plan, const uint8_t *codes, const uint8_t *d
         quic_fl_look_up(plan, codes, dither, stratum, scale, 0, 1, y);
     else
         quic_fl_look_up(plan, codes, dither, stratum, scale, 0, 0, y);
+#endif
 }

@@ -1,4 +1,5 @@
-/* The steps of QUIC-FL and ECDQ on 16 coordinates, for aarch64: 16-bit numbers where they suffice. */
+/* The steps of QUIC-FL, ECDQ and the lattice on 16 coordinates, for aarch64: 16-bit numbers where they
+ * suffice. */
 #pragma once
 #include "plan.h"
 #include "vectors.h"
@@ -73,6 +74,30 @@ INLINE void quic_fl_codes(const Plan *plan, const float *y, const uint8_t *dithe
     }
 }
 
+/* y <- or y += scale * level(code, dither). With tables of bytes in registers, as for AVX-512, fewer
+ * instructions would take longer: on most processors, those that look up in four registers are slow. */
+INLINE void quic_fl_add_sixteens(const Plan *plan, const uint8_t *codes, const uint8_t *dither,
+                                 uint32_t stratum, float scale, const int initial, float *y) {
+    const u32 *levels = (const u32 *)plan->levels;
+    const int64_t size = plan->size;
+    const uint8x16_t turn = vdupq_n_u8((uint8_t)stratum);
+    const int16x8_t to_index = vdupq_n_s16((int16_t)(plan->shared_bits - 8));
+    for (int64_t j = 0; j < size; j += 16, y += 16) {
+        const uint8x16_t v = vaddq_u8(vld1q_u8(dither + j), turn), code = vld1q_u8(codes + j);
+        const uint16x8_t low = vreinterpretq_u16_u8(vzip1q_u8(v, code)); /* 256 code + v */
+        const uint16x8_t high = vreinterpretq_u16_u8(vzip2q_u8(v, code));
+        const Halves index = {{vshlq_u16(low, to_index), vshlq_u16(high, to_index)}};
+        vu level[4];
+        look_up_sixteen(levels, index, level);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            vf value = (vf)level[i] * scale;
+            if (!initial) value = load(y + LANES * i) + value;
+            store(y + LANES * i, value);
+        }
+    }
+}
+
 /* The symbols of 16 coordinates; see ecdq.h. */
 INLINE void ecdq_sixteen(const Plan *plan, const float *y, float per_unit, const uint8_t *dither,
                          uint32_t stratum, uint8_t *symbols) {
@@ -102,5 +127,23 @@ INLINE void points_of_sixteen(const uint8_t *columns, const uint8_t *dither, uin
     for (int i = 0; i < 2; i++) {
         points[2 * i] = (vf)vcvtq_f32_u32(vmovl_u16(vget_low_u16(h.val[i])));
         points[2 * i + 1] = (vf)vcvtq_f32_u32(vmovl_high_u16(h.val[i]));
+    }
+}
+
+/* codes <- (y * per_unit + middle + v) >> 16; see lattice.h. */
+INLINE void lattice_codes(const float *y, int64_t size, float per_unit, const uint8_t *dither,
+                          uint32_t stratum, int32_t middle, u32 *codes) {
+    const uint16x8_t turn = vdupq_n_u16((uint16_t)stratum);
+    for (int64_t j = 0; j < size; j += 16) {
+        vu numbers[4];
+        scaled_integers(y + j, per_unit, numbers);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) numbers[i] += (uint32_t)middle;
+        const Halves code = add_halves(numbers, sixteen_halves(dither + j, 1, turn));
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            *(vu *)(codes + j + 8 * i) = (vu)vmovl_u16(vget_low_u16(code.val[i]));
+            *(vu *)(codes + j + 8 * i + LANES) = (vu)vmovl_high_u16(code.val[i]);
+        }
     }
 }

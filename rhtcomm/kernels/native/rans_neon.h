@@ -42,7 +42,7 @@ INLINE void load_symbols(const uint64_t *table, const uint8_t *symbols, uint32x4
     *inverse = vuzp2q_u32(vreinterpretq_u32_u64(a), vreinterpretq_u32_u64(b));
 }
 
-/* x * inverse shifted right by -shift, at most 62, of which the lowest byte of a 64-bit lane counts. */
+/* x * inverse, shifted right by -shift; of a 64-bit lane's shift, the lowest byte counts. */
 INLINE uint32x4_t divide(uint32x4_t x, uint32x4_t inverse, int32x4_t shift) {
     uint64x2_t low = vmull_u32(vget_low_u32(x), vget_low_u32(inverse));
     uint64x2_t high = vmull_high_u32(x, inverse);

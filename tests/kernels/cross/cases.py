@@ -6,7 +6,7 @@ import argparse
 import ctypes
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count, product
 from pathlib import Path
 
@@ -91,9 +91,22 @@ def case(
             exact = rows[1 - rank, :, block * quantizer.bits // 8 :]
             exact[:, :2] = torch.tensor([3, 0], dtype=torch.uint8)
             exact[:, 2 * capacity :][:, :2] = torch.tensor([0, 0x7C], dtype=torch.uint8)
+        if isinstance(quantizer, ECDQ):
+            payloads[1 - rank, section.codes :][:128].view(torch.int32)[:] = _least_state(quantizer)
     out = codec.decode_mean(payloads, key, numel, out=torch.empty(numel, dtype=out_dtype))
     task = codec.task(numel)
-    yield from _case(task, key, 0, 0, RANKS, rank, xs[rank], payloads, _bytes(out), out.dtype)
+    yield from payload_case(
+        task, key, 0, 0, RANKS, rank, xs[rank], payloads, bytes_of(out), out.dtype
+    )
+
+
+def _least_state(quantizer: ECDQ) -> int:
+    """A state that becomes 2^16, the least that no word follows, by a symbol of the first class."""
+    table = quantizer.table
+    symbols = table.entries[: 2 * table.largest + 1, 0].tolist()
+    frequencies = [symbol & 0x1FFF for symbol in symbols]
+    at = next(i for i, frequency in enumerate(frequencies) if 65536 % frequency == 0)
+    return (65536 // frequencies[at] << table.precision) + (symbols[at] >> 13 & 0x1FFF)
 
 
 def golden() -> Iterator[bytes]:
@@ -105,7 +118,7 @@ def golden() -> Iterator[bytes]:
                 continue
             payloads = torch.from_numpy(vectors[f"{known.name}/payloads"])
             x, mean = known.input(known.first_rank), vectors[f"{known.name}/mean"]
-            yield from _case(
+            yield from payload_case(
                 known.codec.task(known.numel, rotations=known.rotations),
                 known.key,
                 known.offset,
@@ -127,48 +140,56 @@ def units() -> Iterator[bytes]:
         x = torch.cat([that_overflows(bits, unit, key), gaussian(unit + 5000)])
         payloads = codec.encode(x, key)[None]
         mean = codec.decode_mean(payloads, key, len(x))
-        yield from _case(codec.task(len(x)), key, 0, 0, 1, 0, x, payloads, _bytes(mean), mean.dtype)
+        yield from payload_case(
+            codec.task(len(x)), key, 0, 0, 1, 0, x, payloads, bytes_of(mean), mean.dtype
+        )
 
 
 def lattices() -> Iterator[bytes]:
-    """The lattice's three steps: of one rank, given what all of them have."""
-    shapes = product(range(1, 9), (32, 256, 4096))  # from one block and less to three
-    for number, (bits, block) in enumerate(shapes):
+    """From one block and less to three."""
+    for number, (bits, block) in enumerate(product(range(1, 9), (32, 256, 4096))):
         ranks, numel = 1 + number % 5, (block - 3, 2 * block, 3 * block - 70)[number % 3]
         lattice = Lattice(bits, 1 + number // 2 % 3, block)
-        dtype, generator = cpu.DTYPES[number % 3], torch.Generator().manual_seed(number)
+        generator = torch.Generator().manual_seed(number)
         xs = torch.randn(ranks, numel, generator=generator).double() * MAGNITUDES[number % 5]
-        xs = xs.clamp(-3e38, 3e38).to(dtype)
+        xs = xs.clamp(-3e38, 3e38).to(cpu.DTYPES[number % 3])
         if number % 4 == 1:
             xs[:, : block // 2] = 0
         if number % 6 == 5:
             xs[-1, -1] = math.inf
-        key, rank, offset = Key(number, step=7, bucket=11), number % ranks, 4096 * number
-        made, task = sum_of(lattice, [*xs], key, offset), LatticeTask(lattice, numel, ranks)
-        yield bytes(
-            Case(
-                plans=len(task.sections),
-                numel=numel,
-                in_dtype=cpu.DTYPES.index(dtype),
-                out_dtype=cpu.DTYPES.index(dtype),
-                encoded=rank,
-                world_size=ranks,
-                offset=offset,
-                seed=key.seed,
-                step=key.step,
-                bucket=key.bucket,
-                hop=key.hop,
-                padded=task.padded,
-                blocks=task.blocks,
-                words=task.words,
-                plan=(cpu.Plan * 2)(*lattice_cpu.plans_of(task)),
-            )
+        key = Key(number, step=7, bucket=11)
+        yield from lattice_case(lattice, key, 4096 * number, number % ranks, xs)
+
+
+def lattice_case(
+    lattice: Lattice, key: Key, offset: int, rank: int, xs: torch.Tensor
+) -> Iterator[bytes]:
+    """The three steps of one rank, given what all of them have, one row of xs each."""
+    made, task = sum_of(lattice, [*xs], key, offset), LatticeTask(lattice, xs.shape[1], len(xs))
+    yield bytes(
+        Case(
+            plans=len(task.sections),
+            numel=task.numel,
+            in_dtype=cpu.DTYPES.index(xs.dtype),
+            out_dtype=cpu.DTYPES.index(xs.dtype),
+            encoded=rank,
+            world_size=len(xs),
+            offset=offset,
+            seed=key.seed,
+            step=key.step,
+            bucket=key.bucket,
+            hop=key.hop,
+            padded=task.padded,
+            blocks=task.blocks,
+            words=task.words,
+            plan=(cpu.Plan * 2)(*lattice_cpu.plans_of(task)),
         )
-        of_rank = (xs[rank], made.ys[rank], made.exponents[rank], made.bounds, made.words[rank])
-        yield from map(_bytes, (*of_rank, made.total, made.mean))
+    )
+    of_rank = (xs[rank], made.ys[rank], made.exponents[rank], made.bounds, made.words[rank])
+    yield from map(bytes_of, (*of_rank, made.total, made.mean))
 
 
-def _case(
+def payload_case(
     task: Task,
     key: Key,
     offset: int,
@@ -208,10 +229,10 @@ def _case(
         )
     )
     yield from tables
-    yield from (_bytes(x), _bytes(payloads), mean)
+    yield from (bytes_of(x), bytes_of(payloads), mean)
 
 
-def _bytes(x: torch.Tensor) -> bytes:
+def bytes_of(x: torch.Tensor) -> bytes:
     return x.contiguous().view(torch.uint8).numpy().tobytes()
 
 
@@ -226,18 +247,23 @@ def _tables(quantizer: Quantizer) -> list[bytes]:
     ]
 
 
-def write(path: Path) -> None:
+def all_cases() -> Iterator[bytes]:
+    for number, facts in enumerate(cases()):
+        yield from case(number, *facts)
+    yield from golden()
+    yield from units()
+    yield from lattices()
+
+
+def write(path: Path, parts: Iterable[bytes]) -> None:
+    """A file for driver.c."""
     torch.set_num_threads(1)
     with use(reference), path.open("wb") as file:
         file.write(bytes((ctypes.c_int64 * 2)(cpu.ABI, ctypes.sizeof(Case))))
-        for number, facts in enumerate(cases()):
-            file.writelines(case(number, *facts))
-        file.writelines(golden())
-        file.writelines(units())
-        file.writelines(lattices())
+        file.writelines(parts)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path)
-    write(parser.parse_args().path)
+    write(parser.parse_args().path, all_cases())

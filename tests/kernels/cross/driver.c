@@ -38,7 +38,8 @@ static const uint64_t MODES[] = {
     DEFAULT_MODE | 0xe040, /* rounding to zero, and subnormals too */
 #elif defined(__aarch64__)
     1 << 24, /* subnormals become zero */
-    1 << 22, 2 << 22, 3 << 22 | 1 << 24,
+    1 << 22, 2 << 22, 3 << 22 | 1 << 24, /* other roundings */
+    3 << 25,                            /* one NaN for all, and another float16 */
 #else
     FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO,
 #endif
@@ -101,58 +102,63 @@ static int lattice_differs(const Case *c, const Lattice *of, uint64_t mode, int 
     return failed != 0;
 }
 
-/* The number of modes and threads in which it differs. */
-static int lattice_case(const Case *c) {
-    const int64_t blocks = 4 * c->blocks, words = 4 * c->words;
-    const int64_t lengths[] = {c->numel * bytes_of(c->in_dtype), 4 * c->padded, blocks, blocks, words,
-                               words, c->numel * bytes_of(c->out_dtype)};
-    char *parts[7];
-    int wrong = 0;
-    for (int i = 0; i < 7; i++) parts[i] = read_bytes(lengths[i]);
-    const Lattice of = {parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6]};
-    for (size_t i = 0; i < sizeof MODES / sizeof *MODES; i++)
-        for (int threads = 1; threads <= 2; threads++)
-            wrong += lattice_differs(c, &of, MODES[i], threads);
-    for (int i = 0; i < 7; i++) free(parts[i]);
-    return wrong;
+/* What follows a case in the file: seven parts of a lattice; of others, the tables, x, the payloads and
+ * the mean. */
+enum { PARTS_OF_CASE = TABLES + 3 };
+
+static void read_parts(Case *c, char **parts) {
+    const int64_t in = c->numel * bytes_of(c->in_dtype), out = c->numel * bytes_of(c->out_dtype);
+    const int64_t of_lattice[PARTS_OF_CASE] = {in, 4 * c->padded, 4 * c->blocks, 4 * c->blocks,
+                                               4 * c->words, 4 * c->words, out};
+    int64_t of_others[PARTS_OF_CASE];
+    memcpy(of_others, c->tables, sizeof c->tables);
+    of_others[TABLES] = in, of_others[TABLES + 1] = c->ranks * c->nbytes, of_others[TABLES + 2] = out;
+    for (int i = 0; i < PARTS_OF_CASE; i++)
+        parts[i] = read_bytes(c->words ? of_lattice[i] : of_others[i]);
+    for (int i = 0; i < c->plans && !c->words; i++) {
+        c->plan[i].levels = (float *)parts[0], c->plan[i].positions = (int32_t *)parts[1];
+        c->plan[i].boundaries = (float *)parts[2], c->plan[i].half_norms = (float *)parts[3];
+        c->plan[i].symbols = (uint64_t *)parts[4], c->plan[i].slots = (uint32_t *)parts[5];
+    }
+}
+
+static Lattice lattice_of(char **parts) {
+    return (Lattice){parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6]};
+}
+
+static int case_differs(const Case *c, char **parts, uint64_t mode, int threads) {
+    const Lattice lattice = lattice_of(parts);
+    if (c->words) return lattice_differs(c, &lattice, mode, threads);
+    char **others = parts + TABLES;
+    return differs(c, others[0], others[1], others[2], mode, threads);
+}
+
+/* Opens a file of cases. */
+static int open_cases(const char *path) {
+    int64_t begins[2]; /* a mark that is also the version, and sizeof(Case) */
+    file = fopen(path, "rb");
+    return file && fread(begins, sizeof begins, 1, file) == 1 && begins[0] == ABI &&
+           begins[1] == (int64_t)sizeof(Case);
 }
 
 int main(int count, char **arguments) {
     int cases = 0, wrong = 0;
-    int64_t begins[2]; /* a mark that is also the version, and sizeof(Case) */
-    file = count == 2 ? fopen(arguments[1], "rb") : NULL;
-    if (!file || fread(begins, sizeof begins, 1, file) != 1 ||
-        begins[1] != (int64_t)sizeof(Case) || begins[0] != ABI) {
+    if (count != 2 || !open_cases(arguments[1])) {
         fprintf(stderr, "usage: driver FILE, made by cases.py of the same version\n");
         return 2;
     }
     for (Case c; fread(&c, sizeof c, 1, file) == 1; cases++) {
-        if (c.words) {
-            const int differing = lattice_case(&c);
-            if (differing) printf("case %d differs: the lattice, %d bits\n", cases, c.plan->bits);
-            wrong += differing;
-            continue;
-        }
-        char *tables[TABLES];
-        for (int i = 0; i < TABLES; i++) tables[i] = read_bytes(c.tables[i]);
-        for (int i = 0; i < c.plans; i++) {
-            c.plan[i].levels = (float *)tables[0], c.plan[i].positions = (int32_t *)tables[1];
-            c.plan[i].boundaries = (float *)tables[2], c.plan[i].half_norms = (float *)tables[3];
-            c.plan[i].symbols = (uint64_t *)tables[4], c.plan[i].slots = (uint32_t *)tables[5];
-        }
-        char *x = read_bytes(c.numel * bytes_of(c.in_dtype));
-        char *payloads = read_bytes(c.ranks * c.nbytes);
-        char *expected = read_bytes(c.numel * bytes_of(c.out_dtype));
+        char *parts[PARTS_OF_CASE];
+        read_parts(&c, parts);
         for (size_t i = 0; i < sizeof MODES / sizeof *MODES; i++)
             for (int threads = 1; threads <= 2; threads++)
-                if (differs(&c, x, payloads, expected, MODES[i], threads)) {
-                    printf("case %d differs: quantizer %d, %d bits, mode %#llx, %d threads\n", cases,
-                           c.plan->quantizer, c.plan->bits, (unsigned long long)MODES[i],
-                           threads);
+                if (case_differs(&c, parts, MODES[i], threads)) {
+                    printf("case %d differs: %s %d, %d bits, mode %#llx, %d threads\n", cases,
+                           c.words ? "lattice" : "quantizer", c.plan->quantizer, c.plan->bits,
+                           (unsigned long long)MODES[i], threads);
                     wrong++;
                 }
-        for (int i = 0; i < TABLES; i++) free(tables[i]);
-        free(x), free(payloads), free(expected);
+        for (int i = 0; i < PARTS_OF_CASE; i++) free(parts[i]);
     }
     printf("%d cases, %d modes, 1 and 2 threads: %d differ\n", cases,
            (int)(sizeof MODES / sizeof *MODES), wrong);
