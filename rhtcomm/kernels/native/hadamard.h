@@ -10,33 +10,32 @@ enum { FIRST = 16, SIDE = 2 };
 enum { FIRST = RADIX, SIDE = 1 };
 #endif
 
-#if defined(__aarch64__)
-/* The highest bits are `signs` from bit j on; others follow. Reads 32 bits at a time. */
+/* The highest bits are `signs` from bit j on, which begin in lane 0; others follow. May read, and ignore,
+ * the 3 bytes behind. */
 INLINE vu highest_signs(const uint8_t *signs, int64_t j) {
-    uint32_t word, at = (uint32_t)j % 32;
+    uint32_t word;
+#if defined(__aarch64__) /* 32 bits at a time */
     memcpy(&word, signs + (uint64_t)j / 32 * 4, 4);
     const vu last = ((vu){0} + word) << (3 - (vu)ascending); /* from bit 28 on */
-    return last << (28 - at);
-}
+    return last << (28 - (uint32_t)j % 32);
+#else
+    memcpy(&word, signs + j / 8, 4);
+    if (LANES < 8) word >>= j % 8;
+    return ((vu){0} + word) << (31 - (vu)ascending);
 #endif
+}
 
 /* Lanes whose bit is set in the LANES bits of `signs` from bit j on are negated. May read, and ignore,
  * the 3 bytes behind these. */
 INLINE vf apply_signs(vf v, const uint8_t *signs, int64_t j) {
 #if defined(__AVX512F__)
-    uint32_t word;
-    memcpy(&word, signs + j / 8, 4);
-    const vu highest = ((vu){0} + word) << (31 - (vu)ascending); /* its bit, then others */
-    return (vf)_mm512_ternarylogic_epi32((__m512i)v, (__m512i)highest, /* v ^ highest & INT32_MIN */
-                                         _mm512_set1_epi32(INT32_MIN), 0x78);
+    const __m512i highest = (__m512i)highest_signs(signs, j); /* v ^ highest & INT32_MIN: */
+    return (vf)_mm512_ternarylogic_epi32((__m512i)v, highest, _mm512_set1_epi32(INT32_MIN), 0x78);
 #elif defined(__aarch64__)
     const uint32x4_t bits = (uint32x4_t)((vu)v ^ highest_signs(signs, j));
     return (vf)vbslq_u32(vdupq_n_u32(0x80000000u), bits, (uint32x4_t)v);
 #else
-    uint32_t word;
-    memcpy(&word, signs + j / 8, 4);
-    vu highest = ((vu){0} + (word >> (j % 8))) << (31 - (vu)ascending); /* its bit, then others */
-    return (vf)((vu)v ^ (highest & 0x80000000u));
+    return (vf)((vu)v ^ (highest_signs(signs, j) & 0x80000000u));
 #endif
 }
 
@@ -45,6 +44,9 @@ INLINE vf times_signed(vf v, float factor, const uint8_t *signs, int64_t j) {
 #if defined(__aarch64__)
     const uint32x4_t bits = (uint32x4_t)highest_signs(signs, j);
     return v * (vf)vbslq_u32(vdupq_n_u32(0x80000000u), bits, vdupq_n_u32(to_bits(factor)));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256 plus = _mm256_set1_ps(factor), minus = _mm256_set1_ps(-factor);
+    return v * (vf)_mm256_blendv_ps(plus, minus, (__m256)highest_signs(signs, j));
 #else
     return apply_signs(v * factor, signs, j);
 #endif
