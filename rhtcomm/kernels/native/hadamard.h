@@ -98,7 +98,7 @@ INLINE vf lane_stage(vf v, const int stride) {
 }
 
 INLINE vf lane_stages(vf v) {
-#pragma GCC unroll 4
+    UNROLL(4)
     for (int stride = 1; stride < LANES; stride *= 2) v = lane_stage(v, stride);
     return v;
 }
@@ -113,9 +113,9 @@ INLINE vf subtract(vf a, vf b) {
 }
 
 INLINE void register_stages(vf *r, const int radix) {
-#pragma GCC unroll 8
+    UNROLL(8)
     for (int stride = 1; stride < radix; stride *= 2)
-#pragma GCC unroll 16
+        UNROLL(16)
         for (int i = 0; i < radix; i++)
             if (!(i & stride)) {
                 vf a = r[i], b = r[i + stride];
@@ -146,16 +146,16 @@ INLINE void store_finished(const Finish *finish, int64_t j, int64_t ahead, vf v)
 /* The squares of results that lie side by side in r, and their largest magnitude. */
 INLINE void measure(Measures *measures, int64_t j, const vf *r, const int radix) {
     vf square[8];
-#pragma GCC unroll 8
+    UNROLL(8)
     for (int i = 0; i < radix / 2; i++) {
         vf a = r[i], b = r[i + radix / 2];
         square[i] = a * a + b * b;
         vi magnitude = larger((vi)a & INT32_MAX, (vi)b & INT32_MAX);
         measures->peak = larger(measures->peak, magnitude);
     }
-#pragma GCC unroll 4
+    UNROLL(4)
     for (int half = radix / 4; half; half /= 2)
-#pragma GCC unroll 4
+        UNROLL(4)
         for (int i = 0; i < half; i++) square[i] = square[i] + square[i + half];
     store(measures->squares + j, square[0]);
 }
@@ -166,22 +166,22 @@ INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix, Measur
     for (int64_t base = 0; base < size; base += h * radix)
         for (int64_t j = 0; j < h; j += LANES * SIDE) {
             vf r[SIDE][16];
-#pragma GCC unroll 16
+            UNROLL(16)
             for (int i = 0; i < radix; i++)
-#pragma GCC unroll 2
+                UNROLL(2)
                 for (int k = 0; k < SIDE; k++) r[k][i] = load(y + base + j + k * LANES + i * h);
-#pragma GCC unroll 2
+            UNROLL(2)
             for (int k = 0; k < SIDE; k++) register_stages(r[k], radix);
-#pragma GCC unroll 16
+            UNROLL(16)
             for (int i = 0; i < radix; i++)
-#pragma GCC unroll 2
+                UNROLL(2)
                 for (int k = 0; k < SIDE; k++)
                     if (finish)
                         store_finished(finish, base + j + k * LANES, i * h, r[k][i]);
                     else
                         store(y + base + j + k * LANES + i * h, r[k][i]);
             if (!measures) continue;
-#pragma GCC unroll 2
+            UNROLL(2)
             for (int k = 0; k < SIDE; k++) measure(measures, j + k * LANES, r[k], radix);
         }
 }
@@ -193,17 +193,17 @@ INLINE void first_pass(float *y, const float *from, int64_t size, const uint8_t 
     for (int64_t base = 0; base < size; base += LANES * radix) {
         vf r[16];
         fetch(ahead + base * width, LANES * radix * width);
-#pragma GCC unroll 16
+        UNROLL(16)
         for (int i = 0; i < radix; i++) {
             r[i] = load(from + base + i * LANES);
             if (signs) r[i] = times_signed(r[i], factor, signs + base / 8, i * LANES);
         }
-#pragma GCC unroll 4
+        UNROLL(4)
         for (int stride = 1; stride < LANES; stride *= 2)
-#pragma GCC unroll 16
+            UNROLL(16)
             for (int i = 0; i < radix; i++) r[i] = lane_stage(r[i], stride);
         register_stages(r, radix);
-#pragma GCC unroll 16
+        UNROLL(16)
         for (int i = 0; i < radix; i++) store(y + base + i * LANES, r[i]);
     }
 }

@@ -26,7 +26,7 @@ static uint32_t largest_magnitude(const float *y, int64_t size) {
     vi largest[MAXIMA] = {{0}};
     int64_t j = 0;
     for (; j + MAXIMA * LANES <= size; j += MAXIMA * LANES)
-#pragma GCC unroll 8
+        UNROLL(8)
         for (int i = 0; i < MAXIMA; i++)
             largest[i] = larger(largest[i], (vi)load(y + j + i * LANES) & INT32_MAX);
     for (; j < size; j += LANES) largest[0] = larger(largest[0], (vi)load(y + j) & INT32_MAX);
