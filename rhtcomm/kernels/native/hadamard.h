@@ -209,8 +209,8 @@ INLINE void first_pass(float *y, const float *from, int64_t size, const uint8_t 
 }
 
 /* y <- d^(1/2) H (factor * signs * from), or of `from` where signs is NULL, strides ascending. Fetches
- * d `width` bytes from `ahead` on, which may be NULL if that is 0. Where `measures` or `finish` is given, fills or obeys it, and returns
- * the h of measures, or returns 0 where a block is too small for that. */
+ * d `width` bytes from `ahead` on, which may be NULL if that is 0. Where `measures` or `finish` is given,
+ * fills or obeys it, and returns the h of measures, or returns 0 where a block is too small for that. */
 INLINE int64_t transform(float *y, const float *from, int64_t size, const uint8_t *signs,
                          float factor, const char *ahead, int64_t width, Measures *measures,
                          const Finish *finish) {
