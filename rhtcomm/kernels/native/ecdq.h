@@ -32,7 +32,7 @@ INLINE void ecdq_symbols(const Plan *plan, const float *y, float per_unit, const
         ecdq_sixteen(plan, y + i, per_unit, dither + i, stratum, symbols + i);
 #else
     vu numbers[VECTORS];
-#pragma GCC unroll 8
+    UNROLL(8)
     for (int i = 0; i < VECTORS; i++) {
         vu v = dither_halves(dither, LANES * i, 1, (vu){0} + (stratum << 8));
         vi k = (to_integers(load(y + LANES * i) * per_unit) + (vi)v) >> 16;
@@ -88,7 +88,7 @@ INLINE void ecdq_points(const uint8_t *columns, const uint8_t *dither, uint32_t 
     const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
     column = _mm256_permutevar8x32_epi32(column, order);
     g = _mm256_permutevar8x32_epi32(g, order);
-#pragma GCC unroll 4
+    UNROLL(4)
     for (int i = 0; i < VECTORS; i++) {
         __m256i words = i < 2 ? _mm256_unpacklo_epi8(g, column) : _mm256_unpackhi_epi8(g, column);
         const __m256i zero = _mm256_setzero_si256();
@@ -114,7 +114,7 @@ INLINE void ecdq_add(const Plan *plan, const uint8_t *columns, const uint8_t *di
     for (int64_t j = 0; j < size; j += CODER_LANES) {
         vf points[VECTORS];
         ecdq_points(columns + j, dither + j, stratum, points);
-#pragma GCC unroll 8
+        UNROLL(8)
         for (int i = 0; i < VECTORS; i++) {
             vf value = (points[i] * 0x1p-6f - middle) * scale;
             if (!initial) value = load(y + j + LANES * i) + value;

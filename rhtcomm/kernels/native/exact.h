@@ -22,7 +22,7 @@ enum { TOGETHER = 16, APART = 4 };
 /* Bit 4 i is set where |y[i]| factor > bound, for 16 coordinates. */
 INLINE uint64_t lanes_beyond(const float *y, float factor, float bound) {
     uint16x4_t beyond[4];
-#pragma GCC unroll 4
+    UNROLL(4)
     for (int i = 0; i < 4; i++) {
         const vf magnitude = (vf)((vu)load(y + LANES * i) & 0x7fffffffu) * factor;
         beyond[i] = vmovn_u32((uint32x4_t)(magnitude > bound));

@@ -10,33 +10,32 @@ enum { FIRST = 16, SIDE = 2 };
 enum { FIRST = RADIX, SIDE = 1 };
 #endif
 
-#if defined(__aarch64__)
-/* The highest bits are `signs` from bit j on; others follow. Reads 32 bits at a time. */
+/* The highest bits are `signs` from bit j on, which begin in lane 0; others follow. May read, and ignore,
+ * the 3 bytes behind. */
 INLINE vu highest_signs(const uint8_t *signs, int64_t j) {
-    uint32_t word, at = (uint32_t)j % 32;
+    uint32_t word;
+#if defined(__aarch64__) /* 32 bits at a time */
     memcpy(&word, signs + (uint64_t)j / 32 * 4, 4);
     const vu last = ((vu){0} + word) << (3 - (vu)ascending); /* from bit 28 on */
-    return last << (28 - at);
-}
+    return last << (28 - (uint32_t)j % 32);
+#else
+    memcpy(&word, signs + j / 8, 4);
+    if (LANES < 8) word >>= j % 8;
+    return ((vu){0} + word) << (31 - (vu)ascending);
 #endif
+}
 
 /* Lanes whose bit is set in the LANES bits of `signs` from bit j on are negated. May read, and ignore,
  * the 3 bytes behind these. */
 INLINE vf apply_signs(vf v, const uint8_t *signs, int64_t j) {
 #if defined(__AVX512F__)
-    uint32_t word;
-    memcpy(&word, signs + j / 8, 4);
-    const vu highest = ((vu){0} + word) << (31 - (vu)ascending); /* its bit, then others */
-    return (vf)_mm512_ternarylogic_epi32((__m512i)v, (__m512i)highest, /* v ^ highest & INT32_MIN */
-                                         _mm512_set1_epi32(INT32_MIN), 0x78);
+    const __m512i highest = (__m512i)highest_signs(signs, j); /* v ^ highest & INT32_MIN: */
+    return (vf)_mm512_ternarylogic_epi32((__m512i)v, highest, _mm512_set1_epi32(INT32_MIN), 0x78);
 #elif defined(__aarch64__)
     const uint32x4_t bits = (uint32x4_t)((vu)v ^ highest_signs(signs, j));
     return (vf)vbslq_u32(vdupq_n_u32(0x80000000u), bits, (uint32x4_t)v);
 #else
-    uint32_t word;
-    memcpy(&word, signs + j / 8, 4);
-    vu highest = ((vu){0} + (word >> (j % 8))) << (31 - (vu)ascending); /* its bit, then others */
-    return (vf)((vu)v ^ (highest & 0x80000000u));
+    return (vf)((vu)v ^ (highest_signs(signs, j) & 0x80000000u));
 #endif
 }
 
@@ -45,6 +44,9 @@ INLINE vf times_signed(vf v, float factor, const uint8_t *signs, int64_t j) {
 #if defined(__aarch64__)
     const uint32x4_t bits = (uint32x4_t)highest_signs(signs, j);
     return v * (vf)vbslq_u32(vdupq_n_u32(0x80000000u), bits, vdupq_n_u32(to_bits(factor)));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256 plus = _mm256_set1_ps(factor), minus = _mm256_set1_ps(-factor);
+    return v * (vf)_mm256_blendv_ps(plus, minus, (__m256)highest_signs(signs, j));
 #else
     return apply_signs(v * factor, signs, j);
 #endif
@@ -96,7 +98,7 @@ INLINE vf lane_stage(vf v, const int stride) {
 }
 
 INLINE vf lane_stages(vf v) {
-#pragma GCC unroll 4
+    UNROLL(4)
     for (int stride = 1; stride < LANES; stride *= 2) v = lane_stage(v, stride);
     return v;
 }
@@ -111,9 +113,9 @@ INLINE vf subtract(vf a, vf b) {
 }
 
 INLINE void register_stages(vf *r, const int radix) {
-#pragma GCC unroll 8
+    UNROLL(8)
     for (int stride = 1; stride < radix; stride *= 2)
-#pragma GCC unroll 16
+        UNROLL(16)
         for (int i = 0; i < radix; i++)
             if (!(i & stride)) {
                 vf a = r[i], b = r[i + stride];
@@ -144,16 +146,16 @@ INLINE void store_finished(const Finish *finish, int64_t j, int64_t ahead, vf v)
 /* The squares of results that lie side by side in r, and their largest magnitude. */
 INLINE void measure(Measures *measures, int64_t j, const vf *r, const int radix) {
     vf square[8];
-#pragma GCC unroll 8
+    UNROLL(8)
     for (int i = 0; i < radix / 2; i++) {
         vf a = r[i], b = r[i + radix / 2];
         square[i] = a * a + b * b;
         vi magnitude = larger((vi)a & INT32_MAX, (vi)b & INT32_MAX);
         measures->peak = larger(measures->peak, magnitude);
     }
-#pragma GCC unroll 4
+    UNROLL(4)
     for (int half = radix / 4; half; half /= 2)
-#pragma GCC unroll 4
+        UNROLL(4)
         for (int i = 0; i < half; i++) square[i] = square[i] + square[i + half];
     store(measures->squares + j, square[0]);
 }
@@ -164,22 +166,22 @@ INLINE void wide_pass(float *y, int64_t size, int64_t h, const int radix, Measur
     for (int64_t base = 0; base < size; base += h * radix)
         for (int64_t j = 0; j < h; j += LANES * SIDE) {
             vf r[SIDE][16];
-#pragma GCC unroll 16
+            UNROLL(16)
             for (int i = 0; i < radix; i++)
-#pragma GCC unroll 2
+                UNROLL(2)
                 for (int k = 0; k < SIDE; k++) r[k][i] = load(y + base + j + k * LANES + i * h);
-#pragma GCC unroll 2
+            UNROLL(2)
             for (int k = 0; k < SIDE; k++) register_stages(r[k], radix);
-#pragma GCC unroll 16
+            UNROLL(16)
             for (int i = 0; i < radix; i++)
-#pragma GCC unroll 2
+                UNROLL(2)
                 for (int k = 0; k < SIDE; k++)
                     if (finish) /* `|` shows compilers that both share the word of their signs */
                         store_finished(finish, (base + j) | (k * LANES), i * h, r[k][i]);
                     else
                         store(y + base + j + k * LANES + i * h, r[k][i]);
             if (!measures) continue;
-#pragma GCC unroll 2
+            UNROLL(2)
             for (int k = 0; k < SIDE; k++) measure(measures, j + k * LANES, r[k], radix);
         }
 }
@@ -190,25 +192,25 @@ INLINE void first_pass(float *y, const float *from, int64_t size, const uint8_t 
                        const char *ahead, int64_t width, const int radix) {
     for (int64_t base = 0; base < size; base += LANES * radix) {
         vf r[16];
-        fetch(ahead + base * width, LANES * radix * width);
-#pragma GCC unroll 16
+        if (width) fetch(ahead + base * width, LANES * radix * width);
+        UNROLL(16)
         for (int i = 0; i < radix; i++) {
             r[i] = load(from + base + i * LANES);
             if (signs) r[i] = times_signed(r[i], factor, signs + base / 8, i * LANES);
         }
-#pragma GCC unroll 4
+        UNROLL(4)
         for (int stride = 1; stride < LANES; stride *= 2)
-#pragma GCC unroll 16
+            UNROLL(16)
             for (int i = 0; i < radix; i++) r[i] = lane_stage(r[i], stride);
         register_stages(r, radix);
-#pragma GCC unroll 16
+        UNROLL(16)
         for (int i = 0; i < radix; i++) store(y + base + i * LANES, r[i]);
     }
 }
 
 /* y <- d^(1/2) H (factor * signs * from), or of `from` where signs is NULL, strides ascending. Fetches
- * d `width` bytes from `ahead` on. Where `measures` or `finish` is given, fills or obeys it, and returns
- * the h of measures, or returns 0 where a block is too small for that. */
+ * d `width` bytes from `ahead` on, which may be NULL if that is 0. Where `measures` or `finish` is given,
+ * fills or obeys it, and returns the h of measures, or returns 0 where a block is too small for that. */
 INLINE int64_t transform(float *y, const float *from, int64_t size, const uint8_t *signs,
                          float factor, const char *ahead, int64_t width, Measures *measures,
                          const Finish *finish) {

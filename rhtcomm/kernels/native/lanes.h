@@ -15,7 +15,7 @@ enum { SIDE_BY_SIDE = 1 };
 #endif
 
 /* The loop over them; unrolled, so that what they hold may lie in registers. */
-#define EACH_UNIT _Pragma("GCC unroll 4") for (int k = 0; k < count; k++)
+#define EACH_UNIT UNROLL(4) for (int k = 0; k < count; k++)
 
 /* The coder of a unit between two of its blocks. */
 typedef struct {

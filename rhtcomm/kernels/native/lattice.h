@@ -59,10 +59,10 @@ static void lattice_rotate(const Summing *c, const Plan *plan, const Scratch *sc
     float factor, up;
     powers_of_two(peak, &factor, &up);
     if (!finite) from = memset(s.y, 0, 4 * size);
-    for (int i = 0; i < plan->rotations; i++, from = s.y, factor = 1.0f, next = NULL) {
+    for (int i = 0; i < plan->rotations; i++, from = s.y, factor = 1.0f) {
         float *to = i == plan->rotations - 1 ? y : s.y;
         hadamard(to, from, size, draw_signs(plan, &c->origin, i, 0, offset, s.signs), factor, next,
-                 width);
+                 i ? 0 : width);
     }
     const int32_t exponent = (int32_t)(to_bits(up) >> 23) - 127;
     c->exponents[block.scale / 4] = exponent;

@@ -8,7 +8,7 @@ INLINE void pack_field(const uint8_t *codes, int64_t size, const int width, int 
     const int64_t octets = size / lanes;
     for (int64_t j = 0; j < octets; j++) {
         unsigned octet = 0;
-#pragma GCC unroll 8
+        UNROLL(8)
         for (int lane = 0; lane < lanes; lane++)
             octet |= ((codes[j + lane * octets] >> shift) & mask) << (lane * width);
         to[j] = (uint8_t)octet;
@@ -20,7 +20,7 @@ INLINE void unpack_field(const uint8_t *from, int64_t size, const int width, int
     const int lanes = 8 / width;
     const uint8_t mask = (uint8_t)((1 << width) - 1);
     const int64_t octets = size / lanes;
-#pragma GCC unroll 8
+    UNROLL(8)
     for (int lane = 0; lane < lanes; lane++) {
         uint8_t *to = codes + lane * octets;
         if (shift == 0)

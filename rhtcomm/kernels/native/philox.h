@@ -62,16 +62,16 @@ static void philox(const Origin *origin, uint32_t purpose, uint64_t call, int64_
     const uint64_t bucket = origin->bucket, step = origin->step;
     for (int64_t done = 0; done < calls; done += SETS * width) {
         vl c[SETS][4];
-#pragma GCC unroll 4
+        UNROLL(4)
         for (int set = 0; set < SETS; set++) {
             c[set][0] = lane + (call + done + set * width);
             c[set][1] = (vl){0} + bucket;
             c[set][2] = (vl){0} + step;
             c[set][3] = (vl){0} + purpose;
         }
-#pragma GCC unroll 10
+        UNROLL(10)
         for (int round = 0; round < ROUNDS; round++)
-#pragma GCC unroll 4
+            UNROLL(4)
             for (int set = 0; set < SETS; set++) {
                 vl p0 = multiply_low_halves(c[set][0], 0xD2511F53u);
                 vl p1 = multiply_low_halves(c[set][2], 0xCD9E8D57u);
@@ -80,7 +80,7 @@ static void philox(const Origin *origin, uint32_t purpose, uint64_t call, int64_
                 c[set][1] = p1;
                 c[set][3] = p0;
             }
-#pragma GCC unroll 4
+        UNROLL(4)
         for (int set = 0; set < SETS; set++) store_words(out + 4 * (done + set * width), c[set]);
     }
 }

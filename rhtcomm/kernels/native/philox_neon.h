@@ -19,7 +19,7 @@ static void philox(const Origin *origin, uint32_t purpose, uint64_t call, int64_
     const uint32x4_t m0 = vdupq_n_u32(0xD2511F53u), m1 = vdupq_n_u32(0xCD9E8D57u);
     for (int64_t done = 0; done < calls; done += SETS * CALLS) {
         uint32x4x4_t c[SETS];
-#pragma GCC unroll 4
+        UNROLL(4)
         for (int set = 0; set < SETS; set++) {
             const uint32_t first = (uint32_t)(call + (uint64_t)(done + set * CALLS));
             c[set].val[0] = vaddq_u32((uint32x4_t)ascending, vdupq_n_u32(first));
@@ -28,9 +28,9 @@ static void philox(const Origin *origin, uint32_t purpose, uint64_t call, int64_
             c[set].val[3] = vdupq_n_u32(purpose);
         }
         uint32x4_t k0 = vdupq_n_u32(origin->seed[0]), k1 = vdupq_n_u32(origin->seed[1]);
-#pragma GCC unroll 10
+        UNROLL(10)
         for (int round = 0; round < ROUNDS; round++) {
-#pragma GCC unroll 4
+            UNROLL(4)
             for (int set = 0; set < SETS; set++) {
                 uint32x4_t *word = c[set].val, low0, high0, low1, high1;
                 multiply_words(word[0], m0, &low0, &high0);
@@ -43,7 +43,7 @@ static void philox(const Origin *origin, uint32_t purpose, uint64_t call, int64_
             k0 = vaddq_u32(k0, vdupq_n_u32(0x9E3779B9u));
             k1 = vaddq_u32(k1, vdupq_n_u32(0xBB67AE85u));
         }
-#pragma GCC unroll 4
+        UNROLL(4)
         for (int set = 0; set < SETS; set++) vst4q_u32(out + 4 * (done + set * CALLS), c[set]);
     }
 }

@@ -116,7 +116,7 @@ static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak
         const int64_t tile = least(size - base, TILE);
         for (int64_t j = 0; j < tile; j += 2 * LANES) {
             vu z[2];
-#pragma GCC unroll 2
+            UNROLL(2)
             for (int i = 0; i < 2; i++) {
                 const int64_t at = base + j + i * LANES;
                 z[i] = (vu)to_integers(load(y + at) * unit) + dither_halves(dither, at, 0, turn_u);
@@ -126,7 +126,7 @@ static float quic_fl_encode(const Plan *plan, float *y, float rms, uint32_t peak
         for (int64_t j = 0; j < tile; j += CODER_LANES) {
             vu position[VECTORS];
             fetch(next + (base + j) * width, CODER_LANES * width);
-#pragma GCC unroll 8
+            UNROLL(8)
             for (int i = 0; i < VECTORS; i++) {
                 const u32 *from = nodes + (j + i / 2 * 2 * LANES) / 2 + i % 2 * 2;
                 vu v = dither_halves(dither, base + j + i * LANES, 1, turn_v);
@@ -149,7 +149,7 @@ typedef uint16_t twice __attribute__((vector_size(32), aligned(2), may_alias));
 INLINE void level_indices(const uint8_t *codes, const uint8_t *dither, uint32_t stratum, int shared_bits,
                           const int wide, u32 *index) {
     const uint8_t lower = (uint8_t)((1 << shared_bits) - 1);
-#pragma GCC unroll 2
+    UNROLL(2)
     for (int i = 0; i < CODER_LANES; i += 16) {
         bytes v = *(const bytes *)(dither + i) + (uint8_t)stratum, code = *(const bytes *)(codes + i);
         bytes shared = (bytes)((words)v >> (8 - shared_bits)) & lower;

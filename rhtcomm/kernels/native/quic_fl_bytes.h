@@ -6,7 +6,7 @@
 /* The bytes of `table` (512) at indices of nine bits: `index`, bit 7 of it again, and bit 8. */
 INLINE __m512i look_up_bytes(const uint8_t *table, __m512i index, __mmask64 bit7, __mmask64 bit8) {
     __m512i quarter[4];
-#pragma GCC unroll 4
+    UNROLL(4)
     for (int i = 0; i < 4; i++)
         quarter[i] = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128 * i), index,
                                               _mm512_load_si512(table + 128 * i + 64));
@@ -46,7 +46,7 @@ INLINE void split_positions(const Plan *plan, Positions *to) {
 /* z <- y * unit + u of 64 coordinates, times 2^16; u_of selects the bytes of u, turn shifts it. */
 INLINE void add_dither(const float *y, const uint8_t *dither, float unit, __m512i u_of, __m512i turn,
                        __m512i *z) {
-#pragma GCC unroll 4
+    UNROLL(4)
     for (int k = 0; k < 4; k++) {
         const __m128i *words = (const __m128i *)(dither + 16 * k);
         __m512i u = _mm512_broadcast_i32x4(_mm_loadu_si128(words));
@@ -92,11 +92,11 @@ static void quic_fl_codes_by_bytes(const Plan *plan, const float *y, const uint8
         __m512i z[4], m[2], eighth[2];
         fetch(next + j * width, 64 * width);
         add_dither(y + j, dither + j, unit, (__m512i)u_of, turn_u, z);
-#pragma GCC unroll 2
+        UNROLL(2)
         for (int k = 0; k < 2; k++)
             m[k] = _mm512_permutex2var_epi16(z[2 * k], (__m512i)upper_words, z[2 * k + 1]);
         __mmask64 negative = _mm512_kunpackd(_mm512_movepi16_mask(m[1]), _mm512_movepi16_mask(m[0]));
-#pragma GCC unroll 2
+        UNROLL(2)
         for (int k = 0; k < 2; k++) {
             m[k] = _mm512_abs_epi16(m[k]);
             eighth[k] = _mm512_srli_epi16(m[k], 3);
@@ -145,11 +145,11 @@ INLINE void quic_fl_add_by_bytes(const Plan *plan, const uint8_t *codes, const u
             _mm512_ternarylogic_epi32(code, _mm512_srl_epi16(v, right), lower, 0xf8);
         index = _mm512_permutexvar_epi32(order, index);
         __m512i nearer = _mm512_min_epu8(index, _mm512_xor_si512(index, ones)), byte[4];
-#pragma GCC unroll 4
+        UNROLL(4)
         for (int k = 0; k < 4; k++)
             byte[k] = _mm512_permutex2var_epi8(planes[k][0], nearer, planes[k][1]);
         byte[3] = _mm512_ternarylogic_epi32(byte[3], index, _mm512_set1_epi8(-128), 0x78);
-#pragma GCC unroll 4
+        UNROLL(4)
         for (int k = 0; k < 4; k++) {
             __m512i a = k < 2 ? _mm512_unpacklo_epi8(byte[0], byte[1])
                               : _mm512_unpackhi_epi8(byte[0], byte[1]);

@@ -22,7 +22,7 @@ INLINE Halves sixteen_halves(const uint8_t *dither, const int upper, uint16x8_t 
 
 /* (numbers[i] + h[i]) >> 16 of 16 coordinates. */
 INLINE Halves add_halves(const vu *numbers, Halves h) {
-#pragma GCC unroll 2
+    UNROLL(2)
     for (int i = 0; i < 2; i++) {
         const uint32x4_t low = vaddw_u16((uint32x4_t)numbers[2 * i], vget_low_u16(h.val[i]));
         const uint32x4_t high = vaddw_high_u16((uint32x4_t)numbers[2 * i + 1], h.val[i]);
@@ -45,7 +45,7 @@ INLINE vu look_up_four(const u32 *table, uint64_t fours) {
 
 /* table[i] at 16 of them. */
 INLINE void look_up_sixteen(const u32 *table, Halves index, vu *found) {
-#pragma GCC unroll 2
+    UNROLL(2)
     for (int i = 0; i < 2; i++) {
         const uint64x2_t fours = vreinterpretq_u64_u16(index.val[i]);
         found[2 * i] = look_up_four(table, vgetq_lane_u64(fours, 0));
@@ -55,7 +55,7 @@ INLINE void look_up_sixteen(const u32 *table, Halves index, vu *found) {
 
 /* y * unit of 16 coordinates, as integers. */
 INLINE void scaled_integers(const float *y, float unit, vu *numbers) {
-#pragma GCC unroll 4
+    UNROLL(4)
     for (int i = 0; i < 4; i++) numbers[i] = (vu)to_integers(load(y + LANES * i) * unit);
 }
 
@@ -89,7 +89,7 @@ INLINE void quic_fl_add_sixteens(const Plan *plan, const uint8_t *codes, const u
         const Halves index = {{vshlq_u16(low, to_index), vshlq_u16(high, to_index)}};
         vu level[4];
         look_up_sixteen(levels, index, level);
-#pragma GCC unroll 4
+        UNROLL(4)
         for (int i = 0; i < 4; i++) {
             vf value = (vf)level[i] * scale;
             if (!initial) value = load(y + LANES * i) + value;
@@ -108,7 +108,7 @@ INLINE void ecdq_sixteen(const Plan *plan, const float *y, float per_unit, const
     scaled_integers(y, per_unit, numbers);
     const Halves v = sixteen_halves(dither, 1, vdupq_n_u16((uint16_t)(stratum << 8)));
     Halves k = add_halves(numbers, v);
-#pragma GCC unroll 2
+    UNROLL(2)
     for (int i = 0; i < 2; i++) {
         const uint16x8_t class = vshlq_u16(v.val[i], to_class);
         k.val[i] = vmlaq_u16(vaddq_u16(k.val[i], largest), class, columns);
@@ -123,7 +123,7 @@ INLINE void points_of_sixteen(const uint8_t *columns, const uint8_t *dither, uin
     const uint8x16_t g = vmvnq_u8(vaddq_u8(vld1q_u8(dither), vdupq_n_u8((uint8_t)stratum)));
     const Halves h = {{vreinterpretq_u16_u8(vzip1q_u8(g, column)),
                        vreinterpretq_u16_u8(vzip2q_u8(g, column))}};
-#pragma GCC unroll 2
+    UNROLL(2)
     for (int i = 0; i < 2; i++) {
         points[2 * i] = (vf)vcvtq_f32_u32(vmovl_u16(vget_low_u16(h.val[i])));
         points[2 * i + 1] = (vf)vcvtq_f32_u32(vmovl_high_u16(h.val[i]));
@@ -137,10 +137,10 @@ INLINE void lattice_codes(const float *y, int64_t size, float per_unit, const ui
     for (int64_t j = 0; j < size; j += 16) {
         vu numbers[4];
         scaled_integers(y + j, per_unit, numbers);
-#pragma GCC unroll 4
+        UNROLL(4)
         for (int i = 0; i < 4; i++) numbers[i] += (uint32_t)middle;
         const Halves code = add_halves(numbers, sixteen_halves(dither + j, 1, turn));
-#pragma GCC unroll 2
+        UNROLL(2)
         for (int i = 0; i < 2; i++) {
             *(vu *)(codes + j + 8 * i) = (vu)vmovl_u16(vget_low_u16(code.val[i]));
             *(vu *)(codes + j + 8 * i + LANES) = (vu)vmovl_high_u16(code.val[i]);

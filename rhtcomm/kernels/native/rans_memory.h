@@ -242,7 +242,7 @@ INLINE int encode_by_memory(const Plan *plan, Lanes *lanes, const int count, con
     for (int64_t j = size - CODER_LANES; j >= 0; j -= CODER_LANES)
         EACH_UNIT {
             const uint8_t *from = symbols + k * size + j;
-#pragma GCC unroll 8
+            UNROLL(8)
             for (int i = GROUPS - 1; i >= 0; i--)
                 next[k] = encode_group(table, precision, from + WIDTH * i, &x[k][i], next[k]);
             if (next[k] < lanes[k].edge) return 0;
@@ -263,7 +263,7 @@ INLINE void decode_by_memory(const Plan *plan, Lanes *lanes, const int count, ui
             uint8_t room[STEP_BYTES], *at = symbols + k * size + j;
             const uint8_t *from = words_of_step(next[k], lanes[k].edge, room), *begin = from;
             Group slots[GROUPS];
-#pragma GCC unroll 8
+            UNROLL(8)
             for (int i = 0; i < GROUPS; i++)
                 slots[i] = decode_group(table, precision, at + WIDTH * i, &x[k][i], &from);
             store_columns(at, slots);

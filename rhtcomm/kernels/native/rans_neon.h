@@ -94,7 +94,7 @@ INLINE Group decode_group(const u32 *table, int precision, const uint8_t *classe
 }
 
 INLINE void store_columns(uint8_t *to, const Group *slots) {
-#pragma GCC unroll 2
+    UNROLL(2)
     for (int i = 0; i < GROUPS; i += 4) {
         const uint16x8_t *s = (const uint16x8_t *)(slots + i);
         const uint16x8_t low = vuzp2q_u16(s[0], s[1]), high = vuzp2q_u16(s[2], s[3]);

@@ -22,13 +22,15 @@ static float tree_dot(const float *a, const float *b, int64_t size, float *room)
 }
 
 static uint32_t largest_magnitude(const float *y, int64_t size) {
-    enum { SIDE = 32 / LANES }; /* no maximum waits for the one before */
-    vi largest[SIDE] = {{0}};
-    for (int64_t j = 0; j < size; j += 32)
-#pragma GCC unroll 8
-        for (int i = 0; i < SIDE; i++)
+    enum { MAXIMA = LANES > 8 ? 4 : 32 / LANES }; /* none waits for the one before */
+    vi largest[MAXIMA] = {{0}};
+    int64_t j = 0;
+    for (; j + MAXIMA * LANES <= size; j += MAXIMA * LANES)
+        UNROLL(8)
+        for (int i = 0; i < MAXIMA; i++)
             largest[i] = larger(largest[i], (vi)load(y + j + i * LANES) & INT32_MAX);
-    for (int i = 1; i < SIDE; i++) largest[0] = larger(largest[0], largest[i]);
+    for (; j < size; j += LANES) largest[0] = larger(largest[0], (vi)load(y + j) & INT32_MAX);
+    for (int i = 1; i < MAXIMA; i++) largest[0] = larger(largest[0], largest[i]);
     return largest_lane(largest[0]);
 }
 

@@ -20,7 +20,7 @@ INLINE void vector_nearest(const Plan *plan, const float *y, float *values, uint
         for (int i = 0; i < 128; i++) {
             const float *codeword = plan->levels + i * group;
             vf dot = z[0] * codeword[0];
-#pragma GCC unroll 8
+            UNROLL(8)
             for (int k = 1; k < group; k++) dot = dot + z[k] * codeword[k];
             vf score = (vf)((vu)dot & 0x7fffffffu) - plan->half_norms[i];
             vi better = score > best;
@@ -52,7 +52,7 @@ static float vector_encode(const Plan *plan, float *y, float rms, float *room, f
 INLINE void look_up_groups(const Plan *plan, const uint8_t *codes, float scale, float *y,
                            const int group) {
     for (int64_t j = 0; j < plan->size / group; j++)
-#pragma GCC unroll 8
+        UNROLL(8)
         for (int k = 0; k < group; k++)
             y[j * group + k] = plan->levels[codes[j] * group + k] * scale;
 }
