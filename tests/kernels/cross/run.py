@@ -61,6 +61,13 @@ def check(target: Target, cases: Path, folder: Path) -> bool:
     return True
 
 
+def has_openmp(compiler: str) -> bool:
+    """Whether a program links with it; Debian's clang comes without."""
+    command = [compiler, "-fopenmp", "-xc", "-", "-o", "/dev/null"]
+    program = "int main(void) { return 0; }"
+    return subprocess.run(command, input=program, capture_output=True, text=True).returncode == 0
+
+
 def main() -> int:
     good = True
     with tempfile.TemporaryDirectory() as name:
@@ -69,6 +76,8 @@ def main() -> int:
         for target in TARGETS:
             tools = (target.compiler, *target.emulator[:1])
             missing = [tool for tool in tools if shutil.which(tool) is None]
+            if not missing and not has_openmp(target.compiler):
+                missing = [f"{target.compiler}'s library of OpenMP"]
             if missing:
                 print(
                     f"{target.name}: skipped, as {' and '.join(missing)} cannot be found "
