@@ -76,31 +76,36 @@ def pipeline(
     """Run the chunks' courses, each in turn up to its next exchange.
 
     The order depends only on the number of chunks and on the bytes that they hold, so all ranks
-    make the same exchanges in the same order.
+    make the same exchanges in the same order. These end in the order in which they began, as
+    transports may expect; with `ahead`, first ones end first.
 
     Args:
         chunks: of the tensor; the first one holds the most bytes. At least two are in flight,
             otherwise as many as `IN_FLIGHT_BYTES` allows.
         job: with the tensor.
         used: bits of used segments.
-        ahead: number of chunks whose first exchange is in flight when another begins, for first
-            exchanges too short to keep the link busy; by default all chunks make theirs first.
+        ahead: number of chunks whose first exchange is in flight when another begins, for
+            all-reduces, the first of which are too short to keep the link busy; by default as many
+            chunks as there is room for make theirs first.
 
     Raises:
         PayloadError: the first one of a chunk, after all exchanges.
     """
     # A nested function would keep what it refers to as long as an error's traceback lives.
-    clock, first, later = job.clock, deque[_InFlight](), deque[_InFlight]()
+    clock, first = job.clock, deque[_InFlight]()
+    later = first if ahead is None else deque[_InFlight]()
     pending, window = deque(chunks), max(2, IN_FLIGHT_BYTES // chunks[0].in_flight)
+    running = 0
     wanted: int | None = None
     failure = None
     while pending or first or later:
-        room = len(first) + len(later) < window
+        room = running < window
         if pending and room and (ahead is None or len(first) <= ahead):
             course = pending.popleft().course(job, used)
             start, x = next(course)
             clock.to("exchange")
             first.append((course, start(x)))
+            running += 1
             used = used[:0] if used.nbytes else used
             continue
         # With others pending, half of the window is for each kind of exchange.
@@ -111,8 +116,10 @@ def pipeline(
         try:
             start, x = course.send(arrived)
         except StopIteration as end:
+            running -= 1
             wanted = most(wanted, end.value)
         except PayloadError as error:  # the other ranks still wait for the other chunks
+            running -= 1
             failure = failure or error
             if job.update is not None:
                 job.update.stop()

@@ -36,10 +36,10 @@ class Chunk:
         return lambda: self.log.append(f"-{name}")
 
 
-def log_of(chunks: str, in_flight: int, exchanges: int) -> str:
+def log_of(chunks: str, in_flight: int, exchanges: int, ahead: int | None = None) -> str:
     log: list[str] = []
     made = [Chunk(name, in_flight, exchanges, log) for name in chunks]
-    pipeline(made, Job(torch.zeros(1), KEY, Clock()), NOTHING)
+    pipeline(made, Job(torch.zeros(1), KEY, Clock()), NOTHING, ahead)
     return " ".join(log)
 
 
@@ -48,9 +48,27 @@ def test_the_order_of_exchanges_when_few_chunks_fit() -> None:
     assert log_of("abcde", third, 1) == "+a1 +b1 +c1 -a1 +d1 -b1 +e1 -c1 -d1 -e1"
     large = 2 * payloads.IN_FLIGHT_BYTES  # two are always in flight
     assert log_of("abc", large, 1) == "+a1 +b1 -a1 +c1 -b1 -c1"
-    assert log_of("abc", large, 2) == "+a1 +b1 -a1 +a2 -a2 +c1 -b1 +b2 -c1 +c2 -b2 -c2"
-    # Of four, two are in their first exchange when the second one of the others begins and ends.
+    assert log_of("abc", large, 2) == "+a1 +b1 -a1 +a2 -b1 +b2 -a2 +c1 -b2 -c1 +c2 -c2"
     assert log_of("abcdef", payloads.IN_FLIGHT_BYTES // 4, 2) == (
+        "+a1 +b1 +c1 +d1 -a1 +a2 -b1 +b2 -c1 +c2 -d1 +d2 "
+        "-a2 +e1 -b2 +f1 -c2 -d2 -e1 +e2 -f1 +f2 -e2 -f2"
+    )
+
+
+def test_exchanges_end_in_the_order_in_which_they_began() -> None:
+    """`Communicator` promises this to transports, of everything but all-reduces."""
+    for room in range(2, 12):
+        for exchanges in (1, 2):
+            log = log_of("abcdefghij", payloads.IN_FLIGHT_BYTES // room, exchanges).split()
+            begun = [entry[1:] for entry in log if entry[0] == "+"]
+            assert begun == [entry[1:] for entry in log if entry[0] == "-"], (room, exchanges)
+
+
+def test_the_order_of_all_reduces_when_few_chunks_fit() -> None:
+    large = 2 * payloads.IN_FLIGHT_BYTES
+    assert log_of("abc", large, 2, 1) == "+a1 +b1 -a1 +a2 -a2 +c1 -b1 +b2 -c1 +c2 -b2 -c2"
+    # Of four, two are in their first exchange when the second one of the others begins and ends.
+    assert log_of("abcdef", payloads.IN_FLIGHT_BYTES // 4, 2, 3) == (
         "+a1 +b1 +c1 +d1 -a1 +a2 -b1 +b2 -a2 +e1 -c1 +c2 -b2 +f1 "
         "-d1 +d2 -e1 +e2 -f1 +f2 -c2 -d2 -e2 -f2"
     )
