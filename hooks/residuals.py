@@ -144,14 +144,14 @@ class Residuals:
 
     def replace(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Replace all by the result of `by_parameter`."""
-        found, self.bound = WeakTensorKeyDictionary(), torch.zeros(1, device="cpu")
+        found, bound = WeakTensorKeyDictionary(), torch.zeros(1, device="cpu")
         for parameter, value in pairs:
-            if value.numel():
-                largest = value.abs().max().float().cpu().view(1)
-                torch.maximum(self.bound, largest, out=self.bound)
             # They come from a file, and move to the parameter's device when they are needed.
-            found[parameter] = _Residual.from_shape(value.float().cpu(), _Layout.of(parameter))
-        self._of = found
+            value = value.float().cpu()
+            if value.numel():
+                torch.maximum(bound, value.abs().max().view(1), out=bound)
+            found[parameter] = _Residual.from_shape(value, _Layout.of(parameter))
+        self._of, self.bound = found, bound  # if something raised, nothing has changed
 
     def load(self, model: nn.Module | None, saved: Mapping[str, torch.Tensor]) -> None:
         """Replace all by the result of `by_name`.

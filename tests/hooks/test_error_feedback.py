@@ -14,6 +14,7 @@ from torch import nn
 
 from rhtcomm import Codec
 from rhtcomm.hooks import RHTState, rht_hook
+from rhtcomm.hooks.residuals import Residuals
 from rhtcomm.reduce import Algorithm
 
 STEPS = 6
@@ -111,6 +112,16 @@ def test_a_loaded_residual_is_known_to_be_large() -> None:
     saved["residuals"] = {}
     state.load_state_dict(saved, model)
     assert state.residuals.bound.item() == 0
+
+
+def test_the_bound_stays_when_residuals_cannot_be_loaded() -> None:
+    first, second = torch.zeros(3), torch.zeros(3)
+    residuals = Residuals()
+    residuals.replace([(first, torch.full((3,), 1e30)), (second, torch.ones(3))])
+    with pytest.raises(NotImplementedError):
+        residuals.replace([(first, torch.ones(3)), (second, torch.ones(3, device="meta"))])
+    assert [value[0].item() for _, value in residuals.by_parameter()] == [torch.tensor(1e30), 1]
+    assert residuals.bound.item() == torch.tensor(1e30)
 
 
 def join_early(rank: int, world_size: int, batches: list[int]) -> dict[str, Any]:
