@@ -112,3 +112,24 @@ def test_every_kernel_leaves_the_bits_of_the_equations(
             assert torch.equal(residual.read(NUMEL), expected[1]), (name, case)
             largest = expected[1].abs().max()
             assert largest <= bound <= 8 * largest, (name, case)
+
+
+@needs_library
+@pytest.mark.parametrize("quantizer", [QuicFL(4), Eden(2, biased=True), ECDQ(3)])
+def test_a_rank_keeps_its_error_when_the_payloads_of_others_alone_are_decoded(
+    quantizer: Quantizer,
+) -> None:
+    codec, case = Codec(quantizer, block=BLOCK), Case(4, 0)
+    found = {}
+    for first in (0, 1, 3):
+        case = case._replace(own=first)
+        for name, kernel in {"reference": reference, **variants()}.items():
+            residual = Residual.of([torch.ones(NUMEL)], torch.ones(1))
+            with use(kernel):
+                x, payloads = encoded(codec, torch.float32, residual, case)
+                feedback = Feedback(residual, KEY, case.own, case.ranks, payloads[case.own])
+                codec.coder(NUMEL).decode(payloads[1:3], KEY, 0, 1, case.ranks, x, feedback)
+            found[name] = (x, residual.read(NUMEL))
+            assert not torch.equal(residual.read(NUMEL), torch.ones(NUMEL))
+            for a, b in zip(found[name], found["reference"], strict=True):
+                assert torch.equal(a, b), (name, first)

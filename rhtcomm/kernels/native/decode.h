@@ -325,10 +325,10 @@ static void decode_units(const void *call, const Plan *plan, const Scratch *s, c
     Decoding d = *(const Decoding *)call, own = d;
     int apart = 0;
     if (d.feedback) {
-        /* What this rank sent in the first hop is among the payloads. */
+        /* What this rank sent is among the payloads of the first hop, if those of its rank are. */
         const int64_t first = plan->quantizer == ECDQ ? least(SIDE_BY_SIDE, d.ranks) : d.ranks;
         const int64_t number = d.feedback->origin.rank - d.origin.rank;
-        apart = d.feedback->origin.hop != d.origin.hop || number >= first;
+        apart = d.feedback->origin.hop != d.origin.hop || number < 0 || number >= first;
         if (!apart) d.own = number;
         own = of_own(&d);
     }
