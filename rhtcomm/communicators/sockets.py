@@ -279,7 +279,7 @@ def _add_up(rows: _Rows, op: Literal["sum", "max"], out: torch.Tensor) -> None:
 
 def _bytes_of(x: torch.Tensor) -> memoryview:
     """Those of a contiguous tensor, in its own memory."""
-    return x.detach().view(-1).view(torch.uint8).numpy().data
+    return x.view(-1).view(torch.uint8).numpy().data
 
 
 def _rows_of(x: torch.Tensor) -> _Messages:

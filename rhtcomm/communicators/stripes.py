@@ -17,9 +17,9 @@ _SHORTEST = 1 << 14  # bytes; TCP begins with about as many before it waits for 
 
 def cut(message: memoryview, connections: int) -> Sequence[memoryview]:
     """The stripes of a message of bytes, in the order of the connections that carry them."""
-    count = min(connections, len(message) // _SHORTEST)
-    if count <= 1:
+    if connections == 1 or len(message) < 2 * _SHORTEST:
         return (message,)
+    count = min(connections, len(message) // _SHORTEST)
     length = -(-len(message) // count)
     return [message[offset : offset + length] for offset in range(0, len(message), length)]
 

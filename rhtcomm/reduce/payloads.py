@@ -99,8 +99,7 @@ def pipeline(
     wanted: int | None = None
     failure = None
     while pending or first or later:
-        room = running < window
-        if pending and room and (ahead is None or len(first) <= ahead):
+        if pending and running < window and (ahead is None or len(first) <= ahead):
             course = pending.popleft().course(job, used)
             start, x = next(course)
             clock.to("exchange")
