@@ -54,6 +54,8 @@ def all_reduce(
 ) -> Report:
     """Replace `tensor` by its mean over all ranks, in place; every rank gets the same bits.
 
+    If the exchange fails, the content of `tensor` is lost.
+
     n is the number of ranks, P the payload bytes of the whole tensor, e the quantizer's vNMSE, m
     the mean over ranks of |tensor|^2; b, w and D are those of `Lattice`:
 

@@ -71,7 +71,7 @@ def simulated(
     if algorithm == "auto":
         n, payload_bytes = len(inputs), codec.nbytes(inputs[0].numel())
         more = (n - 1) * payload_bytes - 2 * (n - 1) / n * payload_bytes
-        algorithm = "two_shot" if more > 262144 else "all_gather"
+        algorithm = "two_shot" if more > 131072 else "all_gather"
     return MEANS[algorithm](inputs, codec, key).to(inputs[0].dtype)
 
 
