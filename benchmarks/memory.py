@@ -6,13 +6,15 @@ Each case is a run of its own processes on this machine, over Gloo: a model with
 float32 gradients takes some steps. The peak is that of the resident memory (VmHWM of
 /proc/self/status) from the first step on, which includes the step whose only bucket is the whole
 model, unless DDP is told that the graph is static. What is added is the difference from the peak of
-the same run without the hook, the largest over ranks. `bound` is 0.6 of the largest bucket plus
-16 MiB, and with error feedback 1.2 times the gradients more.
+the same run without the hook, the largest over ranks. Plain DDP's own peak differs by up to 150
+MiB between runs, so medians of --runs are compared. `bound` is 0.6 of the largest bucket plus 16
+MiB, and with error feedback 1.2 times the gradients more.
 """
 
 import argparse
 import json
 import os
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,7 @@ def cases(quick: bool) -> list[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=200, help="of the gradients")
+    parser.add_argument("--runs", type=int, default=5, help="of each case")
     parser.add_argument("--quick", action="store_true", help="only buckets of 25 MiB")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--numel", type=int, help=argparse.SUPPRESS)
@@ -116,24 +119,33 @@ def main() -> None:
         run_rank(json.loads(given.case), given.numel, given.folder)
         return
     numel = given.megabytes * 10**6 // 4
-    gradients, plain, rows = 4 * numel / 2**20, {}, []
-    for case in progress(cases(given.quick), "cases", keep=True):
-        alike = (case["ranks"], case["bucket"])
-        if alike not in plain:
-            plain[alike] = measure({**case, "options": None}, numel)
+    gradients, rows = 4 * numel / 2**20, []
+    peaks: dict[str, list[float]] = {}  # by case
+    found = cases(given.quick)
+    plain = [{**case, "options": None} for case in found if case["options"] == found[0]["options"]]
+    for case in progress((plain + found) * given.runs, "runs", keep=True):
+        peaks.setdefault(json.dumps(case), []).append(measure(case, numel))
+    for case in found:
         options = case["options"]
-        added = measure(case, numel) - plain[alike]
+        without = peaks[json.dumps({**case, "options": None})]
+        least, added, most = (
+            of(peaks[json.dumps(case)]) - statistics.median(without)
+            for of in (min, statistics.median, max)
+        )
         bound = 0.6 * gradients + 16 + (1.2 * gradients if options["error_feedback"] else 0)
         rows.append(
             [
                 *(str(case["ranks"]), str(case["bucket"]), options["algorithm"]),
                 "yes" if options["error_feedback"] else "no",
-                *(f"{plain[alike]:.0f}", f"{added:+.0f}", f"{bound:.0f}"),
+                f"{statistics.median(without):.0f} ({min(without):.0f} .. {max(without):.0f})",
+                f"{added:+.0f} ({least:+.0f} .. {most:+.0f})",
+                f"{bound:.0f}",
             ]
         )
     columns = ["ranks", "bucket_cap_mb", "algorithm", "error feedback"]
     columns += ["plain DDP, MiB", "added, MiB", "bound, MiB"]
-    text = f"{heading()}\n{gradients:.0f} MiB of gradients, b = 4.\n\n"
+    text = f"{heading()}\n{gradients:.0f} MiB of gradients, b = 4. Medians (least .. most) of "
+    text += f"{given.runs} runs.\n\n"
     text += table(columns, rows, left=(2, 3))
     (RESULTS / "memory.md").write_text(text)
     print(text)
