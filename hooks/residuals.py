@@ -14,6 +14,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..kernels.feedback import raise_bound_
 from .models import model_given, named_parameters, numel_of, pairs_in
 
 __all__ = ["Residuals"]
@@ -148,8 +149,7 @@ class Residuals:
         for parameter, value in pairs:
             # They come from a file, and move to the parameter's device when they are needed.
             value = value.float().cpu()
-            if value.numel():
-                torch.maximum(bound, value.abs().max().view(1), out=bound)
+            raise_bound_(bound, value)
             found[parameter] = _Residual.from_shape(value, _Layout.of(parameter))
         self._of, self.bound = found, bound  # if something raised, nothing has changed
 

@@ -24,7 +24,7 @@ from rhtcomm.kernels.task import Task
 from rhtcomm.memory import address_of
 from rhtcomm.randomness import Key
 
-__all__ = ["Feedback", "Residual", "decode_with_feedback", "with_residual"]
+__all__ = ["Feedback", "Residual", "decode_with_feedback", "raise_bound_", "with_residual"]
 
 
 class Residual(NamedTuple):
@@ -72,8 +72,13 @@ class Residual(NamedTuple):
         for view, part in zip(views, values.split([*map(len, views)]), strict=True):
             view.copy_(part)
         if self.bound is not None:
-            found = values.abs().max().view(1).cpu()
-            torch.maximum(self.bound, found, out=self.bound)
+            raise_bound_(self.bound, values)
+
+
+def raise_bound_(bound: torch.Tensor, values: torch.Tensor) -> None:
+    """bound (1,) <- the larger of it and the values' largest magnitude; NaN if one of them is."""
+    if values.numel():
+        torch.maximum(bound, values.abs().max().view(1).cpu(), out=bound)
 
 
 class Feedback(NamedTuple):

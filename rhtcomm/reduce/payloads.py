@@ -367,6 +367,7 @@ class _TwoShot:
             shards.encode(job, outgoing[shards.owner : shards.owner + shards.count])
         message = job.flat.new_empty(width + used.nbytes, dtype=torch.uint8)
         out = message[:width].unsqueeze(0)
+        # What arrives gets no name, so that its memory is free during the second exchange.
         mean = mine.encode_mean(job, (yield self._all_to_all, outgoing).unsqueeze(1), out)
         if used.nbytes:
             message[width:] = used

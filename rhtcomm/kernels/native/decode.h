@@ -29,6 +29,12 @@ typedef struct {
     int64_t ranks, stride;
 } Sent;
 
+static Sent sent_of(const Decoding *d, Block block) {
+    const uint8_t *payload = d->payloads + block.shard * d->shard_stride;
+    const Sent sent = {payload + block.scale, payload + block.packed, d->ranks, d->rank_stride};
+    return sent;
+}
+
 static uint32_t largest_scale(Sent sent) {
     uint32_t largest = 0;
     for (int64_t i = 0; i < sent.ranks; i++) {
@@ -189,8 +195,8 @@ static void canonicalize(float *y, int64_t size) {
 static int is_near(Sent sent, int64_t rank, uint32_t peak) {
     uint32_t scale;
     memcpy(&scale, sent.scale + rank * sent.stride, 4);
-    return peak < 0x7f800000 && (scale & 0x7fffffff) >> 23 >= 1 &&
-           (peak >> 23) - ((scale & 0x7fffffff) >> 23) <= 64;
+    const uint32_t exponent = (scale & 0x7fffffff) >> 23;
+    return peak < 0x7f800000 && exponent >= 1 && (peak >> 23) - exponent <= 64;
 }
 
 /* The decoding of what this rank sent. */
@@ -206,8 +212,7 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
                          Block following, const uint8_t *dither, uint8_t *symbols) {
     Scratch s = *scratch; /* a local copy, which stores of vectors cannot alias */
     const int64_t size = plan->size, offset = d->origin.offset + block.offset;
-    const uint8_t *payload = d->payloads + block.shard * d->shard_stride;
-    const Sent sent = {payload + block.scale, payload + block.packed, d->ranks, d->rank_stride};
+    const Sent sent = sent_of(d, block);
     char *out = d->out + block.offset * bytes_of(d->dtype);
     const char *residual_next =
         d->feedback ? residual_ahead(&d->feedback->residual, following.offset) : NULL;
@@ -264,8 +269,7 @@ static void decode_either(const Decoding *d, const Plan *plan, const Scratch *s,
                           Block following, const uint8_t *dither, uint8_t *symbols) {
     Decoding rest = *d;
     if (d->own >= 0) {
-        const uint8_t *payload = d->payloads + block.shard * d->shard_stride;
-        const Sent sent = {payload + block.scale, payload + block.packed, d->ranks, d->rank_stride};
+        const Sent sent = sent_of(d, block);
         if (!is_near(sent, d->own, largest_scale(sent))) {
             const Decoding own = of_own(d);
             uint8_t *columns = symbols ? symbols + d->own * plan->size : NULL;
