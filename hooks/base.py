@@ -186,7 +186,7 @@ class HookState:
 
         Raises:
             ValueError: the model is missing or another one; the residuals belong to another rank;
-                only one of this state and the saved one has error_feedback; or it is not a saved
+                error_feedback differs between this state and the saved one; or it is not a saved
                 state.
         """
         saved = checkpoint.read(state, self.codec, self.error_feedback)

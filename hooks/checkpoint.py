@@ -31,7 +31,7 @@ def read(state: object, codec: Codec | Lattice, error_feedback: bool) -> Saved:
     """Check a saved state.
 
     Raises:
-        ValueError: it is not a saved state, or only one of it and the present state has error
+        ValueError: it is not a saved state, or it and the present state differ in error
             feedback.
     """
     if not isinstance(state, Mapping) or not {"seed", "step"} <= state.keys():

@@ -53,7 +53,7 @@ def compress_fsdp(
             ``mesh["shard"]`` to `fully_shard`, and ``mesh.get_group("replicate")`` here. A mesh of
             (ranks, 1) only replicates. After `set_gradient_divide_factor` replicas are summed
             instead, as in torch's own HSDP.
-        options: of `RHTState`; not process_group, communicator, error_feedback or
+        options: of `RHTState`; not process_group, communicator, error_feedback, equalize or
             quantizer="lattice". A step is a backward pass that reduces gradients; a second
             reduction of a unit in one pass begins another step. algorithm needs replicate_group,
             with which rotations="auto" is refused.

@@ -43,7 +43,8 @@ def register(model: nn.Module, bits: Bits = 4, **options: Any) -> "Handle":
 
     Raises:
         TypeError: the model holds no DistributedDataParallel, or is sharded (see `compress_fsdp`).
-        ValueError: it holds several DDP models; an option is out of its range or has other ranks.
+        ValueError: it holds several DDP models; an option is out of its range, or names other ranks
+            than the model's.
         RuntimeError: the model already has a hook, or another rank did not connect.
         DisagreementError: on all ranks, if their arguments differ.
     """
@@ -147,7 +148,7 @@ class Handle:
 
         Raises:
             ValueError: it is not a saved state; it has only residuals of other ranks, or of another
-                model; or only one of it and this hook has error feedback.
+                model; or it and this hook differ in error feedback.
             RuntimeError: the model is gone.
         """
         saved = dict(state)

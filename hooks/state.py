@@ -56,9 +56,9 @@ class RHTState(HookState):
         error_feedback: add this rank's earlier compression error to each gradient (see
             `rhtcomm.all_reduce`). It needs float32 memory of the gradients' size (float16: and for
             a copy of a bucket's residual) and a decode of the rank's own payload; "eden" and
-            "vector" then use the biased scale of least squared error. Not for "lattice", or
-            "quic_fl" with 1 bit. The quantizers are unbiased without it. With AdamW and 1 bit that
-            was better than feedback, whose errors return later: compare both on your model.
+            "vector" then use the biased scale of least squared error. Not for "lattice", nor for
+            "quic_fl" or "ecdq" with 1 bit. With AdamW and 1 bit it reduced the loss in one test
+            problem and increased it in another: compare both on your model.
             Residuals are scaled like the gradients: after a GradScaler changes its scale, the
             residual of the step before still has the old scale.
         warmup_steps: number of first steps of a run whose payloads have `warmup_bits` per
@@ -71,8 +71,8 @@ class RHTState(HookState):
         equalize: for Adam, if gradients differ in size between rows, columns or parameters: mean =
             s decode(encode(x / s)), with powers of two s that follow these sizes. Unbiased; noise
             is proportional to s; a coordinate that was small and suddenly is large adds up to 2^12
-            times as much to the error of its block. Not for float16. It adds half to three quarters
-            of the codec's time (CPU). See `rhtcomm.hooks.scales`.
+            times as much to the error of its block. Not for float16. It makes the codec 1.7 to 2.3
+            times as slow (CPU). See `rhtcomm.hooks.scales`.
         nmse_every: interval in steps at which the error of the mean is measured (0: never), by an
             additional exact all-reduce. Its bytes and time are not counted.
         observer: a function, or a list of functions, that gets a `BucketReport` of each bucket in

@@ -40,7 +40,7 @@ def kernels() -> list[Finding]:
     unset = f"unset {' and '.join(name for name in _forcing())}"
     path = cpu.library_path()
     if path is None:
-        fact = "the C kernels are not installed: plain torch takes their place, 30 times slower"
+        fact = "the C kernels are not installed: plain torch takes their place, 40 times slower"
         return [Finding("problem", "kernels", fact, REBUILD.format(build_command()))]
     variants, failure = loaded(path)
     if failure:
@@ -54,7 +54,7 @@ def kernels() -> list[Finding]:
     variant = str(getattr(chosen, "variant", "reference"))
     best = next((name for name in VARIANTS if all(variants[name])), "baseline")
     if forced and variant == "reference":
-        fact = f"{', '.join(forced)} forces plain torch, 30 times slower than the C kernels"
+        fact = f"{', '.join(forced)} forces plain torch, 40 times slower than the C kernels"
         return [Finding("problem", "kernels", fact, unset)]
     if forced:
         better = "" if variant == best else f", though this processor has {best}"

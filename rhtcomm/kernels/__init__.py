@@ -185,7 +185,7 @@ def _for_cpu(wanted: str | None, variant: str | None) -> Kernel:
     if wanted or variant:
         raise RuntimeError(f"the C kernels were requested, but they {fact}. {remedy}") from cause
     logging.getLogger("rhtcomm").warning(
-        "the C kernels %s; the torch reference is used instead, which is about 30 times slower. %s",
+        "the C kernels %s; the torch reference is used instead, which is about 40 times slower. %s",
         fact,
         remedy,
     )

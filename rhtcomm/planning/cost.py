@@ -64,7 +64,7 @@ from rhtcomm.reduce.split import split_into_chunks, split_into_shards
 
 __all__ = ["TYPICAL", "Model", "Prediction"]
 
-# The hook and Gloo on processors of today, where nothing was measured.
+# The hook's sockets and Gloo's all-reduce on processors of today, where nothing was measured.
 TYPICAL = Link(
     latency=50e-6,
     posting=20e-6,

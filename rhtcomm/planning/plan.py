@@ -86,7 +86,7 @@ def plan(
             that torch has in this process (takes a second).
         slowdown: s, how much slower the codec runs in training than measured.
         quantizer: "quic_fl" or "ecdq".
-        link: what `measure_link` found, by default typical figures of Gloo.
+        link: what `measure_link` found, by default typical figures of TCP on Linux.
         cores: k, of a rank; by default as many as it can use.
         threads: t, of the codec, when its speed was measured.
 
