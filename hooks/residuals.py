@@ -83,7 +83,7 @@ class _Residual(NamedTuple):
 def _is_residual(value: object) -> bool:
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         return False
-    return value.is_floating_point() and bool(value.isfinite().all())
+    return value.is_floating_point() and bool(value.float().isfinite().all())
 
 
 class Residuals:

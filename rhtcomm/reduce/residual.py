@@ -28,6 +28,7 @@ class Update:
         self._open = segments is None
         self._used: torch.Tensor | None = None  # if some segments are unused
         self._before: torch.Tensor | None = None
+        self._bound_before: torch.Tensor | None = None
 
     @classmethod
     def of(cls, left: torch.Tensor) -> "Update":
@@ -55,6 +56,8 @@ class Update:
             return
         if not _are_predictable(flat) or bool(used[-_NOTE_BYTES:].any()):
             self._before = self.residual.read(flat.numel()).clone()
+            bound = self.residual.bound
+            self._bound_before = None if bound is None else bound.clone()
         elif not self._segments.all_used(used):
             self._used = used
         self._open = True
@@ -82,13 +85,22 @@ class Update:
             return
         after = self.residual.read(before.numel())
         self._segments.restore_(after, used, before)
-        self.residual.write(torch.where(mean.isfinite().all(), after, before))
+        finite = mean.isfinite().all()
+        self.residual.write(torch.where(finite, after, before))
+        if self._bound_before is not None and not finite:  # there is none on devices
+            self._restore_bound()
 
     def stop(self) -> None:
         """Allow no more updates after a failure, and undo what can be undone."""
         self._open = False
         if self._before is not None:
             self.residual.write(self._before)
+            self._restore_bound()
+
+    def _restore_bound(self) -> None:
+        """After the whole residual has its old values, of which none may be NaN."""
+        if self._bound_before is not None and self.residual.bound is not None:
+            self.residual.bound.copy_(self._bound_before)
 
 
 def _are_predictable(flat: torch.Tensor) -> bool:

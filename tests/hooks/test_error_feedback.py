@@ -124,6 +124,30 @@ def test_the_bound_stays_when_residuals_cannot_be_loaded() -> None:
     assert residuals.bound.item() == torch.tensor(1e30)
 
 
+def overflow_once(rank: int, world_size: int, algorithm: Algorithm) -> list[tuple[bool, float]]:
+    model, found = Probe(*SIZES), []
+    with state_of(algorithm=algorithm) as state:
+        ddp = wrapped(model, state)
+        for step in range(3):
+            weights = gradients(rank, step)
+            if (rank, step) == (1, 1):
+                weights[0][5] = torch.inf
+            ddp(*weights).backward()
+            left = residual_of(state, model).abs().max().item()
+            found.append((bool(take(model).isfinite().all()), state.residuals.bound.item() / left))
+    return found
+
+
+@pytest.mark.parametrize(("world_size", "algorithm"), [(2, "all_gather"), (3, "two_shot")])
+def test_the_bound_forgets_a_step_that_overflowed(
+    world_size: int, algorithm: Algorithm, ranks: Ranks
+) -> None:
+    for found in ranks.run(overflow_once, world_size, algorithm):
+        finite, ratios = zip(*found, strict=True)
+        assert finite == (True, False, True)
+        assert all(1 <= ratio < 64 for ratio in ratios)  # NaN and infinity are not
+
+
 def join_early(rank: int, world_size: int, batches: list[int]) -> dict[str, Any]:
     model, total = Probe(*SIZES), torch.zeros(sum(SIZES), dtype=torch.float64)
     with state_of(algorithm="all_gather") as state:
@@ -218,6 +242,9 @@ def test_checkpoints_that_do_not_fit() -> None:
         state.load_state_dict(good)
     with pytest.raises(ValueError, match="the model has none of the 1 parameter"):
         state.state_dict(Probe(10))
+    large = {"weights.0": torch.full((10,), 1e300, dtype=torch.float64)}  # infinite in float32
+    with pytest.raises(ValueError, match="finite real numbers"):
+        state.load_state_dict({**good, "residuals": large}, model)
     for wrong in ({"weights.1": torch.ones(10)}, {"weights.0": torch.ones(11)}):
         with pytest.raises(ValueError, match="but the model has"):
             state.load_state_dict({**good, "residuals": wrong}, model)
