@@ -298,7 +298,7 @@ class ThreadEngine(Engine):
         error = self._failed(error, key)
         clear_frames(error)
         if not isinstance(error, Exception):  # futures take no others
-            error = RuntimeError(f"rht_hook: {error!r} on the worker thread")
+            error = RuntimeError(f"{self.owner}: {error!r} on the worker thread")
         if not done.done():
             done.set_exception(error)  # type: ignore[arg-type]
 

@@ -8,6 +8,7 @@ from ..reduce import DisagreementError, Reducer
 
 __all__ = ["cause_of", "clear_frames", "explain", "text_of"]
 
+_UNREACHABLE = re.compile(r"\[Errno (110|113)\]|no route to host|unreachable", re.IGNORECASE)
 _LATE = re.compile("timed? ?out|waited", re.IGNORECASE)
 _GONE = re.compile(
     "closed by|reset by|broken pipe|not connected|remote process exit", re.IGNORECASE
@@ -45,7 +46,9 @@ def explain(
 
 def cause_of(error: BaseException, patience: str, agreed: bool) -> str:
     """The likely cause of a transport error."""
-    if _LATE.search(str(error)):
+    if _UNREACHABLE.search(str(error)):
+        cause = "another machine, or the network between, no longer answers"
+    elif _LATE.search(str(error)):
         cause = (
             f"another rank did not answer within {patience}; it hangs, was stopped, or makes "
             "different calls"

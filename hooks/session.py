@@ -127,8 +127,8 @@ class Session:
                 raise
             cause = cause_of(error, self._patience, agreed=False)
             self.failure = (
-                f"rht_hook: rank {dist.get_rank()} of {dist.get_world_size()} could not make "
-                f"the hook's process group: {cause}. Torch says: {error}"
+                f"rht_hook: rank {dist.get_rank()} of {dist.get_world_size()} could not connect "
+                f"to the others: {cause}. The transport says: {error}"
             )
             raise RuntimeError(self.failure) from error
 

@@ -1,8 +1,10 @@
 """Where a tensor lies in memory, for C, Triton and NumPy."""
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-__all__ = ["address_of", "memory_of", "overlap", "plain", "refuse_fake_mode"]
+__all__ = ["address_of", "bytes_of", "memory_of", "overlap", "plain", "refuse_fake_mode"]
 
 
 def memory_of(x: torch.Tensor, owner: str, name: str) -> tuple[int, int]:
@@ -49,6 +51,30 @@ def address_of(x: torch.Tensor) -> int:
     if address < 1 << 40 and address <= x.storage_offset() * x.element_size():
         memory_of(x, "rhtcomm", "a tensor")
     return address
+
+
+def bytes_of(x: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """The bytes of contiguous x, as a view of its memory that keeps x alive.
+
+    After `x.numpy()` torch would refuse to resize the storage of x, which some callers do to free
+    it.
+    """
+    return np.asarray(_Memory(x))
+
+
+class _Memory:
+    """What NumPy asks for the memory of a tensor."""
+
+    __slots__ = ("__array_interface__", "_tensor")
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._tensor = x
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (x.nbytes,),
+            "typestr": "|u1",
+            "data": (x.data_ptr(), False),
+        }
 
 
 def overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:

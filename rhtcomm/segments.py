@@ -11,7 +11,6 @@ A value is zero if all its bits except the sign are zero: -0.0 is zero; NaN and 
 are not.
 """
 
-import ctypes
 import math
 import operator
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from rhtcomm.memory import bytes_of
 
 __all__ = ["Segments", "merge_", "pack", "rows_of", "unpack"]
 
@@ -244,13 +245,9 @@ def _nbytes(count: int) -> int:
 
 
 def _integers(x: torch.Tensor) -> npt.NDArray[np.signedinteger]:
-    """The bits of contiguous x, as a view of its memory, which must outlive the view.
-
-    NumPy lacks bfloat16, and comparisons of floats may flush subnormals. After `x.numpy()` torch
-    would refuse to resize the storage of x, which some callers do to free it.
-    """
-    memory: Any = (ctypes.c_uint8 * x.nbytes).from_address(x.data_ptr())
-    return np.frombuffer(memory, dtype=np.int32 if x.element_size() == 4 else np.int16)
+    """The bits of contiguous x: NumPy lacks bfloat16, and comparisons of floats may flush
+    subnormals."""
+    return bytes_of(x).view(np.int32 if x.element_size() == 4 else np.int16)
 
 
 def _any(

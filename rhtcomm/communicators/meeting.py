@@ -1,9 +1,12 @@
 """The ranks of a process group tell each other a few bytes, before they open other connections."""
 
 import contextlib
+import struct
 from typing import TYPE_CHECKING
 
 import torch
+
+from rhtcomm.communicators.base import name_of
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -14,10 +17,11 @@ __all__ = ["FACT_BYTES", "Meeting"]
 
 FACT_BYTES = 128  # that a rank tells the others, at most
 _TAG = 0x726A  # for these messages, on a group that others may use too
-_MET, _CLOSED, _LATE = 0, 1, 2  # how the first rank's answer begins
+_ANSWER = struct.Struct("<II")  # how the first rank's answer begins: one of these, and a rank
+_MET, _CLOSED, _LATE = 0, 1, 2
 _REASONS = {
-    _CLOSED: "the first rank found the connection to another closed by it",
-    _LATE: "the first rank waited for another until its timeout",
+    _CLOSED: "the first rank found its connection to %s closed by it",
+    _LATE: "the first rank waited for %s until its timeout",
 }
 
 
@@ -33,6 +37,10 @@ class Meeting:
         self._parent, self._timeout = parent, timeout
         self._answers: list[dist.Work] = []
 
+    def name_of(self, rank: int) -> str:
+        """A rank in words, with its number in the group and, if different, in the world."""
+        return name_of(rank, torch.distributed.get_process_group_ranks(self._parent))
+
     def tell(self, mine: bytes) -> list[bytes]:
         """What each rank told, by rank, without zeros at the end.
 
@@ -47,31 +55,34 @@ class Meeting:
         facts = torch.zeros(world_size, FACT_BYTES, dtype=torch.uint8, device="cpu")
         own = facts[parent.rank()]
         own[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else own[:0]
-        answer = torch.empty(1 + facts.numel(), dtype=torch.uint8, device="cpu")
+        answer = torch.empty(_ANSWER.size + facts.numel(), dtype=torch.uint8, device="cpu")
         if parent.rank() > 0:
             here = parent.send([own], 0, _TAG)
             parent.recv([answer], 0, _TAG).wait(timeout)
             here.wait()
-            if answer[0] != _MET:
-                raise RuntimeError(_REASONS[int(answer[0])])
+            kind, lost = _ANSWER.unpack(bytes(answer[: _ANSWER.size].tolist()))
+            if kind != _MET:
+                raise RuntimeError(_REASONS[kind] % self.name_of(lost))
         else:
             self._collect(facts, answer)
-        rows = answer[1:].view(world_size, FACT_BYTES)
+        rows = answer[_ANSWER.size :].view(world_size, FACT_BYTES)
         return [bytes(row.tolist()).rstrip(b"\0") for row in rows]
 
     def _collect(self, facts: torch.Tensor, answer: torch.Tensor) -> None:
         """On the first rank: hear from all, and answer."""
         parent, others = self._parent, range(1, self._parent.size())
         lost: RuntimeError | None = None
-        for arrival in [parent.recv([facts[other]], other, _TAG) for other in others]:
+        kind, which = _MET, 0
+        for other, arrival in [(one, parent.recv([facts[one]], one, _TAG)) for one in others]:
             try:
                 arrival.wait(self._timeout)
             except RuntimeError as error:
-                lost = lost or error
-        answer[0] = _MET
-        if lost is not None:
-            answer[0] = _LATE if "timed out" in str(lost).lower() else _CLOSED
-        answer[1:] = facts.view(-1)
+                if lost is None:
+                    lost, which = RuntimeError(f"{self.name_of(other)}: {error}"), other
+                    kind = _LATE if "timed out" in str(error).lower() else _CLOSED
+        head = bytearray(_ANSWER.pack(kind, which))
+        answer[: _ANSWER.size] = torch.frombuffer(head, dtype=torch.uint8)
+        answer[_ANSWER.size :] = facts.view(-1)
         if lost is None:
             self.end()  # all have answered, so they have the earlier answer
             self._answers = [parent.send([answer], other, _TAG) for other in others]

@@ -2,10 +2,11 @@
 
 The thread that needs an exchange drives the connections itself, so no other thread takes a core
 from it, and a message costs two system calls. While it computes, what the kernel's buffers hold
-travels on. Each message follows its length, so ranks that make different calls find out at once.
+is sent on. Each message follows its length, so ranks that make different calls find out at once.
 """
 
 import select
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -15,11 +16,13 @@ import torch
 from rhtcomm.communicators.base import Communicator, name_of
 from rhtcomm.communicators.connection import Connection
 from rhtcomm.communicators.stripes import cut
+from rhtcomm.memory import bytes_of
 
 __all__ = ["SocketCommunicator"]
 
 _PIECE = 1 << 22  # bytes of a sum on their way at once
 _LONGEST = (1 << 31) - 1  # milliseconds that the system can wait
+_DELIVERY = 5.0  # seconds to wait at the end
 
 Result = TypeVar("Result")
 _Rows = Sequence[torch.Tensor]  # by rank
@@ -85,7 +88,7 @@ class SocketCommunicator(Communicator):
         try:
             self.all_gather(torch.zeros(1, dtype=torch.uint8, device="cpu"))
         except BaseException:
-            self.close()
+            self.abort()
             raise
         self.bytes_sent = 0
 
@@ -170,29 +173,34 @@ class SocketCommunicator(Communicator):
     def _send(self, messages: _Messages, ranks: Sequence[int]) -> list[tuple[Connection, int]]:
         """Send messages[i] to rank i; returns the numbers of those that have not left."""
         leaving = []
-        for connection, stripe in self._stripes(messages, ranks):
-            number = connection.send(stripe)
-            if connection.leaving:
-                leaving.append((connection, number))
+        try:
+            for connection, stripe, length in self._stripes(messages, ranks):
+                number = connection.send(stripe, length)
+                if connection.leaving:
+                    leaving.append((connection, number))
+        except BaseException:
+            self.abort()
+            raise
         return leaving
 
     def _expect(self, messages: _Messages, ranks: Sequence[int]) -> list[tuple[Connection, int]]:
         """Receive messages[i] from rank i; returns their numbers."""
         return [
-            (connection, connection.expect(stripe))
-            for connection, stripe in self._stripes(messages, ranks)
+            (connection, connection.expect(stripe, length))
+            for connection, stripe, length in self._stripes(messages, ranks)
         ]
 
     def _stripes(
         self, messages: _Messages, ranks: Sequence[int]
-    ) -> list[tuple[Connection, memoryview]]:
-        """The parts of messages to or from ranks, and the connections that carry them."""
+    ) -> list[tuple[Connection, memoryview, int]]:
+        """Connections, the parts of messages to or from ranks that they carry, and the lengths of
+        the messages."""
         if ranks and not self._connections:
             raise self._closed()
         return [
-            carried
+            (connection, stripe, len(messages[rank]))
             for rank in ranks
-            for carried in zip(
+            for connection, stripe in zip(
                 self._opened[rank], cut(messages[rank], len(self._opened[rank])), strict=False
             )
         ]
@@ -207,21 +215,28 @@ class SocketCommunicator(Communicator):
 
         Nothing is sent on between two calls of this communicator. If an exchange ended with a part
         of its messages still here, the others might wait for that part for ever, and this rank for
-        them elsewhere. What has left, the kernel delivers even if this rank closes its connections
-        or ends; so there is nothing to `settle`.
+        them elsewhere. What has left, the kernel delivers even if this rank ends; so there is
+        nothing to `settle`.
+
+        After an error messages are left, which the other ranks' next exchange would take for its
+        own. So the connections are closed then.
         """
 
         def finish() -> Result:
-            for connection, _ in leaving:
-                connection.push()
-            for connection, number in arriving:
-                if connection.arrived < number:
-                    connection.pull()
-                while connection.arrived < number:
-                    self._wait()
-            for connection, number in leaving:
-                while not connection.has_left(number):
-                    self._wait()
+            try:
+                for connection, _ in leaving:
+                    connection.push()
+                for connection, number in arriving:
+                    if connection.arrived < number:
+                        connection.pull()
+                    while connection.arrived < number:
+                        self._wait()
+                for connection, number in leaving:
+                    while not connection.has_left(number):
+                        self._wait()
+            except BaseException:
+                self.abort()
+                raise
             return result
 
         return finish
@@ -246,7 +261,7 @@ class SocketCommunicator(Communicator):
             raise RuntimeError(
                 "SocketCommunicator: Timed out: nothing came or left for "
                 f"{self.timeout.total_seconds():g} s while waiting for "
-                + ", ".join(connection.peer for connection in waiting.values())
+                + ", ".join(dict.fromkeys(connection.peer for connection in waiting.values()))
             )
         for number, _ in ready:
             waiting[number].push()
@@ -260,12 +275,22 @@ class SocketCommunicator(Communicator):
 
     def abort(self) -> None:
         """Close the connections; the other ranks then raise."""
-        self.close()
-
-    def close(self) -> None:
         for connection in self._connections:
             connection.close()
         self._connections.clear()
+
+    def close(self) -> None:
+        """Close the connections, once the others have what was sent, or after some seconds.
+
+        The kernel would deliver it later, but not where the network ends with this process, as in a
+        container.
+        """
+        end = time.monotonic() + _DELIVERY
+        while any(connection.undelivered for connection in self._connections):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.001)
+        self.abort()
 
 
 def _add_up(rows: _Rows, op: Literal["sum", "max"], out: torch.Tensor) -> None:
@@ -279,7 +304,7 @@ def _add_up(rows: _Rows, op: Literal["sum", "max"], out: torch.Tensor) -> None:
 
 def _bytes_of(x: torch.Tensor) -> memoryview:
     """Those of a contiguous tensor, in its own memory."""
-    return x.view(-1).view(torch.uint8).numpy().data
+    return bytes_of(x).data
 
 
 def _rows_of(x: torch.Tensor) -> _Messages:

@@ -1,5 +1,6 @@
 """Exchanges over a process group of torch.distributed."""
 
+import socket
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -118,8 +119,10 @@ class TorchCommunicator(Communicator):
     ) -> Communicator:
         check_transport()
         meeting, rank = Meeting(parent, timeout), parent.rank()
-        found = open_sockets(parent, meeting, connections) if device == "cpu" else None
-        if found is not None:
+        found: dict[int, list[socket.socket]] | str = f"{device} tensors need it"
+        if device == "cpu":
+            found = open_sockets(parent, meeting, timeout, connections)
+        if not isinstance(found, str):
             names = [name_of(other, ranks) for other in range(len(ranks))]
             opened = {
                 other: [Connection(one, names[other]) for one in several]
@@ -129,7 +132,7 @@ class TorchCommunicator(Communicator):
             sockets.greet()
             meeting.end()
             return sockets
-        check_stripes(connections, "a private Gloo group", device)
+        check_stripes(connections, f"a private Gloo group, since {found}", device)
         name = meeting.tell(uuid.uuid4().bytes)[0].hex()
         made = cls.__new__(cls)
         made.private, made.timeout, made.connections = True, timeout, connections

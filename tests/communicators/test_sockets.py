@@ -1,10 +1,13 @@
 """Private connections by sockets: how they are made, and what ranks hear when one fails."""
 
+import contextlib
 import logging
 import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from typing import Any
@@ -13,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import Ranks
-from states import SOON
+from states import LOST_PEER, SOON
 
 from rhtcomm import TorchCommunicator
 from rhtcomm.communicators import Communicator, connecting
@@ -52,9 +55,11 @@ def test_messages_arrive_in_order_however_the_kernel_cuts_them() -> None:
     assert all(map(torch.equal, sent, received))
 
 
-def take_one(connection: Connection) -> None:
+def take_one(connection: Connection, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
     while not connection.arrived:
         connection.pull()
+        assert time.monotonic() < end
 
 
 def test_a_message_of_another_length_is_an_error() -> None:
@@ -104,18 +109,70 @@ def test_a_forked_process_does_not_end_the_connection() -> None:
     assert more == b"more"
 
 
-def test_closing_ends_it_although_a_forked_process_has_a_copy() -> None:
-    here, there = connected()
-    child = os.fork()
-    if not child:
-        time.sleep(60)
-        os._exit(0)
-    here.close()
+DEATH_OF_A_PARENT = """
+import os, signal, socket, sys, time
+from rhtcomm.communicators.connection import Connection
+
+connection = Connection(socket.create_connection(("127.0.0.1", int(sys.argv[1]))), "rank 0")
+child = os.fork()
+if not child:
+    os.close(1)
+    time.sleep(60)
+    os._exit(0)
+print(child, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_process_that_is_killed_ends_it_although_a_forked_one_lives() -> None:
+    """Such as one that loads data, which notices the end of its parent after seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        command = [sys.executable, "-c", DEATH_OF_A_PARENT, port]
+        killed = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+        there = Connection(listener.accept()[0], "rank 1")
+    assert killed.returncode == -signal.SIGKILL
     there.expect(memoryview(bytearray(4)))
-    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+    with pytest.raises(RuntimeError, match="rank 1: Connection closed by peer"):
+        take_one(there, SOON.total_seconds() / 2)
+    os.kill(int(killed.stdout), signal.SIGKILL)
+
+
+def test_a_peer_that_is_gone_raises_no_signal() -> None:
+    """It would end a program that has restored the default of SIGPIPE."""
+    here, there = connected()
+    there.close()
+    signals: list[int] = []
+    before = signal.signal(signal.SIGPIPE, lambda number, _: signals.append(number))
+
+    def send() -> None:
+        for _ in range(100):
+            here.send(memoryview(bytes(1000)))
+            time.sleep(0.01)
+
+    try:
+        with pytest.raises(RuntimeError, match=r"rank 1: .*([Bb]roken pipe|reset by peer)"):
+            send()
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+    assert not signals
+
+
+def test_what_the_other_side_has_not_is_counted() -> None:
+    here, there = connected()
+    message = memoryview(bytearray(30_000_000))
+    here.send(message)
+    assert here.undelivered > 0
+    there.expect(message)
+    while not there.arrived:
+        here.push()
         there.pull()
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    deadline = time.monotonic() + SOON.total_seconds()
+    while here.undelivered and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert here.undelivered == 0
+    here.close()
+    assert here.undelivered == 0
 
 
 # ---- How they are made ------------------------------------------------------------------------
@@ -148,7 +205,8 @@ def works(ranks: Communicator) -> bool:
 
 
 def prevented(rank: int, patch: pytest.MonkeyPatch, how: str) -> None:
-    """Rank 1 cannot or must not connect by sockets."""
+    """Rank 1 cannot or must not connect by sockets; the others wait for it in vain."""
+    patch.setattr(connecting, "_SECONDS", 0.5)
     if rank != 1:
         return
 
@@ -164,9 +222,9 @@ def prevented(rank: int, patch: pytest.MonkeyPatch, how: str) -> None:
     elif how == "listen":
         patch.setattr(socket.socket, "listen", broken)
     elif how == "call":
-        patch.setattr(socket, "create_connection", broken)
+        patch.setattr(socket.socket, "connect", broken)
     else:
-        patch.setattr(connecting, "_read_greeting", broken)
+        patch.setattr(socket.socket, "accept", broken)
 
 
 PREVENTED = {
@@ -209,10 +267,11 @@ def make_with_a_stranger(rank: int, world_size: int) -> int:
 
     def visited(callers: int) -> socket.socket:
         made = listener(callers)
-        for greeting in (b"", b"\0" * 24, b"GET / HTTP/1.1\r\n\r\n".ljust(40)):
+        for greeting in (b"", b"\0" * 24, b"GET / HTTP/1.1\r\n\r\n".ljust(40), b""):
             stranger = socket.create_connection(made.getsockname())
             stranger.sendall(greeting)
-            stranger.shutdown(socket.SHUT_WR)
+            if len(strangers) < 3:  # the last one says nothing, and waits
+                stranger.shutdown(socket.SHUT_WR)
             strangers.append(stranger)
         return made
 
@@ -227,7 +286,7 @@ def make_with_a_stranger(rank: int, world_size: int) -> int:
 
 
 def test_strangers_are_turned_away(ranks: Ranks) -> None:
-    assert ranks.run(make_with_a_stranger, 3) == [3, 0, 0]
+    assert ranks.run(make_with_a_stranger, 3) == [4, 0, 0]
 
 
 def ask_for_an_unknown_transport(rank: int, world_size: int) -> None:
@@ -265,21 +324,75 @@ def test_an_exchange_that_has_ended_has_nothing_left_to_send(ranks: Ranks) -> No
     ranks.run(take_turns_on_two, 2)
 
 
+def send_late(rank: int, world_size: int) -> float:
+    """Rank 0 closes while the kernel still has most of a message; rank 1 takes it after that."""
+    made = TorchCommunicator.of_its_own(dist.group.WORLD, "cpu", SOON)
+    assert isinstance(made, SocketCommunicator)
+    x = torch.zeros(1 << 20, dtype=torch.uint8)
+    finish = made.start_broadcast(x)
+    begin = time.monotonic()
+    if rank == 1:
+        time.sleep(1)
+        finish()
+    close, left = Connection.close, []
+
+    def watched(one: Connection) -> None:
+        left.append(one.undelivered)
+        close(one)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Connection, "close", watched)
+        made.close()
+    assert left == [0]
+    return time.monotonic() - begin
+
+
+def test_a_rank_stays_until_the_others_have_what_it_sent(ranks: Ranks) -> None:
+    """Where its network ends with it, nobody would deliver it."""
+    ranks.run(send_late, 2)
+
+
 # ---- When a rank fails ------------------------------------------------------------------------
+
+
+def try_again(rank: int, world_size: int) -> list[str]:
+    """Rank 0 gives up an exchange, and tries it again; rank 1 is late."""
+    made = TorchCommunicator.of_its_own(dist.group.WORLD, "cpu", SOON)
+    assert isinstance(made, SocketCommunicator)
+    if rank == 0:
+        made.timeout = timedelta(seconds=1)
+    said, x = [], torch.full((1000,), 1.0 + rank)
+    if rank == 1:
+        time.sleep(1.5)
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as error:
+            made.all_reduce_(x)
+        said.append(str(error.value))
+    return said
+
+
+def test_an_exchange_that_failed_is_not_repeated(ranks: Ranks) -> None:
+    """The late rank would take a part of the second try for one of the first."""
+    first, second = ranks.run(try_again, 2)
+    assert "Timed out" in first[0]
+    assert re.search("Connection (closed|reset) by peer|Broken pipe", second[0])
+    assert all("has closed its connections" in said[1] for said in (first, second))
 
 
 def lose_one(rank: int, world_size: int, how: str) -> tuple[str, float]:
     """What rank 2 is told of rank 1, and after how long."""
     world = TorchCommunicator()
-    timeout = timedelta(seconds=2) if how == "silent" else SOON
-    made = TorchCommunicator.of_its_own(dist.group.WORLD, "cpu", timeout)
+    made = TorchCommunicator.of_its_own(dist.group.WORLD, "cpu", SOON)
     assert isinstance(made, SocketCommunicator)
+    if how == "silent":
+        made.timeout = timedelta(seconds=2)
     x = torch.full((5_000_000,), rank, dtype=torch.uint8)
     if rank == 1 and how == "aborts":
         made.start_all_gather(x)
         made.abort()
     elif rank == 1 and how == "other call":
-        made.start_all_gather(x[:-1])
+        with contextlib.suppress(RuntimeError):  # if the others have found out already
+            made.start_all_gather(x[:-1])
     begin, message = time.monotonic(), ""
     if rank != 1:
         with pytest.raises(RuntimeError) as caught:
@@ -304,6 +417,8 @@ def lose_one(rank: int, world_size: int, how: str) -> tuple[str, float]:
 )
 def test_the_others_hear_of_a_rank_that_fails(how: str, told: str, ranks: Ranks) -> None:
     first, _, third = ranks.run(lose_one, 3, how)
+    assert any(re.search(told, message) for message, _ in (first, third))
     for message, seconds in (first, third):
-        assert re.search(told, message)
+        # The first to find out closes its connections, which the other may see earlier.
+        assert re.search(f"{told}|rank [02]: .*({LOST_PEER})", message)
         assert (seconds >= 2) if how == "silent" else (seconds < SOON.total_seconds() / 2)

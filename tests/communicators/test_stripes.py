@@ -36,9 +36,9 @@ class Used:
     def watch(self) -> Iterator["Used"]:
         send = Connection.send
 
-        def watched(connection: Connection, message: memoryview) -> None:
+        def watched(connection: Connection, message: memoryview, length: int) -> int:
             self._sockets[id(connection)] = connection
-            send(connection, message)
+            return send(connection, message, length)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Connection, "send", watched)
@@ -124,6 +124,24 @@ def test_ranks_that_differ_in_it_say_so(ranks: Ranks) -> None:
         assert "connections (2 on rank 0; 3 on rank 1)" in errors[1]
 
 
+def differ_in_length(rank: int, world_size: int) -> str:
+    """60000 bytes are three stripes of 20000; 40000 are two of them."""
+    ranks = TorchCommunicator.of_its_own(dist.group.WORLD, "cpu", SOON, 3)
+    with pytest.raises(RuntimeError) as error:
+        ranks.all_gather(torch.zeros(60_000 - 20_000 * rank, dtype=torch.uint8))
+    dist.barrier()
+    ranks.close()
+    return str(error.value)
+
+
+def test_stripes_of_another_message_are_an_error(ranks: Ranks) -> None:
+    first, second = ranks.run(differ_in_length, 2)
+    expected = ("sent 40000 bytes where 60000 were", "sent 60000 bytes where 40000 were")
+    # Whoever finds out first closes its connections.
+    assert expected[0] in first or expected[1] in second
+    assert all(re.search(f"{LOST_PEER}|bytes where", said) for said in (first, second))
+
+
 def leave(rank: int, world_size: int) -> str:
     """One rank fails between two exchanges."""
     world = dist.group.WORLD
@@ -190,7 +208,8 @@ def refuse_on_gloo(rank: int, world_size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
             patch.setenv(TRANSPORT, "gloo")
-        with pytest.raises(ValueError, match=r"connections=2 is .* over a private Gloo group"):
+        why = r"over a private Gloo group, since on rank 1 RHTCOMM_TRANSPORT is gloo"
+        with pytest.raises(ValueError, match=rf"connections=2 is .* {why}"):
             TorchCommunicator(connections=2).apart("cpu")
 
 

@@ -9,6 +9,7 @@ import pytest
 from rhtcomm.hooks.failures import cause_of, clear_frames, text_of
 
 LATE, GONE, OTHER = "did not answer within 9 s", "another rank died", "this rank failed"
+SILENT = "another machine, or the network between, no longer answers"
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,8 @@ LATE, GONE, OTHER = "did not answer within 9 s", "another rank died", "this rank
         ("writev [127.0.0.1]:1: Connection reset by peer", GONE),
         ("ncclRemoteError: A call failed possibly due to a network error or a remote process "
          "exiting prematurely.", GONE),
+        ("SocketCommunicator: rank 1: [Errno 110] Connection timed out", SILENT),
+        ("SocketCommunicator: rank 1: [Errno 113] No route to host", SILENT),
         ("op.preamble.length <= op.nbytes. 4096 vs 8", OTHER),
     ],
 )  # fmt: skip

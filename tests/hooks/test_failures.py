@@ -376,3 +376,4 @@ def test_a_rank_that_dies_before_its_first_bucket_ends_the_others(dying: int) ->
     for rank, process in enumerate(ended):
         if rank != dying:
             assert GAVE_UP in process.stdout, process
+            assert not dying or re.search(r"rank 1(:| closed by it)", process.stdout), process

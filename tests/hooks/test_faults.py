@@ -39,7 +39,7 @@ def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
         ("stopped", r"another rank did not answer within its timeout of 5 s|another rank died"),
         ("raises", r"could not exchange bucket 0 of step 1: another rank died, or failed"),
         ("raises, two levels", r"could not exchange bucket 0 of step 1: another rank died"),
-        ("no hook", r"process group: .*(within its timeout of 5 s|died).* registered no hook"),
+        ("no hook", r"to the others: .*(within its timeout of 5 s|died).* registered no hook"),
     ],
 )
 def test_the_other_ranks_end_and_name_the_cause(name: str, cause: str) -> None:
