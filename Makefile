@@ -72,7 +72,7 @@ sanitize: $(VENV)/.installed
 	$(BIN)/cmake --build build/sanitize --parallel 2
 	RHTCOMM_TEST_LIBRARY=build/sanitize/rhtcomm_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest -s tests/kernels/test_kernels.py tests/kernels/test_ecdq_kernels.py tests/kernels/test_lattice_kernels.py -k "not environment"
+	$(BIN)/python -m pytest -s tests/kernels/test_kernels.py tests/kernels/test_ecdq_kernels.py tests/kernels/test_lattice_kernels.py tests/kernels/test_feedback.py -k "not environment"
 
 slurm: $(VENV)/.installed
 	PYTHONPATH=tests/lib $(BIN)/python tests/launch/slurm_local.py

@@ -189,7 +189,7 @@ class Codec:
             )
         if x.dim() != 1:
             raise ValueError(f"Codec.encode: x has shape {tuple(x.shape)}; flatten it first")
-        rank, world_size, offset = self._check_origin(rank, world_size, offset)
+        rank, world_size, offset = self._check_origin(rank, world_size, offset, x.numel())
         x = plain(x)
         count = 1 if shards is None else operator.index(shards)
         self._check_shards(x.numel(), count, "Codec.encode")
@@ -283,7 +283,7 @@ class Codec:
         """Mean of the payloads (K, shards, nbytes) of K ranks, each in equal shards."""
         ranks, shards, _ = payloads.shape
         check_type(key, Key, owner, "key", "Key(seed=0, step=1)")
-        rank, world_size, offset = self._check_origin(rank, world_size, offset, ranks)
+        rank, world_size, offset = self._check_origin(rank, world_size, offset, numel, ranks)
         payloads = plain(payloads, copy=False)
         if out is not None:
             self._check_mean(out, payloads, numel, owner)
@@ -377,7 +377,7 @@ class Codec:
         return count
 
     def _check_origin(
-        self, rank: int, world_size: int, offset: int, ranks: int = 1
+        self, rank: int, world_size: int, offset: int, numel: int, ranks: int = 1
     ) -> tuple[int, int, int]:
         """The arguments, checked, as plain ints: headers hash their text."""
         rank, world_size = (
@@ -392,8 +392,9 @@ class Codec:
             raise ValueError(
                 f"Codec: world_size={world_size} exceeds the {MAX_RANKS} streams of a key"
             )
-        if offset % self.block or not 0 <= offset < MAX_COORDINATES:
+        if offset % self.block or not 0 <= offset <= MAX_COORDINATES - numel:
             raise ValueError(
-                f"Codec: offset={offset} must be a multiple of block={self.block} below 2^36"
+                f"Codec: offset={offset} must be a multiple of block={self.block}, and {numel} "
+                "coordinates from there must end below 2^36"
             )
         return rank, world_size, offset

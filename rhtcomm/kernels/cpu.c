@@ -3,7 +3,7 @@
  * The file is compiled once for each instruction set (CMakeLists.txt); VARIANT names the copy. All
  * arithmetic that reaches a payload or a result is float32 additions, subtractions, multiplications,
  * divisions and square roots, each rounded once (-ffp-contract=off), in an order that does not depend
- * on the vector width, or integer. A block and its scratch stay in the first-level cache.
+ * on the vector width, or integer. A block and its scratch stay in the caches of a core.
  */
 #include "native/decode.h"
 #include "native/encode.h"
@@ -88,9 +88,11 @@ EXPORT int JOIN(rhtcomm_lattice_decode, VARIANT)(const Plan *plans, int count, u
 
 #ifdef DISPATCH
 /* Detects a library that was built from another version than the Python code; raise it when a
- * function, Plan or a table that it points to changes. */
-enum { ABI = 11 };
-EXPORT int rhtcomm_abi(void) { return (ABI << 16) + (int)sizeof(Plan); }
+ * function, a structure or a table that it points to changes. */
+enum { ABI = 12 };
+EXPORT int rhtcomm_abi(void) {
+    return (ABI << 16) + (int)(sizeof(Plan) + sizeof(Residual) + sizeof(Feedback));
+}
 
 /* The mode of the calling thread; see floating_point.py. */
 EXPORT uint64_t rhtcomm_set_default_mode(void) { return set_default_mode(); }

@@ -37,7 +37,7 @@ __all__ = [
 QUANTIZERS = (QuicFL, Eden, VectorQuantizer, ECDQ)  # in the order of native/plan.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of native/plan.h
 _NUMBER_OF = {dtype: number for number, dtype in enumerate(DTYPES)}
-ABI = 11  # of cpu.c
+ABI = 12  # of cpu.c
 _NAME = "rhtcomm_cpu.*"
 NO_MEMORY = "rhtcomm: out of memory for the working space of the C kernels; use smaller blocks"
 
@@ -311,7 +311,7 @@ def mode_functions(path: Path) -> tuple[Callable[[], int], Callable[[int], objec
 
 def _check_abi(library: ctypes.CDLL, path: Path) -> None:
     found = library.rhtcomm_abi() if hasattr(library, "rhtcomm_abi") else 0
-    if found != (ABI << 16) + ctypes.sizeof(Plan):
+    if found != (ABI << 16) + sum(map(ctypes.sizeof, (Plan, _Residual, _Feedback))):
         raise RuntimeError(
             f"the C kernels in {path} were built from another version of this package; reinstall it"
         )

@@ -108,10 +108,9 @@ def _check(failed: int) -> None:
         raise MemoryError(NO_MEMORY)
 
 
-def _call(task: LatticeTask, key: Key, offset: int) -> tuple[int, ...]:
+def _call(task: LatticeTask, key: Key, offset: int) -> "tuple[ctypes.Array[Plan] | int, ...]":
     plans = plans_of(task)
-    address = ctypes.addressof(plans)
-    return address, len(plans), key.seed, key.step, key.bucket, key.hop, offset
+    return plans, len(plans), key.seed, key.step, key.bucket, key.hop, offset
 
 
 @lru_cache(maxsize=1024)

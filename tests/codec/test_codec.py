@@ -658,11 +658,21 @@ def test_bad_arguments_raise() -> None:
     for rank, world_size in ((-1, 2), (2, 2), (0, 0)):
         with pytest.raises(ValueError, match=f"rank={rank} must lie in .*world_size={world_size}"):
             codec.encode(x, KEY, rank, world_size)
-    for offset in (-4096, 1, 2048):
+    for offset in (-4096, 1, 2048, 2**36):
         with pytest.raises(ValueError, match=f"offset={offset} must be a multiple of block=4096"):
             codec.encode(x, KEY, offset=offset)
     payload = codec.encode(x, KEY)[None]
     with pytest.raises(ValueError, match="offset=1 must be a multiple"):
         codec.decode_mean(payload, KEY, 100, offset=1)
+    last, beyond = 2**36 - 8192, 2**36 - 4096  # random numbers would begin anew
+    shards = codec.encode(torch.ones(8192), KEY, offset=last, shards=2)
+    for decode, rows in ((codec.decode_shards, shards), (codec.decode_mean, payload)):
+        with pytest.raises(ValueError, match="8192 coordinates from there must end below 2\\^36"):
+            codec.encode(torch.ones(8192), KEY, offset=beyond)
+        assert rows is payload or bool(decode(rows, KEY, 8192, offset=last).isfinite().all())
+    with pytest.raises(ValueError, match="must end below"):
+        codec.decode_shards(shards, KEY, 8192, offset=beyond)
+    with pytest.raises(ValueError, match="must end below"):
+        codec.decode_mean(codec.encode(torch.ones(8192), KEY)[None], KEY, 8192, offset=beyond)
     with pytest.raises(ValueError, match=r"shape \(0, 148\)"):
         codec.decode_mean(payload[:0], KEY, 100)

@@ -12,7 +12,7 @@ from libraries import FRACTION, needs_library, variants
 from problems import gaussian
 
 from rhtcomm import ECDQ, Codec, Eden, Key, PayloadError, QuicFL, VectorQuantizer
-from rhtcomm.kernels import Kernel, Task, cpu, kernel_for, reference, use
+from rhtcomm.kernels import Kernel, Task, kernel_for, reference, use
 
 KEY = Key(seed=5, step=6, bucket=7, hop=1)
 BLOCK = 256
@@ -193,7 +193,7 @@ def calls_of(function: Callable[[], Any], times: int = 20) -> float:
     return pstats.Stats(profile).total_calls // times - 1  # type: ignore[attr-defined]
 
 
-@pytest.mark.skipif(cpu.library_path() is None, reason="the C kernels were not built")
+@needs_library
 def test_a_call_is_few_calls() -> None:
     codec, x = Codec(QuicFL(4)), gaussian(5000)
     coder, out = codec.coder(5000), torch.empty(5000)

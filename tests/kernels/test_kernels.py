@@ -200,18 +200,20 @@ def test_threads_that_call_at_the_same_time_do_not_disturb_each_other() -> None:
     kernel = next(iter(variants().values()))
     with use(kernel):
         alone = [codec.encode(x, key) for x in xs]
-        together: dict[int, torch.Tensor] = {}
+        together: list[list[torch.Tensor]] = [[] for _ in xs]
 
         def work(i: int) -> None:
             for _ in range(10):
-                together[i] = codec.encode(xs[i], key)
+                together[i].append(codec.encode(xs[i], key))
 
         threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert all(torch.equal(alone[i], together[i]) for i in range(4))
+    for expected, found in zip(alone, together, strict=True):
+        assert len(found) == 10
+        assert all(torch.equal(expected, one) for one in found)
 
 
 @needs_library

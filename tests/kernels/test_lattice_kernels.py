@@ -100,17 +100,18 @@ def test_rotated_coordinates_may_take_the_place_of_the_tensor() -> None:
 
 @needs_library
 def test_nothing_is_written_beyond_the_words() -> None:
-    """For each number of words of a block, from 1 to thousands."""
+    """For numbers of words of a block from 1 to 683, in two blocks and the beginning of a third."""
     for bits, size, n in ((1, 32, 1), (8, 32, 1), (4, 64, 2), (3, 256, 3), (4, 4096, 2)):
-        task = LatticeTask(Lattice(bits, 1, size), 2 * size, n)
-        y, found = torch.randn(2 * size), torch.zeros(2, 2, dtype=torch.int32)
+        numel = 2 * size + size // 2 - 3
+        task = LatticeTask(Lattice(bits, 1, size), numel, n)
+        y, found = torch.randn(task.padded), torch.zeros(2, task.blocks, dtype=torch.int32)
         for library in variants().values():
             words = torch.full((task.words + 40,), 7, dtype=torch.int32)
             kernel = lattice_cpu.of(library)
             kernel.encode(task, Key(1), 0, 0, y, *found, words[20:-20])
             assert bool((words[:20] == 7).all())
             assert bool((words[-20:] == 7).all())
-            out = torch.full((2 * size + 40,), 7.0)
+            out = torch.full((numel + 40,), 7.0)
             kernel.decode(task, Key(1), 0, words[20:-20], found[1], out[20:-20])
             assert bool((out[:20] == 7).all())
             assert bool((out[-20:] == 7).all())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from harness import call_in_fresh_process, in_fresh_process
 from interpreter import has_triton, needs_triton
+from libraries import needs_library
 
 from rhtcomm import ECDQ, Codec, Eden, Key, QuicFL, VectorQuantizer, codebooks
 from rhtcomm.kernels import cpu
@@ -23,7 +24,6 @@ QUANTIZERS: list[Quantizer] = [
     *(VectorQuantizer(bits, biased) for bits in (1, 2, 4) for biased in (False, True)),
 ]
 ECDQS: list[Quantizer] = [ECDQ(quarters / 4) for quarters in range(4, 25)]
-needs_library = pytest.mark.skipif(cpu.library_path() is None, reason="the C kernels are missing")
 
 
 def use(quantizer: Quantizer, rotations: int = 2) -> bytes:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from harness import Ranks
+from libraries import needs_library
 from problems import DTYPES
 from simulation import (
     ALGORITHMS,
@@ -22,7 +23,7 @@ from simulation import (
 
 import rhtcomm
 from rhtcomm import Codec, Eden, QuicFL
-from rhtcomm.kernels import cpu, reference, use
+from rhtcomm.kernels import reference, use
 from rhtcomm.reduce import Algorithm, choose_algorithm
 
 QUANTIZERS = (QuicFL, Eden)
@@ -74,7 +75,7 @@ def reduce_with_a_kernel_a_rank(
         return reduce_cases(rank, world_size, cases)
 
 
-@pytest.mark.skipif(cpu.library_path() is None, reason="the C kernels were not built")
+@needs_library
 def test_ranks_with_different_kernels_get_the_same_bits(ranks: Ranks) -> None:
     cases: list[Case] = [
         (Codec(quantizer, block=BLOCK), algorithm, 20 * BLOCK + 77, dtype)

@@ -9,13 +9,14 @@ import pytest
 import torch
 from groups import two_levels
 from harness import Ranks
+from libraries import needs_library, variants
 from problems import adversarial, gaussian, lognormal, sylvester
 from torch.nn.parallel import DistributedDataParallel
 
 import rhtcomm
 from rhtcomm import Codec, Eden, Key, PayloadError, QuicFL, VectorQuantizer, choose_rotations
 from rhtcomm.hooks import RHTState, rht_hook
-from rhtcomm.kernels import Kernel, cpu, reference
+from rhtcomm.kernels import Kernel, reference
 from rhtcomm.reduce import Algorithm
 
 KEY = Key(seed=3, step=1, bucket=4)
@@ -112,23 +113,15 @@ def test_bad_arguments() -> None:
 # ---- Kernels ----------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(cpu.library_path() is None, reason="the C kernels were not built")
+@needs_library
 @pytest.mark.parametrize("quantizer", [QuicFL(4), Eden(2), VectorQuantizer(2)])
 def test_the_kernels_find_the_moments_of_the_reference(quantizer: Any) -> None:
-    path = cpu.library_path()
-    assert path is not None
-    libraries = []
-    for variant in ("avx512vbmi", "avx512", "avx2", "baseline"):
-        try:
-            libraries.append(cpu.Library(path, variant))
-        except RuntimeError:  # not on this processor
-            continue
     x = lognormal(3 * 4096 + 300)
     x[4096 + 5] = torch.inf
     x[2 * 4096 : 3 * 4096] *= 1e35
     task = Codec(quantizer, 1).task(len(x))
     payload = torch.empty(1, task.sections[-1].stop, dtype=torch.uint8)
-    kernels: list[Kernel] = [reference, *libraries]
+    kernels: list[Kernel] = [reference, *variants().values()]
     found = []
     for kernel in kernels:
         moments = torch.full((task.blocks, 10), -1.0)

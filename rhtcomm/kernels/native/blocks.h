@@ -103,6 +103,7 @@ static __attribute__((noinline)) int share(const Plan *plans, int count, UnitsFu
  * units that go side by side. */
 static int for_each_unit(const Plan *plans, int count, UnitsFunction *function, const void *call,
                          int64_t ranks, int most, int threads) {
+    if (!count) return 0; /* there may be no array of plans either */
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed) if (threads > 1)
     {

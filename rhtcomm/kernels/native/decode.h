@@ -58,20 +58,20 @@ static float unpack_codes(const Plan *plan, Scratch s, Sent sent, int64_t i) {
 
 /* s.y <- d^(k/2) R^T s.y without the signs that come last, which are returned. Prefetches `out`. */
 static const uint8_t *unrotate(const Decoding *d, const Plan *plan, Scratch s, int64_t offset,
-                               uint32_t rank, const void *out) {
+                               uint32_t rank, const void *out, int64_t width) {
     const uint8_t *signs = NULL;
     for (int i = plan->rotations - 1; i >= 0; i--) {
-        hadamard(s.y, s.y, plan->size, signs, 1.0f, out, i ? 0 : bytes_of(d->dtype));
+        hadamard(s.y, s.y, plan->size, signs, 1.0f, out, i ? 0 : width);
         signs = draw_signs(plan, &d->origin, i, rank, offset, s.signs);
     }
     return signs;
 }
 
-/* to <- d^(k/2) R^T from * factors[0] * factors[1]; s.y is scratch, and may be `from`. Prefetches `out`.
- * Signs that `kept` has are not drawn again. */
+/* to <- d^(k/2) R^T from * factors[0] * factors[1]; s.y is scratch, and may be `from`. Signs that
+ * `kept` has are not drawn again. Prefetches d `width` bytes from `ahead` on. */
 static void unrotate_from(const float *from, const Decoding *d, const Plan *plan, Scratch s,
-                          int64_t offset, const float *factors, const void *out, float *to,
-                          const uint8_t **kept) {
+                          int64_t offset, const float *factors, const void *ahead, int64_t width,
+                          float *to, const uint8_t **kept) {
     const uint8_t *signs = NULL;
     for (int i = plan->rotations - 1; i > 0; i--, from = s.y) {
         hadamard(s.y, from, plan->size, signs, 1.0f, NULL, 0);
@@ -80,14 +80,7 @@ static void unrotate_from(const float *from, const Decoding *d, const Plan *plan
     if (plan->rotations == 2) kept[1] = signs; /* with more, s.signs has only the last ones */
     if (!kept[0]) kept[0] = draw_signs(plan, &d->origin, 0, 0, offset, s.last_signs);
     const Finish finish = {to, kept[0], {factors[0], factors[1]}};
-    hadamard_finished(s.y, from, plan->size, signs, out, bytes_of(d->dtype), &finish);
-}
-
-/* The same of s.y. */
-static void unrotate_to(const Decoding *d, const Plan *plan, Scratch s, int64_t offset,
-                        const float *factors, const void *out, float *to) {
-    const uint8_t *kept[2] = {NULL, NULL};
-    unrotate_from(s.y, d, plan, s, offset, factors, out, to, kept);
+    hadamard_finished(s.y, from, plan->size, signs, ahead, width, &finish);
 }
 
 /* y <- (initial) or y += the values of the ranks first .. stop - 1, whose rotation is the same. Returns
@@ -166,7 +159,7 @@ static const float *add_to_own(const Decoding *d, const Plan *plan, Scratch s, c
 
 /* s.sum <- the sum of the ranks' blocks, each of which has a rotation of its own; s.own <- this rank's. */
 static void add_unrotated(const Decoding *d, const Plan *plan, Scratch s, int64_t offset, Sent sent,
-                          float down, const void *out) {
+                          float down, const void *ahead, int64_t width) {
     for (int64_t i = 0; i < sent.ranks; i++) {
         float scale = unpack_codes(plan, s, sent, i) * down;
         if (plan->quantizer == EDEN)
@@ -174,7 +167,7 @@ static void add_unrotated(const Decoding *d, const Plan *plan, Scratch s, int64_
         else
             vector_values(plan, s.codes, scale, s.y);
         const uint32_t rank = (uint32_t)(d->origin.rank + i);
-        const uint8_t *signs = unrotate(d, plan, s, offset, rank, out);
+        const uint8_t *signs = unrotate(d, plan, s, offset, rank, ahead, width);
         for (int64_t j = 0; j < plan->size; j += LANES) {
             vf value = apply_signs(load(s.y + j), signs, j);
             if (i == d->own) store(s.own + j, value);
@@ -216,7 +209,8 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
     char *out = d->out + block.offset * bytes_of(d->dtype);
     const char *residual_next =
         d->feedback ? residual_ahead(&d->feedback->residual, following.offset) : NULL;
-    const char *next = d->only_own ? residual_next : d->out + following.offset * bytes_of(d->dtype);
+    const int64_t width = d->only_own ? 4 : bytes_of(d->dtype);
+    const char *next = d->only_own ? residual_next : d->out + following.offset * width;
     const uint32_t peak = largest_scale(sent);
     const int finite = peak < 0x7f800000, with_own = d->own >= 0;
     /* A whole block is decoded where it belongs: two would not fit into the first-level cache. */
@@ -234,17 +228,17 @@ static void decode_block(const Decoding *d, const Plan *plan, const Scratch *scr
         int sound = 1;
         if (with_own) {
             sound = add_ranks(d, plan, s, dither, symbols, sent, d->own, d->own + 1, down, 1, s.own);
-            unrotate_from(s.own, d, plan, s, offset, alone, residual_next, s.y, kept);
+            unrotate_from(s.own, d, plan, s, offset, alone, residual_next, 4, s.y, kept);
             keep_error(&d->feedback->residual, block.offset, block.numel, out, d->dtype, s.y);
             s.y = to;
             sum = add_to_own(d, plan, s, dither, symbols, sent, down, &sound);
         } else { /* ECDQ's units go on, finite or not */
             sound = add_ranks(d, plan, s, dither, symbols, sent, 0, sent.ranks, down, 1, s.y);
         }
-        if (finite) unrotate_from(sum, d, plan, s, offset, factors, next, to, kept);
+        if (finite) unrotate_from(sum, d, plan, s, offset, factors, next, width, to, kept);
         if (!sound) canonicalize(to, size);
     } else if (finite) {
-        add_unrotated(d, plan, s, offset, sent, down, next);
+        add_unrotated(d, plan, s, offset, sent, down, next, width);
         if (with_own) {
             for (int64_t j = 0; j < size; j += LANES)
                 store(s.own + j, load(s.own + j) * alone[0] * alone[1]);

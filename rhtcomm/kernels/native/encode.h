@@ -87,7 +87,8 @@ static void encode_block(const Encoding *e, const Plan *plan, const Scratch *scr
     if (!finite) from = memset(s.y, 0, 4 * size);
     if (e->moments) block_moments(from, size, down, up, e->moments + block.number * MOMENTS);
     const char *next = e->x + following.offset * bytes_of(e->dtype);
-    /* Half of it is fetched while rotating, the other half, or the residual, while quantizing. */
+    /* Half of it is fetched while rotating, the other half, or the residual, while quantizing. EDEN and
+     * vectors fetch all of it while rotating, and no residual. */
     const int dithered = plan->quantizer == QUIC_FL || plan->quantizer == ECDQ;
     int64_t width = bytes_of(e->dtype) / (dithered && !e->residual ? 2 : 1);
     float rms = rotate(e, plan, s, offset, from, down, next, width, &peak);

@@ -137,7 +137,7 @@ typedef struct {
     float factors[2];
 } Finish;
 
-/* v belongs at j + ahead, where `ahead` is a multiple of 32. */
+/* v belongs at j + ahead, where `ahead` is a multiple of 8. */
 INLINE void store_finished(const Finish *finish, int64_t j, int64_t ahead, vf v) {
     v = times_signed(v, finish->factors[0], finish->signs + ahead / 8, j) * finish->factors[1];
     store(finish->to + j + ahead, v);

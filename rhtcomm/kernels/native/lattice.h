@@ -196,7 +196,8 @@ static void lattice_decode(const Summing *c, const Plan *plan, const Scratch *sc
         factor *= power_of_two(exponent - usual);
         const float factors[] = {factor, power_of_two(usual)};
         const Decoding d = {.origin = c->origin, .dtype = c->dtype};
-        unrotate_to(&d, plan, s, offset, factors, out, to);
+        const uint8_t *kept[2] = {NULL, NULL};
+        unrotate_from(s.y, &d, plan, s, offset, factors, out, bytes_of(c->dtype), to, kept);
     }
     if (to == s.y) write_block(to, c->dtype, block.numel, out);
 }

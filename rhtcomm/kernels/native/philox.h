@@ -43,10 +43,9 @@ INLINE void store_words(uint32_t *to, const vl *c) {
 enum { ROUNDS = 10, SETS = 4, CALLS = LANES / 2 };
 
 /* Calls `call` .. `call + calls - 1` of a stream, four words each; writes SETS vectors of calls at a
- * time, so `out` must have room for calls rounded up to a multiple of SETS LANES / 2. */
+ * time, so `out` must have room for calls rounded up to a multiple of SETS CALLS. */
 static void philox(const Origin *origin, uint32_t purpose, uint64_t call, int64_t calls,
                    uint32_t *out) {
-    const int64_t width = LANES / 2;
     uint64_t keys[ROUNDS][2];
     for (uint32_t round = 0; round < ROUNDS; round++) {
         keys[round][0] = origin->seed[0] + round * 0x9E3779B9u;
@@ -60,11 +59,11 @@ static void philox(const Origin *origin, uint32_t purpose, uint64_t call, int64_
     const vl lane = {0, 1};
 #endif
     const uint64_t bucket = origin->bucket, step = origin->step;
-    for (int64_t done = 0; done < calls; done += SETS * width) {
+    for (int64_t done = 0; done < calls; done += SETS * CALLS) {
         vl c[SETS][4];
         UNROLL(4)
         for (int set = 0; set < SETS; set++) {
-            c[set][0] = lane + (call + done + set * width);
+            c[set][0] = lane + (call + done + set * CALLS);
             c[set][1] = (vl){0} + bucket;
             c[set][2] = (vl){0} + step;
             c[set][3] = (vl){0} + purpose;
@@ -81,7 +80,7 @@ static void philox(const Origin *origin, uint32_t purpose, uint64_t call, int64_
                 c[set][3] = p0;
             }
         UNROLL(4)
-        for (int set = 0; set < SETS; set++) store_words(out + 4 * (done + set * width), c[set]);
+        for (int set = 0; set < SETS; set++) store_words(out + 4 * (done + set * CALLS), c[set]);
     }
 }
 #endif

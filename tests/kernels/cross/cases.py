@@ -13,7 +13,16 @@ from pathlib import Path
 import torch
 
 from rhtcomm import ECDQ, Codec, Eden, Key, Lattice, QuicFL, VectorQuantizer
-from rhtcomm.kernels import LatticeTask, Task, cpu, lattice_cpu, reference, use
+from rhtcomm.kernels import (
+    Feedback,
+    LatticeTask,
+    Residual,
+    Task,
+    cpu,
+    lattice_cpu,
+    reference,
+    use,
+)
 from rhtcomm.quantizers import Quantizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "codec"))
@@ -45,7 +54,7 @@ class Case(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("encoded", "rank", "ranks", "world_size", "offset")),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_int64) for name in ("step", "bucket", "hop")),
-        *((name, ctypes.c_int64) for name in ("padded", "blocks", "words")),
+        *((name, ctypes.c_int64) for name in ("padded", "blocks", "words", "residual")),
         ("tables", ctypes.c_int64 * 6),
         ("plan", cpu.Plan * 2),
     )
@@ -145,6 +154,32 @@ def units() -> Iterator[bytes]:
         )
 
 
+def feedback() -> Iterator[bytes]:
+    """Payloads of a tensor and a residual, and what the mean leaves of it."""
+    quantizers = (QuicFL(4), QuicFL(2, FRACTION), Eden(2, biased=True), ECDQ(2), ECDQ(4))
+    for number, (quantizer, block) in enumerate(product(quantizers, (32, 512, 4096))):
+        ranks, key = 1 + number % 6, Key(number, step=7, bucket=11)
+        own, numel = number % ranks, (3 * block, 3 * block - 13)[number % 2]
+        codec = Codec(quantizer, 1 + number // 2 % 3, block)
+        generator = torch.Generator().manual_seed(number)
+        xs = torch.randn(ranks, numel, generator=generator).to(cpu.DTYPES[number % 3])
+        before = torch.randn(numel, generator=generator) / 3
+        if number % 4 == 3:  # too small beside the others to be taken together with them
+            xs[own] *= 2.0**-20
+            before *= 2.0**-80
+        coder, after = codec.coder(numel), before.clone()
+        payloads = torch.zeros(ranks, 1, coder.nbytes, dtype=torch.uint8)
+        for rank, x in enumerate(xs):
+            residual = Residual.of([after]) if rank == own else None
+            coder.encode(x, key, 0, rank, ranks, payloads[rank], residual=residual)
+        out, fed = xs[own].clone(), Feedback(Residual.of([after]), key, own, ranks, payloads[own])
+        coder.decode(payloads, key, 0, 0, ranks, out, fed)
+        yield from payload_case(
+            *(codec.task(numel), key, 0, 0, ranks, own, xs[own], payloads[:, 0]),
+            *(bytes_of(out), out.dtype, bytes_of(before), bytes_of(after)),
+        )
+
+
 def lattices() -> Iterator[bytes]:
     """From one block and less to three."""
     for number, (bits, block) in enumerate(product(range(1, 9), (32, 256, 4096))):
@@ -200,9 +235,11 @@ def payload_case(
     payloads: torch.Tensor,
     mean: bytes,
     out_dtype: torch.dtype,
+    before: bytes = b"",
+    after: bytes = b"",
 ) -> Iterator[bytes]:
-    """What the rank `encoded` sends of x, in payloads (K, nbytes) of ranks from `rank` on, and the
-    mean."""
+    """What the rank `encoded` sends of x, in payloads (K, nbytes) of ranks from `rank` on, the mean
+    of these, and the residual before and after, if there is one."""
     plans = (cpu.Plan * 2)(*cpu.plans_of(task).array)
     for plan in plans:
         plan.levels = plan.positions = plan.boundaries = plan.half_norms = None
@@ -224,12 +261,13 @@ def payload_case(
             step=key.step,
             bucket=key.bucket,
             hop=key.hop,
+            residual=len(before) // 4,
             tables=(ctypes.c_int64 * 6)(*map(len, tables)),
             plan=plans,
         )
     )
     yield from tables
-    yield from (bytes_of(x), bytes_of(payloads), mean)
+    yield from (bytes_of(x), bytes_of(payloads), mean, before, after)
 
 
 def bytes_of(x: torch.Tensor) -> bytes:
@@ -252,6 +290,7 @@ def all_cases() -> Iterator[bytes]:
         yield from case(number, *facts)
     yield from golden()
     yield from units()
+    yield from feedback()
     yield from lattices()
 
 

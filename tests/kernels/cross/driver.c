@@ -13,6 +13,7 @@ typedef struct {
     uint64_t seed;
     int64_t step, bucket, hop;
     int64_t padded, blocks, words; /* of a lattice; of others, zeros */
+    int64_t residual;              /* numel, or 0 where there is none */
     int64_t tables[TABLES];
     Plan plan[2];
 } Case;
@@ -45,28 +46,47 @@ static const uint64_t MODES[] = {
 #endif
 };
 
+/* What is sent and decoded, and the residual before and after. */
+typedef struct {
+    const char *x, *payloads, *mean, *before, *after;
+} Sending;
+
 /* What both directions make of a case, and whether the caller's mode is still there. */
-static int differs(const Case *c, const char *x, const char *payloads, const char *expected,
-                   uint64_t mode, int threads) {
+static int differs(const Case *c, const Sending *of, uint64_t mode, int threads) {
     const int64_t out_bytes = c->numel * bytes_of(c->out_dtype);
     char *payload = calloc(1, (size_t)c->nbytes), *out = malloc((size_t)out_bytes);
-    const char *mine = payloads + (c->encoded - c->rank) * c->nbytes;
+    const char *mine = of->payloads + (c->encoded - c->rank) * c->nbytes;
+    float *left = malloc(4 * (size_t)c->residual + 1);
+    const int64_t starts[] = {0, c->residual / 3, c->residual};
+    float *const pieces[] = {left, left + starts[1]};
+    uint32_t bound = 0;
+    const Residual residual = {2, starts, pieces, 0, &bound};
+    const Origin origin = {{(uint32_t)c->seed, c->seed >> 32}, (uint32_t)c->bucket,
+                           (uint32_t)c->step, (uint32_t)c->hop, c->offset, c->encoded,
+                           c->world_size};
+    const Feedback feedback = {.residual = residual, .origin = origin,
+                               .payloads = (const uint8_t *)mine, .stride = c->nbytes};
     memcpy(payload, mine, 16); /* the header */
+    if (c->residual) {
+        memcpy(left, of->before, 4 * (size_t)c->residual);
+        memcpy(out, of->x, (size_t)out_bytes);
+    }
     set_mode(mode);
     int failed = JOIN(rhtcomm_encode, VARIANT)(
         c->plan, c->plans, c->seed, c->step, c->bucket, c->hop, c->offset, c->encoded,
-        c->world_size, x, c->in_dtype, (uint8_t *)payload, c->nbytes, NULL, NULL,
-        threads);
+        c->world_size, of->x, c->in_dtype, (uint8_t *)payload, c->nbytes, NULL,
+        c->residual ? &residual : NULL, threads);
     failed |= JOIN(rhtcomm_decode, VARIANT)(
         c->plan, c->plans, c->seed, c->step, c->bucket, c->hop, c->offset, c->rank, c->world_size,
-        c->ranks, (const uint8_t *)payloads, c->nbytes, 0, out, c->out_dtype, NULL,
-        threads);
+        c->ranks, (const uint8_t *)of->payloads, c->nbytes, 0, out, c->out_dtype,
+        c->residual ? &feedback : NULL, threads);
     failed |= get_mode() != mode;
     set_mode(DEFAULT_MODE);
     failed |= memcmp(payload, mine, (size_t)c->nbytes) != 0;
-    failed |= memcmp(out, expected, (size_t)out_bytes) != 0;
-    free(payload);
-    free(out);
+    failed |= memcmp(out, of->mean, (size_t)out_bytes) != 0;
+    failed |= memcmp(left, of->after, 4 * (size_t)c->residual) != 0;
+    failed |= bound < largest_of(left, c->residual);
+    free(payload), free(out), free(left);
     return failed != 0;
 }
 
@@ -102,9 +122,9 @@ static int lattice_differs(const Case *c, const Lattice *of, uint64_t mode, int 
     return failed != 0;
 }
 
-/* What follows a case in the file: seven parts of a lattice; of others, the tables, x, the payloads and
- * the mean. */
-enum { PARTS_OF_CASE = TABLES + 3 };
+/* What follows a case in the file: seven parts of a lattice; of others, the tables, x, the payloads,
+ * the mean and the residuals. */
+enum { PARTS_OF_CASE = TABLES + 5 };
 
 static void read_parts(Case *c, char **parts) {
     const int64_t in = c->numel * bytes_of(c->in_dtype), out = c->numel * bytes_of(c->out_dtype);
@@ -113,6 +133,7 @@ static void read_parts(Case *c, char **parts) {
     int64_t of_others[PARTS_OF_CASE];
     memcpy(of_others, c->tables, sizeof c->tables);
     of_others[TABLES] = in, of_others[TABLES + 1] = c->ranks * c->nbytes, of_others[TABLES + 2] = out;
+    of_others[TABLES + 3] = of_others[TABLES + 4] = 4 * c->residual;
     for (int i = 0; i < PARTS_OF_CASE; i++)
         parts[i] = read_bytes(c->words ? of_lattice[i] : of_others[i]);
     for (int i = 0; i < c->plans && !c->words; i++) {
@@ -130,7 +151,8 @@ static int case_differs(const Case *c, char **parts, uint64_t mode, int threads)
     const Lattice lattice = lattice_of(parts);
     if (c->words) return lattice_differs(c, &lattice, mode, threads);
     char **others = parts + TABLES;
-    return differs(c, others[0], others[1], others[2], mode, threads);
+    const Sending sending = {others[0], others[1], others[2], others[3], others[4]};
+    return differs(c, &sending, mode, threads);
 }
 
 /* Opens a file of cases. */
