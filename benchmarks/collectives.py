@@ -3,7 +3,7 @@
     python benchmarks/collectives.py        (needs the extras demo and mpi)
 
 Starts 2, 3 and 4 ranks on this machine, under torchrun (Gloo) and under mpiexec (MPI), averages a
-tensor of 2^20 Gaussian numbers, another one on every rank, and prints a Markdown table:
+tensor of 2^20 Gaussian numbers, another one on every rank, and writes results/collectives.md:
 
 * NMSE / theory: |result - mean|^2 over what the docstrings of collectives.py and lattice.py expect.
 * bytes / formula: sent by all ranks, counted at the communicator, over the formulas there.
@@ -13,7 +13,6 @@ tensor of 2^20 Gaussian numbers, another one on every rank, and prints a Markdow
 import argparse
 import hashlib
 import json
-import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch.distributed as dist
 import rhtcomm
 from lib.processes import execute, mpirun, torchrun
 from lib.progress import progress
-from lib.report import table
+from lib.report import RESULTS, heading, table
 from rhtcomm.communicators import Communicator
 from rhtcomm.kernels import LatticeTask
 from rhtcomm.reduce import Algorithm
@@ -156,11 +155,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         rows, fine = compare(start_ranks(Path(folder)))
-    print(
-        f"torch {torch.__version__}, Python {platform.python_version()}; b = {BITS}, 2^20 float32\n"
-    )
     header = ["n", "algorithm", "over", "NMSE / theory", "bytes / formula", "bits on all ranks"]
-    print(table(header, rows, left=(1, 2, 5)), end="")
+    text = f"{heading()}\nb = {BITS}, 2^20 float32\n\n{table(header, rows, left=(1, 2, 5))}"
+    (RESULTS / "collectives.md").write_text(text)
+    print(text, end="")
     if not fine:
         sys.exit("an error is 5% off, a count of bytes 1%, or bits differ")
 

@@ -1,6 +1,6 @@
 """What the ranks of a job say when one of them fails, and how long they take.
 
-    python benchmarks/faults.py    # prints a Markdown table, in about a minute
+    python benchmarks/faults.py    (writes results/faults.md; about a minute)
 
 Three ranks, or two nodes of two, train a small model with the hook and a timeout of `TIMEOUT`
 seconds. In mid-exchange, between two chunks of a payload, rank 1 fails in the way of a scenario.
@@ -9,7 +9,6 @@ tests/hooks/test_faults.py runs the same scenarios.
 """
 
 import os
-import platform
 import re
 import signal
 import sys
@@ -25,7 +24,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.processes import marked_processes, mpirun, none_left, start, wait
-from lib.report import table_lines
+from lib.report import RESULTS, heading, table_lines
 from rhtcomm import HierarchicalCommunicator, MPICommunicator
 from rhtcomm.codec import Coder
 from rhtcomm.communicators import Communicator
@@ -249,12 +248,12 @@ def rows() -> Iterator[list[str]]:
 
 
 def main() -> None:
-    print(
-        f"torch {torch.__version__}, Python {platform.python_version()}, 3 or 4 ranks on loopback\n"
-    )
+    lines = [f"{heading()}\n3 or 4 ranks on loopback\n"]
     header = ["fault", "rank", "seconds", "exit code", "last line printed"]
     for line in table_lines(header, rows(), left=range(len(header))):
         print(line, flush=True)
+        lines.append(line)
+    (RESULTS / "faults.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

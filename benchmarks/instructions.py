@@ -128,8 +128,8 @@ def main() -> int:
     tools = {tool for target in TARGETS for tool in (target.compiler[0], target.emulator[0])}
     missing = sorted(tool for tool in tools if shutil.which(tool) is None)
     if missing:
-        print(f"skipped, as {' and '.join(missing)} cannot be found", file=sys.stderr)
-        return 0
+        print(f"{' and '.join(missing)} cannot be found", file=sys.stderr)
+        return 1
     lines = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

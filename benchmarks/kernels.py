@@ -66,7 +66,8 @@ class Case:
         """Raise unless the kernel in use gives the bits of the reference."""
         payloads = self.payloads(world_size)
         mean = self.decode(payloads).clone()
-        if not torch.equal(payloads[0], self.encode_by(reference, world_size)):
+        expected = with_kernel(reference, lambda: self.payloads(world_size))
+        if not torch.equal(payloads, expected):
             raise AssertionError(f"encode differs from the reference: {self.codec}")
         if not torch.equal(mean, with_kernel(reference, lambda: self.decode(payloads))):
             raise AssertionError(f"decode differs from the reference: {self.codec}")

@@ -168,10 +168,9 @@ a machine without other work, which the model predicts.
         text += section(("1gbit", ranks), ("loopback", ranks)) + "\n"
     text += """## More ranks on the same cores
 
-What bench measured with 2 ranks predicts more of them. Here messages count: with 16 ranks, posting
-them is most of the time that 1 MiB takes. The transport's own sum takes less than predicted at
-25 MiB: with a core for itself, which the 2 ranks had, it spins while it waits, and this counts as
-work.
+What bench measured with 2 ranks predicts more of them. 1 MiB takes longer than predicted, since
+threads wait for the cores that all ranks share. Gloo's own sum takes less than predicted at 25 MiB:
+with a core for itself, which the 2 ranks had, it spins while it waits, and this counts as work.
 
 """
     for ranks in (4, 8, 16):
@@ -183,8 +182,8 @@ work.
 Nothing here was measured with so many ranks or on such a link. It rests on figures of 2 ranks on
 loopback{"" if cores == 1 else ", with a codec that is taken to grow with the cores"}. \
 The error allowed is that of 4 bits. Times in ms.
-All of it is over Gloo, where one thread moves the bytes of a rank: {fastest:.0f} Gbit/s of float32,
-however fast its link is.
+Uncompressed gradients are sent over Gloo, where one thread moves the bytes of a rank:
+{fastest:.0f} Gbit/s of float32, however fast its link is.
 
 {on_paper(cores)}
 """
