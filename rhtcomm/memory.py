@@ -54,11 +54,19 @@ def address_of(x: torch.Tensor) -> int:
 
 
 def bytes_of(x: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """The bytes of contiguous x, as a view of its memory that keeps x alive.
+    """The bytes of x, as a view of its memory that keeps x alive.
 
     After `x.numpy()` torch would refuse to resize the storage of x, which some callers do to free
     it.
+
+    Raises:
+        ValueError: x is not contiguous.
     """
+    if not x.is_contiguous():
+        raise ValueError(
+            f"rhtcomm: a tensor of shape {tuple(x.shape)} and strides {x.stride()} is not "
+            "contiguous; pass x.contiguous()"
+        )
     return np.asarray(_Memory(x))
 
 

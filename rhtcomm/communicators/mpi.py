@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from rhtcomm.communicators.base import Communicator, name_of
+from rhtcomm.memory import bytes_of
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -180,4 +181,4 @@ def _host_array(x: torch.Tensor) -> Any:
             f"MPICommunicator: a tensor lies on {x.device}, but MPI exchanges go through host "
             "memory; use TorchCommunicator there"
         )
-    return x.detach().numpy()
+    return bytes_of(x).view(str(x.dtype).removeprefix("torch."))

@@ -222,7 +222,7 @@ def prevented(rank: int, patch: pytest.MonkeyPatch, how: str) -> None:
     elif how == "listen":
         patch.setattr(socket.socket, "listen", broken)
     elif how == "call":
-        patch.setattr(socket.socket, "connect", broken)
+        patch.setattr(socket.socket, "connect_ex", broken)
     else:
         patch.setattr(socket.socket, "accept", broken)
 
@@ -301,6 +301,20 @@ def test_an_unknown_transport_is_refused(ranks: Ranks) -> None:
 
 
 # ---- Exchanges --------------------------------------------------------------------------------
+
+
+def refuse_gaps(rank: int, world_size: int) -> None:
+    made = TorchCommunicator.of_its_own(dist.group.WORLD, "cpu", SOON)
+    for x in (torch.ones(10)[::2], torch.ones(4, 6)[:, :3]):
+        with pytest.raises((ValueError, RuntimeError), match=r"contiguous|view size is not"):
+            made.all_reduce_(x)
+    assert works(made)
+    made.close()
+
+
+def test_a_tensor_with_gaps_is_refused(ranks: Ranks) -> None:
+    """Rather than sent with what lies between."""
+    ranks.run(refuse_gaps, 2)
 
 
 def take_turns_on_two(rank: int, world_size: int) -> None:

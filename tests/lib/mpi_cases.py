@@ -56,6 +56,9 @@ def exchanges() -> None:
     x = torch.arange(10.0) * (rank + 1)
     communicator.all_reduce_(x)
     assert torch.equal(x, torch.arange(10.0) * (n * (n + 1) // 2))
+    assert x.untyped_storage().resizable(), "whoever owns x may free it by resize_(0)"
+    with pytest.raises(ValueError, match="not contiguous"):
+        communicator.all_reduce_(torch.ones(10)[::2])
     for dtype in (torch.bfloat16, torch.float16, torch.uint8, torch.bool):
         for op in ("sum", "max"):
             with pytest.raises(TypeError, match=rf"cannot be trusted to add {dtype}; pass x.float"):
