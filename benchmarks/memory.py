@@ -140,13 +140,12 @@ def main() -> None:
         )
     columns = ["ranks", "bucket_cap_mb", "algorithm", "error feedback"]
     columns += ["plain DDP, MiB", "added, MiB", "aim, MiB"]
-    text = f"{heading()}\n{gradients:.0f} MiB of gradients, b = 4. Medians (least .. most) of "
-    text += f"{given.runs} runs. Aim: 0.6 of the largest bucket, which is the\n"
-    text += (
-        "whole model in the first step, plus 16 MiB; with error feedback 1.2 times the gradients "
-    )
-    text += "more.\nBold: above it.\n\n"
-    text += table(columns, rows, left=(2, 3))
+    text = f"""{heading()}
+{gradients:.0f} MiB of gradients, b = 4. Medians (least .. most) of {given.runs} runs.
+Aim: 0.6 of the largest bucket, which is the whole model in the first step, plus 16 MiB; with error
+feedback 1.2 times the gradients more. Bold: above it.
+
+{table(columns, rows, left=(2, 3))}"""
     (RESULTS / "memory.md").write_text(text)
     print(text)
 

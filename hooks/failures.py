@@ -1,5 +1,6 @@
 """Explains errors of exchanges, and frees what their tracebacks keep alive."""
 
+import errno
 import re
 import traceback
 
@@ -8,7 +9,11 @@ from ..reduce import DisagreementError, Reducer
 
 __all__ = ["cause_of", "clear_frames", "explain", "text_of"]
 
-_UNREACHABLE = re.compile(r"\[Errno (110|113)\]|no route to host|unreachable", re.IGNORECASE)
+# What sockets say if probes or data get no answer, or if a router knows no way.
+_UNREACHABLE = re.compile(
+    rf"\[Errno ({errno.ETIMEDOUT}|{errno.EHOSTUNREACH})\]|no route to host|unreachable",
+    re.IGNORECASE,
+)
 _LATE = re.compile("timed? ?out|waited", re.IGNORECASE)
 _GONE = re.compile(
     "closed by|reset by|broken pipe|not connected|remote process exit", re.IGNORECASE

@@ -1,6 +1,7 @@
 """Connects this rank with the others: it calls the lower ranks, and answers the higher ones."""
 
 import contextlib
+import errno
 import os
 import selectors
 import socket
@@ -77,8 +78,7 @@ class _Calls:
         greet = partial(self._greet, called, which)
         self._selector.register(called, selectors.EVENT_WRITE, greet)  # once it is connected
         called.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            called.connect(place)
+        _check(called.connect_ex(place), which)
 
     def proceed(self, seconds: float) -> bool:
         """Wait until something can go on, and let it; whether there was anything."""
@@ -88,8 +88,7 @@ class _Calls:
         return bool(ready)
 
     def _greet(self, called: socket.socket, which: _Which) -> None:
-        if error := called.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            raise OSError(error, f"rank {which[0]}: {os.strerror(error)}")
+        _check(called.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), which)
         called.sendall(self._token + _CALLER.pack(self._rank, which[1]))
         self._keep(called, which)
 
@@ -133,3 +132,9 @@ class _Calls:
             if one is not self._listener:
                 assert isinstance(one, socket.socket)
                 one.close()
+
+
+def _check(error: int, which: _Which) -> None:
+    """Raise OSError for the error of a call, unless it has only begun."""
+    if error not in (0, errno.EINPROGRESS):
+        raise OSError(error, f"rank {which[0]}: {os.strerror(error)}")

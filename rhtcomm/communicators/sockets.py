@@ -95,7 +95,7 @@ class SocketCommunicator(Communicator):
     def start_all_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         self.bytes_sent += (self.world_size - 1) * x.numel()
         gathered = x.new_empty(self.world_size, x.numel())
-        mine, incoming = _bytes_of(x), _rows_of(gathered)
+        mine, incoming = _message_of(x), _rows_of(gathered)
         incoming[self._rank][:] = mine
         return self._swap([mine] * self.world_size, incoming, gathered)
 
@@ -110,17 +110,17 @@ class SocketCommunicator(Communicator):
     def start_gather(self, x: torch.Tensor) -> Callable[[], torch.Tensor | None]:
         if self._rank > 0:
             self.bytes_sent += x.numel()
-            return self._end_of([], self._send([_bytes_of(x)], [0]), None)
+            return self._end_of([], self._send([_message_of(x)], [0]), None)
         gathered = x.new_empty(self.world_size, x.numel())
         incoming = _rows_of(gathered)
-        incoming[0][:] = _bytes_of(x)
+        incoming[0][:] = _message_of(x)
         return self._end_of(self._expect(incoming, self._others), [], gathered)
 
     def start_broadcast(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         if self._rank > 0:
-            return self._end_of(self._expect([_bytes_of(x)], [0]), [], x)
+            return self._end_of(self._expect([_message_of(x)], [0]), [], x)
         self.bytes_sent += (self.world_size - 1) * x.numel()
-        return self._end_of([], self._send([_bytes_of(x)] * self.world_size, self._others), x)
+        return self._end_of([], self._send([_message_of(x)] * self.world_size, self._others), x)
 
     def all_reduce_(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> None:
         self.start_all_reduce(x, op)()
@@ -144,8 +144,8 @@ class SocketCommunicator(Communicator):
                     ahead = self._start_shards(following)
                 mine = shards[self._rank]
                 _add_up(finish_shards(), op, out=mine)
-                messages = [_bytes_of(mine)] * self.world_size
-                finishing.append(self._swap(messages, [*map(_bytes_of, shards)], None))
+                messages = [_message_of(mine)] * self.world_size
+                finishing.append(self._swap(messages, [*map(_message_of, shards)], None))
             for finish_sum in finishing:
                 finish_sum()
             return x
@@ -160,7 +160,7 @@ class SocketCommunicator(Communicator):
             mine if rank == self._rank else torch.empty_like(mine)
             for rank in range(self.world_size)
         ]
-        outgoing, incoming = [*map(_bytes_of, shards)], [*map(_bytes_of, rows)]
+        outgoing, incoming = [*map(_message_of, shards)], [*map(_message_of, rows)]
         return shards, self._swap(outgoing, incoming, rows)
 
     def _swap(
@@ -215,8 +215,8 @@ class SocketCommunicator(Communicator):
 
         Nothing is sent on between two calls of this communicator. If an exchange ended with a part
         of its messages still here, the others might wait for that part for ever, and this rank for
-        them elsewhere. What has left, the kernel delivers even if this rank ends; so there is
-        nothing to `settle`.
+        them elsewhere. What has left, the kernel delivers (see `close`), so there is nothing to
+        `settle`.
 
         After an error messages are left, which the other ranks' next exchange would take for its
         own. So the connections are closed then.
@@ -286,9 +286,7 @@ class SocketCommunicator(Communicator):
         container.
         """
         end = time.monotonic() + _DELIVERY
-        while any(connection.undelivered for connection in self._connections):
-            if time.monotonic() > end:
-                break
+        while any(one.undelivered for one in self._connections) and time.monotonic() < end:
             time.sleep(0.001)
         self.abort()
 
@@ -302,12 +300,12 @@ def _add_up(rows: _Rows, op: Literal["sum", "max"], out: torch.Tensor) -> None:
     combine(total, last, out=out)
 
 
-def _bytes_of(x: torch.Tensor) -> memoryview:
-    """Those of a contiguous tensor, in its own memory."""
+def _message_of(x: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, in its own memory."""
     return bytes_of(x).data
 
 
 def _rows_of(x: torch.Tensor) -> _Messages:
     """The bytes of the rows of x (n, m) uint8; a slice of bytes costs much less than one of x."""
-    whole, (count, length) = _bytes_of(x), x.shape
+    whole, (count, length) = _message_of(x), x.shape
     return [whole[i * length : (i + 1) * length] for i in range(count)]

@@ -666,10 +666,9 @@ def test_bad_arguments_raise() -> None:
         codec.decode_mean(payload, KEY, 100, offset=1)
     last, beyond = 2**36 - 8192, 2**36 - 4096  # random numbers would begin anew
     shards = codec.encode(torch.ones(8192), KEY, offset=last, shards=2)
-    for decode, rows in ((codec.decode_shards, shards), (codec.decode_mean, payload)):
-        with pytest.raises(ValueError, match="8192 coordinates from there must end below 2\\^36"):
-            codec.encode(torch.ones(8192), KEY, offset=beyond)
-        assert rows is payload or bool(decode(rows, KEY, 8192, offset=last).isfinite().all())
+    assert bool(codec.decode_shards(shards, KEY, 8192, offset=last).isfinite().all())
+    with pytest.raises(ValueError, match=r"8192 coordinates from there must end below 2\^36"):
+        codec.encode(torch.ones(8192), KEY, offset=beyond)
     with pytest.raises(ValueError, match="must end below"):
         codec.decode_shards(shards, KEY, 8192, offset=beyond)
     with pytest.raises(ValueError, match="must end below"):

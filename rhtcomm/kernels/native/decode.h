@@ -56,12 +56,13 @@ static float unpack_codes(const Plan *plan, Scratch s, Sent sent, int64_t i) {
     return scale;
 }
 
-/* s.y <- d^(k/2) R^T s.y without the signs that come last, which are returned. Prefetches `out`. */
+/* s.y <- d^(k/2) R^T s.y without the signs that come last, which are returned. Prefetches d `width` bytes
+ * from `ahead` on. */
 static const uint8_t *unrotate(const Decoding *d, const Plan *plan, Scratch s, int64_t offset,
-                               uint32_t rank, const void *out, int64_t width) {
+                               uint32_t rank, const void *ahead, int64_t width) {
     const uint8_t *signs = NULL;
     for (int i = plan->rotations - 1; i >= 0; i--) {
-        hadamard(s.y, s.y, plan->size, signs, 1.0f, out, i ? 0 : width);
+        hadamard(s.y, s.y, plan->size, signs, 1.0f, ahead, i ? 0 : width);
         signs = draw_signs(plan, &d->origin, i, rank, offset, s.signs);
     }
     return signs;
